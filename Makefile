@@ -1,0 +1,64 @@
+# Paths are relative and quoted, and tools run as `python -m`: the folder's name may have spaces.
+
+# Version of the Python of .venv; for `make wheelhouse`, of the machine that the wheels are for.
+PYTHON ?= 3.11
+VENV_PYTHON := $(if $(filter wheelhouse,$(MAKECMDGOALS)),3.11,$(PYTHON))
+SEEDS ?= 1
+CONTROL ?=
+ARGS ?=
+EXCLUDE ?=
+
+PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+SOURCES := projects tools tests setup.py
+
+.PHONY: help demo test lint wheelhouse clean installed
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo [SEEDS=3] [CONTROL=1]  train a teacher, a student and its distillation; compare them"
+	@echo "make test [ARGS='-k name']       run the tests"
+	@echo "make lint                        check style and types"
+	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
+	@echo "                                 collect all wheels for a machine without network"
+	@echo "make clean                       remove .venv, wheelhouse and caches; output stays"
+	@echo "demo, test and lint first install what is missing into .venv (PYTHON=$(PYTHON))."
+
+demo: installed
+	.venv/bin/python tools/demo.py --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
+
+test: installed
+	.venv/bin/python -m pytest -q $(ARGS)
+
+lint: installed
+	.venv/bin/python -m ruff check $(SOURCES)
+	.venv/bin/python -m ruff format --check $(SOURCES)
+	.venv/bin/python -m mypy
+
+wheelhouse: .venv/bin/python
+	$(PIP_INSTALL) --quiet setuptools
+	.venv/bin/python tools/make_wheelhouse.py --python $(PYTHON) --exclude $(EXCLUDE)
+
+clean:
+	rm -rf .venv wheelhouse build projects/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find projects tools tests -name __pycache__ -prune -exec rm -rf {} +
+
+installed: .venv/.installed
+	@[ -e .venv/bin/python$(PYTHON) ] || \
+	  { echo ".venv is not of Python $(PYTHON): run \`make clean\` first." >&2; exit 1; }
+
+# Whatever is installed already is not downloaded again, so this works without network then.
+# setuptools comes first: it builds the sdists and this project, and that of a new venv is too old.
+.venv/.installed: setup.py constraints.txt tools/install_detectron2.py | .venv/bin/python
+	$(PIP_INSTALL) --quiet setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	.venv/bin/python tools/install_detectron2.py
+	@touch $@
+
+# Each candidate is run, because pyenv has commands for versions that it does not offer.
+.venv/bin/python:
+	@for python in python$(VENV_PYTHON) python3 python; do \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	  [ "$$version" = "$(VENV_PYTHON)" ] && exec $$python -m venv .venv; \
+	done; \
+	echo "Python $(VENV_PYTHON) was not found: install python$(VENV_PYTHON) with its venv module." >&2; \
+	exit 1

@@ -1,0 +1,25 @@
+"""Distillation of detectron2 detectors and segmenters.
+
+Importing the package registers its meta-architectures, backbones and heads with detectron2.
+"""
+
+from . import nets  # noqa: F401  registers backbones
+from .config import add_distill_config, add_head_section, get_distill_cfg, validate_config
+from .heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
+from .meta_arch import DistillModel, DistillRCNN, DistillRetinaNet, DistillSemanticSegmentor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DISTILL_HEAD_REGISTRY",
+    "DistillHead",
+    "DistillModel",
+    "DistillRCNN",
+    "DistillRetinaNet",
+    "DistillSemanticSegmentor",
+    "FPNDistillHead",
+    "add_distill_config",
+    "add_head_section",
+    "get_distill_cfg",
+    "validate_config",
+]

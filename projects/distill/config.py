@@ -1,0 +1,300 @@
+"""Every config key, and the checks that run before any weight is loaded."""
+
+import difflib
+import io
+import os
+from typing import Any, Optional
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathManager
+from fvcore.common.config import CfgNode as FvcoreCfgNode
+from yaml import YAMLError
+
+from .errors import ConfigError, choices
+
+CN = CfgNode
+
+# Head sections by name. A head outside this package adds its own with `add_head_section`.
+_HEAD_SECTIONS: dict[str, dict[str, Any]] = {}
+
+
+def add_head_section(head: str, **keys: Any) -> None:
+    """Declare ``MODEL.DISTILL.<HEAD>`` for a head class, on top of the keys of every head.
+
+    Call it where the head is registered, before :func:`get_distill_cfg`.
+    """
+    _HEAD_SECTIONS[head.upper()] = keys
+
+
+add_head_section("FitNet")
+add_head_section(
+    "IMA",
+    SCOPE="auto",  # what an instance is: image | box | mask; auto: by the student's family
+    MASK_RATIO=0.15,  # ζ in [0, 1): expected share of removed frequencies (Eq. 2; paper silent)
+    STANDARDIZE=True,  # instance standardization (Eq. 5-7)
+    STANDARDIZE_TEACHER=True,  # also of the teacher (Eq. 15); False: Eq. 7 to the letter
+    DEFLATE=True,  # adaptive scale deflation (Eq. 8-10)
+    SCALE_ON="standardized",  # maps whose cosine is α: standardized | raw (Eq. 8 to the letter)
+    SCALE_FLOOR=0.1,  # f in [0, 1]: α becomes f + (1 − f) α; 0: the paper to the letter
+)
+add_head_section(
+    "ROIKD",
+    TEMPERATURE=1.0,  # T > 0
+    FOREGROUND_WEIGHT=1.0,  # of the class divergence on boxes with an object
+    BACKGROUND_WEIGHT=1.0,  # of the class divergence on background boxes
+    BOX_WEIGHT=1.0,  # of the L1 between box deltas on foreground; 0 leaves it out
+)
+add_head_section("MaskKD", TEMPERATURE=1.0)  # T > 0
+add_head_section("DenseKD", TEMPERATURE=1.0)  # T > 0
+
+
+def add_distill_config(cfg: CfgNode) -> None:
+    """Add this package's keys with their defaults to a detectron2 config."""
+    cfg.MODEL.DISTILL = CN()
+    # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, FCOS, ...
+    cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.DISTILL.HEADS = ()  # names in DISTILL_HEAD_REGISTRY; empty: train the student alone
+
+    cfg.MODEL.DISTILL.TEACHER = CN()
+    # Any detectron2 config: a yaml path, or a name of detectron2's model zoo.
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = ""
+    cfg.MODEL.DISTILL.TEACHER.OPTS = []  # KEY VALUE ... overrides of that config
+    # Path or URL; empty: MODEL.WEIGHTS of that config, or the model zoo's trained weights.
+    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
+    # Class names in the order of the teacher's outputs; empty: those of its DATASETS.TRAIN.
+    cfg.MODEL.DISTILL.TEACHER.CLASSES = ()
+
+    for name, keys in _HEAD_SECTIONS.items():
+        section = CN()
+        section.WEIGHT = 1.0  # factor of the head's losses; 0 switches it off
+        section.WARMUP_ITERS = 0  # iterations of linear rise of the factor from 0
+        section.STOP_ITER = 0  # iteration from which the head is off; 0: never
+        section.IN_FEATURES = ()  # student levels to compare; empty: all that the teacher has
+        for key, value in keys.items():
+            section[key] = value
+        cfg.MODEL.DISTILL[name] = section
+
+    # Custom data without Python: (name, annotations.json, image folder) triples in COCO format.
+    cfg.DATASETS.COCO_FORMAT = ()
+    cfg.SOLVER.OPTIMIZER = "SGD"  # SGD (detectron2's) | ADAMW
+
+
+def get_distill_cfg() -> CfgNode:
+    """detectron2's default config with this package's keys."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    return cfg
+
+
+class _SafeCfgNode(FvcoreCfgNode):
+    """Loads ``_BASE_`` chains with the safe yaml loader only.
+
+    detectron2's own RetinaNet and FCOS files compute their anchor sizes with an ``eval`` tag; that
+    one expression is replaced by its value, every other tag is refused.
+    """
+
+    _EVAL = (
+        '!!python/object/apply:eval ["[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] '
+        'for x in [32, 64, 128, 256, 512 ]]"]'
+    )
+    _VALUE = str([[x * 2 ** (k / 3) for k in range(3)] for x in (32.0, 64.0, 128.0, 256.0, 512.0)])
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with PathManager.open(filename, "r") as f:
+            return io.StringIO(f.read().replace(cls._EVAL, cls._VALUE))
+
+
+def merge_from_file(cfg: CfgNode, filename: str) -> None:
+    """Merge a yaml file and its ``_BASE_`` chain into ``cfg``.
+
+    Raises:
+        ConfigError: the file is missing, no valid or safe yaml, or has an unknown key.
+    """
+    if not PathManager.isfile(filename):
+        raise ConfigError(f"Config file '{filename}' does not exist.")
+    try:
+        loaded = _SafeCfgNode.load_yaml_with_base(filename, allow_unsafe=False)
+        _merge(cfg, CfgNode(loaded), filename)
+    except (YAMLError, OSError, UnicodeDecodeError, AttributeError, TypeError) as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"Config file '{filename}' cannot be read as safe yaml: {reason}") from e
+
+
+def merge_from_list(cfg: CfgNode, opts: list[Any]) -> None:
+    """Merge ``KEY VALUE ...`` overrides into ``cfg``.
+
+    Raises:
+        ConfigError: a key is unknown, a value is missing or of another type.
+    """
+    if len(opts) % 2:
+        raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
+    for key, value in zip(opts[0::2], opts[1::2]):
+        _check_key(cfg, str(key), "the command line")
+        try:
+            cfg.merge_from_list([key, value])
+        except (ValueError, AssertionError) as e:
+            raise ConfigError(f"{key} {value}: {e}") from e
+
+
+def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
+    for key in _leaves(loaded):
+        _check_key(cfg, key, source)
+    try:
+        cfg.merge_from_other_cfg(loaded)
+    except (KeyError, ValueError, AssertionError) as e:
+        raise ConfigError(f"{source}: {e.args[0] if e.args else e}") from e
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in node.items():
+        keys += _leaves(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
+    return keys
+
+
+def _check_key(cfg: CfgNode, key: str, source: str) -> None:
+    node, path = cfg, []
+    for name in key.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            if cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
+                return
+            valid = choices(name, node) if isinstance(node, CfgNode) else "no key below it"
+            where = ".".join(path) or "the top level"
+            raise ConfigError(f"Unknown config key '{key}' in {source}; {where} has: {valid}.")
+        node = node[name]
+        path.append(name)
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The plain detectron2 config of the student: what ``student.yaml`` holds.
+
+    It has no key that stock detectron2 does not know.
+    """
+    student = get_cfg()
+    _copy_known(cfg, student)
+    if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
+        student.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE
+    return student
+
+
+def _copy_known(source: CfgNode, target: CfgNode) -> None:
+    for key, value in target.items():
+        if isinstance(value, CfgNode) and key in source:
+            _copy_known(source[key], value)
+        elif key in source:
+            target[key] = source[key]
+
+
+def distill_architectures() -> list[str]:
+    """Registered meta-architectures that hold a student."""
+    return [name for name, _ in META_ARCH_REGISTRY if name.startswith("Distill")]
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, resolved from ``MODEL.DISTILL.TEACHER``.
+
+    Raises:
+        ConfigError: no config file is given, or it is neither a file nor in the model zoo.
+    """
+    node = cfg.MODEL.DISTILL.TEACHER
+    if not node.CONFIG_FILE:
+        raise ConfigError(
+            "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; name the teacher's yaml, or a model-zoo "
+            "config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml."
+        )
+    teacher = get_distill_cfg()
+    zoo_file = _zoo_file(node.CONFIG_FILE)
+    if not os.path.isfile(node.CONFIG_FILE) and zoo_file is None:
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE '{node.CONFIG_FILE}' is neither a file (seen from "
+            f"{os.getcwd()}) nor a config of detectron2's model zoo."
+        )
+    merge_from_file(teacher, node.CONFIG_FILE if zoo_file is None else zoo_file)
+    if zoo_file is not None and not node.WEIGHTS:
+        teacher.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+    merge_from_list(teacher, list(node.OPTS))
+    if node.WEIGHTS:
+        teacher.MODEL.WEIGHTS = node.WEIGHTS
+    return teacher
+
+
+def _zoo_file(name: str) -> Optional[str]:
+    if os.path.isfile(name):
+        return None
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        return None
+
+
+def validate_config(cfg: CfgNode) -> None:
+    """Check every value that this package reads; runs before any weight is loaded.
+
+    Raises:
+        ConfigError: names the key, its value and the valid choices, nearest first.
+    """
+    _one_of("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "ADAMW"))
+    architectures = [name for name, _ in META_ARCH_REGISTRY]
+    _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        _one_of("DATASETS.TRAIN/TEST", name, DatasetCatalog.list())
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty; name at least one data set.")
+    _at_least("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1)
+    _at_least("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1)
+    if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
+        _validate_distill(cfg)
+
+
+def _validate_distill(cfg: CfgNode) -> None:
+    from .heads import DISTILL_HEAD_REGISTRY  # heads read no config module; no cycle at import
+
+    node = cfg.MODEL.DISTILL
+    plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
+    _one_of("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
+    for name in node.HEADS:
+        _one_of("MODEL.DISTILL.HEADS", name, [n for n, _ in DISTILL_HEAD_REGISTRY])
+        section, path = node[name.upper()], f"MODEL.DISTILL.{name.upper()}"
+        for key in ("WEIGHT", "WARMUP_ITERS", "STOP_ITER"):
+            _at_least(f"{path}.{key}", section[key], 0)
+        if "TEMPERATURE" in section and section.TEMPERATURE <= 0:
+            raise ConfigError(f"{path}.TEMPERATURE is {section.TEMPERATURE}; it must be above 0.")
+    if node.HEADS:
+        teacher_config(cfg)
+    if "IMA" in node.HEADS:
+        _validate_ima(cfg)
+
+
+def _validate_ima(cfg: CfgNode) -> None:
+    from .heads.fpn import IMA_SCOPES
+
+    node = cfg.MODEL.DISTILL.IMA
+    _one_of("MODEL.DISTILL.IMA.SCOPE", node.SCOPE, IMA_SCOPES)
+    _one_of("MODEL.DISTILL.IMA.SCALE_ON", node.SCALE_ON, ("standardized", "raw"))
+    if not 0 <= node.MASK_RATIO < 1:
+        raise ConfigError(f"MODEL.DISTILL.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be in [0, 1).")
+    if not 0 <= node.SCALE_FLOOR <= 1:
+        raise ConfigError(
+            f"MODEL.DISTILL.IMA.SCALE_FLOOR is {node.SCALE_FLOOR}; it must be in [0, 1]."
+        )
+    if node.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
+        raise ConfigError(
+            "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
+            "set MODEL.MASK_ON True or SCOPE box."
+        )
+
+
+def _one_of(key: str, value: str, valid: Any) -> None:
+    if value not in valid:
+        near = difflib.get_close_matches(value, list(valid), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}: unknown value '{value}'{hint} Valid: {choices(value, valid)}.")
+
+
+def _at_least(key: str, value: float, minimum: float) -> None:
+    if value < minimum:
+        raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")

@@ -1,0 +1,1 @@
+"""Data sets: synthetic scenes, registration and mappers."""

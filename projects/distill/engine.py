@@ -1,0 +1,299 @@
+"""Training and evaluation: detectron2's trainer for plain and distilled students alike."""
+
+import logging
+import os
+import sys
+import time
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    launch,
+)
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import build_model
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from .checkpoint import StudentCheckpointer, StudentState, load_strictly
+from .config import (
+    distill_architectures,
+    get_distill_cfg,
+    merge_from_file,
+    merge_from_list,
+    student_config,
+    validate_config,
+)
+from .data.datasets import load_training_set, register_coco_format
+from .errors import ConfigError, DistillError
+from .meta_arch import DistillModel
+
+logger = logging.getLogger(__name__)
+
+
+class TrainLoop(SimpleTrainer):
+    """detectron2's training step with automatic mixed precision on every device.
+
+    CUDA computes in float16 with a gradient scaler, the CPU in bfloat16 without one;
+    detectron2's ``AMPTrainer`` insists on CUDA.
+    """
+
+    def __init__(self, model: nn.Module, loader: Any, optimizer: Any, *, amp: bool, device: str):
+        super().__init__(model, loader, optimizer)
+        cuda = device.startswith("cuda")
+        dtype = torch.float16 if cuda else torch.bfloat16
+        self.autocast = lambda: torch.autocast(device.split(":")[0], dtype, enabled=amp)
+        self.scaler = torch.amp.GradScaler(enabled=amp and cuda)
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with self.autocast():
+            losses = self.model(data)
+        self.optimizer.zero_grad()
+        self.scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class DistillRatio(HookBase):
+    """Logs each distillation loss over the task loss, per head and level, from iteration 0."""
+
+    def __init__(self, heads: Sequence[str]):
+        self.prefixes = tuple(f"loss_{name.lower()}" for name in heads)
+
+    def after_step(self) -> None:
+        storage = get_event_storage()
+        losses = {k: v for k, (v, _) in storage.latest().items() if k.startswith("loss")}
+        distilled = {k: v for k, v in losses.items() if k.split("/")[0] in self.prefixes}
+        task = sum(losses.values()) - sum(distilled.values())
+        ratios = {f"kd_ratio/{k[5:]}": v / max(task, 1e-12) for k, v in distilled.items()}
+        storage.put_scalars(**ratios, smoothing_hint=True)
+
+
+class Trainer(DefaultTrainer):
+    """Trains ``cfg.MODEL.META_ARCHITECTURE``, a plain detectron2 network or a ``Distill*`` one.
+
+    Data are checked before any weight is loaded. Checkpoints are stock checkpoints of the student;
+    ``OUTPUT_DIR/student.yaml`` is its plain detectron2 config.
+
+    Args:
+        cfg: a config that :func:`validate_config` has passed.
+        extra_hooks: appended to detectron2's.
+
+    Raises:
+        ConfigError, DataError, WeightsError: before training starts.
+    """
+
+    def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()):
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_batch_size(cfg)
+        dataset = load_training_set(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = build_detection_train_loader(cfg, dataset=dataset)
+        self.student: nn.Module = getattr(model, "student", model)
+        checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
+        if isinstance(model, DistillModel):
+            checkpointables["distill"] = model.heads
+        cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        ddp = create_ddp_model(model, broadcast_buffers=False, **cpu)
+        self._trainer = TrainLoop(
+            ddp, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED, device=cfg.MODEL.DEVICE
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # The trainer's state last: it says which iteration everything before belongs to.
+        self.checkpointer = StudentCheckpointer(
+            self.student, cfg.OUTPUT_DIR, **checkpointables, trainer=self
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks([*self.build_hooks(), *extra_hooks])
+        if comm.is_main_process():
+            write_student_yaml(cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        hooks = super().build_hooks()
+        if self.cfg.MODEL.META_ARCHITECTURE in distill_architectures():
+            hooks.insert(0, DistillRatio(self.cfg.MODEL.DISTILL.HEADS))
+        return hooks
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = torch.optim.AdamW(
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+        )
+        return maybe_add_gradient_clipping(cfg, optimizer)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+        """The evaluators of a data set, by its ``evaluator_type``."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        builders: dict[str, list[Callable[[], Any]]] = {
+            "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
+            "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
+            "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
+            "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
+            "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
+            "coco_panoptic_seg": [
+                lambda: SemSegEvaluator(dataset_name, output_dir=folder),
+                lambda: COCOEvaluator(dataset_name, output_dir=folder),
+                lambda: COCOPanopticEvaluator(dataset_name, folder),
+            ],
+        }
+        if kind not in builders:
+            raise ConfigError(
+                f"DATASETS.TEST '{dataset_name}' has evaluator type '{kind}'; "
+                f"evaluators exist for: {', '.join(builders)}."
+            )
+        return DatasetEvaluators([build() for build in builders[kind]])
+
+
+def check_batch_size(cfg: CfgNode) -> None:
+    world = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
+            f"{world} processes."
+        )
+
+
+def write_student_yaml(cfg: CfgNode) -> None:
+    """Write the student's plain detectron2 config beside its checkpoints."""
+    student = student_config(cfg)
+    student.MODEL.WEIGHTS = os.path.join(os.path.abspath(cfg.OUTPUT_DIR), "model_final.pth")
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as f:
+        f.write(student.dump())
+
+
+def setup_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
+    """Load, register data, validate.
+
+    Raises:
+        ConfigError, DataError: one sentence that names what to change.
+    """
+    cfg = get_distill_cfg()
+    if config_file:
+        merge_from_file(cfg, config_file)
+    merge_from_list(cfg, list(opts))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    register_coco_format(cfg)
+    validate_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def evaluate(cfg: CfgNode, weights: Optional[str] = None) -> "OrderedDict[str, Any]":
+    """Evaluate the student alone; needs none of the teacher's files.
+
+    Args:
+        cfg: of the training or plain.
+        weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
+    """
+    plain = student_config(cfg)
+    model = build_model(plain)
+    load_strictly(model, weights or plain.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    return Trainer.test(plain, model)
+
+
+def run(args: Namespace) -> Any:
+    """One process of a training or evaluation."""
+    cfg = setup_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    if args.eval_only:
+        return evaluate(cfg)
+    last = finished_checkpoint(cfg) if args.resume else None
+    if last:
+        logger.info("%s is trained already; evaluating %s", cfg.OUTPUT_DIR, last)
+        return evaluate(cfg, last)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def finished_checkpoint(cfg: CfgNode) -> Optional[str]:
+    """The final checkpoint of a finished run; it needs no teacher any more."""
+    path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    if not os.path.isfile(path):
+        return None
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return path if saved.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER else None
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """``train_net.py``: detectron2's command line, also under ``torchrun``.
+
+    Returns:
+        The exit code: 0, or 2 after one sentence that says what to change.
+    """
+    args = default_argument_parser().parse_args(argv)
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _join_torchrun()
+            run(args)
+        else:
+            launch(
+                run,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+    except DistillError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _join_torchrun() -> None:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -1,0 +1,31 @@
+"""Errors that a user can mend: one sentence that names what to change."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DistillError(Exception):
+    """Base class; the command line prints its message alone and exits with code 2."""
+
+
+class ConfigError(DistillError, ValueError):
+    """A config key or value that cannot work."""
+
+
+class DataError(DistillError, ValueError):
+    """A data set that cannot be trained on."""
+
+
+class WeightsError(DistillError):
+    """A checkpoint that is missing, unreadable or of another network."""
+
+
+class TapError(DistillError, RuntimeError):
+    """A tapped module that does not exist or did not run."""
+
+
+def choices(value: str, valid: Iterable[str]) -> str:
+    """The valid names for a message, nearest to ``value`` first."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(value, names, n=len(names), cutoff=0.5)
+    return ", ".join(near + [n for n in names if n not in near])

@@ -1,0 +1,160 @@
+"""The contract of a distillation head."""
+
+from typing import Any, ClassVar, Optional
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..errors import ConfigError, choices
+from ..losses.reduce import connected_zero
+from ..structures import NetSpec, Signals
+
+DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
+DISTILL_HEAD_REGISTRY.__doc__ = """
+Registry of distillation heads.
+
+A registered class is called as ``cls(cfg, student, teacher)`` with the whole config and a
+:class:`~distill.structures.NetSpec` for each network; it must be a :class:`DistillHead`.
+Its keys stand in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
+"""
+
+
+class DistillHead(nn.Module):
+    """Compares what student and teacher said and returns named, weighted losses.
+
+    Subclasses write :meth:`losses`; everything else (schedule, connected zeros, names) is here.
+
+    Args:
+        weight: factor of the losses; 0 switches the head off.
+        warmup_iters: iterations over which the factor rises linearly from 0.
+        stop_iter: iteration from which the head is off; 0 means never.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of :class:`Signals` that both networks must produce."""
+
+    @configurable
+    def __init__(self, *, weight: float = 1.0, warmup_iters: int = 0, stop_iter: int = 0):
+        super().__init__()
+        self.weight = weight
+        self.warmup_iters = warmup_iters
+        self.stop_iter = stop_iter
+
+    @classmethod
+    def section(cls, cfg: CfgNode) -> CfgNode:
+        """The head's own config section."""
+        return cfg.MODEL.DISTILL[cls.__name__.upper()]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        return {
+            "weight": node.WEIGHT,
+            "warmup_iters": node.WARMUP_ITERS,
+            "stop_iter": node.STOP_ITER,
+        }
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> Optional[str]:
+        """Why this head cannot compare these two networks, or None."""
+        for net in (student, teacher):
+            missing = cls.needs - net.signals
+            if missing:
+                return (
+                    f"it compares {', '.join(sorted(missing))}, which the {net.name} "
+                    f"({type(net.model).__name__}) does not produce"
+                )
+        return None
+
+    def factor(self) -> float:
+        """The weight at the current iteration."""
+        iteration = get_event_storage().iter if has_event_storage() else 0
+        if self.stop_iter and iteration >= self.stop_iter:
+            return 0.0
+        if iteration < self.warmup_iters:
+            return self.weight * iteration / self.warmup_iters
+        return self.weight
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        """Unweighted scalar losses by a short name ("" for a single one), to be summed."""
+        raise NotImplementedError
+
+    def forward(self, student: Signals, teacher: Optional[Signals]) -> dict[str, Tensor]:
+        """Weighted losses, named ``loss_<head>[/<part>]``.
+
+        Args:
+            student: what the student said.
+            teacher: what the teacher said; None while no head is active.
+        """
+        name = f"loss_{type(self).__name__.lower()}"
+        factor = self.factor()
+        if factor == 0 or teacher is None:
+            smallest = min(student.features.values(), key=Tensor.numel)
+            return {name: connected_zero(smallest, parameters=self.parameters())}
+        losses = self.losses(student, teacher)
+        return {f"{name}/{k}" if k else name: v * factor for k, v in losses.items()}
+
+
+def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:
+    """Mean of ``count`` over all processes, at least ``minimum`` over the whole batch.
+
+    DistributedDataParallel averages gradients; a sum divided by this mean therefore has the
+    gradient of one process with the joint batch.
+    """
+    count = count.detach().clone().float()
+    world = comm.get_world_size()
+    if world > 1:
+        dist.all_reduce(count)
+    return count.clamp(min=minimum) / world
+
+
+class RandomState(nn.Module):
+    """A head's private source of randomness, saved with the head's state.
+
+    It leaves the global state, and so the student's training, alone. The generator lives on the
+    device that draws, so that nothing is copied or synchronised.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # other masks in every process
+        self._generator: Optional[torch.Generator] = None
+        self._state: Optional[Tensor] = None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device=device).manual_seed(self.seed)
+            if self._state is not None:
+                self._generator.set_state(self._state)
+        return self._generator
+
+    def get_extra_state(self) -> Optional[Tensor]:
+        return self._generator.get_state() if self._generator else self._state
+
+    def set_extra_state(self, state: Optional[Tensor]) -> None:
+        self._state, self._generator = state, None
+
+
+def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> nn.ModuleDict:
+    """Build the heads that ``cfg.MODEL.DISTILL.HEADS`` names, in that order.
+
+    Raises:
+        ConfigError: a head cannot compare these networks; the message says which heads can.
+    """
+    heads = nn.ModuleDict()
+    for name in cfg.MODEL.DISTILL.HEADS:
+        cls = DISTILL_HEAD_REGISTRY.get(name)
+        problem = cls.problem(student, teacher)
+        if problem:
+            working = [n for n, c in DISTILL_HEAD_REGISTRY if not c.problem(student, teacher)]
+            raise ConfigError(
+                f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}; "
+                f"heads that do: {choices(name, working) or 'none'}."
+            )
+        heads[name] = cls(cfg, student, teacher)
+    return heads

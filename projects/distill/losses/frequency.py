@@ -1,0 +1,70 @@
+"""Random masks in the frequency domain (MKD Sec. 3 Eq. 2-4, IMA Eq. 2-4).
+
+F̂ = F⁻¹(M ⊙ F(S)) with M = 0 where R < ζ, R ~ U(0, 1) for each frequency. The papers do not say
+how a real map stays real: here M is Hermitian, M[k] = M[−k], so that F̂ is real.
+"""
+
+import torch
+from torch import Tensor
+
+from .reduce import same_shape
+
+
+def frequency_mask(
+    batch: int, height: int, width: int, mask_ratio: float, generator: torch.Generator
+) -> Tensor:
+    """Draw M on the half spectrum of ``torch.fft.rfft2``, one draw a batch entry.
+
+    Args:
+        batch, height, width: of the map in cells.
+        mask_ratio: ζ in [0, 1), the expected share of removed frequencies.
+        generator: source of randomness; the mask is made on its device.
+
+    Returns:
+        (batch, 1, height, width // 2 + 1) float32 in {0, 1}. Columns that are their own mirror
+        image (0, and width / 2 for an even width) are Hermitian in themselves; independent
+        draws there would break Parseval's identity.
+
+    Raises:
+        ValueError: ``mask_ratio`` is outside [0, 1).
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+    columns = width // 2 + 1
+    draw = torch.rand(
+        (batch, 1, height, columns), generator=generator, device=generator.device
+    )
+    mirrored_rows = (-torch.arange(height, device=draw.device)) % height
+    rows = torch.arange(height, device=draw.device)
+    first = torch.minimum(rows, mirrored_rows)  # both of a pair read the same draw
+    own_mirror = [0, columns - 1] if width % 2 == 0 else [0]
+    draw[..., own_mirror] = draw[:, :, first][..., own_mirror]
+    return (draw >= mask_ratio).float()
+
+
+def half_spectrum_weight(width: int, device: torch.device) -> Tensor:
+    """(width // 2 + 1,): how often a column of the half spectrum stands in the full one."""
+    weight = torch.full((width // 2 + 1,), 2.0, device=device)
+    weight[0] = 1
+    if width % 2 == 0:
+        weight[-1] = 1
+    return weight
+
+
+def frequency_masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """mean (F⁻¹(M ⊙ F(S)) − T)² without the inverse transform.
+
+    By Parseval, Σ_x (F̂ − T)² = 1/(H·W) Σ_k |M_k Ŝ_k − T̂_k|².
+
+    Args:
+        student, teacher: (N, C, H, W).
+        mask: (N, 1, H, W // 2 + 1) from :func:`frequency_mask`.
+
+    Returns:
+        A scalar >= 0. At S = T it is the removed energy, not 0; for M = 1 it is ``fitnet``.
+    """
+    student, teacher = same_shape(student, teacher)
+    height, width = student.shape[-2:]
+    gap = mask * torch.fft.rfft2(student) - torch.fft.rfft2(teacher)
+    energy = (gap.real.square() + gap.imag.square()) * half_spectrum_weight(width, gap.device)
+    return energy.sum() / (height * width) / max(student.numel(), 1)

@@ -1,0 +1,147 @@
+"""Instance Mask Alignment (IMA, Sec. "Methods", Eq. 1-10, Algorithm 1)."""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .frequency import half_spectrum_weight
+from .reduce import full_precision, same_shape
+
+EPS = 1e-5  # added to the variances of Eq. 6; the paper is silent
+
+
+class _Moments(NamedTuple):
+    """Means over the cells of one instance and channel, (N, C) each."""
+
+    mean_s: Tensor
+    mean_t: Tensor
+    var_s: Tensor
+    var_t: Tensor
+    cov: Tensor
+
+
+def ima(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Optional[Tensor] = None,
+    standardize: bool = True,
+    standardize_teacher: bool = True,
+    deflate: bool = True,
+    scale_on: str = "standardized",
+    scale_floor: float = 0.1,
+    weight: Optional[Tensor] = None,
+) -> Tensor:
+    """Frequency mask, instance standardization, adaptive scale deflation, squared error.
+
+    1. F̂ = F⁻¹(M ⊙ F(S)) (Eq. 2-4); skipped without ``mask``.
+    2. F ← (F − μ)/√(σ² + 1e-5) per instance and channel, biased σ² (Eq. 5-7).
+    3. F̃ = α F, α = clamp(cos(F^S, F^T), 0, 1) over the instance's flattened maps (Eq. 8-10), then
+       α ← f + (1 − f) α. α carries no gradient.
+    4. mean over instances of the mean over channels and cells of (F̃^S − F^T)² (Eq. 4).
+
+    The paper leaves open: whether the teacher is standardized (Eq. 7 no, Eq. 15 yes), ε, which
+    maps Eq. 8 compares, and what becomes of an instance with a negative cosine: the clamped 0 is
+    an exactly zero gradient for ever, hence the floor f. ``scale_on="raw", scale_floor=0`` and
+    ``standardize_teacher=False`` are the paper to the letter.
+
+    Args:
+        student, teacher: (N, C, H, W), one instance a batch entry.
+        mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student.
+        standardize: step 2.
+        standardize_teacher: step 2 also for the teacher; read only if ``standardize``.
+        deflate: step 3.
+        scale_on: "standardized" (the maps that are compared) or "raw" (before step 2).
+        scale_floor: f in [0, 1].
+        weight: (N, 1, H, W) >= 0, the instance's share of each cell; enters μ, σ, α and the loss.
+            An instance without weight counts as a full rectangle. None: all cells.
+
+    Returns:
+        A scalar >= 0 (up to rounding); a connected zero without instances.
+
+    Raises:
+        ValueError: shapes differ, or ``scale_on`` or ``scale_floor`` is out of range.
+    """
+    if scale_on not in ("standardized", "raw"):
+        raise ValueError(f"scale_on must be 'standardized' or 'raw', got {scale_on!r}")
+    if not 0 <= scale_floor <= 1:
+        raise ValueError(f"scale_floor must be in [0, 1], got {scale_floor}")
+    student, teacher = same_shape(student, teacher)
+    if len(student) == 0:
+        return student.sum()
+    if weight is None:
+        moments = _spectral_moments(student, teacher, mask) if mask is not None else None
+    else:
+        moments, student = None, _filtered(student, mask)
+    moments = moments or _spatial_moments(student, teacher, weight)
+    raw = _second_moments(moments, standardize=False, standardize_teacher=False)
+    compared = _second_moments(moments, standardize, standardize_teacher)
+    scale = torch.ones_like(compared[0][:, :1])
+    if deflate:
+        cosine = _cosine(*(compared if scale_on == "standardized" else raw)).detach()
+        scale = scale_floor + (1 - scale_floor) * cosine.clamp(0, 1)[:, None]
+    ss, tt, st = compared
+    return (scale**2 * ss + tt - 2 * scale * st).mean()
+
+
+def _filtered(student: Tensor, mask: Optional[Tensor]) -> Tensor:
+    if mask is None:
+        return student
+    return torch.fft.irfft2(mask * torch.fft.rfft2(student), s=student.shape[-2:])
+
+
+def _spatial_moments(student: Tensor, teacher: Tensor, weight: Optional[Tensor]) -> _Moments:
+    cells = (-2, -1)
+    if weight is None:
+        share = student.new_full((1, 1, 1, 1), 1 / (student.shape[-2] * student.shape[-1]))
+    else:
+        weight = full_precision(weight)
+        total = weight.sum(cells, keepdim=True)
+        weight = torch.where(total > 0, weight, torch.ones_like(weight))
+        share = weight / weight.sum(cells, keepdim=True)
+    mean_s = (share * student).sum(cells, keepdim=True)
+    mean_t = (share * teacher).sum(cells, keepdim=True)
+    s, t = student - mean_s, teacher - mean_t
+    return _Moments(
+        mean_s[..., 0, 0],
+        mean_t[..., 0, 0],
+        (share * s * s).sum(cells),
+        (share * t * t).sum(cells),
+        (share * s * t).sum(cells),
+    )
+
+
+def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> _Moments:
+    """Moments of the masked student from the spectra (Parseval); no inverse transform."""
+    height, width = student.shape[-2:]
+    cells = height * width
+    s, t = mask * torch.fft.rfft2(student), torch.fft.rfft2(teacher)
+    weight = half_spectrum_weight(width, s.device).expand(height, -1).clone()
+    weight[0, 0] = 0  # the constant term is the mean, not variance
+    weight = weight / cells**2
+    mean_t = teacher.mean((-2, -1), keepdim=True)
+    return _Moments(
+        s[..., 0, 0].real / cells,
+        mean_t[..., 0, 0],
+        (weight * (s.real.square() + s.imag.square())).sum((-2, -1)),
+        (teacher - mean_t).square().mean((-2, -1)),
+        (weight * (s.real * t.real + s.imag * t.imag)).sum((-2, -1)),
+    )
+
+
+def _second_moments(
+    m: _Moments, standardize: bool, standardize_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E[a²], E[b²], E[ab] of the compared maps a (student) and b (teacher), (N, C) each."""
+    if not standardize:
+        return m.var_s + m.mean_s**2, m.var_t + m.mean_t**2, m.cov + m.mean_s * m.mean_t
+    std_s, std_t = (m.var_s + EPS).sqrt(), (m.var_t + EPS).sqrt()
+    if standardize_teacher:
+        return m.var_s / (m.var_s + EPS), m.var_t / (m.var_t + EPS), m.cov / (std_s * std_t)
+    return m.var_s / (m.var_s + EPS), m.var_t + m.mean_t**2, m.cov / std_s
+
+
+def _cosine(ss: Tensor, tt: Tensor, st: Tensor) -> Tensor:
+    """(N,) cosine of the flattened maps; 0 where one of them is zero."""
+    norm = (ss.sum(1) * tt.sum(1)).clamp(min=1e-24).sqrt()
+    return st.sum(1) / norm

@@ -1,0 +1,48 @@
+"""Divergences between predictions (Hinton et al., "Distilling the knowledge in a neural network").
+
+KL(P || Q) = Σ P (log P − log Q) with P the teacher; T² keeps the gradient's size independent of T.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reduce import same_shape
+
+
+def categorical_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · KL(softmax(t / T) || softmax(s / T)) of each row.
+
+    Args:
+        student, teacher: (N, K) logits.
+        temperature: T > 0.
+
+    Returns:
+        (N,) >= 0.
+    """
+    student, teacher = same_shape(student, teacher)
+    log_q = F.log_softmax(student / temperature, dim=1)
+    log_p = F.log_softmax(teacher / temperature, dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1) * temperature**2
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean of :func:`categorical_kl` over the rows; a connected zero for none."""
+    loss = categorical_kl(student, teacher, temperature)
+    return loss.sum() / max(len(loss), 1)
+
+
+def binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · KL(Bernoulli(σ(t / T)) || Bernoulli(σ(s / T))) of each element.
+
+    Args:
+        student, teacher: logits of the same shape.
+        temperature: T > 0.
+
+    Returns:
+        The elements' divergences >= 0, of the same shape, finite for every finite logit.
+    """
+    student, teacher = same_shape(student, teacher)
+    s, t = student / temperature, teacher / temperature
+    positive = t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
+    negative = (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    return (positive + negative) * temperature**2

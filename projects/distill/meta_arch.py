@@ -1,0 +1,137 @@
+"""The distilled student as a detectron2 meta-architecture."""
+
+import logging
+from typing import Any, ClassVar, Optional
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from .config import teacher_config
+from .data.datasets import class_names
+from .errors import ConfigError
+from .heads import DistillHead, build_heads
+from .probes import DenseProbe, Probe, RCNNProbe, SemanticProbe, build_probe
+from .structures import NetSpec
+from .teacher import Teacher, build_teacher
+
+logger = logging.getLogger(__name__)
+
+
+class DistillModel(nn.Module):
+    """A stock detectron2 student, a frozen teacher, and heads that compare them.
+
+    In training the student runs its own ``forward`` under taps; the teacher is asked only for
+    what the heads that are active at this iteration need. In evaluation it is the student alone.
+
+    Args:
+        student: a plain detectron2 meta-architecture.
+        teacher: None if there are no heads.
+        heads: :class:`DistillHead` modules by name.
+    """
+
+    probe_type: ClassVar[type[Probe]] = Probe
+
+    @configurable
+    def __init__(self, *, student: nn.Module, teacher: Optional[Teacher], heads: nn.ModuleDict):
+        super().__init__()
+        self.student = student
+        self.probe = build_probe(student)
+        if not isinstance(self.probe, self.probe_type):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE {type(self).__name__} distils "
+                f"{self.probe_type.family.__name__} students, not {type(student).__name__}; "
+                "change it or MODEL.DISTILL.STUDENT_ARCHITECTURE."
+            )
+        self.heads = heads
+        self.teacher = teacher  # no nn.Module: stays outside parameters() and state_dict()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        student = META_ARCH_REGISTRY.get(cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE)(cfg)
+        teacher, heads = None, nn.ModuleDict()
+        if cfg.MODEL.DISTILL.HEADS:
+            # More modules would shift the global random state, and with it the data order.
+            with torch.random.fork_rng():
+                torch.manual_seed(max(cfg.SEED, 0))
+                teacher = build_teacher(cfg)
+                heads = build_heads(cfg, *net_specs(cfg, build_probe(student), teacher.probe))
+        return {"student": student, "teacher": teacher, "heads": heads}
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device  # type: ignore[return-value]
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """detectron2's contract: losses in training, predictions in evaluation."""
+        if not self.training or not self.heads:
+            return self.student(batched_inputs)
+        needs = self.active_needs()
+        with self.probe.listen(needs) as calls:
+            losses: dict[str, Tensor] = self.student(batched_inputs)
+        batch = self.probe.batch(calls, batched_inputs)
+        student = self.probe.read(calls, batch, needs)
+        teacher = self.teacher.ask(student, needs) if self.teacher and needs else None
+        for head in self.heads.values():
+            losses.update(head(student, teacher))
+        return losses
+
+    def active_needs(self) -> frozenset[str]:
+        """Signals that the heads with a weight at this iteration compare."""
+        heads: list[DistillHead] = list(self.heads.values())  # type: ignore[arg-type]
+        return frozenset().union(*(head.needs for head in heads if head.factor() != 0))
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRCNN(DistillModel):
+    """Students: GeneralizedRCNN (Faster, Mask, Cascade) and PanopticFPN."""
+
+    probe_type = RCNNProbe
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRetinaNet(DistillModel):
+    """Students: every ``DenseDetector`` (RetinaNet, FCOS)."""
+
+    probe_type = DenseProbe
+
+
+@META_ARCH_REGISTRY.register()
+class DistillSemanticSegmentor(DistillModel):
+    """Students: SemanticSegmentor."""
+
+    probe_type = SemanticProbe
+
+
+def net_specs(cfg: CfgNode, student: Probe, teacher: Probe) -> tuple[NetSpec, NetSpec]:
+    """What heads may know of the two networks, class names included."""
+    semantic = "rois" not in student.signals and "sem_seg" in student.signals
+    names = class_names(cfg, semantic) or tuple(f"class {i}" for i in range(student.num_classes))
+    return (
+        NetSpec("student", student.model, *_features(student), names),
+        NetSpec("teacher", teacher.model, *_features(teacher), _teacher_classes(cfg, names, teacher)),
+    )
+
+
+def _features(probe: Probe) -> tuple[Any, frozenset[str]]:
+    return probe.model.backbone.output_shape(), probe.signals
+
+
+def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Probe) -> tuple[str, ...]:
+    """The teacher's class names: given, or those of its training set, or the student's."""
+    number = teacher.num_classes
+    given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)
+    if given and len(given) != number:
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
+            f"{number} classes."
+        )
+    own = class_names(teacher_config(cfg), "sem_seg" in teacher.signals and number != len(student))
+    if given or (own and len(own) == number):
+        return given or own or ()
+    if number == len(student):
+        logger.warning("The teacher's class names are unknown; assuming those of the student.")
+        return student
+    # Only heads that compare predictions need names; they refuse these.
+    return tuple(f"unknown teacher class {i}" for i in range(number))

@@ -1,0 +1,8 @@
+"""Networks that detectron2 lacks, as ordinary registered components.
+
+A checkpoint of a student that uses one needs only ``import distill.nets`` beside detectron2.
+"""
+
+from .resnet import build_shallow_resnet_backbone, build_shallow_resnet_fpn_backbone
+
+__all__ = ["build_shallow_resnet_backbone", "build_shallow_resnet_fpn_backbone"]

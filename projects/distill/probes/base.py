@@ -1,0 +1,86 @@
+"""The two questions of distillation: what did the student say, what would the teacher say?"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from ..structures import Batch, Signals
+from ..taps import Calls, listen
+
+
+class Probe:
+    """Reads a student through taps, asks a teacher through its public submodules.
+
+    A subclass names its family's modules. A probe serves a network in either role; the teacher is
+    never run through its ``forward``: dense inference rewrites what a tap recorded
+    (``sigmoid_``), training mode updates statistics, and both compute what nobody reads.
+    """
+
+    family: ClassVar[type[nn.Module]]
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Names of the :class:`Signals` fields that this network can fill."""
+        return frozenset({"features"})
+
+    @property
+    def num_classes(self) -> int:
+        """Number of (foreground) classes that this network predicts."""
+        return self.model.num_classes
+
+    def taps(self, needs: Collection[str]) -> list[str]:
+        """Modules to tap so that :meth:`read` can fill ``needs``; the backbone is always one."""
+        return ["backbone"]
+
+    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
+        """What the student said in the forward that ``calls`` recorded."""
+        return Signals(batch, features=dict(calls["backbone"].output))
+
+    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
+        """What the teacher says of the student's batch and boxes; call it under ``no_grad``.
+
+        Args:
+            images: (N, C, H, W) preprocessed for this network, at least as large as the canvas.
+            student: the student's signals, whose boxes the teacher is asked about.
+            needs: signals to fill.
+        """
+        return Signals(student.batch, features=self.model.backbone(images))
+
+    @contextmanager
+    def listen(self, needs: Collection[str]) -> Iterator[Calls]:
+        """Tap this network for one forward."""
+        with listen(self.model, self.taps(needs)) as calls:
+            yield calls
+
+    def batch(self, calls: Calls, inputs: list[dict[str, Any]]) -> Batch:
+        """The batch as the tapped student saw it."""
+        images = calls["backbone"].args[0]
+        instances = [x["instances"].to(images.device) for x in inputs if "instances" in x]
+        return Batch(inputs, tuple(images.shape[-2:]), instances)
+
+    def preprocess(self, inputs: list[Tensor], canvas: tuple[int, int]) -> Tensor:
+        """Normalise, pad and batch pictures for this network.
+
+        Args:
+            inputs: one (C, H, W) tensor a picture in this network's channel order.
+            canvas: (height, width) that the result covers at least; this network's own
+                divisibility or square padding may pad further.
+
+        Returns:
+            (N, C, H, W).
+        """
+        model = self.model
+        images = [(x.to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs]
+        # The first picture, padded to the canvas, carries the whole batch to the canvas' size.
+        first = images[0]
+        images[0] = first.new_zeros(len(first), *canvas)
+        images[0][:, : first.shape[1], : first.shape[2]] = first
+        return ImageList.from_tensors(
+            images, model.backbone.size_divisibility, 0.0, model.backbone.padding_constraints
+        ).tensor

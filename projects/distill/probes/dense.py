@@ -1,0 +1,59 @@
+"""Dense detectors: backbone, then one head on every level (RetinaNet, FCOS)."""
+
+from collections.abc import Collection
+from typing import Any, Optional
+
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from torch import Tensor
+
+from ..structures import Batch, Dense, Signals
+from ..taps import Calls
+from .base import Probe
+
+
+def dense_signal(
+    output: tuple[Any, ...], num_classes: int, student: Optional[Dense] = None
+) -> Dense:
+    """A head's (logits, deltas, ...) lists of (N, Ai x K, Hi, Wi) maps as a :class:`Dense`.
+
+    With ``student``, the maps are cut to the cells that both networks share: a teacher may have
+    padded its canvas further.
+    """
+    logits, deltas, *extra = output
+    if student is not None:
+        logits, deltas, *extra = (
+            [x[..., :h, :w] for x, (h, w) in zip(maps, student.sizes)] for maps in output
+        )
+    return Dense(
+        [permute_to_N_HWA_K(x, num_classes) for x in logits],
+        [permute_to_N_HWA_K(x, 4) for x in deltas],
+        [tuple(x.shape[-2:]) for x in logits],
+        tuple(extra),
+    )
+
+
+class DenseProbe(Probe):
+    """A ``DenseDetector`` whose head returns per-level logits first and box deltas second."""
+
+    family = DenseDetector
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset({"features", "dense"})
+
+    def taps(self, needs: Collection[str]) -> list[str]:
+        return super().taps(needs) + (["head"] if "dense" in needs else [])
+
+    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
+        signals = super().read(calls, batch, needs)
+        if "dense" in needs:
+            signals.dense = dense_signal(calls["head"].output, self.model.num_classes)
+        return signals
+
+    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
+        signals = super().ask(images, student, needs)
+        if "dense" in needs:
+            maps = [signals.features[f] for f in self.model.head_in_features]
+            output = self.model.head(maps)
+            signals.dense = dense_signal(output, self.model.num_classes, student.dense)
+        return signals

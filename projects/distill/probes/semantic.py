@@ -1,0 +1,58 @@
+"""Semantic segmentation: backbone, then a head whose last convolution is ``predictor``."""
+
+from collections.abc import Collection
+
+from detectron2.modeling.meta_arch import SemanticSegmentor
+from torch import Tensor, nn
+
+from ..structures import Batch, SemSeg, Signals
+from ..taps import Calls, listen
+from .base import Probe
+
+PREDICTOR = "sem_seg_head.predictor"
+
+
+def sem_seg_taps(needs: Collection[str]) -> list[str]:
+    return [PREDICTOR] if "sem_seg" in needs else []
+
+
+def read_sem_seg(signals: Signals, calls: Calls, needs: Collection[str]) -> None:
+    """Fill ``signals.sem_seg`` if needed; the head itself returns losses in training."""
+    if "sem_seg" in needs:
+        call = calls[PREDICTOR]
+        signals.sem_seg = SemSeg(call.args[0], call.output)
+
+
+def ask_sem_seg(model: nn.Module, signals: Signals, needs: Collection[str]) -> None:
+    """Fill ``signals.sem_seg`` if needed by running the head up to its predictor."""
+    if "sem_seg" in needs:
+        head: nn.Module = model.sem_seg_head  # type: ignore[assignment]
+        with listen(model, [PREDICTOR]) as calls:
+            # ``layers`` stops before the upsampling; heads without it pay for that.
+            getattr(head, "layers", head)(signals.features)
+        read_sem_seg(signals, calls, needs)
+
+
+class SemanticProbe(Probe):
+    family = SemanticSegmentor
+
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset({"features", "sem_seg"})
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.sem_seg_head.predictor.out_channels
+
+    def taps(self, needs: Collection[str]) -> list[str]:
+        return super().taps(needs) + sem_seg_taps(needs)
+
+    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
+        signals = super().read(calls, batch, needs)
+        read_sem_seg(signals, calls, needs)
+        return signals
+
+    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
+        signals = super().ask(images, student, needs)
+        ask_sem_seg(self.model, signals, needs)
+        return signals

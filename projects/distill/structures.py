@@ -1,0 +1,131 @@
+"""What crosses the boundaries of a detector, in one vocabulary for students and teachers.
+
+Shape shorthand:
+
+    N: images in the minibatch
+    R: anchors or points of one level, Hi x Wi x Ai
+    Ri: boxes of image i; ΣRi over the minibatch
+    K: foreground classes
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+
+@dataclass
+class Batch:
+    """The pictures that student and teacher look at.
+
+    Attributes:
+        inputs: detectron2's ``batched_inputs``; ``image`` is (C, H, W) in the student's format.
+        canvas: (height, width) of the student's padded input in pixels. Boxes of every signal
+            are in pixels of this canvas.
+        instances: ground truth on the student's device; empty for semantic segmentation.
+    """
+
+    inputs: list[dict[str, Any]]
+    canvas: tuple[int, int]
+    instances: list[Instances] = field(default_factory=list)
+
+    @property
+    def boxes(self) -> list[Tensor]:
+        """Ground-truth boxes, one (Ri, 4) XYXY tensor an image."""
+        return [x.gt_boxes.tensor for x in self.instances]
+
+
+@dataclass
+class Dense:
+    """Outputs of a dense head; the RPN is the dense head of an R-CNN (K = 1, objectness).
+
+    Attributes:
+        logits: one (N, R, K) tensor a level, finest first.
+        deltas: one (N, R, 4) tensor a level.
+        sizes: (Hi, Wi) of each level in cells.
+        extra: further outputs of the head as they are, such as FCOS's centerness.
+    """
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    sizes: list[tuple[int, int]]
+    extra: tuple[Any, ...] = ()
+
+
+@dataclass
+class ROIs:
+    """Outputs of one box stage on the boxes that the *student* sampled, in the student's order.
+
+    Attributes:
+        boxes: one (Ri, 4) tensor an image.
+        logits: (ΣRi, K + 1), background last.
+        deltas: (ΣRi, K or 1, 4), divided by the ``box2box_transform``'s weights, so that stages
+            and networks with other weights compare.
+        labels: (ΣRi,) in [0, K], K is background, in the student's classes.
+    """
+
+    boxes: list[Tensor]
+    logits: Tensor
+    deltas: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Masks:
+    """Mask logits of the student's foreground instances.
+
+    Attributes:
+        boxes: one (Ri, 4) tensor an image.
+        logits: (ΣRi, K or 1, M, M).
+        labels: (ΣRi,) in [0, K), in the student's classes.
+    """
+
+    boxes: list[Tensor]
+    logits: Tensor
+    labels: Tensor
+
+
+@dataclass
+class SemSeg:
+    """A semantic head before upsampling.
+
+    Attributes:
+        features: (N, C, H, W), the input of the last convolution.
+        logits: (N, K, H, W).
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Signals:
+    """Everything one network said about one batch. What nobody asked for stays empty."""
+
+    batch: Batch
+    features: dict[str, Tensor] = field(default_factory=dict)
+    dense: Optional[Dense] = None
+    rois: list[ROIs] = field(default_factory=list)
+    masks: Optional[Masks] = None
+    sem_seg: Optional[SemSeg] = None
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """What a head may know of a network when it is built.
+
+    Attributes:
+        name: "student" or "teacher", for messages.
+        model: the detectron2 network itself; read its attributes, never run it.
+        features: channels and stride of each backbone output.
+        signals: names of the :class:`Signals` fields that the family produces.
+        classes: class names in the order of the network's outputs, background excluded.
+    """
+
+    name: str
+    model: nn.Module
+    features: dict[str, ShapeSpec]
+    signals: frozenset[str]
+    classes: tuple[str, ...]

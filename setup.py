@@ -1,0 +1,47 @@
+"""Packages `projects/distill` as the distribution `distill`."""
+
+from setuptools import find_packages, setup
+
+# detectron2 is needed too, but is not on PyPI under its own name: see tools/install_detectron2.py.
+# Besides this project's own imports the list has what detectron2 imports.
+REQUIREMENTS = [
+    "torch>=2.5",
+    "torchvision>=0.20",
+    "numpy>=1.26,<2.3",  # cityscapesscripts calls np.in1d
+    "pillow>=10,<13",  # cityscapesscripts reads instance masks as 32-bit PNG
+    "setuptools>=70.1,<82",  # detectron2.model_zoo imports pkg_resources
+    "black",  # detectron2's LazyConfig.to_py
+    "cityscapesscripts>=2.2",
+    "cloudpickle",
+    "fvcore>=0.1.5,<0.1.6",
+    "hydra-core>=1.3,<1.4",
+    "iopath>=0.1.9",
+    "matplotlib>=3.8",
+    "omegaconf>=2.3,<2.4",
+    "opencv-python-headless>=4.9",
+    "packaging",
+    "pycocotools>=2.0.7",
+    "pyyaml>=6",
+    "rich>=13",
+    "safetensors>=0.4",
+    "scipy>=1.11",
+    "shapely>=2",  # polygons of Cityscapes and of RandomCrop
+    "tabulate>=0.9",
+    "tensorboard>=2.15",
+    "termcolor>=2",
+    "timm>=1.0",
+    "tqdm>=4.66",
+    "yacs>=0.1.8",
+]
+
+setup(
+    name="distill",
+    version="0.1.0",
+    description="Knowledge distillation for detectron2",
+    license="Apache-2.0",
+    package_dir={"": "projects"},
+    packages=find_packages("projects", include=["distill", "distill.*"]),
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": ["hypothesis>=6", "mypy>=1.10", "pytest>=8", "ruff>=0.6"]},
+)
