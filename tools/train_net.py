@@ -1,6 +1,6 @@
 """Train or evaluate a plain or distilled detectron2 model.
 
-    python tools/train_net.py --config-file configs/quick/demo_distilled.yaml [KEY VALUE ...]
+python tools/train_net.py --config-file configs/quick/demo_distilled.yaml [KEY VALUE ...]
 """
 
 import sys

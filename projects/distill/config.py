@@ -3,7 +3,7 @@
 import difflib
 import io
 import os
-from typing import Any, Optional
+from typing import Any
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -150,14 +150,17 @@ def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
 
 
 def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
+    keys: list[str] = []
     for name, value in node.items():
-        keys += _leaves(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
+        keys += (
+            _leaves(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
+        )
     return keys
 
 
 def _check_key(cfg: CfgNode, key: str, source: str) -> None:
-    node, path = cfg, []
+    path: list[str] = []
+    node = cfg
     for name in key.split("."):
         if not isinstance(node, CfgNode) or name not in node:
             if cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
@@ -222,7 +225,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return teacher
 
 
-def _zoo_file(name: str) -> Optional[str]:
+def _zoo_file(name: str) -> str | None:
     if os.path.isfile(name):
         return None
     try:
@@ -276,7 +279,9 @@ def _validate_ima(cfg: CfgNode) -> None:
     _one_of("MODEL.DISTILL.IMA.SCOPE", node.SCOPE, IMA_SCOPES)
     _one_of("MODEL.DISTILL.IMA.SCALE_ON", node.SCALE_ON, ("standardized", "raw"))
     if not 0 <= node.MASK_RATIO < 1:
-        raise ConfigError(f"MODEL.DISTILL.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be in [0, 1).")
+        raise ConfigError(
+            f"MODEL.DISTILL.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be in [0, 1)."
+        )
     if not 0 <= node.SCALE_FLOOR <= 1:
         raise ConfigError(
             f"MODEL.DISTILL.IMA.SCALE_FLOOR is {node.SCALE_FLOOR}; it must be in [0, 1]."

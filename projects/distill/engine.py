@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -228,7 +228,7 @@ def setup_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     return cfg
 
 
-def evaluate(cfg: CfgNode, weights: Optional[str] = None) -> "OrderedDict[str, Any]":
+def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]":
     """Evaluate the student alone; needs none of the teacher's files.
 
     Args:
@@ -256,7 +256,7 @@ def run(args: Namespace) -> Any:
     return trainer.train()
 
 
-def finished_checkpoint(cfg: CfgNode) -> Optional[str]:
+def finished_checkpoint(cfg: CfgNode) -> str | None:
     """The final checkpoint of a finished run; it needs no teacher any more."""
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if not os.path.isfile(path):
@@ -265,7 +265,7 @@ def finished_checkpoint(cfg: CfgNode) -> Optional[str]:
     return path if saved.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER else None
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """``train_net.py``: detectron2's command line, also under ``torchrun``.
 
     Returns:

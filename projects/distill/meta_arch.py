@@ -1,7 +1,7 @@
 """The distilled student as a detectron2 meta-architecture."""
 
 import logging
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -34,7 +34,7 @@ class DistillModel(nn.Module):
     probe_type: ClassVar[type[Probe]] = Probe
 
     @configurable
-    def __init__(self, *, student: nn.Module, teacher: Optional[Teacher], heads: nn.ModuleDict):
+    def __init__(self, *, student: nn.Module, teacher: Teacher | None, heads: nn.ModuleDict):
         super().__init__()
         self.student = student
         self.probe = build_probe(student)
@@ -110,7 +110,9 @@ def net_specs(cfg: CfgNode, student: Probe, teacher: Probe) -> tuple[NetSpec, Ne
     names = class_names(cfg, semantic) or tuple(f"class {i}" for i in range(student.num_classes))
     return (
         NetSpec("student", student.model, *_features(student), names),
-        NetSpec("teacher", teacher.model, *_features(teacher), _teacher_classes(cfg, names, teacher)),
+        NetSpec(
+            "teacher", teacher.model, *_features(teacher), _teacher_classes(cfg, names, teacher)
+        ),
     )
 
 

@@ -9,11 +9,11 @@ Shape shorthand:
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass
@@ -106,10 +106,10 @@ class Signals:
 
     batch: Batch
     features: dict[str, Tensor] = field(default_factory=dict)
-    dense: Optional[Dense] = None
+    dense: Dense | None = None
     rois: list[ROIs] = field(default_factory=list)
-    masks: Optional[Masks] = None
-    sem_seg: Optional[SemSeg] = None
+    masks: Masks | None = None
+    sem_seg: SemSeg | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class NetSpec:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     features: dict[str, ShapeSpec]
     signals: frozenset[str]
     classes: tuple[str, ...]

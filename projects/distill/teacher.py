@@ -54,7 +54,7 @@ class Teacher:
         return self.probe.ask(self.preprocess(batch), student, needs)
 
     def preprocess(self, batch: Batch) -> Tensor:
-        """The student's augmented pictures in the teacher's channel order, mean, std and padding."""
+        """The student's pictures in the teacher's channel order, mean, std and padding."""
         images = [x["image"] for x in batch.inputs]
         if self.flip_channels:
             images = [x.flip(0) for x in images]

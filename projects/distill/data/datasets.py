@@ -1,7 +1,7 @@
 """Data sets: registration by config alone, and the checks before training."""
 
 import os
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -43,7 +43,7 @@ def register_coco_format(cfg: CfgNode) -> None:
         register_coco_instances(name, {}, annotations, images)
 
 
-def class_names(cfg: CfgNode, semantic: bool = False) -> Optional[tuple[str, ...]]:
+def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     """Class names of the first training set; None if they cannot be known.
 
     Args:
@@ -94,7 +94,7 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     return dicts
 
 
-def number_of_classes(cfg: CfgNode) -> Optional[int]:
+def number_of_classes(cfg: CfgNode) -> int | None:
     """Instance classes that the configured student predicts; None if it has none."""
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     if architecture == "RetinaNet":
@@ -104,9 +104,7 @@ def number_of_classes(cfg: CfgNode) -> Optional[int]:
     return None
 
 
-def check_annotations(
-    dicts: list[dict[str, Any]], num_classes: Optional[int], masks: bool
-) -> None:
+def check_annotations(dicts: list[dict[str, Any]], num_classes: int | None, masks: bool) -> None:
     """Refuse annotations that would train a wrong model or stop it in the middle."""
     outside: list[str] = []
     for picture in dicts:

@@ -1,6 +1,6 @@
 """The contract of a distillation head."""
 
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class DistillHead(nn.Module):
         }
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> Optional[str]:
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
         """Why this head cannot compare these two networks, or None."""
         for net in (student, teacher):
             missing = cls.needs - net.signals
@@ -84,7 +84,7 @@ class DistillHead(nn.Module):
         """Unweighted scalar losses by a short name ("" for a single one), to be summed."""
         raise NotImplementedError
 
-    def forward(self, student: Signals, teacher: Optional[Signals]) -> dict[str, Tensor]:
+    def forward(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
         """Weighted losses, named ``loss_<head>[/<part>]``.
 
         Args:
@@ -123,8 +123,8 @@ class RandomState(nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # other masks in every process
-        self._generator: Optional[torch.Generator] = None
-        self._state: Optional[Tensor] = None
+        self._generator: torch.Generator | None = None
+        self._state: Tensor | None = None
 
     def generator(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
@@ -133,10 +133,10 @@ class RandomState(nn.Module):
                 self._generator.set_state(self._state)
         return self._generator
 
-    def get_extra_state(self) -> Optional[Tensor]:
+    def get_extra_state(self) -> Tensor | None:
         return self._generator.get_state() if self._generator else self._state
 
-    def set_extra_state(self, state: Optional[Tensor]) -> None:
+    def set_extra_state(self, state: Tensor | None) -> None:
         self._state, self._generator = state, None
 
 

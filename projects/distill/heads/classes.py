@@ -1,7 +1,6 @@
 """Classes of two networks, matched by name."""
 
 import logging
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ def _gather(x: Tensor, labels: Tensor) -> Tensor:
     return x[rows, labels.clamp(max=x.shape[1] - 1)]
 
 
-def no_shared_class(student: NetSpec, teacher: NetSpec) -> Optional[str]:
+def no_shared_class(student: NetSpec, teacher: NetSpec) -> str | None:
     """The reason against comparing predictions of networks without a common class, or None."""
     if set(student.classes) & set(teacher.classes):
         return None

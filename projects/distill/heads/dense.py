@@ -1,6 +1,6 @@
 """Heads that compare dense predictions anchor by anchor."""
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -32,7 +32,7 @@ class DenseLayout(NamedTuple):
         )
 
 
-def layout_problem(student: NetSpec, teacher: NetSpec) -> Optional[str]:
+def layout_problem(student: NetSpec, teacher: NetSpec) -> str | None:
     """Why dense outputs at the same index speak of different boxes, or None."""
     s, t = DenseLayout.of(student), DenseLayout.of(teacher)
     if s.objectness != t.objectness:
@@ -41,7 +41,9 @@ def layout_problem(student: NetSpec, teacher: NetSpec) -> Optional[str]:
         return f"the dense heads' strides differ (student {s.strides}, teacher {t.strides})"
     for level, (a, b) in enumerate(zip(s.anchors, t.anchors)):
         if a.shape != b.shape or not torch.allclose(a, b, atol=1e-3):
-            return f"the anchors of level {level} differ (student {len(a)}, teacher {len(b)} a cell)"
+            return (
+                f"the anchors of level {level} differ (student {len(a)}, teacher {len(b)} a cell)"
+            )
     return None
 
 
@@ -71,7 +73,7 @@ class DenseDistillHead(DistillHead):
         return ret
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> Optional[str]:
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
         problem = super().problem(student, teacher) or layout_problem(student, teacher)
         if problem or DenseLayout.of(student).objectness:
             return problem
@@ -81,8 +83,7 @@ class DenseDistillHead(DistillHead):
         """(N, R, K') logits of the shared classes of every level."""
         assert student.dense is not None and teacher.dense is not None
         return [
-            self.classes.select(s, t)
-            for s, t in zip(student.dense.logits, teacher.dense.logits)
+            self.classes.select(s, t) for s, t in zip(student.dense.logits, teacher.dense.logits)
         ]
 
 

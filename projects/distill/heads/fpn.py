@@ -2,7 +2,7 @@
 
 import logging
 from math import ceil
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ class IMA(FPNDistillHead):
         self.scope = scope
         self.mask_ratio = mask_ratio
         self.random = RandomState(seed)
-        self.options = {
+        self.options: dict[str, Any] = {
             "standardize": standardize,
             "standardize_teacher": standardize_teacher,
             "deflate": deflate,
@@ -179,9 +179,7 @@ class IMA(FPNDistillHead):
             "scale_floor": scale_floor,
         }
         if scope != "image":
-            self.pooler = ROIPooler(
-                CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2"
-            )
+            self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
@@ -226,7 +224,7 @@ class IMA(FPNDistillHead):
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return self.align(student, teacher, None)
 
-    def align(self, student: Tensor, teacher: Tensor, weight: Optional[Tensor]) -> Tensor:
+    def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
         mask = None
         if self.mask_ratio > 0:
             batch, _, height, width = student.shape

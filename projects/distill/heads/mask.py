@@ -1,6 +1,6 @@
 """Heads that compare instance masks."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -32,7 +32,7 @@ class InstanceMaskDistillHead(DistillHead):
         return ret
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> Optional[str]:
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
         return super().problem(student, teacher) or no_shared_class(student, teacher)
 
     def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:

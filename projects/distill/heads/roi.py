@@ -1,6 +1,6 @@
 """Heads that compare box predictions on the student's sampled boxes."""
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
@@ -49,14 +49,14 @@ class ROIDistillHead(DistillHead):
         return ret
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> Optional[str]:
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
         problem = super().problem(student, teacher) or no_shared_class(student, teacher)
         if problem:
             return problem
         for net in (student, teacher):
-            predictors = net.model.roi_heads.box_predictor  # type: ignore[union-attr]
+            predictors = net.model.roi_heads.box_predictor
             for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-                if predictor.use_sigmoid_ce:  # type: ignore[union-attr]
+                if predictor.use_sigmoid_ce:
                     return f"the {net.name} scores boxes by sigmoids (ROI_BOX_HEAD.USE_SIGMOID_CE)"
         return None
 

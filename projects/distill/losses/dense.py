@@ -6,9 +6,7 @@ from .kd import binary_kl
 from .reduce import full_precision
 
 
-def dense_kd(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def dense_kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Bernoulli KL of dense class logits, weighted by the teacher's confidence.
 
     L = Σ_a w_a Σ_k KL_ak / Σ_a w_a, w_a = max_k σ(t_ak). Nearly all anchors are background on

@@ -31,9 +31,7 @@ def frequency_mask(
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
     columns = width // 2 + 1
-    draw = torch.rand(
-        (batch, 1, height, columns), generator=generator, device=generator.device
-    )
+    draw = torch.rand((batch, 1, height, columns), generator=generator, device=generator.device)
     mirrored_rows = (-torch.arange(height, device=draw.device)) % height
     rows = torch.arange(height, device=draw.device)
     first = torch.minimum(rows, mirrored_rows)  # both of a pair read the same draw

@@ -1,6 +1,6 @@
 """Instance Mask Alignment (IMA, Sec. "Methods", Eq. 1-10, Algorithm 1)."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,13 @@ class _Moments(NamedTuple):
 def ima(
     student: Tensor,
     teacher: Tensor,
-    mask: Optional[Tensor] = None,
+    mask: Tensor | None = None,
     standardize: bool = True,
     standardize_teacher: bool = True,
     deflate: bool = True,
     scale_on: str = "standardized",
     scale_floor: float = 0.1,
-    weight: Optional[Tensor] = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Frequency mask, instance standardization, adaptive scale deflation, squared error.
 
@@ -84,13 +84,13 @@ def ima(
     return (scale**2 * ss + tt - 2 * scale * st).mean()
 
 
-def _filtered(student: Tensor, mask: Optional[Tensor]) -> Tensor:
+def _filtered(student: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return student
     return torch.fft.irfft2(mask * torch.fft.rfft2(student), s=student.shape[-2:])
 
 
-def _spatial_moments(student: Tensor, teacher: Tensor, weight: Optional[Tensor]) -> _Moments:
+def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) -> _Moments:
     cells = (-2, -1)
     if weight is None:
         share = student.new_full((1, 1, 1, 1), 1 / (student.shape[-2] * student.shape[-1]))

@@ -1,7 +1,7 @@
 """Dense detectors: backbone, then one head on every level (RetinaNet, FCOS)."""
 
 from collections.abc import Collection
-from typing import Any, Optional
+from typing import Any
 
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from torch import Tensor
@@ -11,9 +11,7 @@ from ..taps import Calls
 from .base import Probe
 
 
-def dense_signal(
-    output: tuple[Any, ...], num_classes: int, student: Optional[Dense] = None
-) -> Dense:
+def dense_signal(output: tuple[Any, ...], num_classes: int, student: Dense | None = None) -> Dense:
     """A head's (logits, deltas, ...) lists of (N, Ai x K, Hi, Wi) maps as a :class:`Dense`.
 
     With ``student``, the maps are cut to the cells that both networks share: a teacher may have
