@@ -1,18 +1,27 @@
 """Tiny networks and pictures that every test shares."""
 
-from collections.abc import Iterator
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
 
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import Tensor, nn
 
-import distill  # noqa: F401  registers architectures, backbones and heads
-from distill.config import get_distill_cfg, merge_from_list
+from distill import DistillModel
+from distill.config import get_distill_cfg, merge_from_list, student_config
+from distill.data.datasets import register_coco_format
+from distill.data.shapes import SceneConfig
+from distill.data.shapes_io import write_coco
+from distill.heads import build_heads
+from distill.probes import build_probe
+from distill.structures import NetSpec
+from distill.teacher import Teacher
 
 FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", "semantic")
 ARCHITECTURES = {
@@ -25,6 +34,34 @@ DISTILL_ARCHITECTURES = {
     "semantic": "DistillSemanticSegmentor",
 }
 NUM_CLASSES = 3
+CLASSES = ("circle", "square", "star")
+HEADS = {
+    "faster": ("FitNet", "IMA", "ROIKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
+    "cascade": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
+    "panoptic": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
+    "retinanet": ("FitNet", "IMA", "DenseKD"),
+    "semantic": ("FitNet", "IMA"),
+}
+# Overrides for detectron2's own backbones, as narrow as they can be.
+_STOCK = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4)
+_STOCK += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 16)
+STOCK_FPN = (*_STOCK, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+STOCK_P3_P7 = (
+    *(*_STOCK, "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+    *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+    *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+    *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]),
+)
+# Layers that detectron2 initialises near zero.
+PREDICTORS = (
+    "box_predictor",
+    "mask_head.predictor",
+    "objectness_logits",
+    "anchor_deltas",
+    "head.cls_score",
+    "head.bbox_pred",
+)
 
 
 def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> CfgNode:
@@ -88,6 +125,64 @@ def tiny_model(
     return model.train(training)
 
 
+def outspoken_model(family: str, *opts: Any, seed: int = 0, **kw: Any) -> nn.Module:
+    """:func:`tiny_model` with larger weights in the predictors, so that two seeds disagree."""
+    model = tiny_model(family, *opts, seed=seed, **kw)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and any(x in name for x in PREDICTORS):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def net_spec(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetSpec:
+    """What heads may know of a network."""
+    signals = build_probe(model).signals
+    return NetSpec(name, model, model.backbone.output_shape(), signals, tuple(classes))
+
+
+def distilled(
+    family: str,
+    heads: Sequence[str],
+    *opts: Any,
+    student: Optional[nn.Module] = None,
+    teacher: Optional[nn.Module] = None,
+    teacher_classes: Sequence[str] = CLASSES,
+    teacher_format: str = "BGR",
+    **kw: Any,
+) -> DistillModel:
+    """A distilled student without any file; both networks default to :func:`outspoken_model`.
+
+    Args:
+        student: of ``family``; ``opts`` and ``kw`` then describe the heads only.
+        teacher: by default of the same config and another seed.
+    """
+    cfg = tiny_cfg(family, "MODEL.DISTILL.HEADS", tuple(heads), *opts, **kw)
+    student = student or outspoken_model(family, *opts, seed=0, **kw)
+    teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
+    specs = net_spec("student", student), net_spec("teacher", teacher, teacher_classes)
+    return META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))(
+        student=student,
+        teacher=Teacher(build_probe(teacher), input_format=teacher_format, student_format="BGR"),
+        heads=build_heads(cfg, *specs),
+    ).train()
+
+
+def distilled_from_itself(family: str, heads: Sequence[str], *opts: Any, **kw: Any) -> DistillModel:
+    """:func:`distilled` with a copy of the student for a teacher."""
+    student = outspoken_model(family, *opts, **kw)
+    return distilled(family, heads, *opts, student=student, teacher=copy.deepcopy(student), **kw)
+
+
+def kd_losses(
+    model: nn.Module, pictures: list[dict[str, Any]], iteration: int = 0
+) -> dict[str, Tensor]:
+    """The distillation losses of one training forward."""
+    prefixes = tuple(f"loss_{name.lower()}" for name in model.heads)
+    with EventStorage(iteration):
+        losses = model(pictures)
+    return {k: v for k, v in losses.items() if k.split("/")[0] in prefixes}
+
+
 def picture(
     seed: int, height: int = 64, width: int = 64, objects: int = 2, semantic: bool = False
 ) -> dict[str, Any]:
@@ -110,6 +205,57 @@ def picture(
     return entry
 
 
+def write_teacher(folder: Path, family: str, *opts: Any, **kw: Any) -> list[Any]:
+    """Write a teacher's yaml and checkpoint; returns the overrides that name them."""
+    cfg = tiny_cfg(family, *opts, **kw)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher.yaml").write_text(student_config(cfg).dump())
+    model = outspoken_model(family, *opts, seed=1, **kw)
+    torch.save({"model": model.state_dict()}, folder / "teacher.pth")
+    return [
+        *("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(folder / "teacher.yaml")),
+        *("MODEL.DISTILL.TEACHER.WEIGHTS", str(folder / "teacher.pth")),
+    ]
+
+
+def distill_opts(family: str, heads: Sequence[str]) -> list[Any]:
+    """Overrides that turn a plain config of ``family`` into its distillation."""
+    return [
+        *("MODEL.META_ARCHITECTURE", DISTILL_ARCHITECTURES.get(family, "DistillRCNN")),
+        *("MODEL.DISTILL.STUDENT_ARCHITECTURE", ARCHITECTURES.get(family, "GeneralizedRCNN")),
+        *("MODEL.DISTILL.HEADS", tuple(heads)),
+    ]
+
+
+def trainable_cfg(
+    family: str, shapes: tuple[str, str, str], output: Path, *opts: Any, **kw: Any
+) -> CfgNode:
+    """:func:`tiny_cfg` with the data of :func:`shapes`, registered, and a short schedule."""
+    cfg = tiny_cfg(family, **kw)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 8
+    cfg.DATASETS.COCO_FORMAT = (shapes,)
+    cfg.DATASETS.TRAIN = (shapes[0],)
+    cfg.INPUT.MIN_SIZE_TRAIN = (64, 80)
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.BASE_LR = 0.01
+    cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.OUTPUT_DIR = str(output)
+    merge_from_list(cfg, list(opts))
+    register_coco_format(cfg)
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """A ``DATASETS.COCO_FORMAT`` triple: six scenes of 64 px with eight classes."""
+    root = tmp_path_factory.mktemp("shapes")
+    write_coco(root, "train", 6, config=SceneConfig(height=64, width=64, min_size=0.25))
+    annotations = root / "annotations" / "instances_train.json"
+    return ("shapes_tiny", str(annotations), str(root / "images" / "train"))
+
+
 @pytest.fixture
 def storage() -> Iterator[EventStorage]:
     """detectron2's networks log to the event storage while they train."""
@@ -119,4 +265,4 @@ def storage() -> Iterator[EventStorage]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # of busy cores, two threads wait for each other up to 100 x longer

@@ -7,6 +7,8 @@ optimizer, scheduler and hooks, "iteration": int}``. Only plain types and tensor
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +66,33 @@ class _StrictCheckpointer(DetectionCheckpointer):
         return self.incompatible
 
 
+UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+MISFORMED = (KeyError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
+
+
+@contextmanager
+def readable(path: str, key: str) -> Iterator[None]:
+    """Say in one sentence why a checkpoint cannot be loaded.
+
+    Args:
+        path: file or URL.
+        key: config key that gave ``path``, for the message.
+
+    Raises:
+        WeightsError: the file is missing, or what is loaded inside failed.
+    """
+    if "://" not in path and not os.path.isfile(path):
+        raise WeightsError(f"{key}: there is no file '{path}'.")
+    try:
+        yield
+    except (*UNREADABLE, *MISFORMED) as e:
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        raise WeightsError(
+            f"{key}: '{path}' cannot be read as a checkpoint (missing, truncated or of another "
+            f"format): {reason}"
+        ) from e
+
+
 def load_strictly(model: nn.Module, path: str, key: str) -> None:
     """Load a checkpoint of which every key must fit, in any format that detectron2 reads.
 
@@ -79,16 +108,8 @@ def load_strictly(model: nn.Module, path: str, key: str) -> None:
     if not path:
         raise WeightsError(f"{key} is empty; name a checkpoint file or URL.")
     checkpointer = _StrictCheckpointer(model)
-    if "://" not in path and not os.path.isfile(path):
-        raise WeightsError(f"{key}: there is no file '{path}'.")
-    try:
+    with readable(path, key):
         checkpointer.load(path)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as e:
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        raise WeightsError(
-            f"{key}: '{path}' cannot be read as a checkpoint (truncated or of another format): "
-            f"{reason}"
-        ) from e
     found = checkpointer.incompatible
     misfits = {k: (a, b) for k, a, b in found.incorrect_shapes}
     problems = [f"{k} has shape {a} where {b} is needed" for k, (a, b) in misfits.items()]

@@ -3,9 +3,12 @@
 import difflib
 import io
 import os
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -13,7 +16,11 @@ from detectron2.utils.file_io import PathManager
 from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
-from .errors import ConfigError, choices
+from .errors import ConfigError, DistillError, choices
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
+    from detectron2 import model_zoo
 
 CN = CfgNode
 
@@ -105,7 +112,9 @@ class _SafeCfgNode(FvcoreCfgNode):
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
         with PathManager.open(filename, "r") as f:
-            return io.StringIO(f.read().replace(cls._EVAL, cls._VALUE))
+            text = io.StringIO(f.read().replace(cls._EVAL, cls._VALUE))
+        text.name = filename  # yaml's messages show it
+        return text
 
 
 def merge_from_file(cfg: CfgNode, filename: str) -> None:
@@ -119,9 +128,13 @@ def merge_from_file(cfg: CfgNode, filename: str) -> None:
     try:
         loaded = _SafeCfgNode.load_yaml_with_base(filename, allow_unsafe=False)
         _merge(cfg, CfgNode(loaded), filename)
-    except (YAMLError, OSError, UnicodeDecodeError, AttributeError, TypeError) as e:
+    except (YAMLError, OSError, UnicodeDecodeError, RecursionError) as e:
         reason = " ".join(str(e).split())
         raise ConfigError(f"Config file '{filename}' cannot be read as safe yaml: {reason}") from e
+    except (AttributeError, TypeError, AssertionError) as e:
+        raise ConfigError(
+            f"Config file '{filename}' or its _BASE_ is no mapping of KEY: VALUE sections: {e}"
+        ) from e
 
 
 def merge_from_list(cfg: CfgNode, opts: list[Any]) -> None:
@@ -165,7 +178,7 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
         if not isinstance(node, CfgNode) or name not in node:
             if cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
                 return
-            valid = choices(name, node) if isinstance(node, CfgNode) else "no key below it"
+            valid = _nearest(name, node) if isinstance(node, CfgNode) else "no key below it"
             where = ".".join(path) or "the top level"
             raise ConfigError(f"Unknown config key '{key}' in {source}; {where} has: {valid}.")
         node = node[name]
@@ -243,8 +256,9 @@ def validate_config(cfg: CfgNode) -> None:
     _one_of("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "ADAMW"))
     architectures = [name for name, _ in META_ARCH_REGISTRY]
     _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        _one_of("DATASETS.TRAIN/TEST", name, DatasetCatalog.list())
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            _one_of(f"DATASETS.{key}", name, DatasetCatalog.list())
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set.")
     _at_least("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1)
@@ -293,11 +307,38 @@ def _validate_ima(cfg: CfgNode) -> None:
         )
 
 
-def _one_of(key: str, value: str, valid: Any) -> None:
-    if value not in valid:
-        near = difflib.get_close_matches(value, list(valid), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}: unknown value '{value}'{hint} Valid: {choices(value, valid)}.")
+@contextmanager
+def building(network: str) -> Iterator[None]:
+    """Say in one sentence what detectron2 asserts about a config that it cannot build.
+
+    Raises:
+        ConfigError: with the statement that failed, which names the key in most cases.
+    """
+    try:
+        yield
+    except DistillError:
+        raise
+    except (AssertionError, KeyError, ValueError, TypeError) as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        reason = " ".join(str(e.args[0] if e.args else "").split())
+        raise ConfigError(
+            f"The {network} cannot be built from its config: {type(e).__name__} {reason} at "
+            f"{os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+        ) from e
+
+
+def _one_of(key: str, value: Any, valid: Iterable[str]) -> None:
+    names = list(valid)
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"{key}: unknown value '{value}'{hint} Valid: {_nearest(value, names)}.")
+
+
+def _nearest(value: Any, valid: Iterable[str], most: int = 12) -> str:
+    names = choices(str(value), valid).split(", ")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _at_least(key: str, value: float, minimum: float) -> None:

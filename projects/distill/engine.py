@@ -1,5 +1,6 @@
 """Training and evaluation: detectron2's trainer for plain and distilled students alike."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -35,10 +36,13 @@ from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
-from .checkpoint import StudentCheckpointer, StudentState, load_strictly
+from .checkpoint import StudentCheckpointer, StudentState, load_strictly, readable
 from .config import (
+    building,
     distill_architectures,
     get_distill_cfg,
     merge_from_file,
@@ -46,7 +50,7 @@ from .config import (
     student_config,
     validate_config,
 )
-from .data.datasets import load_training_set, register_coco_format
+from .data.datasets import check_test_set, load_training_set, register_coco_format
 from .errors import ConfigError, DistillError
 from .meta_arch import DistillModel
 
@@ -122,7 +126,9 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_batch_size(cfg)
         dataset = load_training_set(cfg)
-        model = self.build_model(cfg)
+        check_test_sets(cfg)
+        with building("student"):
+            model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = build_detection_train_loader(cfg, dataset=dataset)
         self.student: nn.Module = getattr(model, "student", model)
@@ -151,6 +157,17 @@ class Trainer(DefaultTrainer):
             hooks.insert(0, DistillRatio(self.cfg.MODEL.DISTILL.HEADS))
         return hooks
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of ``OUTPUT_DIR`` if ``resume``, else ``MODEL.WEIGHTS``.
+
+        Raises:
+            WeightsError: the file is missing or unreadable.
+        """
+        last = self.checkpointer.get_checkpoint_file() if resume else ""
+        path, key = (last, "--resume") if last else (self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+        with readable(path, key) if path else contextlib.nullcontext():
+            super().resume_or_load(resume)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         if cfg.SOLVER.OPTIMIZER == "SGD":
@@ -163,33 +180,53 @@ class Trainer(DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         optimizer = torch.optim.AdamW(
-            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
         )
         return maybe_add_gradient_clipping(cfg, optimizer)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         """The evaluators of a data set, by its ``evaluator_type``."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        builders: dict[str, list[Callable[[], Any]]] = {
-            "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
-            "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
-            "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
-            "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
-            "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
-            "coco_panoptic_seg": [
-                lambda: SemSegEvaluator(dataset_name, output_dir=folder),
-                lambda: COCOEvaluator(dataset_name, output_dir=folder),
-                lambda: COCOPanopticEvaluator(dataset_name, folder),
-            ],
-        }
-        if kind not in builders:
-            raise ConfigError(
-                f"DATASETS.TEST '{dataset_name}' has evaluator type '{kind}'; "
-                f"evaluators exist for: {', '.join(builders)}."
-            )
-        return DatasetEvaluators([build() for build in builders[kind]])
+        builders = evaluator_builders(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return DatasetEvaluators([build() for build in builders])
+
+
+def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]]:
+    """Functions that build the evaluators of a data set, which read its annotations.
+
+    Raises:
+        ConfigError: the data set's ``evaluator_type`` is none or unknown.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    builders: dict[str, list[Callable[[], Any]]] = {
+        "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
+        "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
+        "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
+        "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
+        "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
+        "coco_panoptic_seg": [
+            lambda: SemSegEvaluator(dataset_name, output_dir=folder),
+            lambda: COCOEvaluator(dataset_name, output_dir=folder),
+            lambda: COCOPanopticEvaluator(dataset_name, folder),
+        ],
+    }
+    if kind not in builders:
+        raise ConfigError(
+            f"DATASETS.TEST '{dataset_name}' has evaluator type '{kind}'; "
+            f"evaluators exist for: {', '.join(builders)}."
+        )
+    return builders[kind]
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Find before the training what would stop the evaluation after it.
+
+    Raises:
+        ConfigError, DataError: a test set has no evaluator, no pictures or unreadable annotations.
+    """
+    for name in cfg.DATASETS.TEST:
+        evaluator_builders(name, cfg.OUTPUT_DIR)
+        check_test_set(name)
 
 
 def check_batch_size(cfg: CfgNode) -> None:
@@ -236,7 +273,9 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
     """
     plain = student_config(cfg)
-    model = build_model(plain)
+    check_test_sets(plain)
+    with building("student"):
+        model = build_model(plain)
     load_strictly(model, weights or plain.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     return Trainer.test(plain, model)
 
@@ -244,6 +283,9 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
 def run(args: Namespace) -> Any:
     """One process of a training or evaluation."""
     cfg = setup_config(args.config_file, args.opts)
+    # It remarks on a CUDA toolkit without a GPU; stderr is for our one line.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate(cfg)
@@ -275,20 +317,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join_torchrun()
-            run(args)
+            _run_or_exit(args)
         else:
             launch(
-                run,
+                _run_or_exit,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
                 args=(args,),
             )
+    except SystemExit as e:
+        return int(e.code or 0)
+    except ProcessExitedException as e:  # one of several processes ended so
+        return e.exit_code
+    return 0
+
+
+def _run_or_exit(args: Namespace) -> None:
+    try:
+        run(args)
     except DistillError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        sys.exit(2)
 
 
 def _join_torchrun() -> None:

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from .checkpoint import load_strictly
-from .config import student_config, teacher_config
+from .config import building, student_config, teacher_config
 from .errors import ConfigError
 from .probes import Probe, build_probe
 from .structures import Batch, Signals
@@ -73,7 +73,8 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     config = student_config(teacher_config(cfg))
     config.defrost()
     config.MODEL.DEVICE = "cpu"  # it follows the student's features
-    model = build_model(config)
+    with building("teacher"):
+        model = build_model(config)
     load_strictly(model, config.MODEL.WEIGHTS, "MODEL.DISTILL.TEACHER.WEIGHTS")
     logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
     return Teacher(

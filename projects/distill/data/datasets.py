@@ -1,5 +1,6 @@
 """Data sets: registration by config alone, and the checks before training."""
 
+import json
 import os
 from typing import Any
 
@@ -8,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
 from ..config import student_config
 from ..errors import DataError
@@ -22,7 +24,8 @@ def register_coco_format(cfg: CfgNode) -> None:
         DataError: a triple is malformed, a path is missing, or a name stands for other files.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
-        if len(entry) != 3 or not all(isinstance(x, str) for x in entry):
+        triple = isinstance(entry, (tuple, list)) and len(entry) == 3
+        if not triple or not all(isinstance(x, str) for x in entry):
             raise DataError(
                 f"DATASETS.COCO_FORMAT: {entry!r} is not a (name, annotations.json, image folder) "
                 "triple."
@@ -64,19 +67,45 @@ def _load(name: str) -> list[dict[str, Any]]:
     try:
         return DatasetCatalog.get(name)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as e:
-        where = MetadataCatalog.get(name).get("json_file", "its files")
+        path = MetadataCatalog.get(name).get("json_file")
+        reason = (path and _coco_problem(path)) or f"{type(e).__name__} {_one_line(e)}"
         raise DataError(
-            f"Data set '{name}' cannot be read from {where}: {type(e).__name__} "
-            f"{' '.join(str(e).split())[:200]}."
+            f"Data set '{name}' cannot be read from {path or 'its files'}: {reason}."
         ) from e
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _coco_problem(path: str) -> str | None:
+    """What is wrong with an annotation file that detectron2 could not read, or None."""
+    if not os.path.isfile(path):
+        return (
+            "there is no such file (the environment variable DETECTRON2_DATASETS names the folder "
+            "of detectron2's own data sets)"
+        )
+    try:
+        with open(path) as f:
+            content = json.load(f)
+    except ValueError as e:
+        return f"it is no JSON ({_one_line(e)})"
+    if not isinstance(content, dict):
+        return f"it holds a JSON {type(content).__name__}, not COCO's instances"
+    missing = [key for key in ("images", "annotations") if key not in content]
+    missing += [] if content.get("categories") else ["categories"]
+    if missing:
+        return f"it is not in COCO's instances format, which has {' and '.join(missing)}"
+    return None
 
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     """The training pictures as detectron2 dataset dicts, checked.
 
     Raises:
-        DataError: a set is unreadable or empty, a box lies outside its picture, a class is beyond
-            the config's number of classes, or a mask is missing where masks are trained.
+        DataError: a set is unreadable or empty, the sets' classes differ, a picture is missing, a
+            box lies outside its picture, a class is beyond the config's number of classes, or a
+            mask is missing where masks are trained.
     """
     for name in cfg.DATASETS.TRAIN:
         if not _load(name):
@@ -90,8 +119,27 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             f"No picture of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has an annotation; set "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on pictures without any."
         ) from e
+    except ValueError as e:  # detectron2's message names the sets and their classes
+        raise DataError(f"DATASETS.TRAIN: {_one_line(e)}.") from e
+    if not PathManager.isfile(
+        dicts[0]["file_name"]
+    ):  # one shows a wrong folder; all would take long
+        raise DataError(
+            f"There is no picture {dicts[0]['file_name']}, which DATASETS.TRAIN "
+            f"{tuple(cfg.DATASETS.TRAIN)} lists; correct the image folder."
+        )
     check_annotations(dicts, number_of_classes(cfg), cfg.MODEL.MASK_ON)
     return dicts
+
+
+def check_test_set(name: str) -> None:
+    """Refuse a test set in COCO format that could not be evaluated after the training.
+
+    Raises:
+        DataError: it is unreadable or has no pictures.
+    """
+    if MetadataCatalog.get(name).get("evaluator_type") == "coco" and not _load(name):
+        raise DataError(f"Data set '{name}' of DATASETS.TEST has no pictures.")
 
 
 def number_of_classes(cfg: CfgNode) -> int | None:
@@ -109,13 +157,16 @@ def check_annotations(dicts: list[dict[str, Any]], num_classes: int | None, mask
     outside: list[str] = []
     for picture in dicts:
         for annotation in picture.get("annotations", ()):
+            if len(annotation.get("bbox", ())) < 4:
+                raise DataError(f"An annotation of {picture['file_name']} has no box; add one.")
             where = f"{picture['file_name']} (annotation box {annotation['bbox']})"
             if _outside(annotation, picture):
                 outside.append(where)
             if num_classes is not None and annotation["category_id"] >= num_classes:
                 raise DataError(
                     f"Class index {annotation['category_id']} in {where}, but the config predicts "
-                    f"{num_classes} classes; set NUM_CLASSES to the data set's number."
+                    f"{num_classes} classes; set MODEL.ROI_HEADS.NUM_CLASSES (of a RetinaNet: "
+                    "MODEL.RETINANET.NUM_CLASSES) to the data set's number."
                 )
             if masks and not annotation.get("segmentation"):
                 raise DataError(
@@ -131,7 +182,11 @@ def check_annotations(dicts: list[dict[str, Any]], num_classes: int | None, mask
 def _outside(annotation: dict[str, Any], picture: dict[str, Any]) -> bool:
     if "height" not in picture:
         return False
-    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    box = list(annotation["bbox"])
+    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
+        box[2:] = box[0] + box[2], box[1] + box[3]  # BoxMode.convert takes 17 s on COCO
+    else:
+        box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
     x1, y1, x2, y2 = (float(v) for v in box)
     limit_x, limit_y = picture["width"] + BOX_TOLERANCE, picture["height"] + BOX_TOLERANCE
     inside = -BOX_TOLERANCE <= x1 <= x2 <= limit_x and -BOX_TOLERANCE <= y1 <= y2 <= limit_y

@@ -129,7 +129,8 @@ class RandomState(nn.Module):
     def generator(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device=device).manual_seed(self.seed)
-            if self._state is not None:
+            # A state of another kind of device (training moved to a GPU) does not fit: start anew.
+            if self._state is not None and len(self._state) == len(self._generator.get_state()):
                 self._generator.set_state(self._state)
         return self._generator
 
@@ -137,7 +138,9 @@ class RandomState(nn.Module):
         return self._generator.get_state() if self._generator else self._state
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        self._state, self._generator = state, None
+        # Process 0 saved it: the others start anew rather than draw the same masks as process 0.
+        self._state = state if comm.get_rank() == 0 else None
+        self._generator = None
 
 
 def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> nn.ModuleDict:

@@ -59,10 +59,13 @@ def frequency_masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
         mask: (N, 1, H, W // 2 + 1) from :func:`frequency_mask`.
 
     Returns:
-        A scalar >= 0. At S = T it is the removed energy, not 0; for M = 1 it is ``fitnet``.
+        A scalar >= 0, a connected zero for an empty batch. At S = T it is the removed energy,
+        not 0; for M = 1 it is ``fitnet``.
     """
     student, teacher = same_shape(student, teacher)
+    if len(student) == 0:  # the FFT refuses an empty batch
+        return student.sum()
     height, width = student.shape[-2:]
     gap = mask * torch.fft.rfft2(student) - torch.fft.rfft2(teacher)
     energy = (gap.real.square() + gap.imag.square()) * half_spectrum_weight(width, gap.device)
-    return energy.sum() / (height * width) / max(student.numel(), 1)
+    return energy.sum() / (height * width) / student.numel()

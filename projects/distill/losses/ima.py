@@ -74,14 +74,15 @@ def ima(
     else:
         moments, student = None, _filtered(student, mask)
     moments = moments or _spatial_moments(student, teacher, weight)
-    raw = _second_moments(moments, standardize=False, standardize_teacher=False)
-    compared = _second_moments(moments, standardize, standardize_teacher)
-    scale = torch.ones_like(compared[0][:, :1])
+    compared = _standardized(moments, standardize_teacher) if standardize else moments
+    scale = torch.ones_like(compared.mean_s[:, :1])
     if deflate:
-        cosine = _cosine(*(compared if scale_on == "standardized" else raw)).detach()
+        cosine = _cosine(compared if scale_on == "standardized" else moments).detach()
         scale = scale_floor + (1 - scale_floor) * cosine.clamp(0, 1)[:, None]
-    ss, tt, st = compared
-    return (scale**2 * ss + tt - 2 * scale * st).mean()
+    mean_s, mean_t, var_s, var_t, cov = compared
+    # The means' gap stays apart: squares of large means would swallow small variances.
+    gap = scale * mean_s - mean_t
+    return (scale**2 * var_s + var_t - 2 * scale * cov + gap**2).mean()
 
 
 def _filtered(student: Tensor, mask: Tensor | None) -> Tensor:
@@ -129,19 +130,18 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> _Moment
     )
 
 
-def _second_moments(
-    m: _Moments, standardize: bool, standardize_teacher: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """E[a²], E[b²], E[ab] of the compared maps a (student) and b (teacher), (N, C) each."""
-    if not standardize:
-        return m.var_s + m.mean_s**2, m.var_t + m.mean_t**2, m.cov + m.mean_s * m.mean_t
+def _standardized(m: _Moments, teacher: bool) -> _Moments:
+    """The moments after step 2; ``teacher``: of the teacher too."""
+    zero = torch.zeros_like(m.mean_s)
     std_s, std_t = (m.var_s + EPS).sqrt(), (m.var_t + EPS).sqrt()
-    if standardize_teacher:
-        return m.var_s / (m.var_s + EPS), m.var_t / (m.var_t + EPS), m.cov / (std_s * std_t)
-    return m.var_s / (m.var_s + EPS), m.var_t + m.mean_t**2, m.cov / std_s
+    var_s = m.var_s / (m.var_s + EPS)
+    if teacher:
+        return _Moments(zero, zero, var_s, m.var_t / (m.var_t + EPS), m.cov / (std_s * std_t))
+    return _Moments(zero, m.mean_t, var_s, m.var_t, m.cov / std_s)
 
 
-def _cosine(ss: Tensor, tt: Tensor, st: Tensor) -> Tensor:
+def _cosine(m: _Moments) -> Tensor:
     """(N,) cosine of the flattened maps; 0 where one of them is zero."""
+    ss, tt, st = m.var_s + m.mean_s**2, m.var_t + m.mean_t**2, m.cov + m.mean_s * m.mean_t
     norm = (ss.sum(1) * tt.sum(1)).clamp(min=1e-24).sqrt()
     return st.sum(1) / norm

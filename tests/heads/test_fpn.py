@@ -1,0 +1,386 @@
+"""Level matching, adapters, alignment of unlike canvases, and the instances of IMA."""
+
+import pytest
+import torch
+from conftest import net_spec, tiny_cfg, tiny_model
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch import nn
+
+from distill.errors import ConfigError
+from distill.heads import IMA, FitNet, FPNDistillHead
+from distill.heads.fpn import CROP_SIZE, Level, match_levels
+from distill.losses import fitnet
+from distill.structures import Batch, NetSpec, Signals
+
+BOX = (0.0, 0.0, 32.0, 32.0)
+
+
+def levels_of(channels=4, **strides):
+    return {name: ShapeSpec(channels=channels, stride=s) for name, s in strides.items()}
+
+
+def pairs(student, teacher, names=()):
+    return [(x.student, x.teacher) for x in match_levels(student, teacher, names)]
+
+
+FPN = levels_of(p2=4, p3=8, p4=16, p5=32, p6=64)
+
+
+def test_levels_pair_by_equal_stride_whatever_their_names():
+    teacher = levels_of(c5=32, c4=16, c3=8)
+    assert match_levels(FPN, teacher, ()) == [
+        Level("p3", "c3", 8, 8),
+        Level("p4", "c4", 16, 16),
+        Level("p5", "c5", 32, 32),
+    ]
+
+
+def test_named_levels_alone_are_paired_finest_first():
+    assert pairs(FPN, FPN, ("p5", "p3")) == [("p3", "p3"), ("p5", "p5")]
+
+
+def test_a_named_level_without_equal_stride_takes_the_nearest():
+    teacher = levels_of(a=8, b=32)
+    assert match_levels(FPN, teacher, ("p2", "p3", "p6")) == [
+        Level("p2", "a", 4, 8),
+        Level("p3", "a", 8, 8),
+        Level("p6", "b", 64, 32),
+    ]
+
+
+def test_networks_without_an_equal_stride_pair_all_levels_with_the_nearest():
+    assert pairs(levels_of(x=4, y=8), levels_of(z=16)) == [("x", "z"), ("y", "z")]
+
+
+def test_dilated_stages_pair_the_deepest_with_the_deepest():
+    plain = levels_of(res3=8, res4=16, res5=32)
+    dilated = levels_of(res3=8, res4=16, res5=16)
+    assert pairs(dilated, dilated) == [("res3", "res3"), ("res4", "res4"), ("res5", "res5")]
+    assert pairs(dilated, plain) == [("res3", "res3"), ("res4", "res4"), ("res5", "res4")]
+    assert pairs(plain, dilated) == [("res3", "res3"), ("res4", "res5")]
+    more_dilated = levels_of(res3=8, res4=8, res5=8)
+    assert pairs(more_dilated, dilated) == [("res3", "res3"), ("res4", "res3"), ("res5", "res3")]
+
+
+def test_an_unknown_level_is_named_with_the_nearest_first():
+    with pytest.raises(ConfigError) as e:
+        match_levels(levels_of(res4=16, p33=8, p4=16), FPN, ("p4", "p3"))
+    assert str(e.value) == (
+        "IN_FEATURES: the student's backbone has no output 'p3'; it has: p33, p4, res4."
+    )
+
+
+def head(cls=FitNet, level=None, channels=(1, 1), **kwargs):
+    return cls(levels=[level or Level("p3", "p3", 8, 8)], channels=[channels], **kwargs)
+
+
+def signals(canvas, instances=(), **features):
+    return Signals(Batch([], canvas, list(instances)), features=features)
+
+
+def ramp(stride, height, width):
+    """(1, 2, H, W): x and y of each cell's centre in pixels."""
+    y, x = ((torch.arange(n) + 0.5) * stride for n in (height, width))
+    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)])[None]
+
+
+def test_equal_maps_pass_untouched():
+    student, teacher = torch.randn(2, 1, 1, 4, 4)
+    ((s, t),) = head().maps(signals((32, 32), p3=student), signals((32, 32), p3=teacher))
+    assert torch.equal(s, student)
+    assert torch.equal(t, teacher)
+
+
+def test_the_teachers_padding_is_cut_not_resized():
+    student = ramp(8, 4, 5)
+    teacher = torch.full((1, 2, 8, 8), 1e6)
+    teacher[..., :4, :5] = student
+    one = head(channels=(2, 2))
+    ((s, t),) = one.maps(signals((32, 40), p3=student), signals((32, 40), p3=teacher))
+    assert torch.equal(t, s)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_finer_teacher_is_averaged_to_the_students_cells(padding):
+    student, teacher = ramp(16, 3, 2), torch.full((1, 2, 6 + padding, 4 + padding), 1e6)
+    teacher[..., :6, :4] = ramp(8, 6, 4)
+    one = head(level=Level("p4", "p3", 16, 8), channels=(2, 2))
+    ((s, t),) = one.maps(signals((48, 32), p4=student), signals((48, 32), p3=teacher))
+    torch.testing.assert_close(t, s)  # centres average to the centre
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_coarser_teacher_is_interpolated_at_the_students_cells(padding):
+    student, teacher = ramp(8, 8, 6), torch.full((1, 2, 4 + padding, 3 + padding), 1e6)
+    teacher[..., :4, :3] = ramp(16, 4, 3)
+    one = head(level=Level("p3", "p4", 8, 16), channels=(2, 2))
+    ((s, t),) = one.maps(signals((64, 48), p3=student), signals((64, 48), p4=teacher))
+    inside = (..., slice(1, -1), slice(1, -1))  # beyond the outer centres nothing is known
+    torch.testing.assert_close(t[inside], s[inside])
+    assert t.max() < 64
+
+
+def test_a_canvas_that_is_no_multiple_of_the_stride_keeps_its_last_cell():
+    teacher = ramp(16, 4, 4)
+    one = head(level=Level("p4", "p4", 16, 16), channels=(2, 2))
+    student = signals((40, 56), p4=torch.zeros(1, 2, 3, 4))
+    ((_, t),) = one.maps(student, signals((40, 56), p4=teacher))
+    assert torch.equal(t, teacher[..., :3, :])
+
+
+def test_adapters_only_where_channels_differ():
+    levels = [Level("p3", "p3", 8, 8), Level("p4", "p4", 16, 16)]
+    both = FitNet(levels=levels, channels=[(2, 2), (2, 5)])
+    assert isinstance(both.adapters["p3"], nn.Identity)
+    assert {k: tuple(v.shape) for k, v in both.state_dict().items()} == {
+        "adapters.p4.weight": (5, 2, 1, 1),
+        "adapters.p4.bias": (5,),
+    }
+
+
+def test_the_adapter_acts_on_the_student():
+    one = head(channels=(1, 2))
+    with torch.no_grad():
+        one.adapters["p3"].weight[:, 0, 0, 0] = torch.tensor([2.0, 3.0])
+        one.adapters["p3"].bias[:] = torch.tensor([0.0, 1.0])
+    student, teacher = torch.ones(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)
+    ((s, _),) = one.maps(signals((16, 16), p3=student), signals((16, 16), p3=teacher))
+    assert s[0, :, 0, 0].tolist() == [2, 4]
+    losses = one(signals((16, 16), p3=student), signals((16, 16), p3=teacher))
+    assert losses["loss_fitnet/p3"] == (4 + 16) / 2
+
+
+def test_levels_are_averaged_and_named():
+    levels = [Level("p3", "p3", 8, 8), Level("p4", "p4", 16, 16)]
+    both = FitNet(levels=levels, channels=[(1, 1), (1, 1)], weight=10.0)
+    student = signals((16, 16), p3=torch.full((1, 1, 2, 2), 2.0), p4=torch.full((1, 1, 1, 1), 3.0))
+    teacher = signals((16, 16), p3=torch.zeros(1, 1, 2, 2), p4=torch.zeros(1, 1, 1, 1))
+    assert {k: v.item() for k, v in both(student, teacher).items()} == {
+        "loss_fitnet/p3": 10 * 4 / 2,
+        "loss_fitnet/p4": 10 * 9 / 2,
+    }
+
+
+def test_a_subclass_writes_one_method():
+    class StrideTimesGap(FPNDistillHead):
+        def loss(self, student, teacher, stride, batch):
+            return stride * (student - teacher).mean() + batch.canvas[0]
+
+    one = head(StrideTimesGap)
+    student, teacher = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    losses = one(signals((32, 32), p3=student), signals((32, 32), p3=teacher))
+    assert losses == {"loss_stridetimesgap/p3": 8 + 32}
+
+
+def build(cls, family, *opts, teacher_channels=16):
+    student = net_spec("student", tiny_model(family))
+    teacher = net_spec("teacher", tiny_model(family, fpn=teacher_channels))
+    return cls(tiny_cfg(family, *opts), student, teacher)
+
+
+@pytest.mark.parametrize("teacher_channels, parameters", [(16, 0), (24, 5 * (16 * 24 + 24))])
+def test_built_from_a_config(teacher_channels, parameters):
+    fitnet_head = build(FitNet, "retinanet", teacher_channels=teacher_channels)
+    assert [x.student for x in fitnet_head.levels] == ["p2", "p3", "p4", "p5", "p6"]
+    assert sum(p.numel() for p in fitnet_head.parameters()) == parameters
+
+
+def test_named_features_of_a_config():
+    fitnet_head = build(FitNet, "retinanet", "MODEL.DISTILL.FITNET.IN_FEATURES", ("p4", "p3"))
+    assert [x.student for x in fitnet_head.levels] == ["p3", "p4"]
+
+
+@pytest.mark.parametrize(
+    "family, scope",
+    [
+        ("faster", "box"),
+        ("mask", "mask"),
+        ("cascade", "mask"),
+        ("panoptic", "mask"),
+        ("retinanet", "image"),
+    ],
+)
+def test_default_scope_of_ima(family, scope):
+    ima_head = build(IMA, family)
+    assert ima_head.scope == scope
+    levels = ["p2", "p3", "p4", "p5"]  # instances lie on the levels that the box head pools from
+    assert [x.student for x in ima_head.levels] == levels + ["p6"] * (scope == "image")
+
+
+def test_scope_and_options_of_a_config():
+    ima_head = build(
+        IMA,
+        "faster",
+        *("MODEL.DISTILL.IMA.SCOPE", "image", "MODEL.DISTILL.IMA.MASK_RATIO", 0.3),
+        *("MODEL.DISTILL.IMA.SCALE_ON", "raw", "MODEL.DISTILL.IMA.SCALE_FLOOR", 0.7),
+        *("MODEL.DISTILL.IMA.STANDARDIZE_TEACHER", False),
+    )
+    assert (ima_head.scope, ima_head.mask_ratio) == ("image", 0.3)
+    assert len(ima_head.levels) == 5
+    assert ima_head.options == {
+        "standardize": True,
+        "standardize_teacher": False,
+        "deflate": True,
+        "scale_on": "raw",
+        "scale_floor": 0.7,
+    }
+
+
+def test_building_does_not_change_the_given_config():
+    cfg = tiny_cfg("faster", "MODEL.DISTILL.HEADS", ("IMA",))
+    cfg.freeze()
+    before = cfg.dump()
+    spec = net_spec("student", tiny_model("faster"))
+    IMA(cfg, spec, spec)
+    assert cfg.dump() == before
+
+
+def ima_head(scope, level=None, channels=(2, 2), **options):
+    defaults = {
+        "mask_ratio": 0.0,
+        "standardize": False,
+        "standardize_teacher": True,
+        "deflate": False,
+        "scale_on": "standardized",
+        "scale_floor": 0.1,
+    }
+    return head(IMA, level or Level("p2", "p2", 4, 4), channels, scope=scope, **defaults | options)
+
+
+def picture(boxes, masks="bits", size=64, part="left"):
+    """Instances whose masks are one half of their boxes."""
+    instances = Instances((size, size))
+    instances.gt_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
+    halves = [half(box, part) for box in boxes]
+    if masks == "bits":
+        bits = torch.zeros(len(boxes), size, size, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(bits, halves):
+            mask[int(y1) : int(y2), int(x1) : int(x2)] = True
+        instances.gt_masks = BitMasks(bits)
+    elif masks == "polygons":
+        instances.gt_masks = PolygonMasks(
+            [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in halves]
+        )
+    return instances
+
+
+def half(box, part):
+    x1, y1, x2, y2 = box
+    middle = (x1 + x2) / 2
+    return (x1, y1, middle, y2) if part == "left" else (middle, y1, x2, y2)
+
+
+@pytest.mark.parametrize("masks", ["bits", "polygons"])
+def test_masks_are_cropped_to_the_boxes_grid(masks):
+    pictures = [
+        picture([], masks),
+        picture([BOX, (16.0, 8.0, 48.0, 40.0)], masks),
+        picture([(8.0, 8.0, 36.0, 64.0)], masks, part="right"),
+    ]
+    weight = IMA.instance_masks(Batch([], (64, 64), pictures))
+    assert weight.shape == (3, 1, CROP_SIZE, CROP_SIZE)
+    assert weight.dtype == torch.float32
+    left = torch.zeros(CROP_SIZE, CROP_SIZE)
+    left[:, : CROP_SIZE // 2] = 1
+    for found, expected in zip(weight[:, 0], (left, left, 1 - left)):
+        # Rasterising may move the mask's border by a cell.
+        assert (found != expected).float().mean() <= 2 / CROP_SIZE
+        assert torch.equal(found[2:-2, [1, 4, 9, 12]], expected[2:-2, [1, 4, 9, 12]])
+
+
+@pytest.mark.parametrize("masks", ["bits", "polygons"])
+def test_no_masks_at_all(masks):
+    weight = IMA.instance_masks(Batch([], (64, 64), [picture([], masks)] * 2))
+    assert weight.shape == (0, 1, CROP_SIZE, CROP_SIZE)
+
+
+@pytest.mark.parametrize("scope, counts", [("mask", False), ("box", True)])
+def test_cells_off_the_mask_count_for_boxes_only(scope, counts):
+    student = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    teacher = student.clone()
+    teacher[1, :, :8, 6:8] += 5  # in the second picture's box, right of its mask and the border
+    teacher[0] += 5  # the first picture has no box
+    instances = [picture([]), picture([BOX])]
+    loss = ima_head(scope)(
+        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=teacher)
+    )["loss_ima"]
+    assert (loss > 1) == counts
+    teacher[1, :, :8, :2] += 5  # on the mask
+    loss = ima_head(scope)(
+        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=teacher)
+    )["loss_ima"]
+    assert loss > 1
+
+
+def test_boxes_crop_both_networks_at_the_same_place():
+    # A gap of 3 in one box, of 1 in the other, and of 100 outside of both.
+    gap = torch.full((1, 1, 16, 16), 100.0)
+    gap[..., :8, :8], gap[..., 8:, 8:] = 3.0, 1.0
+    student = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    inner = [(4.0, 4.0, 28.0, 28.0), (36.0, 36.0, 60.0, 60.0)]  # away from the gap's border
+    instances = [picture(inner)]
+    loss = ima_head("box", channels=(1, 1))(
+        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=student - gap)
+    )["loss_ima"]
+    torch.testing.assert_close(loss, torch.tensor((9.0 + 1.0) / 2))
+
+
+def test_large_boxes_are_read_on_coarse_levels():
+    levels = [Level("p4", "p4", 16, 16), Level("p5", "p5", 32, 32)]
+    features = {"p4": torch.zeros(1, 1, 32, 32), "p5": torch.zeros(1, 1, 16, 16)}
+    teacher = {"p4": torch.full((1, 1, 32, 32), 2.0), "p5": torch.full((1, 1, 16, 16), 3.0)}
+    one = ima_head("box", channels=(1, 1))
+    both = IMA(
+        levels=levels,
+        channels=[(1, 1), (1, 1)],
+        scope="box",
+        mask_ratio=0.0,
+        **{**one.options, "standardize": False},
+    )
+    for size, expected in ((100.0, 4.0), (500.0, 9.0)):  # 224 px lie on stride 16 in FPN
+        instances = [picture([(0.0, 0.0, size, size)], masks="", size=512)]
+        loss = both(
+            signals((512, 512), instances, **features), signals((512, 512), instances, **teacher)
+        )["loss_ima"]
+        torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("scope", ["box", "mask"])
+def test_a_batch_without_instances_is_a_connected_zero(scope):
+    one = ima_head(scope, channels=(2, 3))
+    student = torch.randn(2, 2, 16, 16, requires_grad=True)
+    instances = [picture([]), picture([])]
+    loss = one(
+        signals((64, 64), instances, p2=student),
+        signals((64, 64), instances, p2=torch.zeros(2, 3, 16, 16)),
+    )["loss_ima"]
+    loss.backward()
+    assert loss == 0
+    assert (student.grad == 0).all()
+    assert all((p.grad == 0).all() for p in one.parameters())
+
+
+def test_image_scope_with_all_parts_off_is_fitnet():
+    student, teacher = torch.randn(2, 2, 2, 8, 8)
+    losses = ima_head("image")(signals((32, 32), p2=student), signals((32, 32), p2=teacher))
+    torch.testing.assert_close(losses["loss_ima/p2"], fitnet(student, teacher))
+
+
+def test_masks_change_from_step_to_step_and_come_back_with_the_state():
+    one = ima_head("image", mask_ratio=0.5, seed=3)
+    student, teacher = (signals((32, 32), p2=torch.randn(1, 2, 8, 8)) for _ in range(2))
+    state = one.state_dict()
+    first, second = (one(student, teacher)["loss_ima/p2"].item() for _ in range(2))
+    assert first != second
+    again = ima_head("image", mask_ratio=0.5, seed=3)
+    again.load_state_dict(state)
+    assert [again(student, teacher)["loss_ima/p2"].item() for _ in range(2)] == [first, second]
+
+
+def test_a_spec_is_all_that_a_feature_head_reads():
+    spec = NetSpec("student", nn.Identity(), FPN, frozenset({"features"}), ())
+    wide = NetSpec("teacher", nn.Identity(), levels_of(8, c4=16), frozenset({"features"}), ())
+    fitnet_head = FitNet(tiny_cfg("retinanet"), spec, wide)
+    assert fitnet_head.levels == [Level("p4", "c4", 16, 16)]
+    assert fitnet_head.adapters["p4"].out_channels == 8

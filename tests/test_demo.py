@@ -1,0 +1,66 @@
+"""The demo on a few scenes: every stage runs, results are complete, finished stages are reused."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import demo  # noqa: E402
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = demo.Demo.stage
+
+    def stage(self: Any, name: str, seed: int, config: str, *opts: Any) -> Any:
+        short = ("SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 2)
+        return describe(self, name, seed, config, *short, *opts)
+
+    monkeypatch.setattr(demo.Demo, "stage", stage)
+    monkeypatch.setattr(demo, "SCENES", {"train": 6, "val": 5})
+    monkeypatch.setattr(demo, "TIMED_IMAGES", 2)
+
+
+def test_demo_writes_complete_results_and_reuses_finished_stages(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(["--control", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    for name in ("teacher", "baseline", "distilled", "control"):
+        for key in (*demo.METRICS, *demo.COST):
+            assert len(results[name][key]) == 1
+    assert results["teacher"]["parameters"][0] > results["distilled"]["parameters"][0]
+    assert results["baseline"]["parameters"] == results["distilled"]["parameters"]
+    assert results["seeds"] == [0] and results["settings"]["heads"]
+    assert (tmp_path / "summary.png").stat().st_size > 10_000
+    assert "distilled - baseline" in capsys.readouterr().out
+
+    def train(self: Any, stage: Any) -> None:
+        raise AssertionError(f"{stage.name} was trained again")
+
+    monkeypatch.setattr(demo.Demo, "_train", train)
+    assert demo.main(["--control", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["teacher"] == results["teacher"]
+
+
+def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None:
+    with demo.Progress(disable=True) as progress:
+        one = demo.Demo(tmp_path, 7, progress)  # other scenes have another name
+        one.render()
+        key = one.stage("baseline", 0, "demo_student.yaml").folder
+        assert one.stage("baseline", 0, "demo_student.yaml").folder == key
+        assert one.stage("baseline", 1, "demo_student.yaml").folder != key
+        other = one.stage("baseline", 0, "demo_student.yaml", "SOLVER.BASE_LR", 0.5)
+        assert other.folder.name != key.name
+        one.code = "changed"
+        assert one.stage("baseline", 0, "demo_student.yaml").folder != key
+
+
+def test_mean_and_sample_deviation() -> None:
+    assert demo.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert demo.mean_std([1.25], 2) == "1.25"

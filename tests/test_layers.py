@@ -1,0 +1,85 @@
+"""Imports go down only: tools → engine → meta_arch → heads, probes, teacher → ... → losses."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "projects" / "distill"
+# What a room may import besides itself and the standard library: ".x" is distill.x, "*" every
+# third-party library. Imports inside functions count. The row of a module is its longest prefix.
+ALLOWED = {
+    ".errors": "",
+    ".taps": "torch .errors",
+    ".structures": "torch detectron2 .errors",
+    ".losses": "torch",
+    ".nets": "torch detectron2",
+    ".heads": "* .losses .structures .errors",
+    ".probes": "* .taps .structures .errors",
+    ".checkpoint": "* .errors",
+    ".config": "* .errors .heads",
+    ".data": "* .errors .config",
+    ".teacher": "* .errors .config .checkpoint .probes .structures",
+    ".meta_arch": "* .errors .config .checkpoint .data.datasets .heads .probes .structures"
+    " .teacher",
+    ".engine": "* .errors .config .checkpoint .data .heads .probes .structures .teacher .meta_arch",
+    "": ".nets .config .heads .meta_arch",  # distill/__init__.py
+}
+
+
+def short_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "".join(f".{p}" for p in parts if p != "__init__")
+
+
+FILES = {short_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def within(name: str, room: str) -> bool:
+    return f"{name}.".startswith(f"{room}.") if room else not name
+
+
+def imported(name: str) -> set[str]:
+    """Everything that a module imports, anywhere in its source; of this package as ".x.y"."""
+    package = f"distill{name}"
+    if FILES[name].name != "__init__.py":
+        package = package.rpartition(".")[0]
+    names = []
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    names = [n for n in names if n.partition(".")[0] not in sys.stdlib_module_names]
+    return {n.removeprefix("distill") if within(n, "distill") else n for n in names}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name):
+    rooms = [room for room in ALLOWED if within(name, room)]
+    assert rooms, f"give distill{name} a row in ALLOWED"
+    room = max(rooms, key=len)
+    allowed = [room, *ALLOWED[room].split()]
+    wrong = {n for n in imported(name) if not any(within(n, a) for a in allowed)}
+    if "*" in allowed:
+        wrong = {n for n in wrong if n.startswith(".") or not n}
+    assert not wrong, f"distill{name} must not import {', '.join(sorted(wrong))}"
+
+
+def test_no_import_cycle():
+    graph = {
+        name: {m for n in imported(name) for m in FILES if within(n, m) and not within(name, m)}
+        for name in FILES
+    }
+    TopologicalSorter(graph).prepare()  # CycleError names the modules
+
+
+def test_the_reader_of_imports_sees_what_is_there():
+    found = imported(".losses.kd")
+    assert found == {"torch.nn.functional", "torch.Tensor", ".losses.reduce.same_shape"}
+    assert ".nets" in imported("")
+    assert ".heads.DISTILL_HEAD_REGISTRY" in imported(".config")  # inside a function

@@ -1,0 +1,63 @@
+"""train_net.py with detectron2's own loaders and evaluators, on shapes in the real layouts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_cfg
+
+from distill.data.shapes import SceneConfig
+from distill.data.shapes_io import LAYOUTS
+
+ROOT = Path(__file__).resolve().parents[1]
+# family, layout, folder below $DETECTRON2_DATASETS, splits, test set, a metric, further options
+CASES = {
+    "cityscapes instances": (
+        *("mask", "cityscapes", "cityscapes", ("train", "val")),
+        *("cityscapes_fine_instance_seg_{}", "segm/AP", ["MODEL.ROI_HEADS.NUM_CLASSES", 8]),
+    ),
+    "cityscapes semantic": (
+        *("semantic", "cityscapes", "cityscapes", ("train", "val")),
+        *("cityscapes_fine_sem_seg_{}", "sem_seg/IoU", ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 19]),
+    ),
+    "voc": (
+        *("faster", "voc", "VOC2007", ("train", "test")),
+        *("voc_2007_{}", "bbox/AP50", ["MODEL.ROI_HEADS.NUM_CLASSES", 20]),
+    ),
+}
+
+
+def write_config(folder: Path, family: str, opts: list[Any]) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(tiny_cfg(family, *opts, norm="BN").dump())
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_train_and_evaluate(case: str, tmp_path: Path) -> None:
+    family, layout, folder, splits, data, metric, classes = CASES[case]
+    for split in splits:
+        LAYOUTS[layout](tmp_path / folder, split, 3, 0, SceneConfig(height=96, width=96))
+    train = "trainval" if layout == "voc" else splits[0]  # VOC lists train and val together too
+    opts = [
+        *("DATASETS.TRAIN", (data.format(train),), "DATASETS.TEST", (data.format(splits[1]),)),
+        *("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 1e-4),
+        *("DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path / "out")),
+        *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96, *classes),
+    ]
+    config = write_config(tmp_path, family, opts)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config)],
+        cwd=tmp_path,
+        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    assert metric in rows[-1]

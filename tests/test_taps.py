@@ -1,0 +1,140 @@
+"""Taps on arithmetic toys: what is recorded, and that nothing stays behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from distill.errors import DistillError, TapError
+from distill.taps import listen
+
+
+class AddOne(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(float(factor)))
+
+    def forward(self, x, offset):
+        return {"product": x * self.factor, "shifted": x * self.factor + offset}
+
+
+class Toy(nn.Module):
+    """((x + 1) + 1) * 3, then one of two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.add = AddOne()
+        self.inner = nn.ModuleDict({"times": Times(3)})
+        self.idle = AddOne()
+        self.number = 5
+
+    def forward(self, x):
+        x = self.add(self.add(x))
+        return self.inner["times"](x, 10)["shifted"]
+
+
+@pytest.fixture
+def toy():
+    return Toy()
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+def test_records_arguments_and_outputs(toy):
+    with listen(toy, ["inner.times"]) as calls:
+        result = toy(torch.tensor(1.0))
+    args, output = calls["inner.times"]
+    assert (args[0], args[1]) == (3, 10)
+    assert output["product"] == 9
+    assert output["shifted"] is result  # the very tensor, with its graph
+    output["product"].backward()
+    assert toy.inner["times"].factor.grad == 3
+
+
+def test_several_calls_come_in_order(toy):
+    with listen(toy, ["add", "inner.times"]) as calls:
+        toy(torch.tensor(1.0))
+        toy(torch.tensor(5.0))
+    assert [float(c.args[0]) for c in calls.all("add")] == [1, 2, 5, 6]
+    assert [float(c.output) for c in calls.all("add")] == [2, 3, 6, 7]
+    assert calls["add"] is calls.all("add")[-1]
+    assert len(calls.all("inner.times")) == 2
+
+
+def test_the_model_computes_the_same_with_taps(toy):
+    x = torch.tensor(2.0)
+    with listen(toy, ["add", "inner.times"]):
+        tapped = toy(x)
+    assert tapped == toy(x) == 22
+
+
+def test_hooks_are_gone_afterwards(toy):
+    with listen(toy, ["add", "inner.times"]) as calls:
+        assert hooks(toy) == 2
+        toy(torch.tensor(1.0))
+    assert hooks(toy) == 0
+    toy(torch.tensor(1.0))
+    assert len(calls.all("add")) == 2
+
+
+def test_hooks_are_gone_after_an_exception(toy):
+    with pytest.raises(TypeError), listen(toy, ["add", "inner.times"]) as calls:
+        toy("no number")
+    assert hooks(toy) == 0
+    with pytest.raises(TapError):
+        calls.all("add")  # its forward failed: nothing was recorded
+
+
+def test_hooks_of_other_owners_stay(toy):
+    seen = []
+    toy.add.register_forward_hook(lambda module, args, output: seen.append(float(output)))
+    with listen(toy, ["add"]):
+        toy(torch.tensor(0.0))
+    toy(torch.tensor(0.0))
+    assert seen == [1, 2, 1, 2]
+
+
+def test_nested_taps_record_apart(toy):
+    with listen(toy, ["add"]) as outer:
+        toy(torch.tensor(0.0))
+        with listen(toy, ["add"]) as inner:
+            toy(torch.tensor(10.0))
+        assert hooks(toy) == 1
+    assert [float(c.args[0]) for c in outer.all("add")] == [0, 1, 10, 11]
+    assert [float(c.args[0]) for c in inner.all("add")] == [10, 11]
+
+
+@pytest.mark.parametrize("name", ["nothing", "inner.nothing", "number"])
+def test_unknown_module(toy, name):
+    with (
+        pytest.raises(TapError, match=rf"^Toy has no module '{name}' to tap: .*\.$"),
+        listen(toy, ["add", name]),
+    ):
+        pytest.fail("the taps opened")
+    assert hooks(toy) == 0  # the tap before the unknown one is gone too
+
+
+def test_a_module_that_did_not_run(toy):
+    with listen(toy, ["add", "idle"]) as calls:
+        toy(torch.tensor(1.0))
+    for ask in (calls.all, calls.__getitem__):
+        with pytest.raises(TapError, match="tapped module 'idle' did not run in this forward"):
+            ask("idle")
+    assert len(calls.all("add")) == 2
+
+
+def test_a_module_that_is_not_tapped(toy):
+    with listen(toy, ["add", "idle"]) as calls:
+        toy(torch.tensor(1.0))
+    with pytest.raises(TapError, match=r"'inner.times' is not tapped; tapped: add, idle\."):
+        calls["inner.times"]
+
+
+def test_tap_errors_are_for_users():
+    assert issubclass(TapError, DistillError)

@@ -1,0 +1,165 @@
+"""What distillation costs on top of the student's step and the teacher's needed forward.
+
+    python tools/benchmark.py --config-file F [--size 320x512 --batch 2] [KEY VALUE ...]
+
+Weights and pictures are random: only time is measured. In one process and interleaved, every round
+times the plain student's step, and for each head alone and for all together the teacher's answer
+and the distilled step. Reported are medians, and the ratio
+distilled / (plain + teacher).
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from distill.config import student_config, teacher_config
+from distill.data.datasets import number_of_classes
+from distill.engine import setup_config
+from distill.errors import DistillError
+from distill.heads import build_heads
+from distill.meta_arch import DistillModel, net_specs
+from distill.probes import build_probe
+from distill.teacher import Teacher
+
+OBJECTS = 8  # ground-truth boxes a picture
+
+
+def synthetic_batch(batch: int, height: int, width: int, classes: int, seed: int) -> list[Any]:
+    """``batched_inputs`` of random pictures with boxes, polygons and classes."""
+    g = torch.Generator().manual_seed(seed)
+    entries = []
+    for _ in range(batch):
+        low = torch.rand((OBJECTS, 2), generator=g) * torch.tensor([width, height]) * 0.6
+        size = torch.tensor([width, height]) * (0.1 + 0.3 * torch.rand((OBJECTS, 2), generator=g))
+        boxes = torch.cat([low, low + size], 1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(classes, (OBJECTS,), generator=g)
+        corners = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
+        instances.gt_masks = PolygonMasks(corners)
+        image = torch.randint(0, 256, (3, height, width), generator=g).float()
+        entries.append({"image": image, "instances": instances, "height": height, "width": width})
+    return entries
+
+
+def build(cfg: CfgNode) -> tuple[nn.Module, Teacher, nn.ModuleDict]:
+    """Student, teacher and all configured heads with random weights."""
+    torch.manual_seed(0)
+    student = build_model(student_config(cfg)).train()
+    config = student_config(teacher_config(cfg))
+    config.MODEL.DEVICE = cfg.MODEL.DEVICE
+    config.MODEL.RESNETS.NORM = cfg.MODEL.RESNETS.NORM
+    teacher = Teacher(
+        build_probe(build_model(config)),
+        input_format=config.INPUT.FORMAT,
+        student_format=cfg.INPUT.FORMAT,
+    )
+    heads = build_heads(cfg, *net_specs(cfg, build_probe(student), teacher.probe))
+    return student, teacher, heads.to(cfg.MODEL.DEVICE)
+
+
+def seconds(function: Callable[[], Any], cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def step(model: nn.Module, inputs: list[Any]) -> None:
+    model.zero_grad(set_to_none=True)
+    sum(model(inputs).values()).backward()
+
+
+def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds by head set: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
+    student, teacher, heads = build(cfg)
+    cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    sets = {name: [name] for name in heads} | {"all": list(heads)}
+    models: dict[str, DistillModel] = {
+        key: cls(
+            student=student,
+            teacher=teacher,
+            heads=nn.ModuleDict({n: heads[n] for n in names}),
+        ).train()
+        for key, names in sets.items()
+    }
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    times: dict[str, dict[str, list[float]]] = {
+        key: {"plain": [], "teacher": [], "distilled": []} for key in models
+    }
+    for repeat in range(repeats + 2):  # two rounds warm up
+        for key, model in models.items():
+            plain = seconds(lambda: step(student, inputs), cuda)
+            asked = seconds(_question(model, inputs), cuda)
+            distilled = seconds(functools.partial(step, model, inputs), cuda)
+            if repeat >= 2:
+                for name, value in zip(times[key], (plain, asked, distilled)):
+                    times[key][name].append(value)
+    medians = {key: {n: statistics.median(v) for n, v in row.items()} for key, row in times.items()}
+    for row in medians.values():
+        row["ratio"] = row["distilled"] / (row["plain"] + row["teacher"])
+    return medians
+
+
+def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
+    """The teacher's answer to what the student says of ``inputs``, as a call to be timed."""
+    needs = model.active_needs()
+    with torch.no_grad(), model.probe.listen(needs) as calls:
+        model.student(inputs)
+    student = model.probe.read(calls, model.probe.batch(calls, inputs), needs)
+    teacher = model.teacher
+    assert teacher is not None
+    return lambda: teacher.ask(student, needs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--size", default="320x512", help="height x width in pixels")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the medians here")
+    parser.add_argument("opts", nargs=argparse.REMAINDER)
+    args = parser.parse_args(argv)
+    height, width = (int(x) for x in args.size.split("x"))
+    cfg = setup_config(args.config_file, args.opts)
+    inputs = synthetic_batch(args.batch, height, width, number_of_classes(cfg) or 1, seed=0)
+    with EventStorage():
+        medians = measure(cfg, inputs, args.repeats)
+    table = Table(title=f"Median seconds of {args.repeats} steps, {args.batch} x {args.size}")
+    for column in ("heads", "plain step", "teacher", "distilled step", "ratio"):
+        table.add_column(column)
+    for key, row in medians.items():
+        table.add_row(key, *(f"{row[k]:.3f}" for k in ("plain", "teacher", "distilled", "ratio")))
+    Console().print(table)
+    if args.json:
+        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts |= {"machine": platform.machine(), "command": " ".join(["python", *sys.argv])}
+        args.json.write_text(json.dumps({**facts, "medians": medians}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DistillError as e:
+        sys.exit(f"error: {e}")
