@@ -66,6 +66,7 @@ class _StrictCheckpointer(DetectionCheckpointer):
         return self.incompatible
 
 
+ONCE_SAVED = ("pixel_mean", "pixel_std")  # by earlier detectron2; from the config now
 UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
 MISFORMED = (KeyError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
 
@@ -86,7 +87,7 @@ def readable(path: str, key: str) -> Iterator[None]:
     try:
         yield
     except (*UNREADABLE, *MISFORMED) as e:
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
         raise WeightsError(
             f"{key}: '{path}' cannot be read as a checkpoint (missing, truncated or of another "
             f"format): {reason}"
@@ -114,7 +115,7 @@ def load_strictly(model: nn.Module, path: str, key: str) -> None:
     misfits = {k: (a, b) for k, a, b in found.incorrect_shapes}
     problems = [f"{k} has shape {a} where {b} is needed" for k, (a, b) in misfits.items()]
     problems += [f"{k} is missing" for k in found.missing_keys if k not in misfits]
-    problems += [f"{k} is left over" for k in found.unexpected_keys]
+    problems += [f"{k} is left over" for k in found.unexpected_keys if k not in ONCE_SAVED]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
         raise WeightsError(

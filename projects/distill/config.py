@@ -128,16 +128,19 @@ def merge_from_file(cfg: CfgNode, filename: str) -> None:
     try:
         loaded = _SafeCfgNode.load_yaml_with_base(filename, allow_unsafe=False)
         _merge(cfg, CfgNode(loaded), filename)
-    except (YAMLError, OSError, UnicodeDecodeError, RecursionError) as e:
+    except RecursionError as e:
+        raise ConfigError(f"The _BASE_ of config file '{filename}' leads back to itself.") from e
+    except (YAMLError, OSError, UnicodeDecodeError) as e:
         reason = " ".join(str(e).split())
         raise ConfigError(f"Config file '{filename}' cannot be read as safe yaml: {reason}") from e
     except (AttributeError, TypeError, AssertionError) as e:
+        detail = f": {e}" if isinstance(e, AssertionError) else "."
         raise ConfigError(
-            f"Config file '{filename}' or its _BASE_ is no mapping of KEY: VALUE sections: {e}"
+            f"Config file '{filename}' or its _BASE_ is no mapping of KEY: VALUE sections{detail}"
         ) from e
 
 
-def merge_from_list(cfg: CfgNode, opts: list[Any]) -> None:
+def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command line") -> None:
     """Merge ``KEY VALUE ...`` overrides into ``cfg``.
 
     Raises:
@@ -146,7 +149,7 @@ def merge_from_list(cfg: CfgNode, opts: list[Any]) -> None:
     if len(opts) % 2:
         raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
     for key, value in zip(opts[0::2], opts[1::2]):
-        _check_key(cfg, str(key), "the command line")
+        _check_key(cfg, str(key), source)
         try:
             cfg.merge_from_list([key, value])
         except (ValueError, AssertionError) as e:
@@ -183,6 +186,10 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
             raise ConfigError(f"Unknown config key '{key}' in {source}; {where} has: {valid}.")
         node = node[name]
         path.append(name)
+    if isinstance(node, CfgNode):
+        raise ConfigError(
+            f"'{key}' in {source} is a section, not a value; it has: {_nearest('', node)}."
+        )
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
@@ -232,7 +239,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     merge_from_file(teacher, node.CONFIG_FILE if zoo_file is None else zoo_file)
     if zoo_file is not None and not node.WEIGHTS:
         teacher.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
-    merge_from_list(teacher, list(node.OPTS))
+    merge_from_list(teacher, list(node.OPTS), "MODEL.DISTILL.TEACHER.OPTS")
     if node.WEIGHTS:
         teacher.MODEL.WEIGHTS = node.WEIGHTS
     return teacher
@@ -321,9 +328,11 @@ def building(network: str) -> Iterator[None]:
     except (AssertionError, KeyError, ValueError, TypeError) as e:
         frame = traceback.extract_tb(e.__traceback__)[-1]
         reason = " ".join(str(e.args[0] if e.args else "").split())
+        where = f" at {os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+        if (frame.line or "").startswith("raise "):  # then the reason is written for users
+            where = ""
         raise ConfigError(
-            f"The {network} cannot be built from its config: {type(e).__name__} {reason} at "
-            f"{os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+            f"The {network} cannot be built from its config: {type(e).__name__} {reason}{where}"
         ) from e
 
 

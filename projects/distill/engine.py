@@ -338,7 +338,7 @@ def _run_or_exit(args: Namespace) -> None:
     try:
         run(args)
     except DistillError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -75,7 +75,8 @@ def _load(name: str) -> list[dict[str, Any]]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    return " ".join(text.split())[:200].rstrip(".!")
 
 
 def _coco_problem(path: str) -> str | None:
@@ -92,10 +93,8 @@ def _coco_problem(path: str) -> str | None:
         return f"it is no JSON ({_one_line(e)})"
     if not isinstance(content, dict):
         return f"it holds a JSON {type(content).__name__}, not COCO's instances"
-    missing = [key for key in ("images", "annotations") if key not in content]
-    missing += [] if content.get("categories") else ["categories"]
-    if missing:
-        return f"it is not in COCO's instances format, which has {' and '.join(missing)}"
+    if not content.get("categories"):  # the others may be missing
+        return "it is not in COCO's instances format, which has images, annotations, categories"
     return None
 
 
@@ -174,8 +173,8 @@ def check_annotations(dicts: list[dict[str, Any]], num_classes: int | None, mask
                 )
     if outside:
         raise DataError(
-            f"{len(outside)} boxes lie outside their picture, the first in {outside[0]}; correct "
-            "or remove them."
+            f"Boxes outside their picture ({len(outside)} in all), the first in {outside[0]}; "
+            "correct or remove them."
         )
 
 

@@ -67,6 +67,9 @@ class SceneConfig:
         min_area: smallest visible area of an object in pixels.
         max_distractors: largest number of unlabelled blobs and lines behind the objects.
         noise: standard deviation of the pixel noise in grey levels, of 255.
+        max_rotation: largest rotation of an object either way, in degrees; 180 is any.
+        texture_contrast: how far the two colours of an object's texture differ, in [0, 1]; 0 makes
+            objects plain.
     """
 
     height: int = 128
@@ -79,6 +82,8 @@ class SceneConfig:
     min_area: int = 32
     max_distractors: int = 4
     noise: float = 6.0
+    max_rotation: float = 180.0
+    texture_contrast: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 32:
@@ -91,6 +96,11 @@ class SceneConfig:
         if not 0 < self.min_size <= self.max_size <= 1:
             raise ValueError(
                 f"need 0 < min_size <= max_size <= 1, got {self.min_size}, {self.max_size}"
+            )
+        if not (0 <= self.max_rotation <= 180 and 0 <= self.texture_contrast <= 1):
+            raise ValueError(
+                "need max_rotation in [0, 180] and texture_contrast in [0, 1], "
+                f"got {self.max_rotation}, {self.texture_contrast}"
             )
         if not 0 <= self.min_visible < 1:
             raise ValueError(f"min_visible must be in [0, 1), got {self.min_visible}")
@@ -179,7 +189,8 @@ def make_scene(split: str, index: int, seed: int = 0, config: SceneConfig | None
     for obj in objects:
         height, width = obj.alpha.shape
         window = canvas[obj.y : obj.y + height, obj.x : obj.x + width]
-        window += obj.alpha[..., None] * (object_texture(rng, height, width) - window)
+        texture = object_texture(rng, height, width, config.texture_contrast)
+        window += obj.alpha[..., None] * (texture - window)
     canvas += rng.normal(0, config.noise, canvas.shape).astype(np.float32)
 
     return Scene(
@@ -245,7 +256,7 @@ def _has_hole(mask: Mask) -> bool:
 def _draw_object(rng: np.random.Generator, class_id: int, config: SceneConfig) -> _Object | None:
     """An object of random size, rotation and centre; None where no pixel of it can be seen."""
     size = rng.uniform(config.min_size, config.max_size) * min(config.height, config.width)
-    angle = rng.uniform(0, 2 * math.pi)
+    angle = math.radians(rng.uniform(-config.max_rotation, config.max_rotation))
     # At most a quarter of the diameter crosses a side: a mere corner would not tell its class.
     inset = size / 4
     center = rng.uniform((inset, inset), (config.width - inset, config.height - inset))

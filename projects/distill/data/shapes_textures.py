@@ -21,15 +21,20 @@ Image = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
-def object_texture(rng: np.random.Generator, height: int, width: int) -> Floats:
-    """(height, width, 3) in [0, 255]: a random pattern of two colours that differ clearly."""
+def object_texture(
+    rng: np.random.Generator, height: int, width: int, contrast: float = 1.0
+) -> Floats:
+    """(height, width, 3) in [0, 255]: a random pattern of two colours that differ clearly.
+
+    ``contrast`` in [0, 1] draws the second colour towards the first.
+    """
     first = rng.uniform(0, 255, 3)
     second = rng.uniform(0, 255, 3)
     # Mirror a second colour that is too close to the first: a texture must be seen.
     if np.abs(first - second).max() < 60:
         second = np.where(first < 128, first + 90, first - 90)
     pattern = _PATTERNS[int(rng.integers(len(_PATTERNS)))](rng, height, width)
-    return (first + pattern[..., None] * (second - first)).astype(np.float32)
+    return (first + pattern[..., None] * contrast * (second - first)).astype(np.float32)
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Floats:

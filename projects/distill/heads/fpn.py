@@ -190,6 +190,12 @@ class IMA(FPNDistillHead):
             cfg.defrost()
             cls.section(cfg).IN_FEATURES = tuple(student.model.roi_heads.box_in_features)
         ret = super().from_config(cfg, student, teacher)
+        strides = [x.stride for x in ret["levels"]]
+        if scope != "image" and strides != [strides[0] * 2**i for i in range(len(strides))]:
+            raise ConfigError(
+                f"MODEL.DISTILL.IMA.SCOPE {scope} crops boxes from levels whose strides double, but "
+                f"the levels' strides are {strides}; set IN_FEATURES to such levels or SCOPE image."
+            )
         return {
             **ret,
             "scope": scope,
