@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -144,8 +144,8 @@ def distilled(
     family: str,
     heads: Sequence[str],
     *opts: Any,
-    student: Optional[nn.Module] = None,
-    teacher: Optional[nn.Module] = None,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
     teacher_classes: Sequence[str] = CLASSES,
     teacher_format: str = "BGR",
     **kw: Any,

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import student_config
 from ..errors import DataError
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError)
 BOX_TOLERANCE = 1.0  # pixels by which a box may exceed its picture; annotation tools round
 
 
@@ -66,7 +67,7 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
 def _load(name: str) -> list[dict[str, Any]]:
     try:
         return DatasetCatalog.get(name)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as e:
+    except _UNREADABLE as e:
         path = MetadataCatalog.get(name).get("json_file")
         reason = (path and _coco_problem(path)) or f"{type(e).__name__} {_one_line(e)}"
         raise DataError(
@@ -106,29 +107,33 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             box lies outside its picture, a class is beyond the config's number of classes, or a
             mask is missing where masks are trained.
     """
-    for name in cfg.DATASETS.TRAIN:
-        if not _load(name):
-            raise DataError(f"Data set '{name}' of DATASETS.TRAIN has no pictures.")
     try:
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
-    except AssertionError as e:
-        raise DataError(
-            f"No picture of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has an annotation; set "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on pictures without any."
-        ) from e
-    except ValueError as e:  # detectron2's message names the sets and their classes
-        raise DataError(f"DATASETS.TRAIN: {_one_line(e)}.") from e
-    if not PathManager.isfile(
-        dicts[0]["file_name"]
-    ):  # one shows a wrong folder; all would take long
+    except _UNREADABLE as e:
+        raise _training_set_error(cfg, e) from e
+    # One picture shows a wrong folder; looking for all of them would take long.
+    if not PathManager.isfile(dicts[0]["file_name"]):
         raise DataError(
             f"There is no picture {dicts[0]['file_name']}, which DATASETS.TRAIN "
             f"{tuple(cfg.DATASETS.TRAIN)} lists; correct the image folder."
         )
     check_annotations(dicts, number_of_classes(cfg), cfg.MODEL.MASK_ON)
     return dicts
+
+
+def _training_set_error(cfg: CfgNode, error: Exception) -> DataError:
+    """The reason of a failed reading, which detectron2's exceptions only hint at."""
+    for name in cfg.DATASETS.TRAIN:
+        if not _load(name):
+            return DataError(f"Data set '{name}' of DATASETS.TRAIN has no pictures.")
+    if isinstance(error, AssertionError):
+        return DataError(
+            f"No picture of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has an annotation; set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on pictures without any."
+        )
+    return DataError(f"DATASETS.TRAIN: {_one_line(error)}.")  # it names the sets and classes
 
 
 def check_test_set(name: str) -> None:

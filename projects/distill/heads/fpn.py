@@ -31,7 +31,10 @@ class Level(NamedTuple):
 
 
 def match_levels(
-    student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], names: tuple[str, ...]
+    student: dict[str, ShapeSpec],
+    teacher: dict[str, ShapeSpec],
+    names: tuple[str, ...],
+    key: str = "IN_FEATURES",
 ) -> list[Level]:
     """Pair feature levels by stride.
 
@@ -39,6 +42,7 @@ def match_levels(
         student, teacher: the backbones' ``output_shape()``.
         names: the student's levels to pair; empty: every level whose stride the teacher has too,
             or, without any, all.
+        key: the config key that gave ``names``, for the message.
 
     Returns:
         Pairs, finest first. Where several levels share a stride (dilated stages), the deepest are
@@ -50,7 +54,7 @@ def match_levels(
     for name in names:
         if name not in student:
             raise ConfigError(
-                f"IN_FEATURES: the student's backbone has no output '{name}'; "
+                f"{key}: the student's backbone has no output '{name}'; "
                 f"it has: {choices(name, student)}."
             )
     strides = {shape.stride for shape in teacher.values()}
@@ -94,7 +98,8 @@ class FPNDistillHead(DistillHead):
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         names = tuple(cls.section(cfg).IN_FEATURES)
-        ret["levels"] = match_levels(student.features, teacher.features, names)
+        key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
+        ret["levels"] = match_levels(student.features, teacher.features, names, key)
         ret["channels"] = [
             (student.features[x.student].channels, teacher.features[x.teacher].channels)
             for x in ret["levels"]
@@ -193,8 +198,8 @@ class IMA(FPNDistillHead):
         strides = [x.stride for x in ret["levels"]]
         if scope != "image" and strides != [strides[0] * 2**i for i in range(len(strides))]:
             raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE {scope} crops boxes from levels whose strides double, but "
-                f"the levels' strides are {strides}; set IN_FEATURES to such levels or SCOPE image."
+                f"MODEL.DISTILL.IMA.SCOPE {scope} crops boxes from levels whose strides double, "
+                f"but theirs are {strides}; set IN_FEATURES to such levels or SCOPE image."
             )
         return {
             **ret,

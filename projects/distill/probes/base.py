@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..structures import Batch, Signals
 from ..taps import Calls, listen
 
@@ -74,6 +75,9 @@ class Probe:
 
         Returns:
             (N, C, H, W).
+
+        Raises:
+            ConfigError: the canvas exceeds the fixed square that this network pads to.
         """
         model = self.model
         images = [(x.to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs]
@@ -81,6 +85,11 @@ class Probe:
         first = images[0]
         images[0] = first.new_zeros(len(first), *canvas)
         images[0][:, : first.shape[1], : first.shape[2]] = first
-        return ImageList.from_tensors(
-            images, model.backbone.size_divisibility, 0.0, model.backbone.padding_constraints
-        ).tensor
+        padding = model.backbone.padding_constraints
+        square = padding.get("square_size", 0)
+        if 0 < square < max(canvas):  # detectron2 would cut the picture without a word
+            raise ConfigError(
+                f"The teacher pads to {square} x {square} pixels, but the student's input has "
+                f"{canvas[0]} x {canvas[1]}; lower INPUT.MAX_SIZE_TRAIN or take another teacher."
+            )
+        return ImageList.from_tensors(images, model.backbone.size_divisibility, 0.0, padding).tensor
