@@ -1,6 +1,7 @@
 """Tiny networks and pictures that every test shares."""
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,15 @@ def storage() -> Iterator[EventStorage]:
     """detectron2's networks log to the event storage while they train."""
     with EventStorage() as events:
         yield events
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers() -> Iterator[None]:
+    """Trainers add handlers on the stdout of their test, which the next test no longer has."""
+    yield
+    for name in ("detectron2", "fvcore", "distill"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(autouse=True)

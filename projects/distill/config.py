@@ -254,8 +254,12 @@ def _zoo_file(name: str) -> str | None:
         return None
 
 
-def validate_config(cfg: CfgNode) -> None:
+def validate_config(cfg: CfgNode, *, with_teacher: bool = True) -> None:
     """Check every value that this package reads; runs before any weight is loaded.
+
+    Args:
+        cfg: the whole config.
+        with_teacher: read the teacher's config file too; evaluation works without it.
 
     Raises:
         ConfigError: names the key, its value and the valid choices, nearest first.
@@ -272,6 +276,8 @@ def validate_config(cfg: CfgNode) -> None:
     _at_least("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1)
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
+        if with_teacher and cfg.MODEL.DISTILL.HEADS:
+            teacher_config(cfg)
 
 
 def _validate_distill(cfg: CfgNode) -> None:
@@ -287,8 +293,6 @@ def _validate_distill(cfg: CfgNode) -> None:
             _at_least(f"{path}.{key}", section[key], 0)
         if "TEMPERATURE" in section and section.TEMPERATURE <= 0:
             raise ConfigError(f"{path}.TEMPERATURE is {section.TEMPERATURE}; it must be above 0.")
-    if node.HEADS:
-        teacher_config(cfg)
     if "IMA" in node.HEADS:
         _validate_ima(cfg)
 

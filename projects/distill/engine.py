@@ -247,8 +247,10 @@ def write_student_yaml(cfg: CfgNode) -> None:
         f.write(student.dump())
 
 
-def setup_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
-    """Load, register data, validate.
+def setup_config(
+    config_file: str, opts: Sequence[Any] = (), *, with_teacher: bool = True
+) -> CfgNode:
+    """Load, register data, validate; without its teacher a student can still be evaluated.
 
     Raises:
         ConfigError, DataError: one sentence that names what to change.
@@ -260,7 +262,7 @@ def setup_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     register_coco_format(cfg)
-    validate_config(cfg)
+    validate_config(cfg, with_teacher=with_teacher)
     cfg.freeze()
     return cfg
 
@@ -282,17 +284,19 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
 
 def run(args: Namespace) -> Any:
     """One process of a training or evaluation."""
-    cfg = setup_config(args.config_file, args.opts)
+    cfg = setup_config(args.config_file, args.opts, with_teacher=False)
+    finished = finished_checkpoint(cfg) if args.resume else None
+    if not args.eval_only and not finished:
+        validate_config(cfg)
     # It remarks on a CUDA toolkit without a GPU; stderr is for our one line.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate(cfg)
-    last = finished_checkpoint(cfg) if args.resume else None
-    if last:
-        logger.info("%s is trained already; evaluating %s", cfg.OUTPUT_DIR, last)
-        return evaluate(cfg, last)
+    if finished:
+        logger.info("%s is trained already; evaluating %s", cfg.OUTPUT_DIR, finished)
+        return evaluate(cfg, finished)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

@@ -190,6 +190,11 @@ class IMA(FPNDistillHead):
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         node = cls.section(cfg)
         scope = node.SCOPE if node.SCOPE != "auto" else cls.default_scope(student)
+        if scope != "image" and "dense" not in student.signals:
+            raise ConfigError(
+                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a "
+                f"{type(student.model).__name__} has SCOPE image."
+            )
         if scope != "image" and not node.IN_FEATURES and "rois" in student.signals:
             cfg = cfg.clone()
             cfg.defrost()

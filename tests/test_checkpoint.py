@@ -1,0 +1,313 @@
+"""Training checkpoints are stock checkpoints of the student, and enough to resume from."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import (
+    STOCK_FPN,
+    STOCK_P3_P7,
+    distill_opts,
+    picture,
+    trainable_cfg,
+    write_teacher,
+)
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from distill.checkpoint import StudentCheckpointer, StudentState
+from distill.engine import Trainer, main
+
+EIGHT_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
+FAMILIES = ("faster", "mask", "retinanet")
+HEADS = {
+    "faster": ("FitNet", "IMA", "ROIKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
+    "retinanet": ("FitNet", "IMA", "DenseKD"),
+}
+Shapes = tuple[str, str, str]
+
+
+class Run(NamedTuple):
+    """A finished training of two iterations with a student that stock detectron2 can build."""
+
+    cfg: CfgNode
+    trainer: Trainer
+    output: Path
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        return torch.load(self.output / "model_final.pth", weights_only=True)
+
+
+def train(family: str, folder: Path, shapes: Shapes) -> Run:
+    stock = STOCK_P3_P7 if family == "retinanet" else STOCK_FPN
+    neck = STOCK_P3_P7 if family == "retinanet" else ()  # dense heads need equal strides
+    teacher = write_teacher(folder / "teacher", family, *EIGHT_CLASSES, *neck, fpn=24)
+    (folder / "output").mkdir()
+    cfg = trainable_cfg(
+        family,
+        shapes,
+        folder / "output",
+        *(*stock, *distill_opts(family, HEADS[family]), *teacher),
+        *("SOLVER.MAX_ITER", 2),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+        norm="BN",
+    )
+    seed_all_rng(3)
+    trainer = Trainer(cfg)
+    trainer.train()
+    return Run(cfg, trainer, folder / "output")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Shapes) -> dict[str, Run]:
+    torch.set_num_threads(1)
+    return {f: train(f, tmp_path_factory.mktemp(f), shapes) for f in FAMILIES}
+
+
+# ---- The student without this package.
+
+STRANGER = """
+import json, sys, torch
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "distill":
+            raise ModuleNotFoundError("there is no distill here")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import distill
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("distill can be imported")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+torch.set_num_threads(1)
+folder, outputs = sys.argv[1], sys.argv[2:]
+inputs = torch.load(f"{folder}/inputs.pth", weights_only=True)
+report = []
+for k, output in enumerate(outputs):
+    cfg = get_cfg()
+    cfg.merge_from_file(f"{output}/student.yaml")
+    saved = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)
+    keys = build_model(cfg).load_state_dict(saved["model"], strict=False)
+    report.append([keys.missing_keys, keys.unexpected_keys])
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    with torch.no_grad():
+        predictions = [x["instances"].get_fields() for x in model(inputs)]
+    for fields in predictions:
+        fields["pred_boxes"] = fields["pred_boxes"].tensor
+    torch.save(predictions, f"{folder}/predictions{k}.pth")
+print(json.dumps(report))
+"""
+
+
+class Stranger(NamedTuple):
+    """What a process that cannot import this package made of the checkpoints."""
+
+    inputs: list[dict[str, Any]]
+    misfits: dict[str, list[list[str]]]
+    predictions: dict[str, list[dict[str, torch.Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def stranger(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Stranger:
+    folder = tmp_path_factory.mktemp("stranger")
+    inputs = [{k: v for k, v in picture(i, 64, 96).items() if k != "instances"} for i in (0, 1)]
+    torch.save(inputs, folder / "inputs.pth")
+    command = [sys.executable, "-c", STRANGER, str(folder)]
+    command += [str(run.output) for run in runs.values()]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    predictions = [
+        torch.load(folder / f"predictions{k}.pth", weights_only=True) for k in range(len(runs))
+    ]
+    return Stranger(inputs, dict(zip(runs, report)), dict(zip(runs, predictions)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_detectron2_loads_the_student(
+    family: str, runs: dict[str, Run], stranger: Stranger
+) -> None:
+    assert stranger.misfits[family] == [[], []]
+    student = runs[family].trainer.student
+    training = student.training
+    with torch.no_grad():
+        expected = [x["instances"].get_fields() for x in student.eval()(stranger.inputs)]
+    student.train(training)
+    for ours, theirs in zip(expected, stranger.predictions[family]):
+        assert ours.keys() == theirs.keys()
+        assert len(theirs["scores"]) > 0
+        assert ("pred_masks" in theirs) == (family == "mask")
+        for name, value in ours.items():
+            value = value.tensor if isinstance(value, Boxes) else value
+            assert torch.equal(value, theirs[name]), name
+
+
+# ---- What is inside.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contents(family: str, runs: dict[str, Run]) -> None:
+    run = runs[family]
+    saved = run.saved  # read with weights_only=True: only plain types
+    assert saved.keys() == {"model", "distill", "student_state", "trainer", "iteration"}
+    assert saved["iteration"] == saved["trainer"]["iteration"] == 1
+    assert saved["model"].keys() == run.trainer.student.state_dict().keys()
+    assert {k.split(".")[0] for k in saved["distill"]} == {"FitNet", "IMA"}
+    assert isinstance(saved["distill"]["IMA.random._extra_state"], torch.Tensor)
+    normalizer = {"loss_normalizer"} if family == "retinanet" else set()
+    assert saved["student_state"].keys() == normalizer
+    assert "DISTILL" not in (run.output / "student.yaml").read_text()
+
+
+def test_loss_normalizer_makes_a_round_trip(runs: dict[str, Run]) -> None:
+    student: Any = runs["retinanet"].trainer.student
+    state = StudentState(student).state_dict()
+    assert state == runs["retinanet"].saved["student_state"]
+    assert type(state["loss_normalizer"]) is float and state["loss_normalizer"] != 100
+    fresh = copy.deepcopy(student)
+    fresh.loss_normalizer = 100
+    StudentState(fresh).load_state_dict(state)
+    assert fresh.loss_normalizer == student.loss_normalizer
+
+
+# ---- Resuming.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resume_continues_where_it_stopped(
+    family: str, runs: dict[str, Run], tmp_path: Path
+) -> None:
+    run = runs[family]
+    shutil.copytree(run.output, tmp_path / "output")
+    cfg = run.cfg.clone()
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    cfg.SOLVER.MAX_ITER = 3
+    seed_all_rng(99)  # other initial weights than those of the first part
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+
+    assert trainer.start_iter == 2
+    first: Any = run.trainer._trainer
+    second: Any = trainer._trainer
+    ours, theirs = second.model.state_dict(), first.model.state_dict()
+    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    assert StudentState(trainer.student).state_dict() == run.saved["student_state"]
+    assert trainer.scheduler.last_epoch == run.trainer.scheduler.last_epoch == 2
+    momenta = [
+        [state["momentum_buffer"] for state in x.optimizer.state_dict()["state"].values()]
+        for x in (first, second)
+    ]
+    assert len(momenta[0]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    masks = [
+        torch.rand(4, generator=copy.deepcopy(x.model.heads["IMA"].random).generator(CPU))
+        for x in (first, second)
+    ]
+    assert torch.equal(*masks)
+
+    trainer.train()
+    assert torch.load(tmp_path / "output/model_final.pth", weights_only=True)["iteration"] == 2
+
+
+CPU = torch.device("cpu")
+
+
+def test_trained_student_needs_no_teacher(
+    tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = write_teacher(tmp_path / "teacher", "faster", *EIGHT_CLASSES)
+    opts = [*distill_opts("faster", ["FitNet"]), *teacher, "SOLVER.MAX_ITER", 1]
+    opts += ["DATASETS.TEST", (shapes[0],), "INPUT.MAX_SIZE_TEST", 64]
+    opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    config = tmp_path / "config.yaml"
+    config.write_text(trainable_cfg("faster", shapes, tmp_path / "output", *opts).dump())
+    command = ["--config-file", str(config)]
+    assert main(command) == 0
+    final = tmp_path / "output" / "model_final.pth"
+    trained = final.read_bytes()
+    results = tmp_path / "output" / "inference" / "coco_instances_results.json"
+    expected = results.read_text()
+    assert len(json.loads(expected)) > 0
+
+    shutil.rmtree(tmp_path / "teacher")
+    for evaluation in (["--resume"], ["--eval-only", "MODEL.WEIGHTS", str(final)]):
+        results.unlink()
+        assert main([*command, *evaluation]) == 0
+        assert results.read_text() == expected
+    assert final.read_bytes() == trained
+    # Going on with the training needs it, and says so.
+    capsys.readouterr()
+    assert main([*command, "--resume", "SOLVER.MAX_ITER", "2"]) == 2
+    assert "MODEL.DISTILL.TEACHER.CONFIG_FILE" in capsys.readouterr().err
+
+
+# ---- Crashes.
+
+
+def test_failed_save_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    checkpointer = StudentCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    earlier = (tmp_path / "model_0000001.pth").read_bytes()
+
+    def fail(data: Any, file: Any) -> None:
+        file.write(b"half a check")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    nn.init.zeros_(model.weight)
+    for name in ("model_0000001", "model_0000002"):
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.save(name)
+    assert (tmp_path / "model_0000001.pth").read_bytes() == earlier
+    assert not (tmp_path / "model_0000002.pth").exists()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    monkeypatch.undo()
+    fresh = nn.Linear(2, 2)
+    StudentCheckpointer(fresh, str(tmp_path)).resume_or_load("", resume=True)
+    assert fresh.weight.abs().sum() > 0
+
+
+def test_failed_training_can_be_resumed(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same through the trainer: a full disk at the second of two checkpoints."""
+    cfg = runs["faster"].cfg.clone()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER = 1, 3
+    save, names = torch.save, []
+
+    def fill(data: Any, file: Any) -> None:
+        names.append(Path(file.name).name)
+        if len(names) == 2:
+            raise OSError("No space left on device")
+        save(data, file)
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match="No space left"):
+        Trainer(cfg).train()
+    monkeypatch.undo()
+    assert names == ["model_0000000.pth.tmp", "model_0000001.pth.tmp"]
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 1

@@ -1,0 +1,174 @@
+"""Two processes give the gradients of one with the joint batch, and wait for each other."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import distilled, kd_losses, outspoken_model, picture
+from detectron2.engine import create_ddp_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from distill import DistillModel
+
+WORLD = 2
+TIMEOUT = 60  # seconds
+CASES = {
+    "FitNet": ("mask", ("FitNet",), ()),
+    "ROIKD": ("mask", ("ROIKD",), ()),
+    "ROIKD, cascade": ("cascade", ("ROIKD",), ()),
+    "MaskKD": ("mask", ("MaskKD",), ()),
+    "DenseKD, RPN": ("mask", ("DenseKD",), ()),
+    "DenseKD, RetinaNet": ("retinanet", ("DenseKD",), ()),
+    "IMA, image": ("mask", ("IMA",), ("MODEL.DISTILL.IMA.SCOPE", "image")),
+    "IMA, box": ("mask", ("IMA",), ("MODEL.DISTILL.IMA.SCOPE", "box")),
+    "IMA, mask": ("mask", ("IMA",), ("MODEL.DISTILL.IMA.SCOPE", "mask")),
+}
+OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # by rank
+
+
+def spawn(worker: Callable[..., None], folder: Path) -> None:
+    """Run ``worker(rank, folder)`` in two gloo processes; one that hangs is an error."""
+    context = mp.spawn(_join, args=(worker, folder), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"{worker.__name__} hangs"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _join(rank: int, worker: Callable[..., None], folder: Path) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=WORLD)
+    try:
+        worker(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- Gradients.
+
+
+def fixed_samples(proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
+    """In place of random sampling: every object, moved a little, and two boxes of background."""
+    samples = []
+    for target in targets:
+        n = len(target)
+        sample = Instances(target.image_size)
+        background = torch.tensor([[40.0, 2.0, 62.0, 20.0], [1.0, 45.0, 20.0, 62.0]])
+        sample.proposal_boxes = Boxes(torch.cat([target.gt_boxes.tensor + 1, background]))
+        sample.gt_classes = torch.cat([target.gt_classes, torch.tensor([3, 3])])
+        sample.gt_boxes = Boxes(torch.cat([target.gt_boxes.tensor, background]))
+        index = torch.cat([torch.arange(n), torch.zeros(2, dtype=torch.long)])
+        if n:
+            sample.gt_masks = target.gt_masks[index]
+        samples.append(sample)
+    return samples
+
+
+def distillation_gradients(case: str, pictures: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Of the distillation losses alone, summed, with respect to student and adapters."""
+    family, heads, opts = CASES[case]
+    opts = (*opts, "MODEL.DISTILL.IMA.MASK_RATIO", 0.0)
+    model = distilled(family, heads, *opts, teacher=outspoken_model(family, seed=1, fpn=24))
+    if family != "retinanet":
+        model.student.roi_heads.label_and_sample_proposals = fixed_samples
+    sum(kd_losses(model, pictures).values()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def pictures(objects: tuple[int, int]) -> list[dict[str, Any]]:
+    """Of one size: a joint batch of several sizes has a larger canvas than its parts."""
+    return [picture(seed, objects=n) for seed, n in zip((5, 6), objects)]
+
+
+def write_gradients(rank: int, folder: Path) -> None:
+    results: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, objects in OBJECTS.items():
+        for case in CASES:
+            mine = distillation_gradients(case, [pictures(objects)[rank]])
+            gathered = comm.all_gather(mine)
+            results[case, name] = {
+                n: sum(x[n] for x in gathered if n in x) / WORLD
+                for n in {n for x in gathered for n in x}
+            }
+    if rank == 0:
+        torch.save(results, folder / "gradients.pth")
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Gradients as DistributedDataParallel averages them."""
+    folder = tmp_path_factory.mktemp("ddp")
+    spawn(write_gradients, folder)
+    return torch.load(folder / "gradients.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("objects", OBJECTS)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_gradients_of_the_joint_batch(
+    case: str, objects: str, averaged: dict[tuple[str, str], dict[str, Tensor]]
+) -> None:
+    joint = distillation_gradients(case, pictures(OBJECTS[objects]))
+    divided = averaged[case, objects]
+    assert joint.keys() == divided.keys()
+    for name, expected in joint.items():
+        torch.testing.assert_close(divided[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+    idle = objects == "none at all" and case in ("MaskKD", "IMA, box", "IMA, mask")
+    assert (max(float(x.abs().max()) for x in joint.values()) > 1e-4) is not idle
+
+
+# ---- Training.
+
+STOP = 2
+
+
+def training_model() -> DistillModel:
+    heads = ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD")
+    opts = [x for h in heads for x in (f"MODEL.DISTILL.{h.upper()}.STOP_ITER", STOP)]
+    return distilled("mask", heads, *opts, teacher=outspoken_model("mask", seed=1, fpn=24))
+
+
+def train(rank: int, folder: Path) -> None:
+    """Three steps; the second process never sees an object, the heads stop before the last."""
+    model = training_model()
+    ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    assert not ddp.find_unused_parameters
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    distillation = []
+    for step in range(3):
+        with EventStorage(step):
+            losses = ddp([picture(10 * step + rank, 64, 64 + 16 * rank, objects=2 - 2 * rank)])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        names = tuple(f"loss_{h.lower()}" for h in model.heads)
+        distillation.append(
+            float(sum(v for k, v in losses.items() if k.split("/")[0] in names).detach())
+        )
+    state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    torch.save((distillation, state), folder / f"{rank}.pth")
+
+
+def test_a_process_without_annotations_trains_along(tmp_path: Path) -> None:
+    spawn(train, tmp_path)
+    (losses, state), (other, other_state) = (
+        torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(WORLD)
+    )
+    for x in (losses, other):
+        assert min(x[:STOP]) > 0 and x[STOP:] == [0.0]
+    moving = dict(training_model().named_parameters())
+    assert all(torch.equal(state[k], other_state[k]) for k in moving)
+    adapter = "heads.FitNet.adapters.p2.weight"
+    assert not torch.equal(state[adapter], moving[adapter])
