@@ -187,7 +187,7 @@ def kd_losses(
 def picture(
     seed: int, height: int = 64, width: int = 64, objects: int = 2, semantic: bool = False
 ) -> dict[str, Any]:
-    """One random ``batched_inputs`` entry with boxes, classes and box-shaped masks."""
+    """One random ``batched_inputs`` entry with boxes, classes and masks that lack a corner."""
     g = torch.Generator().manual_seed(seed)
     low = torch.rand((objects, 2), generator=g) * torch.tensor([width * 0.5, height * 0.5])
     size = 8 + torch.rand((objects, 2), generator=g) * torch.tensor([width * 0.4, height * 0.4])
@@ -198,6 +198,7 @@ def picture(
     masks = torch.zeros((objects, height, width), dtype=torch.bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist()):
         mask[y1:y2, x1:x2] = True
+        mask[y1 : (y1 + y2) // 2, x1 : (x1 + x2) // 2] = False
     instances.gt_masks = BitMasks(masks)
     image = torch.randint(0, 256, (3, height, width), generator=g).float()
     entry = {"image": image, "instances": instances, "height": height, "width": width}

@@ -48,8 +48,8 @@ def spawn(worker: Callable[..., None], folder: Path) -> None:
 
 def _join(rank: int, worker: Callable[..., None], folder: Path) -> None:
     torch.set_num_threads(1)
-    init = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=WORLD)
+    store = dist.FileStore(str(folder / "rendezvous"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     try:
         worker(rank, folder)
     finally:
@@ -122,10 +122,11 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(
     joint = distillation_gradients(case, pictures(OBJECTS[objects]))
     divided = averaged[case, objects]
     assert joint.keys() == divided.keys()
-    for name, expected in joint.items():
-        torch.testing.assert_close(divided[name], expected, rtol=1e-5, atol=1e-5, msg=name)
+    largest = max(float(x.abs().max()) for x in joint.values())
     idle = objects == "none at all" and case in ("MaskKD", "IMA, box", "IMA, mask")
-    assert (max(float(x.abs().max()) for x in joint.values()) > 1e-4) is not idle
+    assert 1e-3 < largest < 1 or (idle and largest == 0)
+    gaps = {name: float((divided[name] - x).abs().max()) for name, x in joint.items()}
+    assert max(gaps.values()) <= 1e-5 * largest, gaps
 
 
 # ---- Training.

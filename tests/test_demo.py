@@ -64,3 +64,4 @@ def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None
 def test_mean_and_sample_deviation() -> None:
     assert demo.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
     assert demo.mean_std([1.25], 2) == "1.25"
+    assert demo.mean_std([1.0, None]) == "-"

@@ -64,7 +64,6 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher, nn.ModuleDict]:
     student = build_model(student_config(cfg)).train()
     config = student_config(teacher_config(cfg))
     config.MODEL.DEVICE = cfg.MODEL.DEVICE
-    config.MODEL.RESNETS.NORM = cfg.MODEL.RESNETS.NORM
     teacher = Teacher(
         build_probe(build_model(config)),
         input_format=config.INPUT.FORMAT,

@@ -14,11 +14,13 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ class Demo:
         cfg.OUTPUT_DIR = str(folder)
         return Stage(name, seed, cfg, folder)
 
-    def run(self, stage: Stage) -> dict[str, float]:
+    def run(self, stage: Stage) -> dict[str, float | None]:
         """Train and evaluate a stage, or read what an earlier run has measured."""
         result = stage.folder / "result.json"
         if result.is_file():
@@ -160,7 +162,7 @@ class Demo:
         trainer.resume_or_load(resume=True)
         trainer.train()
 
-    def _evaluate(self, stage: Stage) -> dict[str, float]:
+    def _evaluate(self, stage: Stage) -> dict[str, float | None]:
         cfg = student_config(stage.cfg)
         model = build_model(cfg).eval()
         load_strictly(model, str(stage.weights), "the stage's checkpoint")
@@ -169,7 +171,9 @@ class Demo:
         task = self.progress.add_task(f"{stage.title}: evaluate", total=len(loader))
         watched = WatchedLoader(loader, self.progress, task)
         results = inference_on_dataset(model, watched, Trainer.build_evaluator(cfg, name))
-        return {**{k: results["bbox"][k] for k in METRICS}, **cost(model, loader)}
+        # COCO's NaN (no object of that size) is no JSON; null is.
+        metrics = {k: v if math.isfinite(v := results["bbox"][k]) else None for k in METRICS}
+        return {**metrics, **cost(model, loader)}
 
 
 class Bar(HookBase):
@@ -311,7 +315,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def mean_std(values: list[float], digits: int = 1) -> str:
+def mean_std(values: Sequence[float | None], digits: int = 1) -> str:
     """ "mean ± sample standard deviation", or the only value."""
     x = torch.tensor(values, dtype=torch.float64)
     mean = f"{x.mean():.{digits}f}"
