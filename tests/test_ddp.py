@@ -1,5 +1,6 @@
 """Two processes give the gradients of one with the joint batch, and wait for each other."""
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,18 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from distill import DistillModel
+
+
+def has_loopback() -> bool:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_loopback(), reason="gloo needs a loopback interface")
 
 WORLD = 2
 TIMEOUT = 60  # seconds

@@ -575,7 +575,6 @@ def test_teacher_is_asked_only_while_a_head_is_active() -> None:
     assert sums[2] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="an inactive head returns one zero under its own name")
 def test_loss_names_do_not_depend_on_the_schedule() -> None:
     """Writers and ratios would go on showing the last value of a name that is gone."""
     for family, scope in (("mask", "auto"), ("retinanet", "image")):

@@ -38,6 +38,10 @@ class DistillHead(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of :class:`Signals` that both networks must produce."""
 
+    parts: tuple[str, ...] = ("",)
+    """Names of what :meth:`losses` returns, the same at every iteration: loggers go on showing the
+    last value of a name that is gone."""
+
     @configurable
     def __init__(self, *, weight: float = 1.0, warmup_iters: int = 0, stop_iter: int = 0):
         super().__init__()
@@ -81,7 +85,7 @@ class DistillHead(nn.Module):
         return self.weight
 
     def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
-        """Unweighted scalar losses by a short name ("" for a single one), to be summed."""
+        """Unweighted scalar losses by the names in ``parts``, to be summed."""
         raise NotImplementedError
 
     def forward(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
@@ -91,13 +95,15 @@ class DistillHead(nn.Module):
             student: what the student said.
             teacher: what the teacher said; None while no head is active.
         """
-        name = f"loss_{type(self).__name__.lower()}"
+        head = f"loss_{type(self).__name__.lower()}"
+        names = {part: f"{head}/{part}" if part else head for part in self.parts}
         factor = self.factor()
         if factor == 0 or teacher is None:
             smallest = min(student.features.values(), key=Tensor.numel)
-            return {name: connected_zero(smallest, parameters=self.parameters())}
+            zero = connected_zero(smallest, parameters=self.parameters())
+            return dict.fromkeys(names.values(), zero)
         losses = self.losses(student, teacher)
-        return {f"{name}/{k}" if k else name: v * factor for k, v in losses.items()}
+        return {name: losses[part] * factor for part, name in names.items()}
 
 
 def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:

@@ -51,23 +51,29 @@ class DenseDistillHead(DistillHead):
     """Dense outputs of both networks in detectron2's (N, R, K) layout.
 
     For an R-CNN the RPN is the dense head, with objectness as its only class. Both networks must
-    have the same strides and anchors. A subclass writes :meth:`losses`.
+    have the same strides and anchors. A subclass writes :meth:`losses`, one part a level.
+
+    Args:
+        classes: shared classes; of an RPN, the one class "object".
+        num_levels: number of levels of both dense heads.
     """
 
     needs = frozenset({"dense"})
 
     @configurable
-    def __init__(self, *, classes: ClassMap, **kwargs: Any):
+    def __init__(self, *, classes: ClassMap, num_levels: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.classes = classes
+        self.parts = tuple(f"level{k}" for k in range(num_levels))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        objectness = DenseLayout.of(student).objectness
+        layout = DenseLayout.of(student)
+        ret["num_levels"] = len(layout.strides)
         ret["classes"] = (
             ClassMap(("object",), ("object",))
-            if objectness
+            if layout.objectness
             else ClassMap.build(cls.__name__, student, teacher)
         )
         return ret
@@ -111,4 +117,4 @@ class DenseKD(DenseDistillHead):
     def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
         levels = [dense_kd(s, t, self.temperature) for s, t in self.logits(student, teacher)]
         mass = reduce_mean(torch.stack([m for _, m in levels]).sum(), minimum=1e-6)
-        return {f"level{k}": numerator / mass for k, (numerator, _) in enumerate(levels)}
+        return {part: numerator / mass for part, (numerator, _) in zip(self.parts, levels)}

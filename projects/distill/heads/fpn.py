@@ -87,6 +87,7 @@ class FPNDistillHead(DistillHead):
     def __init__(self, *, levels: list[Level], channels: list[tuple[int, int]], **kwargs: Any):
         super().__init__(**kwargs)
         self.levels = levels
+        self.parts = tuple(level.student for level in levels)
         self.adapters = nn.ModuleDict(
             {
                 level.student: nn.Identity() if s == t else nn.Conv2d(s, t, kernel_size=1)
@@ -184,6 +185,7 @@ class IMA(FPNDistillHead):
             "scale_floor": scale_floor,
         }
         if scope != "image":
+            self.parts = ("",)
             self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
 
     @classmethod

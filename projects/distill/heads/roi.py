@@ -98,6 +98,8 @@ class ROIKD(ROIDistillHead):
         box_weight: factor of ``box``; 0 leaves it out.
     """
 
+    parts = ("cls", "box")
+
     @configurable
     def __init__(
         self,
