@@ -316,7 +316,9 @@ def versions() -> dict[str, str]:
 
 
 def mean_std(values: Sequence[float | None], digits: int = 1) -> str:
-    """ "mean ± sample standard deviation", or the only value."""
+    """Mean ± sample standard deviation, the only value, or "-" if a value is undefined."""
+    if None in values:
+        return "-"
     x = torch.tensor(values, dtype=torch.float64)
     mean = f"{x.mean():.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {x.std():.{digits}f}"
@@ -334,7 +336,8 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     console.print(table)
     for other in ("baseline", "control"):
         if other in results:
-            gains = [a - b for a, b in zip(results["distilled"]["AP"], results[other]["AP"])]
+            pairs = zip(results["distilled"]["AP"], results[other]["AP"])
+            gains = [None if None in pair else pair[0] - pair[1] for pair in pairs]
             console.print(f"distilled - {other}: {mean_std(gains)} AP")
 
 
