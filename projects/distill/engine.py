@@ -89,7 +89,8 @@ class TrainLoop(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict["grad_scaler"]:  # empty if the saved run did not scale
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 class DistillRatio(HookBase):

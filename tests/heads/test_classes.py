@@ -7,6 +7,8 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import nn
 
+from distill.config import get_distill_cfg
+from distill.heads import MaskKD
 from distill.heads.classes import ClassMap, no_shared_class
 from distill.structures import NetSpec
 
@@ -137,20 +139,20 @@ def test_index_tensors_move_with_the_module_and_stay_out_of_checkpoints():
     assert len(list(moved.buffers())) == 4
 
 
-def test_build_logs_what_it_drops(caplog):
+def test_a_head_logs_what_it_drops(caplog):
+    cfg = get_distill_cfg()
     with caplog.at_level(logging.WARNING, logger="distill.heads.classes"):
-        dropped = ClassMap.build("ROIKD", spec("student", STUDENT), spec("teacher", ("dog",)))
-    assert dropped.dropped == ["car", "cat"]
-    assert caplog.messages == ["ROIKD skips classes that the teacher does not know: car, cat"]
+        head = MaskKD(cfg, spec("student", STUDENT), spec("teacher", ("dog",)))
+    assert head.classes.dropped == ["car", "cat"]
+    assert caplog.messages == ["MaskKD skips classes unknown to the teacher: car, cat"]
     caplog.clear()
-    ClassMap.build("ROIKD", spec("student", STUDENT), spec("teacher", CASES["permuted"]))
+    MaskKD(cfg, spec("student", STUDENT), spec("teacher", CASES["permuted"]))
     assert not caplog.messages
 
 
 def test_no_shared_class_is_one_sentence_with_names():
-    assert no_shared_class(spec("student", STUDENT), spec("teacher", ("dog", "bus"))) is None
-    many = ("a", "b", "c", "d", "e")
-    assert no_shared_class(spec("student", STUDENT), spec("teacher", many)) == (
+    assert no_shared_class(STUDENT, ("dog", "bus")) is None
+    assert no_shared_class(STUDENT, ("a", "b", "c", "d", "e")) == (
         "student classes (car, cat, dog) and teacher classes (a, b, c, d, ...) have no name in "
         "common; set MODEL.DISTILL.TEACHER.CLASSES"
     )

@@ -64,8 +64,8 @@ class DistillHead(nn.Module):
         }
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        """Why this head cannot compare these two networks, or None."""
+    def missing_signals(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        """Which of ``needs`` a network does not produce, or None."""
         for net in (student, teacher):
             missing = cls.needs - net.signals
             if missing:
@@ -74,6 +74,11 @@ class DistillHead(nn.Module):
                     f"({type(net.model).__name__}) does not produce"
                 )
         return None
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        """Why this head cannot compare these two networks, or None."""
+        return cls.missing_signals(student, teacher)
 
     def factor(self) -> float:
         """The weight at the current iteration."""

@@ -1,11 +1,14 @@
-"""Classes of two networks, matched by name."""
+"""Heads that compare predictions: classes of two networks, matched by name."""
 
 import logging
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..structures import NetSpec
+from .base import DistillHead
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +45,6 @@ class ClassMap(nn.Module):
         ):
             self.register_buffer(name, value, persistent=False)
 
-    @classmethod
-    def build(cls, head: str, student: NetSpec, teacher: NetSpec) -> "ClassMap":
-        """Logs the student's classes that the teacher lacks."""
-        classes = cls(student.classes, teacher.classes)
-        if classes.dropped:
-            names = ", ".join(classes.dropped)
-            logger.warning("%s skips classes that the teacher does not know: %s", head, names)
-        return classes
-
     def select(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Last-dimension columns of the shared classes in both, K -> K'."""
         if self.identity:
@@ -83,13 +77,48 @@ def _gather(x: Tensor, labels: Tensor) -> Tensor:
     return x[rows, labels.clamp(max=x.shape[1] - 1)]
 
 
-def no_shared_class(student: NetSpec, teacher: NetSpec) -> str | None:
+class PredictionDistillHead(DistillHead):
+    """Base of the heads that compare class-wise outputs.
+
+    Args:
+        classes: the classes that both networks list.
+        temperature: T > 0 of the divergence.
+    """
+
+    @configurable
+    def __init__(self, *, classes: ClassMap, temperature: float = 1.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.classes = classes
+        self.temperature = temperature
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        ret = super().from_config(cfg, student, teacher)
+        ret["classes"] = ClassMap(cls.class_names(student), cls.class_names(teacher))
+        ret["temperature"] = cls.section(cfg).get("TEMPERATURE", 1.0)
+        if ret["classes"].dropped:
+            names = ", ".join(ret["classes"].dropped)
+            logger.warning("%s skips classes unknown to the teacher: %s", cls.__name__, names)
+        return ret
+
+    @classmethod
+    def class_names(cls, net: NetSpec) -> tuple[str, ...]:
+        """The classes of the outputs that this head compares."""
+        return net.classes
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        problem = super().problem(student, teacher)
+        return problem or no_shared_class(cls.class_names(student), cls.class_names(teacher))
+
+
+def no_shared_class(student: tuple[str, ...], teacher: tuple[str, ...]) -> str | None:
     """The reason against comparing predictions of networks without a common class, or None."""
-    if set(student.classes) & set(teacher.classes):
+    if set(student) & set(teacher):
         return None
     return (
-        f"student classes ({_some(student.classes)}) and teacher classes "
-        f"({_some(teacher.classes)}) have no name in common; set MODEL.DISTILL.TEACHER.CLASSES"
+        f"student classes ({_some(student)}) and teacher classes ({_some(teacher)}) have no name "
+        "in common; set MODEL.DISTILL.TEACHER.CLASSES"
     )
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..losses import dense_kd
 from ..structures import NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, reduce_mean
-from .classes import ClassMap, no_shared_class
+from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .classes import PredictionDistillHead
 
 
 class DenseLayout(NamedTuple):
@@ -47,43 +47,37 @@ def layout_problem(student: NetSpec, teacher: NetSpec) -> str | None:
     return None
 
 
-class DenseDistillHead(DistillHead):
+class DenseDistillHead(PredictionDistillHead):
     """Dense outputs of both networks in detectron2's (N, R, K) layout.
 
     For an R-CNN the RPN is the dense head, with objectness as its only class. Both networks must
     have the same strides and anchors. A subclass writes :meth:`losses`, one part a level.
 
     Args:
-        classes: shared classes; of an RPN, the one class "object".
         num_levels: number of levels of both dense heads.
     """
 
     needs = frozenset({"dense"})
 
     @configurable
-    def __init__(self, *, classes: ClassMap, num_levels: int, **kwargs: Any):
+    def __init__(self, *, num_levels: int, **kwargs: Any):
         super().__init__(**kwargs)
-        self.classes = classes
         self.parts = tuple(f"level{k}" for k in range(num_levels))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        layout = DenseLayout.of(student)
-        ret["num_levels"] = len(layout.strides)
-        ret["classes"] = (
-            ClassMap(("object",), ("object",))
-            if layout.objectness
-            else ClassMap.build(cls.__name__, student, teacher)
-        )
+        ret["num_levels"] = len(DenseLayout.of(student).strides)
         return ret
 
     @classmethod
+    def class_names(cls, net: NetSpec) -> tuple[str, ...]:
+        return ("object",) if DenseLayout.of(net).objectness else net.classes
+
+    @classmethod
     def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        problem = super().problem(student, teacher) or layout_problem(student, teacher)
-        if problem or DenseLayout.of(student).objectness:
-            return problem
-        return no_shared_class(student, teacher)
+        missing = cls.missing_signals(student, teacher)
+        return missing or layout_problem(student, teacher) or super().problem(student, teacher)
 
     def logits(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
         """(N, R, K') logits of the shared classes of every level."""
@@ -98,21 +92,7 @@ class DenseKD(DenseDistillHead):
     """Class logits weighted by the teacher's confidence; see :func:`distill.losses.dense_kd`.
 
     All levels share one normaliser, so that a level counts as much as the teacher finds in it.
-
-    Args:
-        temperature: T > 0.
     """
-
-    @configurable
-    def __init__(self, *, temperature: float, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.temperature = temperature
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        ret = super().from_config(cfg, student, teacher)
-        ret["temperature"] = cls.section(cfg).TEMPERATURE
-        return ret
 
     def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
         levels = [dense_kd(s, t, self.temperature) for s, t in self.logits(student, teacher)]

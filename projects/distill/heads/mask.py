@@ -1,39 +1,21 @@
 """Heads that compare instance masks."""
 
-from typing import Any
-
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import binary_kl
-from ..structures import NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, reduce_mean
-from .classes import ClassMap, no_shared_class
+from ..structures import Signals
+from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .classes import PredictionDistillHead
 
 
-class InstanceMaskDistillHead(DistillHead):
+class InstanceMaskDistillHead(PredictionDistillHead):
     """Mask logits of both networks for the *student's* foreground instances, at their class.
 
     A subclass writes :meth:`loss` for one (ΣRi, M, M) pair.
     """
 
     needs = frozenset({"masks"})
-
-    @configurable
-    def __init__(self, *, classes: ClassMap, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.classes = classes
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        ret = super().from_config(cfg, student, teacher)
-        ret["classes"] = ClassMap.build(cls.__name__, student, teacher)
-        return ret
-
-    @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        return super().problem(student, teacher) or no_shared_class(student, teacher)
 
     def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
         assert student.masks is not None and teacher.masks is not None
@@ -50,22 +32,7 @@ class InstanceMaskDistillHead(DistillHead):
 
 @DISTILL_HEAD_REGISTRY.register()
 class MaskKD(InstanceMaskDistillHead):
-    """T² KL(σ(t/T) || σ(s/T)) of the mask logits, averaged over cells and instances.
-
-    Args:
-        temperature: T > 0.
-    """
-
-    @configurable
-    def __init__(self, *, temperature: float, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.temperature = temperature
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        ret = super().from_config(cfg, student, teacher)
-        ret["temperature"] = cls.section(cfg).TEMPERATURE
-        return ret
+    """T² KL(σ(t/T) || σ(s/T)) of the mask logits, averaged over cells and instances."""
 
     def loss(self, student: Tensor, teacher: Tensor, known: Tensor) -> Tensor:
         divergence = binary_kl(student, teacher, self.temperature).mean(dim=(1, 2))

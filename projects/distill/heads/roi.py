@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..losses import categorical_kl
 from ..losses.reduce import full_precision
 from ..structures import NetSpec, ROIs, Signals
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, reduce_mean
-from .classes import ClassMap, no_shared_class
+from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .classes import PredictionDistillHead
 
 
 class ROIPair(NamedTuple):
@@ -29,7 +29,7 @@ class ROIPair(NamedTuple):
     background: Tensor
 
 
-class ROIDistillHead(DistillHead):
+class ROIDistillHead(PredictionDistillHead):
     """Box predictions of both networks on the boxes that the *student* sampled.
 
     A subclass writes :meth:`loss` for one box stage. Stages of a Cascade are averaged.
@@ -37,20 +37,9 @@ class ROIDistillHead(DistillHead):
 
     needs = frozenset({"rois"})
 
-    @configurable
-    def __init__(self, *, classes: ClassMap, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.classes = classes
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        ret = super().from_config(cfg, student, teacher)
-        ret["classes"] = ClassMap.build(cls.__name__, student, teacher)
-        return ret
-
     @classmethod
     def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        problem = super().problem(student, teacher) or no_shared_class(student, teacher)
+        problem = super().problem(student, teacher)
         if problem:
             return problem
         for net in (student, teacher):
@@ -93,7 +82,6 @@ class ROIKD(ROIDistillHead):
     targets as they are.
 
     Args:
-        temperature: T > 0.
         foreground_weight, background_weight: w of boxes with and without an object.
         box_weight: factor of ``box``; 0 leaves it out.
     """
@@ -104,14 +92,12 @@ class ROIKD(ROIDistillHead):
     def __init__(
         self,
         *,
-        temperature: float,
         foreground_weight: float,
         background_weight: float,
         box_weight: float,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.temperature = temperature
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
         self.box_weight = box_weight
@@ -121,7 +107,6 @@ class ROIKD(ROIDistillHead):
         node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
-            "temperature": node.TEMPERATURE,
             "foreground_weight": node.FOREGROUND_WEIGHT,
             "background_weight": node.BACKGROUND_WEIGHT,
             "box_weight": node.BOX_WEIGHT,
