@@ -398,7 +398,8 @@ def test_dense_loss_compares_the_shared_classes() -> None:
     mass = sum(b.sigmoid().amax(-1).sum() for _, b in pairs)
     for k, value in enumerate(level):
         expected = value / mass
-        torch.testing.assert_close(losses[f"loss_densekd/level{k}"], expected, rtol=1e-3, atol=0)
+        # Divergences this small are differences of float32 cross entropies.
+        torch.testing.assert_close(losses[f"loss_densekd/level{k}"], expected, rtol=1e-3, atol=5e-9)
 
 
 # ---- Cascades and single stages.

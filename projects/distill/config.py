@@ -36,9 +36,11 @@ def add_head_section(head: str, **keys: Any) -> None:
     _HEAD_SECTIONS[head.upper()] = keys
 
 
-add_head_section("FitNet")
+# IN_FEATURES: student levels to compare; empty: all whose stride the teacher has.
+add_head_section("FitNet", IN_FEATURES=())
 add_head_section(
     "IMA",
+    IN_FEATURES=(),
     SCOPE="auto",  # what an instance is: image | box | mask; auto: by the student's family
     MASK_RATIO=0.15,  # ζ in [0, 1): expected share of removed frequencies (Eq. 2; paper silent)
     STANDARDIZE=True,  # instance standardization (Eq. 5-7)
@@ -61,7 +63,7 @@ add_head_section("DenseKD", TEMPERATURE=1.0)  # T > 0
 def add_distill_config(cfg: CfgNode) -> None:
     """Add this package's keys with their defaults to a detectron2 config."""
     cfg.MODEL.DISTILL = CN()
-    # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, FCOS, ...
+    # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
     cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.DISTILL.HEADS = ()  # names in DISTILL_HEAD_REGISTRY; empty: train the student alone
 
@@ -79,7 +81,6 @@ def add_distill_config(cfg: CfgNode) -> None:
         section.WEIGHT = 1.0  # factor of the head's losses; 0 switches it off
         section.WARMUP_ITERS = 0  # iterations of linear rise of the factor from 0
         section.STOP_ITER = 0  # iteration from which the head is off; 0: never
-        section.IN_FEATURES = ()  # student levels to compare; empty: all that the teacher has
         for key, value in keys.items():
             section[key] = value
         cfg.MODEL.DISTILL[name] = section
@@ -254,12 +255,12 @@ def _zoo_file(name: str) -> str | None:
         return None
 
 
-def validate_config(cfg: CfgNode, *, with_teacher: bool = True) -> None:
+def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
     """Check every value that this package reads; runs before any weight is loaded.
 
     Args:
         cfg: the whole config.
-        with_teacher: read the teacher's config file too; evaluation works without it.
+        training: check the training sets and the teacher's config too; evaluation needs neither.
 
     Raises:
         ConfigError: names the key, its value and the valid choices, nearest first.
@@ -267,16 +268,16 @@ def validate_config(cfg: CfgNode, *, with_teacher: bool = True) -> None:
     _one_of("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "ADAMW"))
     architectures = [name for name, _ in META_ARCH_REGISTRY]
     _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST") if training else ("TEST",):
         for name in cfg.DATASETS[key]:
             _one_of(f"DATASETS.{key}", name, DatasetCatalog.list())
-    if not cfg.DATASETS.TRAIN:
+    if training and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set.")
     _at_least("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1)
     _at_least("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1)
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
-        if with_teacher and cfg.MODEL.DISTILL.HEADS:
+        if training and cfg.MODEL.DISTILL.HEADS:
             teacher_config(cfg)
 
 
@@ -286,11 +287,20 @@ def _validate_distill(cfg: CfgNode) -> None:
     node = cfg.MODEL.DISTILL
     plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
     _one_of("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
+    if len(set(node.HEADS)) < len(node.HEADS):
+        raise ConfigError(f"MODEL.DISTILL.HEADS {tuple(node.HEADS)} names a head twice.")
     for name in node.HEADS:
         _one_of("MODEL.DISTILL.HEADS", name, [n for n, _ in DISTILL_HEAD_REGISTRY])
-        section, path = node[name.upper()], f"MODEL.DISTILL.{name.upper()}"
-        for key in ("WEIGHT", "WARMUP_ITERS", "STOP_ITER"):
-            _at_least(f"{path}.{key}", section[key], 0)
+        path = f"MODEL.DISTILL.{name.upper()}"
+        if name.upper() not in node:
+            raise ConfigError(
+                f"MODEL.DISTILL.HEADS: {name} has no config section; call "
+                f"add_head_section('{name}') where it is registered."
+            )
+        section = node[name.upper()]
+        for key in section:
+            if key.endswith(("WEIGHT", "_ITERS", "_ITER")):
+                _at_least(f"{path}.{key}", section[key], 0)
         if "TEMPERATURE" in section and section.TEMPERATURE <= 0:
             raise ConfigError(f"{path}.TEMPERATURE is {section.TEMPERATURE}; it must be above 0.")
     if "IMA" in node.HEADS:

@@ -81,6 +81,7 @@ class TrainLoop(SimpleTrainer):
         self.scaler.scale(sum(losses.values())).backward()
         self.after_backward()
         self._write_metrics(losses, data_time)
+        self.scaler.unscale_(self.optimizer)  # detectron2 clips inside the optimizer's step
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -89,7 +90,7 @@ class TrainLoop(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if state_dict["grad_scaler"]:  # empty if the saved run did not scale
+        if state_dict.get("grad_scaler"):  # none if the saved run did not scale
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
@@ -248,10 +249,13 @@ def write_student_yaml(cfg: CfgNode) -> None:
         f.write(student.dump())
 
 
-def setup_config(
-    config_file: str, opts: Sequence[Any] = (), *, with_teacher: bool = True
-) -> CfgNode:
-    """Load, register data, validate; without its teacher a student can still be evaluated.
+def setup_config(config_file: str, opts: Sequence[Any] = (), *, training: bool = True) -> CfgNode:
+    """Load, register data, validate.
+
+    Args:
+        config_file: yaml path, or "" for the defaults.
+        opts: KEY VALUE overrides.
+        training: False for evaluation, which needs neither the teacher nor the training data.
 
     Raises:
         ConfigError, DataError: one sentence that names what to change.
@@ -261,9 +265,10 @@ def setup_config(
         merge_from_file(cfg, config_file)
     merge_from_list(cfg, list(opts))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
-    register_coco_format(cfg)
-    validate_config(cfg, with_teacher=with_teacher)
+    register_coco_format(cfg, None if training else cfg.DATASETS.TEST)
+    validate_config(cfg, training=training)
     cfg.freeze()
     return cfg
 
@@ -285,9 +290,10 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
 
 def run(args: Namespace) -> Any:
     """One process of a training or evaluation."""
-    cfg = setup_config(args.config_file, args.opts, with_teacher=False)
+    cfg = setup_config(args.config_file, args.opts, training=False)
     finished = finished_checkpoint(cfg) if args.resume else None
     if not args.eval_only and not finished:
+        register_coco_format(cfg)
         validate_config(cfg)
     # It remarks on a CUDA toolkit without a GPU; stderr is for our one line.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -308,7 +314,8 @@ def finished_checkpoint(cfg: CfgNode) -> str | None:
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if not os.path.isfile(path):
         return None
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    with readable(path, "--resume"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     return path if saved.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER else None
 
 
@@ -322,7 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join_torchrun()
-            _run_or_exit(args)
+            try:
+                _run_or_exit(args)
+            finally:
+                torch.distributed.destroy_process_group()
         else:
             launch(
                 _run_or_exit,
@@ -343,7 +353,8 @@ def _run_or_exit(args: Namespace) -> None:
     try:
         run(args)
     except DistillError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        if comm.get_local_rank() == 0:  # all processes find the same
+            print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
 
 

@@ -52,8 +52,9 @@ class DistillModel(nn.Module):
         student = META_ARCH_REGISTRY.get(cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE)(cfg)
         teacher, heads = None, nn.ModuleDict()
         if cfg.MODEL.DISTILL.HEADS:
-            # More modules would shift the global random state, and with it the data order.
-            with torch.random.fork_rng():
+            # More modules would shift torch's global random state and so the student's training.
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
                 teacher = build_teacher(cfg)
                 heads = build_heads(cfg, *net_specs(cfg, build_probe(student), teacher.probe))
@@ -92,7 +93,7 @@ class DistillRCNN(DistillModel):
 
 @META_ARCH_REGISTRY.register()
 class DistillRetinaNet(DistillModel):
-    """Students: every ``DenseDetector`` (RetinaNet, FCOS)."""
+    """Students: every ``DenseDetector`` (RetinaNet)."""
 
     probe_type = DenseProbe
 
@@ -106,14 +107,20 @@ class DistillSemanticSegmentor(DistillModel):
 
 def net_specs(cfg: CfgNode, student: Probe, teacher: Probe) -> tuple[NetSpec, NetSpec]:
     """What heads may know of the two networks, class names included."""
-    semantic = "rois" not in student.signals and "sem_seg" in student.signals
-    names = class_names(cfg, semantic) or tuple(f"class {i}" for i in range(student.num_classes))
+    names = class_names(cfg, _semantic(student)) or tuple(
+        f"class {i}" for i in range(student.num_classes)
+    )
     return (
         NetSpec("student", student.model, *_features(student), names),
         NetSpec(
             "teacher", teacher.model, *_features(teacher), _teacher_classes(cfg, names, teacher)
         ),
     )
+
+
+def _semantic(probe: Probe) -> bool:
+    """Whether the network's classes are semantic ones, without instances."""
+    return "rois" not in probe.signals and "sem_seg" in probe.signals
 
 
 def _features(probe: Probe) -> tuple[Any, frozenset[str]]:
@@ -129,9 +136,9 @@ def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Probe) -> 
             f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
             f"{number} classes."
         )
-    own = class_names(teacher_config(cfg), "sem_seg" in teacher.signals and number != len(student))
-    if given or (own and len(own) == number):
-        return given or own or ()
+    own = given or class_names(teacher_config(cfg), _semantic(teacher))
+    if own and len(own) == number:
+        return own
     if number == len(student):
         logger.warning("The teacher's class names are unknown; assuming those of the student.")
         return student

@@ -45,13 +45,11 @@ class Dense:
         logits: one (N, R, K) tensor a level, finest first.
         deltas: one (N, R, 4) tensor a level.
         sizes: (Hi, Wi) of each level in cells.
-        extra: further outputs of the head as they are, such as FCOS's centerness.
     """
 
     logits: list[Tensor]
     deltas: list[Tensor]
     sizes: list[tuple[int, int]]
-    extra: tuple[Any, ...] = ()
 
 
 @dataclass

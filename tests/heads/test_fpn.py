@@ -76,7 +76,9 @@ def head(cls=FitNet, level=None, channels=(1, 1), **kwargs):
 
 
 def signals(canvas, instances=(), **features):
-    return Signals(Batch([], canvas, list(instances)), features=features)
+    return Signals(
+        Batch([{"instances": x} for x in instances], canvas, list(instances)), features=features
+    )
 
 
 def ramp(stride, height, width):
@@ -248,6 +250,10 @@ def ima_head(scope, level=None, channels=(2, 2), **options):
     return head(IMA, level or Level("p2", "p2", 4, 4), channels, scope=scope, **defaults | options)
 
 
+def batch_of(pictures):
+    return Batch([{"instances": x} for x in pictures], (64, 64), pictures)
+
+
 def picture(boxes, masks="bits", size=64, part="left"):
     """Instances whose masks are one half of their boxes."""
     instances = Instances((size, size))
@@ -278,7 +284,7 @@ def test_masks_are_cropped_to_the_boxes_grid(masks):
         picture([BOX, (16.0, 8.0, 48.0, 40.0)], masks),
         picture([(8.0, 8.0, 36.0, 64.0)], masks, part="right"),
     ]
-    weight = IMA.instance_masks(Batch([], (64, 64), pictures))
+    weight = IMA.instance_masks(batch_of(pictures))
     assert weight.shape == (3, 1, CROP_SIZE, CROP_SIZE)
     assert weight.dtype == torch.float32
     left = torch.zeros(CROP_SIZE, CROP_SIZE)
@@ -291,7 +297,7 @@ def test_masks_are_cropped_to_the_boxes_grid(masks):
 
 @pytest.mark.parametrize("masks", ["bits", "polygons"])
 def test_no_masks_at_all(masks):
-    weight = IMA.instance_masks(Batch([], (64, 64), [picture([], masks)] * 2))
+    weight = IMA.instance_masks(batch_of([picture([], masks)] * 2))
     assert weight.shape == (0, 1, CROP_SIZE, CROP_SIZE)
 
 

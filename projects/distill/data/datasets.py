@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AssertionEr
 BOX_TOLERANCE = 1.0  # pixels by which a box may exceed its picture; annotation tools round
 
 
-def register_coco_format(cfg: CfgNode) -> None:
+def register_coco_format(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
     """Register ``DATASETS.COCO_FORMAT``: (name, annotations.json, image folder) triples.
+
+    Args:
+        cfg: the whole config.
+        names: data sets to register; None: all.
 
     Raises:
         DataError: a triple is malformed, a path is missing, or a name stands for other files.
@@ -32,6 +37,8 @@ def register_coco_format(cfg: CfgNode) -> None:
                 "triple."
             )
         name, annotations, images = entry
+        if names is not None and name not in names:
+            continue
         if not os.path.isfile(annotations):
             raise DataError(f"DATASETS.COCO_FORMAT '{name}': there is no file '{annotations}'.")
         if not os.path.isdir(images):
@@ -54,14 +61,30 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
         cfg: of the student or the teacher.
         semantic: names of semantic classes instead of those with instances.
     """
-    if not cfg.DATASETS.TRAIN or cfg.DATASETS.TRAIN[0] not in DatasetCatalog.list():
+    if not cfg.DATASETS.TRAIN:
         return None
     name, key = cfg.DATASETS.TRAIN[0], "stuff_classes" if semantic else "thing_classes"
-    metadata = MetadataCatalog.get(name)
+    annotations = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_FORMAT}.get(name)
+    registered = name in DatasetCatalog.list()
+    metadata = MetadataCatalog.get(name) if registered else None
+    if annotations and (metadata is None or metadata.get("json_file") != annotations):
+        return _coco_names(annotations)  # a teacher's own set, which nobody trains on here
+    if metadata is None:
+        return None
     if metadata.get(key) is None and metadata.get("evaluator_type") == "coco":
         _load(name)  # COCO's names stand in its annotation file
     names = metadata.get(key)
     return tuple(names) if names else None
+
+
+def _coco_names(annotations: str) -> tuple[str, ...] | None:
+    """Category names in detectron2's order, by id; None if the file cannot tell them."""
+    try:
+        with open(annotations) as f:
+            categories = json.load(f)["categories"]
+        return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _load(name: str) -> list[dict[str, Any]]:

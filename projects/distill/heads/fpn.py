@@ -98,7 +98,7 @@ class FPNDistillHead(DistillHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        names = tuple(cls.section(cfg).IN_FEATURES)
+        names = tuple(cls.section(cfg).get("IN_FEATURES", ()))
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
         ret["levels"] = match_levels(student.features, teacher.features, names, key)
         ret["channels"] = [
@@ -235,7 +235,7 @@ class IMA(FPNDistillHead):
         s = self.pooler([s for s, _ in maps], boxes)
         t = self.pooler([t for _, t in maps], boxes)
         weight = self.instance_masks(student.batch) if self.scope == "mask" else None
-        count = s.new_tensor(float(len(s)))
+        count = s.new_full((), len(s), dtype=torch.float32)
         loss = self.align(s, t, weight) * count / reduce_mean(count)
         return {"": loss + connected_zero(*(s[:1, :1, :1, :1] for s, _ in maps))}
 
@@ -252,11 +252,13 @@ class IMA(FPNDistillHead):
 
     @staticmethod
     def instance_masks(batch: Batch) -> Tensor:
-        """(ΣRi, 1, CROP_SIZE, CROP_SIZE): ground-truth masks on the crops' grid."""
+        """(ΣRi, 1, CROP_SIZE, CROP_SIZE): ground-truth masks on the crops' grid.
+
+        detectron2 rasterises polygons on the CPU, one by one: the originals are there already.
+        """
+        originals = [x["instances"] for x in batch.inputs]
         crops = [
-            x.gt_masks.crop_and_resize(x.gt_boxes.tensor, CROP_SIZE)
-            for x in batch.instances
-            if len(x)
+            x.gt_masks.crop_and_resize(x.gt_boxes.tensor, CROP_SIZE) for x in originals if len(x)
         ]
         device = batch.instances[0].gt_boxes.device
         if not crops:

@@ -45,7 +45,7 @@ class ROIDistillHead(PredictionDistillHead):
         for net in (student, teacher):
             predictors = net.model.roi_heads.box_predictor
             for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-                if predictor.use_sigmoid_ce:
+                if getattr(predictor, "use_sigmoid_ce", False):
                     return f"the {net.name} scores boxes by sigmoids (ROI_BOX_HEAD.USE_SIGMOID_CE)"
         return None
 
@@ -116,7 +116,7 @@ class ROIKD(ROIDistillHead):
         divergence = categorical_kl(rois.student_logits, rois.teacher_logits, self.temperature)
         foreground = rois.foreground.to(divergence.dtype)
         weight = self.foreground_weight * foreground + self.background_weight * rois.background
-        count = divergence.new_tensor(float(len(divergence)))
+        count = divergence.new_full((), len(divergence))
         gap = (full_precision(rois.student_deltas) - full_precision(rois.teacher_deltas)).abs()
         return {
             "cls": (weight * divergence).sum() / reduce_mean(count),

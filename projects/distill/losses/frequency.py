@@ -35,8 +35,10 @@ def frequency_mask(
     mirrored_rows = (-torch.arange(height, device=draw.device)) % height
     rows = torch.arange(height, device=draw.device)
     first = torch.minimum(rows, mirrored_rows)  # both of a pair read the same draw
-    own_mirror = [0, columns - 1] if width % 2 == 0 else [0]
-    draw[..., own_mirror] = draw[:, :, first][..., own_mirror]
+    hermitian = draw[:, :, first]
+    draw[..., 0] = hermitian[..., 0]
+    if width % 2 == 0:
+        draw[..., -1] = hermitian[..., -1]
     return (draw >= mask_ratio).float()
 
 

@@ -12,21 +12,20 @@ from .base import Probe
 
 
 def dense_signal(output: tuple[Any, ...], num_classes: int, student: Dense | None = None) -> Dense:
-    """A head's (logits, deltas, ...) lists of (N, Ai x K, Hi, Wi) maps as a :class:`Dense`.
+    """A head's (logits, deltas) lists of (N, Ai x K, Hi, Wi) maps as a :class:`Dense`.
 
     With ``student``, the maps are cut to the cells that both networks share: a teacher may have
     padded its canvas further.
     """
-    logits, deltas, *extra = output
+    logits, deltas = output[:2]
     if student is not None:
-        logits, deltas, *extra = (
-            [x[..., :h, :w] for x, (h, w) in zip(maps, student.sizes)] for maps in output
+        logits, deltas = (
+            [x[..., :h, :w] for x, (h, w) in zip(maps, student.sizes)] for maps in (logits, deltas)
         )
     return Dense(
         [permute_to_N_HWA_K(x, num_classes) for x in logits],
         [permute_to_N_HWA_K(x, 4) for x in deltas],
         [tuple(x.shape[-2:]) for x in logits],
-        tuple(extra),
     )
 
 

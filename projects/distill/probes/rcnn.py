@@ -18,11 +18,12 @@ from .semantic import ask_sem_seg, read_sem_seg, sem_seg_taps
 
 RPN_HEAD = "proposal_generator.rpn_head"
 BOX_POOLER = "roi_heads.box_pooler"
+MASK_HEAD = "roi_heads.mask_head"
 MASK_PREDICTOR = "roi_heads.mask_head.predictor"
 
 
 class RCNNProbe(Probe):
-    """Boxes come from the arguments of ``box_pooler`` and ``mask_pooler``: TRAIN_ON_PRED_BOXES
+    """Boxes come from the arguments of ``box_pooler`` and ``mask_head``: TRAIN_ON_PRED_BOXES
     rewrites those in the proposals. Labels come from the output of ``roi_heads``."""
 
     family = GeneralizedRCNN
@@ -67,7 +68,7 @@ class RCNNProbe(Probe):
         if "rois" in needs:
             names += [BOX_POOLER, *self.predictor_names, "roi_heads"]
         if "masks" in needs:
-            names += ["roi_heads.mask_pooler", MASK_PREDICTOR, "roi_heads"]
+            names += [MASK_HEAD, MASK_PREDICTOR]
         return list(dict.fromkeys(names + sem_seg_taps(needs)))
 
     def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
@@ -110,16 +111,16 @@ class RCNNProbe(Probe):
         return cat(labels)
 
     def _unweighted(self, deltas: Tensor, stage: int) -> Tensor:
-        weights = deltas.new_tensor(self.predictors[stage].box2box_transform.weights)
-        return deltas.view(len(deltas), deltas.shape[1] // 4, 4) / weights
+        weights = self.predictors[stage].box2box_transform.weights
+        parts = deltas.view(len(deltas), deltas.shape[1] // 4, 4).unbind(-1)
+        return torch.stack([x / w for x, w in zip(parts, weights)], -1)  # no copy to the device
 
     def _read_masks(self, calls: Calls) -> Masks:
-        classes = cat([p.gt_classes for p in calls["roi_heads"].output[0]])
-        foreground = (classes >= 0) & (classes < self.model.roi_heads.num_classes)
+        foreground: list[Instances] = calls[MASK_HEAD].args[1]
         return Masks(
-            [b.tensor for b in calls["roi_heads.mask_pooler"].args[1]],
+            [x.proposal_boxes.tensor for x in foreground],
             calls[MASK_PREDICTOR].output,
-            classes[foreground],
+            cat([x.gt_classes for x in foreground]),
         )
 
     def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
