@@ -15,6 +15,7 @@ from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.utils import comm
 
 from distill.engine import main
+from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ("IMA", "ROIKD")
@@ -107,6 +108,11 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no pictures a step": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH is 0"]),
     "no steps": (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0"]),
+    "a head twice": (["MODEL.DISTILL.HEADS", "('IMA', 'IMA')"], ["MODEL.DISTILL.HEADS", "twice"]),
+    "negative box weight": (
+        ["MODEL.DISTILL.HEADS", "('ROIKD',)", "MODEL.DISTILL.ROIKD.BOX_WEIGHT", "-1.0"],
+        ["MODEL.DISTILL.ROIKD.BOX_WEIGHT is -1.0"],
+    ),
     "negative weight": (["MODEL.DISTILL.IMA.WEIGHT", "-1.0"], ["MODEL.DISTILL.IMA.WEIGHT is -1.0"]),
     "temperature 0": (
         *(["MODEL.DISTILL.ROIKD.TEMPERATURE", "0.0"],),
@@ -389,6 +395,15 @@ def test_resuming_from_a_truncated_checkpoint(run: Run) -> None:
     (run.output / "spoilt.pth").write_bytes(run.teacher.read_bytes()[:999])
     line = run.fails("--resume")
     assert "--resume" in line and "spoilt.pth" in line
+
+
+def test_a_head_without_a_section_says_how_to_add_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered = dict(DISTILL_HEAD_REGISTRY._obj_map, Unsectioned=FitNet)
+    monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
+    line = run.fails("MODEL.DISTILL.HEADS", "('Unsectioned',)")
+    assert "Unsectioned" in line and "add_head_section('Unsectioned')" in line
 
 
 @pytest.mark.parametrize("weights", ["", "nowhere.pth"])

@@ -130,6 +130,10 @@ def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
     return lambda: teacher.ask(student, needs)
 
 
+def sections(cfg: CfgNode) -> list[CfgNode]:
+    return [cfg.MODEL.DISTILL[name.upper()] for name in cfg.MODEL.DISTILL.HEADS]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config-file", required=True)
@@ -142,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     height, width = (int(x) for x in args.size.split("x"))
     cfg = setup_config(args.config_file, args.opts)
     inputs = synthetic_batch(args.batch, height, width, number_of_classes(cfg) or 1, seed=0)
-    with EventStorage():
+    with EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))):
         medians = measure(cfg, inputs, args.repeats)
     table = Table(title=f"Median seconds of {args.repeats} steps, {args.batch} x {args.size}")
     for column in ("heads", "plain step", "teacher", "distilled step", "ratio"):

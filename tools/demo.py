@@ -171,9 +171,14 @@ class Demo:
         task = self.progress.add_task(f"{stage.title}: evaluate", total=len(loader))
         watched = WatchedLoader(loader, self.progress, task)
         results = inference_on_dataset(model, watched, Trainer.build_evaluator(cfg, name))
-        # COCO's NaN (no object of that size) is no JSON; null is.
-        metrics = {k: v if math.isfinite(v := results["bbox"][k]) else None for k in METRICS}
-        return {**metrics, **cost(model, loader)}
+        return {**finite(results["bbox"]), **cost(model, loader)}
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """COCO metrics without NaN, which is no JSON: AP is 0 for a model that detects nothing, AP of
+    a size that no object has is None."""
+    undefined = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    return {k: v if math.isfinite(v := metrics[k]) else undefined.get(k) for k in METRICS}
 
 
 class Bar(HookBase):
@@ -238,8 +243,9 @@ def cost(model: nn.Module, loader: Any) -> dict[str, float]:
 
 
 def code_digest() -> str:
-    """Hash of the package's source."""
-    digest = hashlib.sha256()
+    """Hash of the package's source, this file and the libraries' versions."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(json.dumps(versions()).encode())
     for path in sorted(Path(distill.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -251,7 +257,9 @@ def random_teacher(demo: Demo, teacher: Stage) -> Path:
     if not path.is_file():
         seed_all_rng(teacher.seed + 1_000)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": build_model(teacher.cfg).state_dict()}, path)
+        temporary = path.with_suffix(".tmp")
+        torch.save({"model": build_model(teacher.cfg).state_dict()}, temporary)
+        temporary.replace(path)
     return path
 
 

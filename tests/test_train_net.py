@@ -1,0 +1,153 @@
+"""The training step and the command line: mixed precision, several processes, evaluation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import distill_opts, tiny_cfg, trainable_cfg, write_teacher
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from distill.config import get_distill_cfg, teacher_config
+from distill.data.datasets import class_names
+from distill.engine import Trainer, TrainLoop, finished_checkpoint, main
+from distill.errors import WeightsError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Toy(nn.Module):
+    """A loss whose gradient is far above the clipping threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, data: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * data).sum()}
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_gradients_are_clipped_after_the_scaler_has_unscaled_them(
+    optimizer: str, storage: EventStorage
+) -> None:
+    cfg = get_distill_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 5.0
+    weights = []
+    for scale in (1.0, 2.0**16):
+        model = Toy()
+        options = {"fused": True} if optimizer == "AdamW" else {}
+        wrapped = maybe_add_gradient_clipping(
+            cfg, getattr(torch.optim, optimizer)(model.parameters(), lr=0.1, **options)
+        )
+        loader = [torch.tensor([3.0, 1e-3])] * 2
+        loop = TrainLoop(model, loader, wrapped, amp=False, device="cpu")
+        loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        loop.run_step()
+        weights.append(model.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)
+
+
+def test_amp_trains_saves_and_resumes(tmp_path: Path, shapes: tuple[str, str, str]) -> None:
+    opts = write_teacher(tmp_path, "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8)
+    opts += distill_opts("faster", ["IMA", "ROIKD"]) + ["SOLVER.AMP.ENABLED", True]
+    for iterations in (2, 3):
+        cfg = trainable_cfg("faster", shapes, tmp_path / "out", *opts, norm="BN")
+        cfg.SOLVER.MAX_ITER = iterations
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == (0 if iterations == 2 else 2)
+        trainer.train()
+    weights = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.isfinite(x).all() for x in weights.values())
+
+
+def config_file(folder: Path, shapes: tuple[str, str, str]) -> str:
+    opts = write_teacher(folder, "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8)
+    opts += distill_opts("faster", ["IMA", "ROIKD"])
+    cfg = trainable_cfg("faster", shapes, folder / "out", *opts, "SOLVER.MAX_ITER", 2, norm="BN")
+    cfg.DATASETS.TEST = (shapes[0],)
+    path = folder / "config.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
+
+
+LAUNCHERS = {
+    "launch": [str(ROOT / "tools" / "train_net.py"), "--num-gpus", "2", "--dist-url", "auto"],
+    "torchrun": [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        str(ROOT / "tools" / "train_net.py"),
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes(launcher: str, tmp_path: Path, shapes: tuple[str, str, str]) -> None:
+    command = [sys.executable, *LAUNCHERS[launcher], "--config-file", config_file(tmp_path, shapes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    assert json.loads(rows[0])["loss_ima"] > 0
+    assert (tmp_path / "out" / "model_final.pth").is_file()
+
+
+def test_evaluation_needs_no_training_data(
+    tmp_path: Path, shapes: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file(tmp_path, shapes)
+    cfg = CfgNode.load_cfg(Path(path).read_text())
+    student = tiny_cfg("faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8, norm="BN")
+    torch.save({"model": build_model(student).state_dict()}, tmp_path / "student.pth")
+    gone = ("gone_train", str(tmp_path / "gone.json"), str(tmp_path / "gone"))
+    sets: list[Any] = [shapes, gone]
+    assert [shapes[0]] == cfg.DATASETS.TEST
+    code = main(
+        [
+            *("--eval-only", "--config-file", path, "DATASETS.COCO_FORMAT", str(sets)),
+            *(
+                "DATASETS.TRAIN",
+                "('gone_train',)",
+                "MODEL.DISTILL.TEACHER.CONFIG_FILE",
+                "gone.yaml",
+            ),
+            *("MODEL.WEIGHTS", str(tmp_path / "student.pth")),
+        ]
+    )
+    assert code == 0
+
+
+def test_a_teachers_class_names_come_from_its_own_data(tmp_path: Path) -> None:
+    annotations = tmp_path / "a.json"
+    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
+    annotations.write_text(json.dumps({"categories": categories}))
+    teacher = tiny_cfg("faster")
+    teacher.DATASETS.COCO_FORMAT = (("never_registered", str(annotations), str(tmp_path)),)
+    teacher.DATASETS.TRAIN = ("never_registered",)
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    cfg = get_distill_cfg()
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
+    assert class_names(teacher_config(cfg)) == ("cat", "dog")  # by id, as detectron2 orders them
+    annotations.unlink()
+    assert class_names(teacher_config(cfg)) is None
+
+
+def test_a_truncated_final_checkpoint_is_an_error(tmp_path: Path) -> None:
+    cfg = tiny_cfg("faster", "OUTPUT_DIR", str(tmp_path))
+    torch.save({"iteration": 5, "model": {}}, tmp_path / "model_final.pth")
+    content = (tmp_path / "model_final.pth").read_bytes()
+    (tmp_path / "model_final.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match="--resume.*model_final.pth"):
+        finished_checkpoint(cfg)
