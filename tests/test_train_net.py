@@ -149,5 +149,5 @@ def test_a_truncated_final_checkpoint_is_an_error(tmp_path: Path) -> None:
     torch.save({"iteration": 5, "model": {}}, tmp_path / "model_final.pth")
     content = (tmp_path / "model_final.pth").read_bytes()
     (tmp_path / "model_final.pth").write_bytes(content[: len(content) // 2])
-    with pytest.raises(WeightsError, match="--resume.*model_final.pth"):
+    with pytest.raises(WeightsError, match=r"--resume.*model_final\.pth"):
         finished_checkpoint(cfg)

@@ -329,10 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join_torchrun()
-            try:
-                _run_or_exit(args)
-            finally:
-                torch.distributed.destroy_process_group()
+            _run_or_exit(args)
         else:
             launch(
                 _run_or_exit,
