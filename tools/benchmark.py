@@ -102,18 +102,22 @@ def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str
         for key, names in sets.items()
     }
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    times: dict[str, dict[str, list[float]]] = {
-        key: {"plain": [], "teacher": [], "distilled": []} for key in models
-    }
-    for repeat in range(repeats + 2):  # two rounds warm up
+    plain: list[float] = []
+    asked: dict[str, list[float]] = {key: [] for key in models}
+    distilled: dict[str, list[float]] = {key: [] for key in models}
+    for _ in range(repeats + 1):  # the first round warms up
+        plain.append(seconds(functools.partial(step, student, inputs), cuda))
         for key, model in models.items():
-            plain = seconds(lambda: step(student, inputs), cuda)
-            asked = seconds(_question(model, inputs), cuda)
-            distilled = seconds(functools.partial(step, model, inputs), cuda)
-            if repeat >= 2:
-                for name, value in zip(times[key], (plain, asked, distilled)):
-                    times[key][name].append(value)
-    medians = {key: {n: statistics.median(v) for n, v in row.items()} for key, row in times.items()}
+            asked[key].append(seconds(_question(model, inputs), cuda))
+            distilled[key].append(seconds(functools.partial(step, model, inputs), cuda))
+    medians = {
+        key: {
+            "plain": statistics.median(plain[1:]),
+            "teacher": statistics.median(asked[key][1:]),
+            "distilled": statistics.median(distilled[key][1:]),
+        }
+        for key in models
+    }
     for row in medians.values():
         row["ratio"] = row["distilled"] / (row["plain"] + row["teacher"])
     return medians
