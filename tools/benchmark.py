@@ -25,6 +25,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -105,7 +106,7 @@ def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str
     plain: list[float] = []
     asked: dict[str, list[float]] = {key: [] for key in models}
     distilled: dict[str, list[float]] = {key: [] for key in models}
-    for _ in range(repeats + 1):  # the first round warms up
+    for _ in track(range(repeats + 1), "rounds"):  # the first warms up
         plain.append(seconds(functools.partial(step, student, inputs), cuda))
         for key, model in models.items():
             asked[key].append(seconds(_question(model, inputs), cuda))

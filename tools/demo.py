@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.env import seed_all_rng
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -61,6 +63,7 @@ SCENE = SceneConfig(
     texture_contrast=0.4,
 )
 TIMED_IMAGES = 50
+TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 
@@ -332,14 +335,16 @@ def mean_std(values: Sequence[float | None], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {x.std():.{digits}f}"
 
 
-def print_table(results: dict[str, Any], console: Console) -> None:
-    table = Table(title="Shapes, COCO evaluation, box AP")
+def print_table(results: dict[str, Any]) -> None:
+    console = Console(width=TABLE_WIDTH)
+    table = Table(title="Shapes, COCO evaluation, box AP", box=box.SIMPLE)
     for column in ("", *METRICS, *COST.values()):
         table.add_column(column, justify="right" if column else "left")
     for name in ("teacher", "baseline", "control", "distilled"):
         if name in results:
             row = results[name]
-            cells = [mean_std(row[k]) for k in METRICS] + [mean_std(row[k], 2) for k in COST]
+            cells = [mean_std(row[k]) for k in METRICS]
+            cells += [mean_std([statistics.mean(row[k])], 2) for k in COST]
             table.add_row(name, *cells)
     console.print(table)
     for other in ("baseline", "control"):
@@ -401,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
         stages = [s for seed in seeds for s in stages_of_seed(demo, seed, args.control)]
         results = report(demo, stages, seeds)
     write_json(out / "results.json", results)
-    print_table(results, console)
+    print_table(results)
     demo_figure.draw(results, stages, out / "summary.png")
     console.print(f"wrote {out / 'results.json'} and {out / 'summary.png'}")
     return 0
