@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ from distill.heads import build_heads
 from distill.probes import build_probe
 from distill.structures import NetSpec
 from distill.teacher import Teacher
+
+
+def has_loopback() -> bool:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+needs_loopback = pytest.mark.skipif(not has_loopback(), reason="gloo needs a loopback interface")
 
 FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", "semantic")
 ARCHITECTURES = {

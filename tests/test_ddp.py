@@ -1,6 +1,5 @@
 """Two processes give the gradients of one with the joint batch, and wait for each other."""
 
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import distilled, kd_losses, outspoken_model, picture
+from conftest import distilled, kd_losses, needs_loopback, outspoken_model, picture
 from detectron2.engine import create_ddp_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -19,17 +18,7 @@ from torch import Tensor
 
 from distill import DistillModel
 
-
-def has_loopback() -> bool:
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            socket.create_connection(server.getsockname(), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not has_loopback(), reason="gloo needs a loopback interface")
+pytestmark = needs_loopback
 
 WORLD = 2
 TIMEOUT = 60  # seconds

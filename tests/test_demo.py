@@ -48,6 +48,28 @@ def test_demo_writes_complete_results_and_reuses_finished_stages(
     assert json.loads((tmp_path / "results.json").read_text())["teacher"] == results["teacher"]
 
 
+def test_an_interrupted_stage_resumes(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def interrupt(bar: Any) -> None:
+        seen.append(bar.trainer.iter)
+        if bar.trainer.iter == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.Bar, "after_step", interrupt)
+    with demo.Progress(disable=True) as progress:
+        one = demo.Demo(tmp_path, 8, progress)
+        one.render()
+        stage = one.stage("baseline", 0, "demo_student.yaml")
+        with pytest.raises(KeyboardInterrupt):
+            one.run(stage)
+        assert not stage.weights.is_file()
+        assert one.run(stage)["parameters"] > 0
+    assert seen == [0, 1, 2]  # it went on after the checkpoint of iteration 1
+
+
 def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None:
     with demo.Progress(disable=True) as progress:
         one = demo.Demo(tmp_path, 7, progress)  # other scenes have another name

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, tiny_cfg, trainable_cfg, write_teacher
+from conftest import distill_opts, needs_loopback, tiny_cfg, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -91,6 +91,7 @@ LAUNCHERS = {
 }
 
 
+@needs_loopback
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(launcher: str, tmp_path: Path, shapes: tuple[str, str, str]) -> None:
     command = [sys.executable, *LAUNCHERS[launcher], "--config-file", config_file(tmp_path, shapes)]
