@@ -67,8 +67,10 @@ class _StrictCheckpointer(DetectionCheckpointer):
 
 
 ONCE_SAVED = ("pixel_mean", "pixel_std")  # by earlier detectron2; from the config now
-UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
-MISFORMED = (KeyError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
+UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),  # the file
+    *(KeyError, ValueError, TypeError, AttributeError, AssertionError, ImportError),  # its content
+)
 
 
 @contextmanager
@@ -86,7 +88,7 @@ def readable(path: str, key: str) -> Iterator[None]:
         raise WeightsError(f"{key}: there is no file '{path}'.")
     try:
         yield
-    except (*UNREADABLE, *MISFORMED) as e:
+    except UNREADABLE as e:
         reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
         raise WeightsError(
             f"{key}: '{path}' cannot be read as a checkpoint (missing, truncated or of another "

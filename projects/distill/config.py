@@ -17,6 +17,8 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
 from .errors import ConfigError, DistillError, choices
+from .heads import DISTILL_HEAD_REGISTRY
+from .heads.fpn import IMA_SCOPES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
@@ -231,14 +233,15 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             "config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml."
         )
     teacher = get_distill_cfg()
-    zoo_file = _zoo_file(node.CONFIG_FILE)
-    if not os.path.isfile(node.CONFIG_FILE) and zoo_file is None:
+    own_file = os.path.isfile(node.CONFIG_FILE)
+    path = node.CONFIG_FILE if own_file else _zoo_file(node.CONFIG_FILE)
+    if path is None:
         raise ConfigError(
             f"MODEL.DISTILL.TEACHER.CONFIG_FILE '{node.CONFIG_FILE}' is neither a file (seen from "
             f"{os.getcwd()}) nor a config of detectron2's model zoo."
         )
-    merge_from_file(teacher, node.CONFIG_FILE if zoo_file is None else zoo_file)
-    if zoo_file is not None and not node.WEIGHTS:
+    merge_from_file(teacher, path)
+    if not own_file and not node.WEIGHTS:
         teacher.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
     merge_from_list(teacher, list(node.OPTS), "MODEL.DISTILL.TEACHER.OPTS")
     if node.WEIGHTS:
@@ -247,8 +250,6 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 def _zoo_file(name: str) -> str | None:
-    if os.path.isfile(name):
-        return None
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
@@ -282,8 +283,6 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
 
 
 def _validate_distill(cfg: CfgNode) -> None:
-    from .heads import DISTILL_HEAD_REGISTRY  # heads read no config module; no cycle at import
-
     node = cfg.MODEL.DISTILL
     plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
     _one_of("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
@@ -308,8 +307,6 @@ def _validate_distill(cfg: CfgNode) -> None:
 
 
 def _validate_ima(cfg: CfgNode) -> None:
-    from .heads.fpn import IMA_SCOPES
-
     node = cfg.MODEL.DISTILL.IMA
     _one_of("MODEL.DISTILL.IMA.SCOPE", node.SCOPE, IMA_SCOPES)
     _one_of("MODEL.DISTILL.IMA.SCALE_ON", node.SCALE_ON, ("standardized", "raw"))

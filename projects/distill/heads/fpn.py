@@ -98,7 +98,7 @@ class FPNDistillHead(DistillHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        names = tuple(cls.section(cfg).get("IN_FEATURES", ()))
+        names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
         ret["levels"] = match_levels(student.features, teacher.features, names, key)
         ret["channels"] = [
@@ -108,6 +108,11 @@ class FPNDistillHead(DistillHead):
         pairs = ", ".join(f"{x.student}~{x.teacher}" for x in ret["levels"])
         logger.info("%s compares the levels (student~teacher) %s", cls.__name__, pairs)
         return ret
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+        """The student's levels to compare; empty: see :func:`match_levels`."""
+        return tuple(cls.section(cfg).get("IN_FEATURES", ()))
 
     def maps(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
         """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""
@@ -191,16 +196,12 @@ class IMA(FPNDistillHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         node = cls.section(cfg)
-        scope = node.SCOPE if node.SCOPE != "auto" else cls.default_scope(student)
+        scope = cls.resolved_scope(cfg, student)
         if scope != "image" and "dense" not in student.signals:
             raise ConfigError(
                 f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a "
                 f"{type(student.model).__name__} has SCOPE image."
             )
-        if scope != "image" and not node.IN_FEATURES and "rois" in student.signals:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cls.section(cfg).IN_FEATURES = tuple(student.model.roi_heads.box_in_features)
         ret = super().from_config(cfg, student, teacher)
         strides = [x.stride for x in ret["levels"]]
         if scope != "image" and strides != [strides[0] * 2**i for i in range(len(strides))]:
@@ -219,6 +220,19 @@ class IMA(FPNDistillHead):
             "scale_floor": node.SCALE_FLOOR,
             "seed": cfg.SEED,
         }
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+        """Crops come from the levels that the student's own boxes are cropped from."""
+        names = super().level_names(cfg, student)
+        if names or cls.resolved_scope(cfg, student) == "image" or "rois" not in student.signals:
+            return names
+        return tuple(student.model.roi_heads.box_in_features)
+
+    @classmethod
+    def resolved_scope(cls, cfg: CfgNode, student: NetSpec) -> str:
+        scope = cls.section(cfg).SCOPE
+        return cls.default_scope(student) if scope == "auto" else scope
 
     @staticmethod
     def default_scope(student: NetSpec) -> str:
