@@ -171,7 +171,7 @@ def test_contents(family: str, runs: dict[str, Run]) -> None:
     assert saved["iteration"] == saved["trainer"]["iteration"] == 1
     assert saved["model"].keys() == run.trainer.student.state_dict().keys()
     assert {k.split(".")[0] for k in saved["distill"]} == {"FitNet", "IMA"}
-    assert isinstance(saved["distill"]["IMA.random._extra_state"], torch.Tensor)
+    assert isinstance(saved["distill"]["IMA.masks._extra_state"], torch.Tensor)
     normalizer = {"loss_normalizer"} if family == "retinanet" else set()
     assert saved["student_state"].keys() == normalizer
     assert "DISTILL" not in (run.output / "student.yaml").read_text()
@@ -218,7 +218,7 @@ def test_resume_continues_where_it_stopped(
     assert len(momenta[0]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
     masks = [
-        torch.rand(4, generator=copy.deepcopy(x.model.heads["IMA"].random).generator(CPU))
+        torch.rand(4, generator=copy.deepcopy(x.model.heads["IMA"].masks).generator(CPU))
         for x in (first, second)
     ]
     assert torch.equal(*masks)

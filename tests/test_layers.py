@@ -20,13 +20,15 @@ ALLOWED = {
     ".heads": "* .losses .structures .errors",
     ".probes": "* .taps .structures .errors",
     ".checkpoint": "* .errors",
-    ".config": "* .errors .heads",
+    ".config": "* .errors .heads .losses",
     ".data": "* .errors .config",
+    ".evaluation": "* .errors .data",
     ".teacher": "* .errors .config .checkpoint .probes .structures",
     ".meta_arch": "* .errors .config .checkpoint .data.datasets .heads .probes .structures"
     " .teacher",
-    ".engine": "* .errors .config .checkpoint .data .heads .probes .structures .teacher .meta_arch",
-    "": ".nets .config .heads .meta_arch",  # distill/__init__.py
+    ".engine": "* .errors .config .checkpoint .data .evaluation .heads .probes .structures"
+    " .teacher .meta_arch",
+    "": ".nets .config .data.kitti .heads .meta_arch",  # distill/__init__.py
 }
 
 

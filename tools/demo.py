@@ -368,6 +368,17 @@ def tune(demo: Demo, seeds: list[int], console: Console) -> dict[str, Any]:
     return {"AP": table, "seeds": seeds, "data_seed": demo.data_seed, "commit": commit()}
 
 
+def progress_bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=1, help="number of replicates")
@@ -385,19 +396,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = Console(file=sys.stdout)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
     out = args.out.resolve()
     os.makedirs(out, exist_ok=True)
     # Tuning sees other scenes and other seeds than what is reported.
     data_seed, first_seed = (0, 100) if args.tune else (1, 0)
     seeds = list(range(first_seed, first_seed + args.seeds))
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         demo = Demo(out, data_seed, progress)
         demo.render()
         if args.tune:

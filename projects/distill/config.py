@@ -5,7 +5,7 @@ import io
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,10 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
 from .errors import ConfigError, DistillError, choices
-from .heads import DISTILL_HEAD_REGISTRY
-from .heads.fpn import IMA_SCOPES
+from .heads import DISTILL_HEAD_REGISTRY, teacher_needed
+from .heads.ima import IMA_SCOPES
+from .heads.mssd import MSSD_MASKS
+from .losses import TID_AREAS, TID_SCORES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
@@ -43,13 +45,46 @@ add_head_section("FitNet", IN_FEATURES=())
 add_head_section(
     "IMA",
     IN_FEATURES=(),
-    SCOPE="auto",  # what an instance is: image | box | mask; auto: by the student's family
+    SCOPE="auto",  # what an instance is: image | box | mask | class; auto: by the student's family
     MASK_RATIO=0.15,  # ζ in [0, 1): expected share of removed frequencies (Eq. 2; paper silent)
     STANDARDIZE=True,  # instance standardization (Eq. 5-7)
     STANDARDIZE_TEACHER=True,  # also of the teacher (Eq. 15); False: Eq. 7 to the letter
     DEFLATE=True,  # adaptive scale deflation (Eq. 8-10)
     SCALE_ON="standardized",  # maps whose cosine is α: standardized | raw (Eq. 8 to the letter)
     SCALE_FLOOR=0.1,  # f in [0, 1]: α becomes f + (1 − f) α; 0: the paper to the letter
+)
+add_head_section(
+    "MKD",  # WEIGHT is α (Eq. 6)
+    IN_FEATURES=(),
+    FEA_WEIGHT=1.0,  # of L_fea; here and below, 0 leaves the term out
+    MULTISCALE_WEIGHT=1.0,  # of L_Multiscale (Eq. 1)
+    FDMD_WEIGHT=1.0,  # of L_FDMD (Eq. 2-4)
+    FAD_WEIGHT=1.0,  # of L_FAD (Eq. 5)
+    SCALES=(1, 2, 4),  # pooling kernels of L_Multiscale in cells (paper silent)
+    MASK_RATIO=0.15,  # ζ of L_FDMD in [0, 1): share of removed frequencies (paper silent)
+    TEMPERATURE=1.0,  # 𝒯 > 0 of L_FAD (paper silent)
+    ATTENTION=True,  # L_FAD on maps weighted by the joint attention; False: on the maps
+)
+# No teacher; the student's backbone must be an FPN+PAN (build_..._pafpn_backbone).
+add_head_section(
+    "MSSD",
+    DISTILL_WEIGHT=1.0,  # of L_distill (Eq. 4); 0 leaves it out
+    MASK_WEIGHT=1.0,  # of L_mask (Eq. 6); 0 leaves it out
+    GAMMA=0.05,  # γ in (0, 1]: factor of the finest level (Eq. 3; the best of Table 5)
+    MASK="gaussian",  # gaussian (Eq. 5) | binary (σ² = ∞)
+    SIGMA2=2.0,  # σ² > 0 of the Gaussian masks (the best of Table 6)
+)
+add_head_section(
+    "TID",
+    GAMMA=0.05,  # γ in (0, 1]: share of the points in the key and weak areas (paper silent)
+    TOP=0.025,  # share in (0, 1] of the points whose Score_c is 1.5
+    SCORE="both",  # both | cls | reg: the tasks that the score judges
+    RAW_IOU=False,  # Score_r is IOU_max itself, not by the detector's thresholds
+    AREA="both",  # both | key | weak: the areas that have a value
+    NMS_IOU=0.6,  # of the weak area's boxes, in [0, 1] (paper silent)
+    ALPHA_HIGH=1.0,  # α_high >= 0: factor of the loss where V >= 1
+    ALPHA_MED=1.0,  # α_med >= 0: where 0.01 <= V < 1
+    ALPHA_LOW=1.0,  # α_low >= 0: where V < 0.01
 )
 add_head_section(
     "ROIKD",
@@ -278,7 +313,7 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
     _at_least("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1)
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
-        if training and cfg.MODEL.DISTILL.HEADS:
+        if training and teacher_needed(cfg):
             teacher_config(cfg)
 
 
@@ -296,33 +331,44 @@ def _validate_distill(cfg: CfgNode) -> None:
                 f"MODEL.DISTILL.HEADS: {name} has no config section; call "
                 f"add_head_section('{name}') where it is registered."
             )
-        section = node[name.upper()]
-        for key in section:
-            if key.endswith(("WEIGHT", "_ITERS", "_ITER")):
-                _at_least(f"{path}.{key}", section[key], 0)
-        if "TEMPERATURE" in section and section.TEMPERATURE <= 0:
-            raise ConfigError(f"{path}.TEMPERATURE is {section.TEMPERATURE}; it must be above 0.")
-    if "IMA" in node.HEADS:
-        _validate_ima(cfg)
-
-
-def _validate_ima(cfg: CfgNode) -> None:
-    node = cfg.MODEL.DISTILL.IMA
-    _one_of("MODEL.DISTILL.IMA.SCOPE", node.SCOPE, IMA_SCOPES)
-    _one_of("MODEL.DISTILL.IMA.SCALE_ON", node.SCALE_ON, ("standardized", "raw"))
-    if not 0 <= node.MASK_RATIO < 1:
-        raise ConfigError(
-            f"MODEL.DISTILL.IMA.MASK_RATIO is {node.MASK_RATIO}; it must be in [0, 1)."
-        )
-    if not 0 <= node.SCALE_FLOOR <= 1:
-        raise ConfigError(
-            f"MODEL.DISTILL.IMA.SCALE_FLOOR is {node.SCALE_FLOOR}; it must be in [0, 1]."
-        )
-    if node.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
+        _validate_section(path, node[name.upper()])
+    if "IMA" in node.HEADS and node.IMA.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
         raise ConfigError(
             "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
             "set MODEL.MASK_ON True or SCOPE box."
         )
+
+
+_CHOICES = {
+    "SCOPE": IMA_SCOPES,
+    "SCALE_ON": ("standardized", "raw"),
+    "MASK": MSSD_MASKS,
+    "SCORE": TID_SCORES,
+    "AREA": TID_AREAS,
+}
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "TEMPERATURE": (lambda x: x > 0, "above 0"),
+    "SIGMA2": (lambda x: x > 0, "above 0"),
+    "MASK_RATIO": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "SCALE_FLOOR": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "NMS_IOU": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "GAMMA": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "TOP": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "SCALES": (
+        lambda x: len(x) > 0 and all(isinstance(k, int) and k >= 1 for k in x),
+        "whole numbers from 1",
+    ),
+}
+
+
+def _validate_section(path: str, section: CfgNode) -> None:
+    for key, value in section.items():
+        if key.endswith(("WEIGHT", "_ITERS", "_ITER")) or key.startswith("ALPHA_"):
+            _at_least(f"{path}.{key}", value, 0)
+        if key in _CHOICES:
+            _one_of(f"{path}.{key}", value, _CHOICES[key])
+        if key in _RANGES and not _RANGES[key][0](value):
+            raise ConfigError(f"{path}.{key} is {value}; it must be {_RANGES[key][1]}.")
 
 
 @contextmanager

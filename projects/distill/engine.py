@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -51,7 +51,9 @@ from .config import (
     validate_config,
 )
 from .data.datasets import check_test_set, load_training_set, register_coco_format
+from .data.kitti import IgnoredRegionsMapper
 from .errors import ConfigError, DistillError
+from .evaluation.kitti import KITTIEvaluator, coco_evaluator
 from .meta_arch import DistillModel
 
 logger = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ class Trainer(DefaultTrainer):
         with building("student"):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = build_detection_train_loader(cfg, dataset=dataset)
+        loader = build_detection_train_loader(cfg, dataset=dataset, mapper=train_mapper(cfg))
         self.student: nn.Module = getattr(model, "student", model)
         checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
         if isinstance(model, DistillModel):
@@ -204,6 +206,10 @@ def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]
         "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
         "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
         "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
+        "kitti": [
+            lambda: coco_evaluator(dataset_name, folder),
+            lambda: KITTIEvaluator(dataset_name),
+        ],
         "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
         "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
         "coco_panoptic_seg": [
@@ -218,6 +224,13 @@ def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]
             f"evaluators exist for: {', '.join(builders)}."
         )
     return builders[kind]
+
+
+def train_mapper(cfg: CfgNode) -> DatasetMapper:
+    """detectron2's mapper, or the one that knows ignored regions if a training set has some."""
+    metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
+    ignoring = any(data.get("ignored_regions") for data in metadata)
+    return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
 
 
 def check_test_sets(cfg: CfgNode) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import teacher_config
 from .data.datasets import class_names
 from .errors import ConfigError
-from .heads import DistillHead, build_heads
+from .heads import DistillHead, build_heads, teacher_needed
 from .probes import DenseProbe, Probe, RCNNProbe, SemanticProbe, build_probe
 from .structures import NetSpec
 from .teacher import Teacher, build_teacher
@@ -27,7 +27,7 @@ class DistillModel(nn.Module):
 
     Args:
         student: a plain detectron2 meta-architecture.
-        teacher: None if there are no heads.
+        teacher: None if no head needs one.
         heads: :class:`DistillHead` modules by name.
     """
 
@@ -56,8 +56,9 @@ class DistillModel(nn.Module):
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
-                teacher = build_teacher(cfg)
-                heads = build_heads(cfg, *net_specs(cfg, build_probe(student), teacher.probe))
+                teacher = build_teacher(cfg) if teacher_needed(cfg) else None
+                specs = net_specs(cfg, build_probe(student), teacher.probe if teacher else None)
+                heads = build_heads(cfg, *specs)
         return {"student": student, "teacher": teacher, "heads": heads}
 
     @property
@@ -69,19 +70,25 @@ class DistillModel(nn.Module):
         if not self.training or not self.heads:
             return self.student(batched_inputs)
         needs = self.active_needs()
+        asked = self.active_needs(of_teacher=True)
         with self.probe.listen(needs) as calls:
             losses: dict[str, Tensor] = self.student(batched_inputs)
         batch = self.probe.batch(calls, batched_inputs)
         student = self.probe.read(calls, batch, needs)
-        teacher = self.teacher.ask(student, needs) if self.teacher and needs else None
+        teacher = self.teacher.ask(student, asked) if self.teacher and asked else None
         for head in self.heads.values():
             losses.update(head(student, teacher))
         return losses
 
-    def active_needs(self) -> frozenset[str]:
-        """Signals that the heads with a weight at this iteration compare."""
+    def active_needs(self, of_teacher: bool = False) -> frozenset[str]:
+        """Signals of the student that the heads with a weight at this iteration read.
+
+        Args:
+            of_teacher: the teacher's instead.
+        """
         heads: list[DistillHead] = list(self.heads.values())  # type: ignore[arg-type]
-        return frozenset().union(*(head.needs for head in heads if head.factor() != 0))
+        active = [h for h in heads if h.factor() != 0 and (h.needs_teacher or not of_teacher)]
+        return frozenset().union(*(head.needs for head in active))
 
 
 @META_ARCH_REGISTRY.register()
@@ -105,26 +112,26 @@ class DistillSemanticSegmentor(DistillModel):
     probe_type = SemanticProbe
 
 
-def net_specs(cfg: CfgNode, student: Probe, teacher: Probe) -> tuple[NetSpec, NetSpec]:
+def net_specs(
+    cfg: CfgNode, student: Probe, teacher: Probe | None
+) -> tuple[NetSpec, NetSpec | None]:
     """What heads may know of the two networks, class names included."""
     names = class_names(cfg, _semantic(student)) or tuple(
         f"class {i}" for i in range(student.num_classes)
     )
-    return (
-        NetSpec("student", student.model, *_features(student), names),
-        NetSpec(
-            "teacher", teacher.model, *_features(teacher), _teacher_classes(cfg, names, teacher)
-        ),
-    )
+    own = _spec("student", student, names)
+    if teacher is None:
+        return own, None
+    return own, _spec("teacher", teacher, _teacher_classes(cfg, names, teacher))
+
+
+def _spec(name: str, probe: Probe, classes: tuple[str, ...]) -> NetSpec:
+    return NetSpec(name, probe.model, probe.feature_shapes, probe.signals, classes)
 
 
 def _semantic(probe: Probe) -> bool:
     """Whether the network's classes are semantic ones, without instances."""
     return "rois" not in probe.signals and "sem_seg" in probe.signals
-
-
-def _features(probe: Probe) -> tuple[Any, frozenset[str]]:
-    return probe.model.backbone.output_shape(), probe.signals
 
 
 def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Probe) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 
@@ -35,6 +35,14 @@ class Batch:
     def boxes(self) -> list[Tensor]:
         """Ground-truth boxes, one (Ri, 4) XYXY tensor an image."""
         return [x.gt_boxes.tensor for x in self.instances]
+
+    @property
+    def sem_seg(self) -> Tensor:
+        """Semantic labels, (N, H, W) of the canvas, padded with -1; not on the device yet."""
+        labels = [x["sem_seg"] for x in self.inputs]
+        square = {"square_size": max(self.canvas)}  # then cut to the canvas
+        padded = ImageList.from_tensors(labels, pad_value=-1, padding_constraints=square).tensor
+        return padded[:, : self.canvas[0], : self.canvas[1]]
 
 
 @dataclass
@@ -100,11 +108,20 @@ class SemSeg:
 
 @dataclass
 class Signals:
-    """Everything one network said about one batch. What nobody asked for stays empty."""
+    """Everything one network said about one batch. What nobody asked for stays empty.
+
+    Attributes:
+        features: (N, C, H, W) outputs of the backbone by name.
+        shallow: of an FPN+PAN neck, the FPN's map of each level by the name of its deep map.
+        dense_boxes: one (N, R, 4) tensor a level: the boxes that ``dense`` predicts, in pixels of
+            the canvas, without gradient.
+    """
 
     batch: Batch
     features: dict[str, Tensor] = field(default_factory=dict)
+    shallow: dict[str, Tensor] = field(default_factory=dict)
     dense: Dense | None = None
+    dense_boxes: list[Tensor] = field(default_factory=list)
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
     sem_seg: SemSeg | None = None
@@ -117,7 +134,7 @@ class NetSpec:
     Attributes:
         name: "student" or "teacher", for messages.
         model: the detectron2 network itself; read its attributes, never run it.
-        features: channels and stride of each backbone output.
+        features: channels and stride of each of ``Signals.features``.
         signals: names of the :class:`Signals` fields that the family produces.
         classes: class names in the order of the network's outputs, background excluded.
     """

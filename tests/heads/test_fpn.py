@@ -9,7 +9,8 @@ from torch import nn
 
 from distill.errors import ConfigError
 from distill.heads import IMA, FitNet, FPNDistillHead
-from distill.heads.fpn import CROP_SIZE, Level, match_levels
+from distill.heads.fpn import Level, match_levels
+from distill.heads.ima import CROP_SIZE
 from distill.losses import fitnet
 from distill.structures import Batch, NetSpec, Signals
 

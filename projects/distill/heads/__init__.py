@@ -1,15 +1,22 @@
 """Distillation heads: which signals are compared, through which adapters."""
 
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, teacher_needed
 from .dense import DenseDistillHead, DenseKD
-from .fpn import IMA, FitNet, FPNDistillHead
+from .fpn import FitNet, FPNDistillHead
+from .ima import IMA
 from .mask import InstanceMaskDistillHead, MaskKD
+from .mkd import MKD
+from .mssd import MSSD
 from .roi import ROIKD, ROIDistillHead
+from .tid import TID
 
 __all__ = [
     "DISTILL_HEAD_REGISTRY",
     "IMA",
+    "MKD",
+    "MSSD",
     "ROIKD",
+    "TID",
     "DenseDistillHead",
     "DenseKD",
     "DistillHead",
@@ -19,4 +26,5 @@ __all__ = [
     "MaskKD",
     "ROIDistillHead",
     "build_heads",
+    "teacher_needed",
 ]

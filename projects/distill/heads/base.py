@@ -38,6 +38,9 @@ class DistillHead(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of :class:`Signals` that both networks must produce."""
 
+    needs_teacher: ClassVar[bool] = True
+    """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
+
     parts: tuple[str, ...] = ("",)
     """Names of what :meth:`losses` returns, the same at every iteration: loggers go on showing the
     last value of a name that is gone."""
@@ -55,7 +58,7 @@ class DistillHead(nn.Module):
         return cfg.MODEL.DISTILL[cls.__name__.upper()]
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: Any) -> dict[str, Any]:
         node = cls.section(cfg)
         return {
             "weight": node.WEIGHT,
@@ -64,9 +67,11 @@ class DistillHead(nn.Module):
         }
 
     @classmethod
-    def missing_signals(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def missing_signals(cls, student: NetSpec, teacher: NetSpec | None) -> str | None:
         """Which of ``needs`` a network does not produce, or None."""
-        for net in (student, teacher):
+        if teacher is None and cls.needs_teacher:
+            return "it compares with a teacher, and there is none"
+        for net in (student, teacher) if teacher and cls.needs_teacher else (student,):
             missing = cls.needs - net.signals
             if missing:
                 return (
@@ -76,8 +81,12 @@ class DistillHead(nn.Module):
         return None
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        """Why this head cannot compare these two networks, or None."""
+    def problem(cls, student: NetSpec, teacher: Any) -> str | None:
+        """Why this head cannot compare these two networks, or None.
+
+        Args:
+            student, teacher: :class:`NetSpec`; the teacher is None if no head needs one.
+        """
         return cls.missing_signals(student, teacher)
 
     def factor(self) -> float:
@@ -89,8 +98,12 @@ class DistillHead(nn.Module):
             return self.weight * iteration / self.warmup_iters
         return self.weight
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
-        """Unweighted scalar losses by the names in ``parts``, to be summed."""
+    def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
+        """Unweighted scalar losses by the names in ``parts``, to be summed.
+
+        Args:
+            student, teacher: :class:`Signals`; a head without ``needs_teacher`` reads no teacher.
+        """
         raise NotImplementedError
 
     def forward(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
@@ -98,12 +111,12 @@ class DistillHead(nn.Module):
 
         Args:
             student: what the student said.
-            teacher: what the teacher said; None while no head is active.
+            teacher: what the teacher said; None while no head that needs it is active.
         """
         head = f"loss_{type(self).__name__.lower()}"
         names = {part: f"{head}/{part}" if part else head for part in self.parts}
         factor = self.factor()
-        if factor == 0 or teacher is None:
+        if factor == 0 or (teacher is None and self.needs_teacher):
             smallest = min(student.features.values(), key=Tensor.numel)
             zero = connected_zero(smallest, parameters=self.parameters())
             return dict.fromkeys(names.values(), zero)
@@ -154,8 +167,16 @@ class RandomState(nn.Module):
         self._generator = None
 
 
-def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> nn.ModuleDict:
+def teacher_needed(cfg: CfgNode) -> bool:
+    """Whether a head of ``cfg.MODEL.DISTILL.HEADS`` compares with a teacher."""
+    return any(DISTILL_HEAD_REGISTRY.get(n).needs_teacher for n in cfg.MODEL.DISTILL.HEADS)
+
+
+def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec | None) -> nn.ModuleDict:
     """Build the heads that ``cfg.MODEL.DISTILL.HEADS`` names, in that order.
+
+    Args:
+        teacher: None if no head needs one.
 
     Raises:
         ConfigError: a head cannot compare these networks; the message says which heads can.

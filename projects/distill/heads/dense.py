@@ -16,29 +16,51 @@ class DenseLayout(NamedTuple):
     """Where the rows of a dense head's (N, R, K) outputs lie in the picture."""
 
     objectness: bool  # an RPN's, which knows no classes
+    levels: list[str]  # the features it reads, finest first
     strides: list[int]
     anchors: list[Tensor]  # (A, 4) a level, relative to the cell
+    thresholds: tuple[float, float]  # IoU below which an anchor is negative, from which positive
 
     @classmethod
     def of(cls, net: NetSpec) -> "DenseLayout":
         model: Any = net.model
         rpn = getattr(model, "proposal_generator", None)
-        names = rpn.in_features if rpn else model.head_in_features
-        generator = (rpn or model).anchor_generator
+        names = list(rpn.in_features if rpn else model.head_in_features)
+        detector = rpn or model
         return cls(
             rpn is not None,
+            names,
             [net.features[name].stride for name in names],
-            [x.detach().cpu() for x in generator.cell_anchors],
+            [x.detach().cpu() for x in detector.anchor_generator.cell_anchors],
+            _thresholds(detector),
         )
 
 
-def layout_problem(student: NetSpec, teacher: NetSpec) -> str | None:
-    """Why dense outputs at the same index speak of different boxes, or None."""
+def _thresholds(detector: Any) -> tuple[float, float]:
+    """Of its matcher; 0.4 and 0.5, RetinaNet's, where the assignment is adaptive."""
+    matcher = getattr(detector, "anchor_matcher", None)
+    bounds = getattr(matcher, "thresholds", None)  # the matcher adds both infinities
+    return (bounds[1], bounds[-2]) if bounds else (0.4, 0.5)
+
+
+def dense_classes(net: NetSpec) -> tuple[str, ...]:
+    """The classes of a dense head's logits."""
+    return ("object",) if DenseLayout.of(net).objectness else net.classes
+
+
+def grid_problem(student: NetSpec, teacher: NetSpec) -> str | None:
+    """Why dense outputs do not speak of the same points and classes, or None."""
     s, t = DenseLayout.of(student), DenseLayout.of(teacher)
     if s.objectness != t.objectness:
         return "one network's dense head is an RPN (objectness), the other's predicts classes"
     if s.strides != t.strides:
         return f"the dense heads' strides differ (student {s.strides}, teacher {t.strides})"
+    return None
+
+
+def anchor_problem(student: NetSpec, teacher: NetSpec) -> str | None:
+    """Why dense outputs at the same index speak of different boxes, or None."""
+    s, t = DenseLayout.of(student), DenseLayout.of(teacher)
     for level, (a, b) in enumerate(zip(s.anchors, t.anchors)):
         if a.shape != b.shape or not torch.allclose(a, b, atol=1e-3):
             return (
@@ -72,12 +94,16 @@ class DenseDistillHead(PredictionDistillHead):
 
     @classmethod
     def class_names(cls, net: NetSpec) -> tuple[str, ...]:
-        return ("object",) if DenseLayout.of(net).objectness else net.classes
+        return dense_classes(net)
 
     @classmethod
     def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        missing = cls.missing_signals(student, teacher)
-        return missing or layout_problem(student, teacher) or super().problem(student, teacher)
+        return (
+            cls.missing_signals(student, teacher)
+            or grid_problem(student, teacher)
+            or anchor_problem(student, teacher)
+            or super().problem(student, teacher)
+        )
 
     def logits(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
         """(N, R, K') logits of the shared classes of every level."""

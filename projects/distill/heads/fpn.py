@@ -4,19 +4,15 @@ import logging
 from math import ceil
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..errors import ConfigError, choices
-from ..losses import fitnet, frequency_mask, ima
-from ..losses.reduce import connected_zero
+from ..losses import fitnet, frequency_mask
 from ..structures import Batch, NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, RandomState, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, RandomState
 
 logger = logging.getLogger(__name__)
 
@@ -139,142 +135,29 @@ class FPNDistillHead(DistillHead):
         raise NotImplementedError
 
 
+class FrequencyMasks(RandomState):
+    """New random frequency masks at every call, one a batch entry.
+
+    Args:
+        mask_ratio: ζ in [0, 1), see :func:`distill.losses.frequency_mask`.
+        seed: of the masks.
+    """
+
+    def __init__(self, mask_ratio: float, seed: int):
+        super().__init__(seed)
+        self.mask_ratio = mask_ratio
+
+    def forward(self, maps: Tensor) -> Tensor | None:
+        """(N, 1, H, W // 2 + 1) for (N, C, H, W) ``maps``; None if nothing is ever masked."""
+        if self.mask_ratio == 0:
+            return None
+        batch, _, height, width = maps.shape
+        return frequency_mask(batch, height, width, self.mask_ratio, self.generator(maps.device))
+
+
 @DISTILL_HEAD_REGISTRY.register()
 class FitNet(FPNDistillHead):
     """Mean squared error of feature maps; see :func:`distill.losses.fitnet`."""
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return fitnet(student, teacher)
-
-
-IMA_SCOPES = ("auto", "image", "box", "mask")
-CROP_SIZE = 14  # cells of a cropped instance, as in the mask head of Mask R-CNN
-
-
-@DISTILL_HEAD_REGISTRY.register()
-class IMA(FPNDistillHead):
-    """Instance mask alignment; see :func:`distill.losses.ima`.
-
-    Args:
-        scope: what an instance is. "image": every picture of a level. "box": RoIAlign of every
-            ground-truth box, on the same boxes and levels in both networks. "mask": as "box",
-            the cells weighted by the ground-truth mask.
-        mask_ratio: ζ of the frequency mask; 0 switches it off.
-        standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
-        seed: of the frequency masks.
-    """
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        scope: str,
-        mask_ratio: float,
-        standardize: bool,
-        standardize_teacher: bool,
-        deflate: bool,
-        scale_on: str,
-        scale_floor: float,
-        seed: int = 0,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.scope = scope
-        self.mask_ratio = mask_ratio
-        self.random = RandomState(seed)
-        self.options: dict[str, Any] = {
-            "standardize": standardize,
-            "standardize_teacher": standardize_teacher,
-            "deflate": deflate,
-            "scale_on": scale_on,
-            "scale_floor": scale_floor,
-        }
-        if scope != "image":
-            self.parts = ("",)
-            self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        node = cls.section(cfg)
-        scope = cls.resolved_scope(cfg, student)
-        if scope != "image" and "dense" not in student.signals:
-            raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a "
-                f"{type(student.model).__name__} has SCOPE image."
-            )
-        ret = super().from_config(cfg, student, teacher)
-        strides = [x.stride for x in ret["levels"]]
-        if scope != "image" and strides != [strides[0] * 2**i for i in range(len(strides))]:
-            raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE {scope} crops boxes from levels whose strides double, "
-                f"but theirs are {strides}; set IN_FEATURES to such levels or SCOPE image."
-            )
-        return {
-            **ret,
-            "scope": scope,
-            "mask_ratio": node.MASK_RATIO,
-            "standardize": node.STANDARDIZE,
-            "standardize_teacher": node.STANDARDIZE_TEACHER,
-            "deflate": node.DEFLATE,
-            "scale_on": node.SCALE_ON,
-            "scale_floor": node.SCALE_FLOOR,
-            "seed": cfg.SEED,
-        }
-
-    @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
-        """Crops come from the levels that the student's own boxes are cropped from."""
-        names = super().level_names(cfg, student)
-        if names or cls.resolved_scope(cfg, student) == "image" or "rois" not in student.signals:
-            return names
-        return tuple(student.model.roi_heads.box_in_features)
-
-    @classmethod
-    def resolved_scope(cls, cfg: CfgNode, student: NetSpec) -> str:
-        scope = cls.section(cfg).SCOPE
-        return cls.default_scope(student) if scope == "auto" else scope
-
-    @staticmethod
-    def default_scope(student: NetSpec) -> str:
-        """The paper is silent (its Fig. 1 shows instance maps): what the family has labels for."""
-        if "masks" in student.signals:
-            return "mask"
-        return "box" if "rois" in student.signals else "image"
-
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
-        if self.scope == "image":
-            return super().losses(student, teacher)
-        maps = self.maps(student, teacher)
-        boxes = [Boxes(b) for b in student.batch.boxes]
-        s = self.pooler([s for s, _ in maps], boxes)
-        t = self.pooler([t for _, t in maps], boxes)
-        weight = self.instance_masks(student.batch) if self.scope == "mask" else None
-        count = s.new_full((), len(s), dtype=torch.float32)
-        loss = self.align(s, t, weight) * count / reduce_mean(count)
-        return {"": loss + connected_zero(*(s[:1, :1, :1, :1] for s, _ in maps))}
-
-    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
-        return self.align(student, teacher, None)
-
-    def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        mask = None
-        if self.mask_ratio > 0:
-            batch, _, height, width = student.shape
-            generator = self.random.generator(student.device)
-            mask = frequency_mask(batch, height, width, self.mask_ratio, generator)
-        return ima(student, teacher, mask, weight=weight, **self.options)
-
-    @staticmethod
-    def instance_masks(batch: Batch) -> Tensor:
-        """(ΣRi, 1, CROP_SIZE, CROP_SIZE): ground-truth masks on the crops' grid.
-
-        detectron2 rasterises polygons on the CPU, one by one: the originals are there already.
-        """
-        originals = [x["instances"] for x in batch.inputs]
-        crops = [
-            x.gt_masks.crop_and_resize(x.gt_boxes.tensor, CROP_SIZE) for x in originals if len(x)
-        ]
-        device = batch.instances[0].gt_boxes.device
-        if not crops:
-            return torch.ones((0, 1, CROP_SIZE, CROP_SIZE), device=device)
-        return torch.cat(crops).to(device)[:, None].float()

@@ -65,9 +65,24 @@ def frequency_masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tens
         not 0; for M = 1 it is ``fitnet``.
     """
     student, teacher = same_shape(student, teacher)
-    if len(student) == 0:  # the FFT refuses an empty batch
-        return student.sum()
-    height, width = student.shape[-2:]
-    gap = mask * torch.fft.rfft2(student) - torch.fft.rfft2(teacher)
-    energy = (gap.real.square() + gap.imag.square()) * half_spectrum_weight(width, gap.device)
-    return energy.sum() / (height * width) / student.numel()
+    return masked_energy(student - teacher, teacher, mask)
+
+
+def masked_energy(gap: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """:func:`frequency_masked_mse` from ``gap`` = S − T, which other losses have at hand.
+
+    M Ŝ − T̂ is Ŝ − T̂ where M = 1 and −T̂ where M = 0: the second part is the removed energy of the
+    teacher, a constant.
+    """
+    if gap.numel() == 0:  # the FFT refuses an empty batch
+        return gap.sum()
+    height, width = gap.shape[-2:]
+    weight = half_spectrum_weight(width, gap.device)
+    kept = _energy(torch.fft.rfft2(gap), weight * mask)
+    removed = _energy(torch.fft.rfft2(teacher), weight * (1 - mask))
+    return (kept + removed) / (height * width) / gap.numel()
+
+
+def _energy(spectrum: Tensor, weight: Tensor) -> Tensor:
+    parts = torch.view_as_real(spectrum).square().sum(-1)
+    return (parts * weight).sum()

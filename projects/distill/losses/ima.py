@@ -62,10 +62,6 @@ def ima(
     Raises:
         ValueError: shapes differ, or ``scale_on`` or ``scale_floor`` is out of range.
     """
-    if scale_on not in ("standardized", "raw"):
-        raise ValueError(f"scale_on must be 'standardized' or 'raw', got {scale_on!r}")
-    if not 0 <= scale_floor <= 1:
-        raise ValueError(f"scale_floor must be in [0, 1], got {scale_floor}")
     student, teacher = same_shape(student, teacher)
     if len(student) == 0:
         return student.sum()
@@ -74,6 +70,70 @@ def ima(
     else:
         moments, student = None, _filtered(student, mask)
     moments = moments or _spatial_moments(student, teacher, weight)
+    aligned = _aligned(moments, standardize, standardize_teacher, deflate, scale_on, scale_floor)
+    return aligned.mean()
+
+
+def ima_classes(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    mask: Tensor | None = None,
+    standardize: bool = True,
+    standardize_teacher: bool = True,
+    deflate: bool = True,
+    scale_on: str = "standardized",
+    scale_floor: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ima` where an instance is the set of cells of one class in one picture.
+
+    Such a set is no rectangle: the frequency mask acts on the whole map; statistics, α and the
+    loss run over the instance's own cells.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        labels: (N, H, W) int64; values outside [0, num_classes) belong to no instance.
+        num_classes: K.
+        mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student.
+        standardize, standardize_teacher, deflate, scale_on, scale_floor: see :func:`ima`.
+
+    Returns:
+        The sum over the instances that have a cell, and their number, scalars.
+
+    Raises:
+        ValueError: as :func:`ima`, or the labels have another size than the maps.
+    """
+    student, teacher = same_shape(student, teacher)
+    if labels.shape != (len(student), *student.shape[2:]):
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not fit maps {tuple(student.shape)}: "
+            "they must be (N, H, W)"
+        )
+    if len(student) == 0:
+        return student.sum(), student.new_zeros(())
+    student = _filtered(student, mask)
+    classes = torch.arange(num_classes, device=labels.device)[:, None]
+    member = (labels.flatten(1)[:, None] == classes).to(student.dtype)
+    moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
+    aligned = _aligned(moments, standardize, standardize_teacher, deflate, scale_on, scale_floor)
+    present = member.amax(2).flatten()
+    return (aligned * present).sum(), present.sum()
+
+
+def _aligned(
+    moments: _Moments,
+    standardize: bool,
+    standardize_teacher: bool,
+    deflate: bool,
+    scale_on: str,
+    scale_floor: float,
+) -> Tensor:
+    """(n,) loss of each instance from its moments: steps 2 to 4 of :func:`ima`."""
+    if scale_on not in ("standardized", "raw"):
+        raise ValueError(f"scale_on must be 'standardized' or 'raw', got {scale_on!r}")
+    if not 0 <= scale_floor <= 1:
+        raise ValueError(f"scale_floor must be in [0, 1], got {scale_floor}")
     compared = _standardized(moments, standardize_teacher) if standardize else moments
     scale = torch.ones_like(compared.mean_s[:, :1])
     if deflate:
@@ -82,7 +142,7 @@ def ima(
     mean_s, mean_t, var_s, var_t, cov = compared
     # The means' gap stays apart: squares of large means would swallow small variances.
     gap = scale * mean_s - mean_t
-    return (scale**2 * var_s + var_t - 2 * scale * cov + gap**2).mean()
+    return (scale**2 * var_s + var_t - 2 * scale * cov + gap**2).mean(1)
 
 
 def _filtered(student: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,6 +170,16 @@ def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) ->
         (share * t * t).sum(cells),
         (share * s * t).sum(cells),
     )
+
+
+def _class_moments(student: Tensor, teacher: Tensor, member: Tensor) -> _Moments:
+    """Moments over the cells of each class, (N·K, C); maps (N, C, HW), ``member`` (N, K, HW)."""
+    share = member / member.sum(2, keepdim=True).clamp(min=1)
+    mean_s, mean_t = (torch.einsum("nkx,ncx->nkc", share, x) for x in (student, teacher))
+    s = student - torch.einsum("nkc,nkx->ncx", mean_s, member)
+    t = teacher - torch.einsum("nkc,nkx->ncx", mean_t, member)
+    products = (torch.einsum("nkx,ncx->nkc", share, x) for x in (s * s, t * t, s * t))
+    return _Moments(*(x.flatten(0, 1) for x in (mean_s, mean_t, *products)))
 
 
 def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> _Moments:

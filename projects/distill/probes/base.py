@@ -1,15 +1,18 @@
 """The two questions of distillation: what did the student say, what would the teacher say?"""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..structures import Batch, Signals
 from ..taps import Calls, listen
+
+T = TypeVar("T")
 
 
 class Probe:
@@ -28,7 +31,27 @@ class Probe:
     @property
     def signals(self) -> frozenset[str]:
         """Names of the :class:`Signals` fields that this network can fill."""
-        return frozenset({"features"})
+        return frozenset({"features", "shallow"} if self.shallow_names else {"features"})
+
+    @property
+    def shallow_names(self) -> dict[str, str]:
+        """Backbone outputs that are the shallow maps of others, by the name of the deep one."""
+        return getattr(self.model.backbone, "shallow_features", {})
+
+    @property
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each of ``Signals.features``."""
+        return self._split(self.model.backbone.output_shape())[0]
+
+    def _split(self, outputs: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+        """The backbone's outputs as features and shallow maps."""
+        shallow = {deep: outputs[name] for deep, name in self.shallow_names.items()}
+        names = set(self.shallow_names.values())
+        return {k: v for k, v in outputs.items() if k not in names}, shallow
+
+    def _features(self, batch: Batch, outputs: Mapping[str, Tensor]) -> Signals:
+        features, shallow = self._split(outputs)
+        return Signals(batch, features=features, shallow=shallow)
 
     @property
     def num_classes(self) -> int:
@@ -41,7 +64,7 @@ class Probe:
 
     def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
         """What the student said in the forward that ``calls`` recorded."""
-        return Signals(batch, features=dict(calls["backbone"].output))
+        return self._features(batch, calls["backbone"].output)
 
     def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
         """What the teacher says of the student's batch and boxes; call it under ``no_grad``.
@@ -51,7 +74,7 @@ class Probe:
             student: the student's signals, whose boxes the teacher is asked about.
             needs: signals to fill.
         """
-        return Signals(student.batch, features=self.model.backbone(images))
+        return self._features(student.batch, self.model.backbone(images))
 
     @contextmanager
     def listen(self, needs: Collection[str]) -> Iterator[Calls]:

@@ -29,6 +29,24 @@ def dense_signal(output: tuple[Any, ...], num_classes: int, student: Dense | Non
     )
 
 
+def decode_dense(detector: Any, signals: Signals, needs: Collection[str]) -> None:
+    """Fill ``signals.dense_boxes`` if needed.
+
+    Args:
+        detector: what owns ``anchor_generator`` and ``box2box_transform``: an RPN or the model.
+    """
+    if "dense_boxes" not in needs:
+        return
+    dense = signals.dense
+    assert dense is not None, "the boxes are decoded from the dense signal"
+    # The generator reads the levels' sizes alone.
+    maps = [x.new_empty((0, *size)) for x, size in zip(dense.deltas, dense.sizes)]
+    for deltas, anchors in zip(dense.deltas, detector.anchor_generator(maps)):
+        repeated = anchors.tensor.repeat(len(deltas), 1)
+        boxes = detector.box2box_transform.apply_deltas(deltas.detach().flatten(0, 1), repeated)
+        signals.dense_boxes.append(boxes.view(deltas.shape))
+
+
 class DenseProbe(Probe):
     """A ``DenseDetector`` whose head returns per-level logits first and box deltas second."""
 
@@ -36,7 +54,7 @@ class DenseProbe(Probe):
 
     @property
     def signals(self) -> frozenset[str]:
-        return frozenset({"features", "dense"})
+        return super().signals | {"dense", "dense_boxes"}
 
     def taps(self, needs: Collection[str]) -> list[str]:
         return super().taps(needs) + (["head"] if "dense" in needs else [])
@@ -45,6 +63,7 @@ class DenseProbe(Probe):
         signals = super().read(calls, batch, needs)
         if "dense" in needs:
             signals.dense = dense_signal(calls["head"].output, self.model.num_classes)
+        decode_dense(self.model, signals, needs)
         return signals
 
     def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
@@ -53,4 +72,5 @@ class DenseProbe(Probe):
             maps = [signals.features[f] for f in self.model.head_in_features]
             output = self.model.head(maps)
             signals.dense = dense_signal(output, self.model.num_classes, student.dense)
+        decode_dense(self.model, signals, needs)
         return signals

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..structures import Batch, Masks, ROIs, Signals
 from ..taps import Calls
 from .base import Probe
-from .dense import dense_signal
+from .dense import decode_dense, dense_signal
 from .semantic import ask_sem_seg, read_sem_seg, sem_seg_taps
 
 RPN_HEAD = "proposal_generator.rpn_head"
@@ -48,7 +48,7 @@ class RCNNProbe(Probe):
 
     @property
     def signals(self) -> frozenset[str]:
-        signals = {"features", "dense", "rois"}
+        signals = {*super().signals, "dense", "dense_boxes", "rois"}
         heads = self.model.roi_heads
         mask_head = getattr(heads, "mask_head", None)
         if isinstance(mask_head, BaseMaskRCNNHead) and hasattr(mask_head, "predictor"):
@@ -75,6 +75,7 @@ class RCNNProbe(Probe):
         signals = super().read(calls, batch, needs)
         if "dense" in needs:
             signals.dense = dense_signal(calls[RPN_HEAD].output, 1)
+        decode_dense(self.model.proposal_generator, signals, needs)
         if "rois" in needs:
             signals.rois = self._read_rois(calls, batch)
         if "masks" in needs:
@@ -130,6 +131,7 @@ class RCNNProbe(Probe):
         if "dense" in needs:
             output = generator.rpn_head([features[f] for f in generator.in_features])
             signals.dense = dense_signal(output, 1, student.dense)
+        decode_dense(generator, signals, needs)
         if "rois" in needs:
             stage_by_stage = len(student.rois) == len(self.predictors)
             signals.rois = [

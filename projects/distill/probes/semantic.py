@@ -38,7 +38,7 @@ class SemanticProbe(Probe):
 
     @property
     def signals(self) -> frozenset[str]:
-        return frozenset({"features", "sem_seg"})
+        return super().signals | {"sem_seg"}
 
     @property
     def num_classes(self) -> int:

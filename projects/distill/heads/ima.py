@@ -1,0 +1,173 @@
+"""Instance mask alignment: what an instance is, and how its features are cut out."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..losses import ima, ima_classes
+from ..losses.reduce import connected_zero
+from ..structures import Batch, NetSpec, Signals
+from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .fpn import FPNDistillHead, FrequencyMasks
+
+IMA_SCOPES = ("auto", "image", "box", "mask", "class")
+CROPPED = ("box", "mask")  # the scopes that crop instances from the level that fits their size
+CROP_SIZE = 14  # cells of a cropped instance, as in the mask head of Mask R-CNN
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class IMA(FPNDistillHead):
+    """Instance mask alignment; see :func:`distill.losses.ima`.
+
+    Args:
+        scope: what an instance is. "image": every picture of a level. "box": RoIAlign of every
+            ground-truth box, on the same boxes and levels in both networks. "mask": as "box",
+            the cells weighted by the ground-truth mask. "class": the cells of one semantic class
+            in one picture, on every level.
+        num_classes: of the semantic labels; read by scope "class" alone.
+        mask_ratio: ζ of the frequency mask; 0 switches it off.
+        standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
+        seed: of the frequency masks.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        scope: str,
+        mask_ratio: float,
+        standardize: bool,
+        standardize_teacher: bool,
+        deflate: bool,
+        scale_on: str,
+        scale_floor: float,
+        num_classes: int = 0,
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.scope = scope
+        self.num_classes = num_classes
+        self.masks = FrequencyMasks(mask_ratio, seed)
+        self.options: dict[str, Any] = {
+            "standardize": standardize,
+            "standardize_teacher": standardize_teacher,
+            "deflate": deflate,
+            "scale_on": scale_on,
+            "scale_floor": scale_floor,
+        }
+        if scope in CROPPED:
+            self.parts = ("",)
+            self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        scope = cls.resolved_scope(cfg, student)
+        cls.check_scope(scope, student)
+        ret = super().from_config(cfg, student, teacher)
+        strides = [x.stride for x in ret["levels"]]
+        if scope in CROPPED and strides != [strides[0] * 2**i for i in range(len(strides))]:
+            raise ConfigError(
+                f"MODEL.DISTILL.IMA.SCOPE {scope} crops boxes from levels whose strides double, "
+                f"but theirs are {strides}; set IN_FEATURES to such levels or SCOPE image."
+            )
+        if scope == "class":
+            ret["num_classes"] = student.model.sem_seg_head.predictor.out_channels
+        return {
+            **ret,
+            "scope": scope,
+            "mask_ratio": node.MASK_RATIO,
+            "standardize": node.STANDARDIZE,
+            "standardize_teacher": node.STANDARDIZE_TEACHER,
+            "deflate": node.DEFLATE,
+            "scale_on": node.SCALE_ON,
+            "scale_floor": node.SCALE_FLOOR,
+            "seed": cfg.SEED,
+        }
+
+    @staticmethod
+    def check_scope(scope: str, student: NetSpec) -> None:
+        """Refuse a scope whose instances the student's data do not label."""
+        network = type(student.model).__name__
+        if scope in CROPPED and "dense" not in student.signals:
+            raise ConfigError(
+                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a {network} "
+                "has SCOPE class or image."
+            )
+        if scope == "class" and "sem_seg" not in student.signals:
+            raise ConfigError(
+                f"MODEL.DISTILL.IMA.SCOPE is class, which needs semantic labels; a {network} has "
+                "SCOPE image or box."
+            )
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+        """Crops come from the levels that the student's own boxes are cropped from."""
+        names = super().level_names(cfg, student)
+        if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.signals:
+            return tuple(student.model.roi_heads.box_in_features)
+        return names
+
+    @classmethod
+    def resolved_scope(cls, cfg: CfgNode, student: NetSpec) -> str:
+        scope = cls.section(cfg).SCOPE
+        return cls.default_scope(student) if scope == "auto" else scope
+
+    @staticmethod
+    def default_scope(student: NetSpec) -> str:
+        """The paper is silent (its Fig. 1 shows instance maps): what the family has labels for."""
+        for signal, scope in (("masks", "mask"), ("rois", "box"), ("dense", "image")):
+            if signal in student.signals:
+                return scope
+        return "class" if "sem_seg" in student.signals else "image"
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        if self.scope not in CROPPED:
+            return super().losses(student, teacher)
+        maps = self.maps(student, teacher)
+        boxes = [Boxes(b) for b in student.batch.boxes]
+        s = self.pooler([s for s, _ in maps], boxes)
+        t = self.pooler([t for _, t in maps], boxes)
+        weight = self.instance_masks(student.batch) if self.scope == "mask" else None
+        count = s.new_full((), len(s), dtype=torch.float32)
+        loss = self.align(s, t, weight) * count / reduce_mean(count)
+        return {"": loss + connected_zero(*(s[:1, :1, :1, :1] for s, _ in maps))}
+
+    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
+        if self.scope == "image":
+            return self.align(student, teacher, None)
+        labels = cell_labels(batch.sem_seg.to(student.device), *student.shape[2:])
+        mask = self.masks(student)
+        total, count = ima_classes(student, teacher, labels, self.num_classes, mask, **self.options)
+        return total / reduce_mean(count)
+
+    def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+        return ima(student, teacher, self.masks(student), weight=weight, **self.options)
+
+    @staticmethod
+    def instance_masks(batch: Batch) -> Tensor:
+        """(ΣRi, 1, CROP_SIZE, CROP_SIZE): ground-truth masks on the crops' grid.
+
+        detectron2 rasterises polygons on the CPU, one by one: the originals are there already.
+        """
+        originals = [x["instances"] for x in batch.inputs]
+        crops = [
+            x.gt_masks.crop_and_resize(x.gt_boxes.tensor, CROP_SIZE) for x in originals if len(x)
+        ]
+        device = batch.instances[0].gt_boxes.device
+        if not crops:
+            return torch.ones((0, 1, CROP_SIZE, CROP_SIZE), device=device)
+        return torch.cat(crops).to(device)[:, None].float()
+
+
+def cell_labels(labels: Tensor, height: int, width: int) -> Tensor:
+    """(N, H, W) labels of pixels at the centres of (height, width) cells."""
+    pixels = labels[:, None].float()  # exact up to 2^24 classes
+    return F.interpolate(pixels, size=(height, width), mode="nearest-exact")[:, 0].long()

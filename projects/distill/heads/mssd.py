@@ -1,0 +1,109 @@
+"""Multi-scale self-distillation."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from ..losses import fitnet, gaussian_mask, mssd
+from ..structures import NetSpec, Signals
+from .base import DISTILL_HEAD_REGISTRY, DistillHead
+
+MSSD_MASKS = ("gaussian", "binary")
+
+
+class MaskAdapter(nn.Sequential):
+    """A mask of one channel as a map of C: 3x3 convolution and ReLU (MSSD, Eq. 6)."""
+
+    def __init__(self, channels: int):
+        super().__init__(nn.Conv2d(1, channels, kernel_size=3, padding=1), nn.ReLU())
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class MSSD(DistillHead):
+    """A student with an FPN+PAN neck teaches its deep maps with its shallow ones.
+
+    L = w_distill L_distill + w_mask L_mask (Eq. 7; the weight of L_gt is 1). L_distill is the mean
+    over the levels of g_k · :func:`distill.losses.mssd`, g = γ on the finest (Eq. 1-4). L_mask is
+    the mean squared error of each deep map and the adapted mask of the ground-truth boxes
+    (Eq. 6, :func:`distill.losses.gaussian_mask`); its gradient reaches both. The paper does not
+    say how levels add up in L_mask: they are averaged. Levels without a shallow map (the coarser
+    ones that strided convolutions make of the last) do not count.
+
+    Args:
+        levels: names of the deep maps, finest first.
+        strides, channels: of each level.
+        distill_weight, mask_weight: factors of the two losses; 0 leaves one out.
+        gamma: γ.
+        binary: binary masks instead of Gaussian ones.
+        sigma2: σ² of the Gaussian masks.
+    """
+
+    needs = frozenset({"features", "shallow"})
+    needs_teacher = False
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: list[str],
+        strides: list[int],
+        channels: list[int],
+        distill_weight: float,
+        mask_weight: float,
+        gamma: float,
+        binary: bool,
+        sigma2: float,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.strides = dict(zip(levels, strides))
+        self.distill_weight = distill_weight
+        self.mask_weight = mask_weight
+        self.gamma = gamma
+        self.binary = binary
+        self.sigma2 = sigma2
+        self.mask_adapters = nn.ModuleDict()
+        if mask_weight > 0:
+            self.mask_adapters.update({k: MaskAdapter(c) for k, c in zip(levels, channels)})
+        terms = {"distill": distill_weight, "mask": mask_weight}
+        self.parts = tuple(f"{k}/{term}" for k in levels for term, w in terms.items() if w > 0)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: Any) -> dict[str, Any]:
+        node = cls.section(cfg)
+        levels = sorted(
+            student.model.backbone.shallow_features, key=lambda k: student.features[k].stride
+        )
+        return {
+            **super().from_config(cfg, student, teacher),
+            "levels": levels,
+            "strides": [student.features[k].stride for k in levels],
+            "channels": [student.features[k].channels for k in levels],
+            "distill_weight": node.DISTILL_WEIGHT,
+            "mask_weight": node.MASK_WEIGHT,
+            "gamma": node.GAMMA,
+            "binary": node.MASK == "binary",
+            "sigma2": node.SIGMA2,
+        }
+
+    def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
+        losses = {}
+        finest = next(iter(self.strides))
+        for level, stride in self.strides.items():
+            deep = student.features[level]
+            if self.distill_weight > 0:
+                factor = self.distill_weight * (self.gamma if level == finest else 1.0)
+                loss = mssd(deep, student.shallow[level]) * factor
+                losses[f"{level}/distill"] = loss / len(self.strides)
+            if self.mask_weight > 0:
+                mask = self.mask(student, level, stride)
+                loss = fitnet(deep, self.mask_adapters[level](mask[:, None])) * self.mask_weight
+                losses[f"{level}/mask"] = loss / len(self.strides)
+        return losses
+
+    def mask(self, student: Signals, level: str, stride: int) -> Tensor:
+        """(N, H, W): the ground-truth boxes on the cells of a level."""
+        height, width = student.features[level].shape[2:]
+        boxes = student.batch.boxes
+        return gaussian_mask(boxes, height, width, stride, self.sigma2, self.binary)

@@ -1,0 +1,172 @@
+"""Task integration distillation."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from ..losses import (
+    matched_iou,
+    tid,
+    tid_by_value,
+    tid_information,
+    tid_mask,
+    tid_score,
+    tid_value,
+)
+from ..structures import NetSpec, Signals
+from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .classes import ClassMap, no_shared_class
+from .dense import DenseLayout, dense_classes, grid_problem
+from .fpn import FPNDistillHead
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class TID(FPNDistillHead):
+    """Features weighted by how well teacher and student do both tasks at each point.
+
+    The dense head of both networks is judged at every feature point (DIEM, :meth:`scores`); what
+    the teacher does well and the student worse than it gets a value (LDAM) that fades outside the
+    ground-truth boxes (SFDM, :meth:`values`); the squared error of the features that the dense
+    head reads is weighted by it. For an R-CNN the RPN is the dense head, p its objectness.
+
+    Args:
+        thresholds: (negative, positive) IoU of the student's and the teacher's own assignment.
+        classes: the classes that both dense heads list.
+        objectness: the dense heads are RPNs, whose only logit is every object's.
+        alphas: α_high, α_med, α_low: factors of the loss where V >= 1, V >= 0.01, and below.
+        gamma, nms_iou, area: see :func:`distill.losses.tid_value`.
+        top, parts, raw_iou: see :func:`distill.losses.tid_score`.
+    """
+
+    needs = frozenset({"features", "dense", "dense_boxes"})
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        thresholds: tuple[tuple[float, float], tuple[float, float]],
+        classes: ClassMap,
+        objectness: bool,
+        alphas: tuple[float, float, float],
+        gamma: float,
+        nms_iou: float,
+        area: str,
+        top: float,
+        parts: str,
+        raw_iou: bool,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.thresholds = thresholds
+        self.classes = classes
+        self.objectness = objectness
+        self.alphas = alphas
+        self.score_options: dict[str, Any] = {"top": top, "parts": parts, "raw_iou": raw_iou}
+        self.value_options: dict[str, Any] = {"gamma": gamma, "nms_iou": nms_iou, "area": area}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        return {
+            **super().from_config(cfg, student, teacher),
+            "thresholds": tuple(DenseLayout.of(net).thresholds for net in (student, teacher)),
+            "classes": ClassMap(dense_classes(student), dense_classes(teacher)),
+            "objectness": DenseLayout.of(student).objectness,
+            "alphas": (node.ALPHA_HIGH, node.ALPHA_MED, node.ALPHA_LOW),
+            "gamma": node.GAMMA,
+            "nms_iou": node.NMS_IOU,
+            "area": node.AREA,
+            "top": node.TOP,
+            "parts": node.SCORE,
+            "raw_iou": node.RAW_IOU,
+        }
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+        return tuple(DenseLayout.of(student).levels)
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        return (
+            super().problem(student, teacher)
+            or grid_problem(student, teacher)
+            or no_shared_class(dense_classes(student), dense_classes(teacher))
+        )
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        terms = []
+        for (s, t), value in zip(self.maps(student, teacher), self.values(student, teacher)):
+            alpha = tid_by_value(value, *self.alphas)
+            terms.append(tid(s, t, tid_mask(value), alpha))
+        mass = reduce_mean(torch.stack([m for _, m in terms]).sum(), minimum=1e-6)
+        return {part: numerator / mass for part, (numerator, _) in zip(self.parts, terms)}
+
+    @torch.no_grad()
+    def values(self, student: Signals, teacher: Signals) -> list[Tensor]:
+        """V of every level, (N, Hi, Wi) each."""
+        assert student.dense is not None
+        sizes = student.dense.sizes
+        points = torch.cat(
+            [
+                cell_centres(size, level.stride, student.dense.logits[0].device)
+                for size, level in zip(sizes, self.levels)
+            ]
+        )
+        pictures = []
+        for i, boxes in enumerate(student.batch.boxes):
+            score_s, _, _ = self.scores(student, student, i, self.thresholds[0])
+            score_t, tie, boxes_t = self.scores(teacher, student, i, self.thresholds[1])
+            value = tid_value(score_t, score_s, tie, boxes_t, **self.value_options)
+            pictures.append(value * tid_information(points, boxes))
+        levels = torch.stack(pictures).split([h * w for h, w in sizes], 1)
+        return [x.view(len(x), *size) for x, size in zip(levels, sizes)]
+
+    def scores(
+        self, net: Signals, student: Signals, image: int, thresholds: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One network's opinion of the points of one picture (DIEM).
+
+        Returns:
+            score: (P,).
+            tie: (P,) IOU_max · p.
+            boxes: (P, 4), the decoded box of each point that matches best.
+        """
+        assert net.dense is not None
+        sizes = [h * w for h, w in net.dense.sizes]
+        decoded = torch.cat([b[image].view(n, -1, 4) for b, n in zip(net.dense_boxes, sizes)])
+        truth = student.batch.instances[image]
+        iou, match, anchor = matched_iou(decoded, truth.gt_boxes.tensor)
+        column, known = self.columns(truth.gt_classes, match, net is student)
+        logits = [
+            class_logits(x[image].view(n, -1, x.shape[-1]), c)
+            for x, n, c in zip(net.dense.logits, sizes, column.split(sizes))
+        ]
+        prob = torch.cat(logits).float().sigmoid()
+        prob = prob * known * (iou > 0)
+        negative, positive = thresholds
+        score = tid_score(iou, prob, positive, negative, **self.score_options)
+        rows = torch.arange(len(anchor), device=anchor.device)
+        return score, iou * prob, decoded[rows, anchor]
+
+    def columns(self, labels: Tensor, match: Tensor, is_student: bool) -> tuple[Tensor, Tensor]:
+        """Column of the matched object's class in a network's logits, and whether it is known."""
+        if self.objectness:
+            return torch.zeros_like(match), torch.ones_like(match)
+        labels = F.pad(labels, (0, 1))[match]  # without ground truth there is one row to read
+        column = labels if is_student else self.classes.teacher_label[labels]
+        return column, self.classes.known(labels)
+
+
+def class_logits(logits: Tensor, column: Tensor) -> Tensor:
+    """(P,): of (P, A, K) logits the largest of each point's boxes in the class ``column`` (P,)."""
+    index = column[:, None, None].expand(-1, logits.shape[1], 1)
+    return logits.gather(2, index).amax((1, 2))
+
+
+def cell_centres(size: tuple[int, int], stride: int, device: torch.device) -> Tensor:
+    """(H·W, 2) x, y of the cells' centres in pixels, row by row."""
+    y, x = (torch.arange(n, device=device) * stride + stride / 2 for n in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)

@@ -1,0 +1,137 @@
+"""Multi-knowledge distillation (MKD, Sec. 3): four losses on feature maps."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .frequency import masked_energy
+from .reduce import same_shape
+
+ATTENTION_TEMPERATURE = 0.5  # τ of the spatial attention; the paper is silent
+MKD_TERMS = ("fea", "multiscale", "fdmd", "fad")
+
+
+def multi_scale(student: Tensor, teacher: Tensor, scales: Sequence[int] = (1, 2, 4)) -> Tensor:
+    """Squared error of average-pooled maps, summed over the scales (L_Multiscale, Eq. 1).
+
+    Σ_k 1/(N·C·H·W) Σ (pool_k(T) − pool_k(S))², pool_k with kernel and stride k and ``ceil_mode``.
+    H·W is the unpooled size for every k, as printed. The paper leaves open: the scales, and the
+    mean over N and C.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        scales: k >= 1 in cells.
+
+    Returns:
+        A scalar >= 0; a connected zero for an empty batch.
+
+    Raises:
+        ValueError: shapes differ, or a scale is below 1.
+    """
+    if not scales or min(scales) < 1:
+        raise ValueError(f"scales must be at least 1 each, got {tuple(scales)}")
+    student, teacher = same_shape(student, teacher)
+    gap = student - teacher
+    return _multi_scale(gap, scales, _mean_square(gap))
+
+
+def channel_alignment(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, attention: bool = True
+) -> Tensor:
+    """Divergence of each channel's distribution over the cells (L_FAD, Eq. 5).
+
+    𝒯²/(N·C) Σ_c Σ_i φ(G^T) log(φ(G^T)/φ(G^S)), φ = softmax over the H·W cells of a channel at
+    temperature 𝒯, G = A ⊙ map. A is the sum of both networks' spatial attention
+    H·W·softmax(mean_c|x| / τ), without gradient, divided by its maximum: with mean 1 instead, φ
+    collapses onto about one cell and the gradient grows a thousandfold. The paper leaves open the
+    form of the attention and 𝒯.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        temperature: 𝒯 > 0.
+        attention: False compares the maps themselves (A = 1), plain channel-wise distillation.
+
+    Returns:
+        A scalar >= 0 (up to rounding); a connected zero for an empty batch.
+
+    Raises:
+        ValueError: shapes differ, or ``temperature`` is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    student, teacher = same_shape(student, teacher)
+    if student.numel() == 0:
+        return student.sum()
+    if attention:
+        area = joint_attention(student, teacher)
+        student, teacher = student * area, teacher * area
+    log_s = F.log_softmax(student.flatten(2) / temperature, 2)
+    log_t = F.log_softmax(teacher.flatten(2) / temperature, 2)
+    divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
+
+
+@torch.no_grad()
+def joint_attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """A of :func:`channel_alignment`: (N, 1, H, W) in (0, 1], without gradient."""
+    area = sum(
+        (full.abs().mean(1).flatten(1) / ATTENTION_TEMPERATURE).softmax(1)
+        for full in (student, teacher)
+    )
+    assert isinstance(area, Tensor)
+    area = area / area.amax(1, keepdim=True)  # H·W cancels here
+    return area.view(len(student), 1, *student.shape[2:])
+
+
+def mkd(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    terms: Collection[str] = MKD_TERMS,
+    scales: Sequence[int] = (1, 2, 4),
+    temperature: float = 1.0,
+    attention: bool = True,
+) -> dict[str, Tensor]:
+    """The terms of one level by name; what they share is computed once.
+
+    ``fea`` is :func:`~distill.losses.fitnet`, ``multiscale`` :func:`multi_scale`, ``fdmd``
+    :func:`~distill.losses.frequency_masked_mse`, ``fad`` :func:`channel_alignment`.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        mask: (N, 1, H, W // 2 + 1) of ``fdmd``; None: nothing is masked, ``fdmd`` is ``fea``.
+        terms: the ones to compute.
+        scales: of ``multiscale``.
+        temperature, attention: of ``fad``.
+
+    Raises:
+        ValueError: as the functions above.
+    """
+    student, teacher = same_shape(student, teacher)
+    losses = {}
+    gap = student - teacher
+    square = _mean_square(gap)
+    if "fea" in terms:
+        losses["fea"] = square
+    if "multiscale" in terms:
+        losses["multiscale"] = _multi_scale(gap, scales, square)
+    if "fdmd" in terms:
+        losses["fdmd"] = square if mask is None else masked_energy(gap, teacher, mask)
+    if "fad" in terms:
+        losses["fad"] = channel_alignment(student, teacher, temperature, attention)
+    return losses
+
+
+def _mean_square(gap: Tensor) -> Tensor:
+    return gap.square().sum() / max(gap.numel(), 1)
+
+
+def _multi_scale(gap: Tensor, scales: Sequence[int], square: Tensor) -> Tensor:
+    """Pooling is linear: pool(T) − pool(S) = pool(T − S); ``square`` is the term of k = 1."""
+    terms = [square] * scales.count(1)
+    for k in scales:
+        if k > 1 and gap.numel():
+            terms.append(F.avg_pool2d(gap, k, ceil_mode=True).square().sum() / gap.numel())
+    return torch.stack(terms).sum() if terms else gap.sum()

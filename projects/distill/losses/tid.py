@@ -1,0 +1,215 @@
+"""Task integration distillation (TID, Sec. 3): where teacher and student matter.
+
+P counts the feature points of one picture, all levels together; A the boxes decoded at a point.
+Nothing here carries a gradient but the two maps of :func:`tid`.
+"""
+
+from math import ceil
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from .reduce import full_precision, same_shape
+
+CHUNK = 8  # ground-truth boxes compared with all points at once: fits a CPU's cache
+MAX_WEAK = 2000  # candidates of the weak area before NMS
+TID_SCORES = ("both", "cls", "reg")
+TID_AREAS = ("both", "key", "weak")
+
+
+@torch.no_grad()
+def matched_iou(boxes: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """IOU_max of every point: the largest IoU of its boxes with the ground truth (DIEM).
+
+    Args:
+        boxes: (P, A, 4) XYXY, decoded at each point.
+        gt: (K, 4) XYXY.
+
+    Returns:
+        iou: (P,) float32 in [0, 1], 0 without ground truth.
+        gt_index: (P,) the matched box, 0 where ``iou`` is 0.
+        anchor_index: (P,) the box of the point that matches.
+    """
+    x1, y1, x2, y2 = (x.contiguous() for x in boxes.detach().float().flatten(0, 1).unbind(1))
+    area = (x2 - x1) * (y2 - y1)
+    best, match = torch.zeros_like(area), torch.zeros_like(area, dtype=torch.long)
+    # Written out: torchvision's box_iou takes four times as long and several times the memory.
+    for start in range(0, len(gt), CHUNK):
+        gx1, gy1, gx2, gy2 = gt[start : start + CHUNK].float().unsqueeze(2).unbind(1)
+        overlap = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)
+        overlap.mul_(torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)).clamp_(min=0))
+        gt_area = ((gx2 - gx1) * (gy2 - gy1)).clamp(min=1e-6)
+        iou, index = overlap.div_((area + gt_area).sub_(overlap)).max(0)
+        match = torch.where(iou > best, index + start, match)
+        best = torch.maximum(best, iou)
+    iou, anchor_index = best.view(boxes.shape[:2]).max(1)
+    gt_index = match.view(boxes.shape[:2]).gather(1, anchor_index[:, None])[:, 0]
+    return iou, gt_index, anchor_index
+
+
+@torch.no_grad()
+def tid_score(
+    iou: Tensor,
+    prob: Tensor,
+    positive: float,
+    negative: float,
+    top: float = 0.025,
+    parts: str = "both",
+    raw_iou: bool = False,
+) -> Tensor:
+    """How well one network does both tasks at each point of one picture (DIEM).
+
+    Score = Score_c · Score_r. Score_r is 2 where IOU_max >= positive, 0.4 where IOU_max <=
+    negative, 1.5 between. Score_c is 1.5 at the points of the highest probabilities, ``top`` of
+    all, else 1; a probability of 0 is never among them (silent).
+
+    Args:
+        iou: (P,) IOU_max.
+        prob: (P,) probability of the matched box's class; 0 where ``iou`` is 0.
+        positive, negative: IoU thresholds of the detector's own assignment.
+        top: share of the points in (0, 1].
+        parts: "both", or the ablations "cls" (Score_c alone) and "reg" (Score_r alone).
+        raw_iou: ablation: Score_r is IOU_max itself.
+
+    Returns:
+        (P,) float32; 0.4 ... 3 without ``raw_iou``.
+
+    Raises:
+        ValueError: ``parts``, ``top`` or the thresholds are out of range.
+    """
+    if parts not in TID_SCORES:
+        raise ValueError(f"parts must be one of {', '.join(TID_SCORES)}, got {parts!r}")
+    if not 0 < top <= 1:
+        raise ValueError(f"top must be in (0, 1], got {top}")
+    if positive < negative:
+        raise ValueError(f"positive {positive} is below negative {negative}")
+    iou, prob = same_shape(iou, prob)
+    if len(prob) == 0:
+        return iou
+    least = prob.topk(ceil(top * len(prob))).values[-1]
+    score_c = torch.where((prob >= least) & (prob > 0), 1.5, 1.0)
+    score_r = torch.where(iou >= positive, 2.0, torch.where(iou <= negative, 0.4, 1.5))
+    score_r = iou if raw_iou else score_r
+    return {"both": score_c * score_r, "cls": score_c, "reg": score_r}[parts]
+
+
+@torch.no_grad()
+def tid_value(
+    score_teacher: Tensor,
+    score_student: Tensor,
+    tie: Tensor,
+    boxes: Tensor,
+    gamma: float = 0.05,
+    nms_iou: float = 0.6,
+    area: str = "both",
+) -> Tensor:
+    """Value_output = Score_key · Score_weak of each point of one picture (LDAM).
+
+    With k = ⌈γP⌉: Score_key is Score_T at the k points of the highest Score_T, 0 elsewhere.
+    Score_weak is 1.5 at the weak area, 1 elsewhere: of the points where Score_T − Score_S > 0, at
+    most 2 000 in the order of that difference pass a class-agnostic NMS of the teacher's boxes, so
+    that one object does not take all; the first k survivors are the area. Scores take few
+    values, so ranks are exact: ties go by ``tie``, then by position. The paper leaves open γ, the
+    limits and the IoU of the NMS.
+
+    Args:
+        score_teacher, score_student: (P,) from :func:`tid_score`.
+        tie: (P,) the teacher's IOU_max · p.
+        boxes: (P, 4) XYXY, the teacher's matching box of each point.
+        gamma: γ in (0, 1].
+        nms_iou: in [0, 1].
+        area: "both", or the ablations "key" (Score_weak = 1) and "weak" (Score_key = 1).
+
+    Returns:
+        (P,) float32.
+
+    Raises:
+        ValueError: ``area`` or ``gamma`` is out of range, or shapes differ.
+    """
+    if area not in TID_AREAS:
+        raise ValueError(f"area must be one of {', '.join(TID_AREAS)}, got {area!r}")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma must be in (0, 1], got {gamma}")
+    score_teacher, score_student = same_shape(score_teacher, score_student)
+    count = ceil(gamma * len(score_teacher))
+    value = torch.ones_like(score_teacher)
+    if area != "weak":
+        key = _ranked(score_teacher, tie)[:count]
+        value = torch.zeros_like(value).index_copy_(0, key, score_teacher[key])
+    if area != "key" and len(value):
+        lead = score_teacher - score_student
+        order = _ranked(lead, tie)[:MAX_WEAK]
+        # Points without a lead come last in that order, so they suppress none that has one.
+        rank = torch.arange(len(order), 0, -1, device=lead.device, dtype=torch.float32)
+        weak = order[nms(boxes[order].float(), rank, nms_iou)[:count]]
+        value[weak] *= torch.where(lead[weak] > 0, 1.5, 1.0)
+    return value
+
+
+def _ranked(primary: Tensor, secondary: Tensor) -> Tensor:
+    """Indices in descending order of ``primary``, ties by ``secondary``, then by position."""
+    order = secondary.argsort(descending=True, stable=True)
+    return order[primary[order].argsort(descending=True, stable=True)]
+
+
+@torch.no_grad()
+def tid_information(points: Tensor, boxes: Tensor) -> Tensor:
+    """V_information: 1 inside a ground-truth box, fading to 0 around it (SFDM).
+
+    Outside, max(0, 1 − hypot(dx/(w/2), dy/(h/2))), dx and dy the distances to the border: linear
+    over a band of half the box's side. Several boxes: the maximum. The text says that the value
+    decreases outwards, the printed fraction is the complement; the band's width is silent. Sides
+    are at least one pixel.
+
+    Args:
+        points: (P, 2) x, y in pixels.
+        boxes: (K, 4) XYXY in pixels.
+
+    Returns:
+        (P,) float32 in [0, 1]; 0 without boxes.
+    """
+    x, y = (v.contiguous() for v in points.float().unbind(1))
+    value = torch.zeros_like(x)
+    for start in range(0, len(boxes), CHUNK):
+        x1, y1, x2, y2 = boxes[start : start + CHUNK].float().unsqueeze(2).unbind(1)
+        dx = torch.maximum(x1 - x, x - x2).clamp_(min=0).div_((x2 - x1).clamp(min=1) / 2)
+        dy = torch.maximum(y1 - y, y - y2).clamp_(min=0).div_((y2 - y1).clamp(min=1) / 2)
+        value = torch.maximum(value, (1 - torch.hypot(dx, dy)).amax(0))
+    return value
+
+
+def tid_mask(value: Tensor) -> Tensor:
+    """M of V = Value_output · V_information (SFDM): V, 0.7 V below 1, 0.05 V below 0.01."""
+    return full_precision(value.detach()) * tid_by_value(value, 1.0, 0.7, 0.05)
+
+
+def tid_by_value(value: Tensor, high: float, medium: float, low: float) -> Tensor:
+    """``high`` where V >= 1, ``medium`` where 0.01 <= V < 1, ``low`` below (SFDM)."""
+    return torch.where(value >= 1, high, torch.where(value >= 0.01, medium, low))
+
+
+def tid(
+    student: Tensor, teacher: Tensor, mask: Tensor, alpha: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of L_fea of one level (SFDM).
+
+    L_fea = Σ α M (T − S)² / (C·Σ M), both sums over the batch and all levels: the mean weighted
+    by M (the paper does not say how it normalises) is independent of the picture's size.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        mask: (N, H, W), M >= 0.
+        alpha: (N, H, W), α of each cell's area; None: 1.
+
+    Returns:
+        Σ α M (T − S)² / C and Σ M, scalars.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    student, teacher = same_shape(student, teacher)
+    mask = full_precision(mask.detach())
+    gap = (student - teacher).square().sum(1) / max(student.shape[1], 1)
+    weight = mask if alpha is None else mask * alpha
+    return (weight * gap).sum(), mask.sum()

@@ -1,0 +1,227 @@
+"""Compare methods and their switches on rendered pictures, with the same students and seeds.
+
+    python tools/ablation.py ima mkd --seeds 3
+
+A study is a teacher, a baseline and variants of its distillation. All students of a study share
+one teacher, as in the papers; every seed trains the baseline and each variant from the same
+initial weights on the same pictures, so that differences are paired. Finished runs are reused.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo import (  # beside this file
+    ROOT,
+    Demo,
+    Stage,
+    commit,
+    mean_std,
+    progress_bars,
+    versions,
+    write_json,
+)
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from distill.errors import DistillError
+
+HEADS = "MODEL.DISTILL"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One method on one pair of networks; configs are names in ``configs/quick``.
+
+    Args:
+        baseline: the student alone.
+        distilled: the student with the method.
+        teacher: "" for self-distillation.
+        switches: KEY VALUE overrides of ``distilled`` by the name of the variant.
+    """
+
+    baseline: str
+    distilled: str
+    teacher: str
+    switches: dict[str, tuple[Any, ...]]
+
+
+def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Overrides of one head's keys, by variant; underscores of the names become spaces."""
+    return {
+        name.replace("_", " "): tuple(
+            x for key, value in keys.items() for x in (f"{HEADS}.{head}.{key}", value)
+        )
+        for name, keys in variants.items()
+    }
+
+
+IMA_OFF = {"MASK_RATIO": 0.0, "STANDARDIZE": False, "DEFLATE": False}
+MKD_OFF = {f"{term}_WEIGHT": 0.0 for term in ("FEA", "MULTISCALE", "FDMD", "FAD")}
+FRCNN = ("demo_student.yaml", "demo_teacher.yaml")
+RETINANET = ("demo_retinanet_student.yaml", "demo_retinanet_teacher.yaml")
+TID_SWITCHES = switches(
+    "TID",
+    cls_only={"SCORE": "cls"},
+    reg_only={"SCORE": "reg"},
+    key_only={"AREA": "key"},
+    weak_only={"AREA": "weak"},
+    raw_IoU={"RAW_IOU": True},
+)
+STUDIES = {
+    "ima": Study(
+        FRCNN[0],
+        "demo_ima.yaml",
+        FRCNN[1],
+        switches(
+            "IMA",
+            scope_image={"SCOPE": "image"},
+            plain_features=IMA_OFF,
+            mask_only={**IMA_OFF, "MASK_RATIO": 0.15},
+            mask_and_standardization={"DEFLATE": False},
+            teacher_not_standardized={"STANDARDIZE_TEACHER": False},
+            deflation_to_the_letter={"SCALE_ON": "raw", "SCALE_FLOOR": 0.0},
+        ),
+    ),
+    "mkd": Study(
+        FRCNN[0],
+        "demo_mkd.yaml",
+        FRCNN[1],
+        switches(
+            "MKD",
+            fea_only={**MKD_OFF, "FEA_WEIGHT": 1.0},
+            multiscale_only={**MKD_OFF, "MULTISCALE_WEIGHT": 1.0},
+            FDMD_only={**MKD_OFF, "FDMD_WEIGHT": 1.0},
+            FAD_only={**MKD_OFF, "FAD_WEIGHT": 1.0},
+            FAD_without_attention={"ATTENTION": False},
+        ),
+    ),
+    "tid": Study(FRCNN[0], "demo_tid.yaml", FRCNN[1], TID_SWITCHES),
+    "tid_retinanet": Study(RETINANET[0], "demo_retinanet_tid.yaml", RETINANET[1], TID_SWITCHES),
+    "ima_retinanet": Study(RETINANET[0], "demo_retinanet_ima.yaml", RETINANET[1], {}),
+    "mkd_retinanet": Study(RETINANET[0], "demo_retinanet_mkd.yaml", RETINANET[1], {}),
+    "mssd": Study(
+        "demo_pafpn_student.yaml",
+        "demo_mssd.yaml",
+        "",
+        switches(
+            "MSSD",
+            distill_only={"MASK_WEIGHT": 0.0},
+            mask_only={"DISTILL_WEIGHT": 0.0},
+            binary_mask={"MASK": "binary"},
+            gamma_1={"GAMMA": 1.0},
+        ),
+    ),
+    "mssd_retinanet": Study(
+        "demo_retinanet_pafpn_student.yaml", "demo_retinanet_mssd.yaml", "", {}
+    ),
+}
+
+
+class Runner:
+    """Runs the stages of studies.
+
+    Args:
+        demo: where and how stages run.
+        teacher_seed: of the teacher that all students share.
+        opts: KEY VALUE overrides of the distilled configs, for tuning.
+    """
+
+    def __init__(self, demo: Demo, teacher_seed: int, opts: list[str]):
+        self.demo = demo
+        self.teacher_seed = teacher_seed
+        self.opts = tuple(opts)
+
+    def study(self, study: Study, seeds: list[int], variants: list[str] | None) -> dict[str, Any]:
+        """Box AP of every seed by variant, the teacher's and the baseline's included."""
+        results: dict[str, Any] = {}
+        teacher: tuple[Any, ...] = ()
+        if study.teacher:
+            stage = self.demo.stage("teacher", self.teacher_seed, study.teacher)
+            results["teacher"] = [self.demo.run(stage)["AP"]]
+            teacher = (
+                *(f"{HEADS}.TEACHER.CONFIG_FILE", str(ROOT / "configs/quick" / study.teacher)),
+                *(f"{HEADS}.TEACHER.WEIGHTS", str(stage.weights)),
+            )
+        chosen = {"full": (), **study.switches}
+        if variants is not None:
+            chosen = {name: chosen[name] for name in variants}
+        for seed in seeds:
+            stages = [self.demo.stage("baseline", seed, study.baseline)]
+            stages += [self._variant(study, k, seed, teacher, v) for k, v in chosen.items()]
+            for stage in stages:
+                results.setdefault(stage.name, []).append(self.demo.run(stage)["AP"])
+        return results
+
+    def _variant(
+        self, study: Study, name: str, seed: int, teacher: tuple[Any, ...], opts: tuple[Any, ...]
+    ) -> Stage:
+        return self.demo.stage(name, seed, study.distilled, *teacher, *self.opts, *opts)
+
+
+def gains(results: dict[str, Any], name: str) -> list[float | None]:
+    pairs = zip(results[name], results["baseline"])
+    return [None if None in pair else pair[0] - pair[1] for pair in pairs]
+
+
+def print_table(console: Console, title: str, results: dict[str, Any]) -> None:
+    table = Table(title=f"{title}: box AP on the shapes data", box=box.SIMPLE)
+    for column in ("", "AP", "− baseline, paired"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, values in results.items():
+        gain = "" if name in ("teacher", "baseline") else mean_std(gains(results, name))
+        table.add_row(name, mean_std(values), gain)
+    console.print(table)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar=f"{{{','.join(STUDIES)}}}")
+    parser.add_argument("--seeds", type=int, default=1, help="number of students a variant")
+    parser.add_argument("--variants", help="comma-separated names; default: full and all switches")
+    parser.add_argument("--tune", action="store_true", help="other scenes and seeds than reported")
+    parser.add_argument("--out", type=Path, default=Path("output/ablation"))
+    parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE of the distilled configs")
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    args.variants = args.variants.split(",") if args.variants else None
+    for name in args.variants or []:
+        for study in args.studies:
+            if name not in ("full", *STUDIES[study].switches):
+                valid = ", ".join(("full", *STUDIES[study].switches))
+                parser.error(f"{study} has no variant '{name}'; it has: {valid}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    console = Console(file=sys.stdout)
+    out = args.out.resolve()
+    os.makedirs(out, exist_ok=True)
+    data_seed, first = (0, 100) if args.tune else (1, 0)
+    seeds = list(range(first, first + args.seeds))
+    for name in args.studies:
+        with progress_bars(console) as progress:
+            demo = Demo(out, data_seed, progress)
+            demo.render()
+            runner = Runner(demo, first, args.opts)
+            results = runner.study(STUDIES[name], seeds, args.variants)
+        print_table(console, name, results)
+        facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": first, "opts": args.opts}
+        facts |= {"command": " ".join(["python", *sys.argv]), "commit": commit()}
+        path = out / f"{name}{'_tuning' if args.tune else ''}.json"
+        write_json(path, {"AP": results, **facts, "versions": versions()})
+        console.print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DistillError as e:
+        sys.exit(f"error: {e}")
