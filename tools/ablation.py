@@ -83,7 +83,6 @@ STUDIES = {
             plain_features=IMA_OFF,
             mask_only={**IMA_OFF, "MASK_RATIO": 0.15},
             mask_and_standardization={"DEFLATE": False},
-            teacher_not_standardized={"STANDARDIZE_TEACHER": False},
             deflation_to_the_letter={"SCALE_ON": "raw", "SCALE_FLOOR": 0.0},
         ),
     ),
@@ -97,7 +96,6 @@ STUDIES = {
             multiscale_only={**MKD_OFF, "MULTISCALE_WEIGHT": 1.0},
             FDMD_only={**MKD_OFF, "FDMD_WEIGHT": 1.0},
             FAD_only={**MKD_OFF, "FAD_WEIGHT": 1.0},
-            FAD_without_attention={"ATTENTION": False},
         ),
     ),
     "tid": Study(FRCNN[0], "demo_tid.yaml", FRCNN[1], TID_SWITCHES),
@@ -170,7 +168,7 @@ def gains(results: dict[str, Any], name: str) -> list[float | None]:
 
 def print_table(console: Console, title: str, results: dict[str, Any]) -> None:
     table = Table(title=f"{title}: box AP on the shapes data", box=box.SIMPLE)
-    for column in ("", "AP", "− baseline, paired"):
+    for column in ("", "AP", "- baseline, paired"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in results.items():
         gain = "" if name in ("teacher", "baseline") else mean_std(gains(results, name))
