@@ -90,6 +90,8 @@ def _coco_names(annotations: str) -> tuple[str, ...] | None:
 def _load(name: str) -> list[dict[str, Any]]:
     try:
         return DatasetCatalog.get(name)
+    except DataError:
+        raise
     except _UNREADABLE as e:
         path = MetadataCatalog.get(name).get("json_file")
         reason = (path and _coco_problem(path)) or f"{type(e).__name__} {_one_line(e)}"
@@ -160,12 +162,12 @@ def _training_set_error(cfg: CfgNode, error: Exception) -> DataError:
 
 
 def check_test_set(name: str) -> None:
-    """Refuse a test set in COCO format that could not be evaluated after the training.
+    """Refuse a test set of COCO or KITTI that could not be evaluated after the training.
 
     Raises:
         DataError: it is unreadable or has no pictures.
     """
-    if MetadataCatalog.get(name).get("evaluator_type") == "coco" and not _load(name):
+    if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "kitti") and not _load(name):
         raise DataError(f"Data set '{name}' of DATASETS.TEST has no pictures.")
 
 

@@ -1,0 +1,272 @@
+"""KITTI's object detection benchmark: labels, splits, regions that training has to ignore.
+
+Below the root, as KITTI's archives unpack: ``training/image_2/<id>.png`` (left colour camera),
+``training/label_2/<id>.txt``; optionally ``ImageSets/<split>.txt`` with one id a line.
+
+Source: Geiger, Lenz, Urtasun, "Are we ready for autonomous driving? The KITTI vision benchmark
+suite", CVPR 2012, and the readme of its development kit.
+"""
+
+import math
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.structures import BoxMode
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DataError, choices
+
+KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
+NEIGHBOURS = {"Van": "Car", "Person_sitting": "Pedestrian"}
+"""Types so like a class that taking them for it is neither right nor wrong."""
+DONT_CARE = "DontCare"
+BACKGROUND = ("Truck", "Tram", "Misc")
+TYPES = (*KITTI_CLASSES, *NEIGHBOURS, DONT_CARE, *BACKGROUND)
+
+_COLUMNS = 15
+_SPLITS = ("train", "val")
+_SPLIT_SEED = 0
+
+Box = tuple[float, float, float, float]
+
+
+class Label(NamedTuple):
+    """A line of a label file; the unknown is -1, as in every DontCare region."""
+
+    type: str  # one of TYPES
+    truncation: float  # fraction of the object outside the picture
+    occlusion: int  # 0: fully visible, 1: partly, 2: largely occluded, 3: unknown
+    box: Box  # left, top, right, bottom; pixels, the picture's corner is 0, 0
+
+
+def read_labels(path: str | os.PathLike[str]) -> list[Label]:
+    """Read a label file.
+
+    Raises:
+        DataError: it is missing, or a line is not in KITTI's format; names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as e:
+        raise DataError(f"KITTI's label file {path} cannot be read: {e.strerror}.") from e
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, where: str) -> Label:
+    columns = line.split()
+    if len(columns) != _COLUMNS:
+        raise DataError(f"{where}: {len(columns)} columns, KITTI's labels have {_COLUMNS}.")
+    if columns[0] not in TYPES:
+        raise DataError(
+            f"{where}: unknown type '{columns[0]}'; types: {choices(columns[0], TYPES)}."
+        )
+    numbers = [_number(text, where) for text in columns[1:]]
+    left, top, right, bottom = numbers[3:7]
+    if left > right or top > bottom:
+        raise DataError(
+            f"{where}: the box {left, top, right, bottom} is not left, top, right, bottom."
+        )
+    return Label(columns[0], numbers[0], int(numbers[1]), (left, top, right, bottom))
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: '{text}' is not a number.")
+    return number
+
+
+def split_ids(root: str | os.PathLike[str], split: str) -> list[str]:
+    """The ids of a split: those in ``ImageSets/<split>.txt``, in their order.
+
+    If ``ImageSets`` has neither train nor val, all pictures are shuffled by a fixed seed; the first
+    half is train, the other val. Neighbouring frames of a drive then fall into both, which
+    flatters the results: for numbers to publish, write the lists that the literature uses.
+
+    Raises:
+        DataError: the split is neither listed nor drawn, or empty; an id is no number.
+    """
+    lists = {name: Path(root, "ImageSets", f"{name}.txt") for name in (*_SPLITS, split)}
+    if lists[split].is_file():
+        ids = lists[split].read_text(encoding="utf-8", errors="replace").split()
+    elif split in _SPLITS and not any(path.is_file() for path in lists.values()):
+        ids = _draw(root)[split]
+    else:
+        raise DataError(f"KITTI's split '{split}' needs the file {lists[split]}.")
+    if not ids:
+        raise DataError(f"KITTI's split '{split}' below {root} has no pictures.")
+    for name in ids:
+        if not (name.isascii() and name.isdigit()):
+            raise DataError(f"KITTI's split '{split}' below {root}: the id '{name}' is no number.")
+    return ids
+
+
+def _draw(root: str | os.PathLike[str]) -> dict[str, list[str]]:
+    ids = sorted(path.stem for path in Path(root, "training", "image_2").glob("*.png"))
+    rng = random.Random(_SPLIT_SEED)
+    # The one method whose values Python promises to keep; shuffle() may change.
+    shuffled = sorted(ids, key=lambda _: rng.random())
+    half = (len(ids) + 1) // 2
+    return {"train": sorted(shuffled[:half]), "val": sorted(shuffled[half:])}
+
+
+def load_kitti(root: str | os.PathLike[str], split: str) -> list[dict[str, Any]]:
+    """The pictures of a split as detectron2 dataset dicts.
+
+    Annotations are the objects of ``KITTI_CLASSES``; Truck, Tram and Misc are background. What is
+    to be ignored is annotated as crowd, which stock detectron2 leaves out of training and COCO's
+    evaluation ignores: DontCare regions once per class, Van as Car, Person_sitting as Pedestrian.
+    These annotations also have ``"ignored": True``, for :class:`IgnoredRegionsMapper`. Boxes are
+    clipped to their picture. Each dict names its ``label_file``.
+
+    Args:
+        root: folder with ``training`` and possibly ``ImageSets``.
+        split: see :func:`split_ids`.
+
+    Raises:
+        DataError: one sentence that names the folder, or the file and line.
+    """
+    folder = Path(root, "training", "image_2")
+    if not folder.is_dir():
+        raise DataError(
+            f"There is no folder {folder} with KITTI's pictures (the environment variable "
+            "DETECTRON2_DATASETS names the folder that holds 'kitti')."
+        )
+    return [_record(Path(root, "training"), name) for name in split_ids(root, split)]
+
+
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    picture, label_file = folder / "image_2" / f"{name}.png", folder / "label_2" / f"{name}.txt"
+    try:
+        with Image.open(picture) as image:
+            width, height = image.size  # the header alone is read
+    except OSError as e:
+        raise DataError(f"KITTI's picture {picture} is missing or unreadable.") from e
+    annotations = []
+    for number, label in enumerate(read_labels(label_file), 1):
+        annotations += _annotations(label, width, height, f"{label_file}, line {number}")
+    return {
+        "file_name": str(picture),
+        "label_file": str(label_file),
+        "image_id": int(name),
+        "width": width,
+        "height": height,
+        "annotations": annotations,
+    }
+
+
+def _annotations(label: Label, width: int, height: int, where: str) -> list[dict[str, Any]]:
+    if label.type in BACKGROUND:
+        return []
+    left, right = (min(max(x, 0.0), width) for x in label.box[::2])
+    top, bottom = (min(max(y, 0.0), height) for y in label.box[1::2])
+    if left == right or top == bottom:
+        if label.type == DONT_CARE:  # no pixel to ignore
+            return []
+        raise DataError(
+            f"{where}: the box {label.box} has no area in its picture of {width} x {height} pixels."
+        )
+    box = {"bbox": [left, top, right, bottom], "bbox_mode": BoxMode.XYXY_ABS}
+    if label.type in KITTI_CLASSES:
+        return [{**box, "category_id": KITTI_CLASSES.index(label.type), "iscrowd": 0}]
+    classes = KITTI_CLASSES if label.type == DONT_CARE else (NEIGHBOURS[label.type],)
+    ids = (KITTI_CLASSES.index(name) for name in classes)
+    return [{**box, "category_id": i, "iscrowd": 1, "ignored": True} for i in ids]
+
+
+class IgnoredRegionsMapper(DatasetMapper):
+    """detectron2's mapper, which paints over the regions that training has to ignore.
+
+    Annotations with ``"ignored": True`` mark them. In KITTI's DontCare regions stand objects that
+    nobody has labelled, and a Van is no wrong answer to "Car"; yet detectron2 drops such
+    annotations and would teach the network that there is background. Its networks have no loss
+    mask, and students here run their own unmodified ``forward``. So the evidence goes instead of
+    the label: the regions become the mean colour, which is 0 after normalisation, and calling that
+    background is right whatever stood there. Pixels that a box of a trained class touches stay.
+    The teacher sees the same picture. Pictures without such annotations pass unchanged.
+
+    Args:
+        is_train: as in :class:`DatasetMapper`; in inference nothing is painted.
+        pixel_mean: one value per channel, in the order of ``image_format``.
+        options: of :class:`DatasetMapper`.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, *, pixel_mean: Sequence[float], **options: Any):
+        super().__init__(is_train, **options)
+        self.pixel_mean = torch.tensor(pixel_mean)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        return {**super().from_config(cfg, is_train), "pixel_mean": cfg.MODEL.PIXEL_MEAN}
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        annotations = dataset_dict["annotations"]
+        ignored = [x for x in annotations if x.get("ignored")]
+        if ignored:
+            spared = [x for x in annotations if not x.get("iscrowd", 0)]
+            paint_regions(
+                dataset_dict["image"],
+                _moved_boxes(ignored, transforms),
+                _moved_boxes(spared, transforms),
+                self.pixel_mean,
+            )
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+
+def _moved_boxes(annotations: list[dict[str, Any]], transforms: Any) -> NDArray[np.float64]:
+    """The boxes (N, 4) of annotations in the transformed picture."""
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    return transforms.apply_box(np.array(boxes, dtype=float).reshape(-1, 4))
+
+
+def paint_regions(
+    image: Tensor, regions: NDArray[np.float64], spared: NDArray[np.float64], colour: Tensor
+) -> None:
+    """Paint in place every pixel that a region touches and no spared box does.
+
+    Args:
+        image: (C, H, W), uint8 or float.
+        regions: (N, 4) boxes, left, top, right, bottom, pixels; may exceed the image.
+        spared: (M, 4) boxes likewise.
+        colour: (C,).
+    """
+    mask = torch.zeros(image.shape[1:], dtype=torch.bool)
+    for boxes, painted in ((regions, True), (spared, False)):
+        touched = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1)
+        for left, top, right, bottom in touched.clip(min=0).astype(int).tolist():
+            mask[top:bottom, left:right] = painted
+    image[:, mask] = colour.round().to(image.dtype)[:, None]
+
+
+def register_kitti(name: str, root: str | os.PathLike[str], split: str) -> None:
+    """Register a split as data set ``name``; files are read when it is first used.
+
+    Args:
+        name: in detectron2's catalogues, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        root: see :func:`load_kitti`.
+        split: see :func:`split_ids`.
+    """
+    DatasetCatalog.register(name, lambda: load_kitti(root, split))
+    MetadataCatalog.get(name).set(
+        thing_classes=list(KITTI_CLASSES), evaluator_type="kitti", ignored_regions=True
+    )
+
+
+for _split in _SPLITS:
+    _datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    register_kitti(f"kitti_{_split}", os.path.join(_datasets, "kitti"), _split)

@@ -1,0 +1,1 @@
+"""Measures that detectron2 lacks."""
