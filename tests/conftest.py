@@ -20,7 +20,7 @@ from distill.config import get_distill_cfg, merge_from_list, student_config
 from distill.data.datasets import register_coco_format
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import write_coco
-from distill.heads import build_heads
+from distill.heads import build_heads, teacher_needed
 from distill.probes import build_probe
 from distill.structures import NetSpec
 from distill.teacher import Teacher
@@ -50,13 +50,15 @@ DISTILL_ARCHITECTURES = {
 NUM_CLASSES = 3
 CLASSES = ("circle", "square", "star")
 HEADS = {
-    "faster": ("FitNet", "IMA", "ROIKD", "DenseKD"),
-    "mask": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
-    "cascade": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
-    "panoptic": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
-    "retinanet": ("FitNet", "IMA", "DenseKD"),
-    "semantic": ("FitNet", "IMA"),
+    "faster": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
+    "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
+    "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
+    "retinanet": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
+    "semantic": ("FitNet", "IMA", "MKD"),
 }
+# A tiny student that can teach itself.
+PAFPN = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_pafpn_backbone")
 # Overrides for detectron2's own backbones, as narrow as they can be.
 _STOCK = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4)
 _STOCK += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 16)
@@ -150,8 +152,8 @@ def outspoken_model(family: str, *opts: Any, seed: int = 0, **kw: Any) -> nn.Mod
 
 def net_spec(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetSpec:
     """What heads may know of a network."""
-    signals = build_probe(model).signals
-    return NetSpec(name, model, model.backbone.output_shape(), signals, tuple(classes))
+    probe = build_probe(model)
+    return NetSpec(name, model, probe.feature_shapes, probe.signals, tuple(classes))
 
 
 def distilled(
@@ -168,16 +170,20 @@ def distilled(
 
     Args:
         student: of ``family``; ``opts`` and ``kw`` then describe the heads only.
-        teacher: by default of the same config and another seed.
+        teacher: by default of the same config and another seed; none if no head needs one.
     """
     cfg = tiny_cfg(family, "MODEL.DISTILL.HEADS", tuple(heads), *opts, **kw)
     student = student or outspoken_model(family, *opts, seed=0, **kw)
+    own = net_spec("student", student)
+    architecture = META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))
+    if not teacher_needed(cfg):
+        built = build_heads(cfg, own, None)
+        return architecture(student=student, teacher=None, heads=built).train()
     teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
-    specs = net_spec("student", student), net_spec("teacher", teacher, teacher_classes)
-    return META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))(
+    return architecture(
         student=student,
         teacher=Teacher(build_probe(teacher), input_format=teacher_format, student_format="BGR"),
-        heads=build_heads(cfg, *specs),
+        heads=build_heads(cfg, own, net_spec("teacher", teacher, teacher_classes)),
     ).train()
 
 

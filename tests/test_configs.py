@@ -1,6 +1,7 @@
 """Every shipped config loads and is built, and the quick ones train."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
 from detectron2.modeling import build_model
 
 from distill import DistillModel
-from distill.config import get_distill_cfg, merge_from_file, student_config, teacher_config
+from distill.config import (
+    get_distill_cfg,
+    merge_from_file,
+    student_config,
+    teacher_config,
+    validate_config,
+)
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import write_cityscapes, write_coco
 from distill.engine import Trainer, setup_config
@@ -25,15 +32,31 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "configs").rglob("*.yaml"))
 RUNNABLE = [p for p in PATHS if not p.name.startswith("Base-")]
 QUICK = [p for p in RUNNABLE if p.parent.name == "quick"]
-COCO = [p for p in RUNNABLE if p.parent.name.startswith("COCO-")]
 DISTILLED = [p for p in RUNNABLE if "META_ARCHITECTURE: Distill" in p.read_text()]
-INITIALISATION = {  # what a baseline of another depth may set otherwise
+BASELINES = [p for p in RUNNABLE if p not in QUICK + DISTILLED]
+METHODS = [p for p in DISTILLED if p not in QUICK]  # <data>/<method>/<teacher>-<student>.yaml
+INITIALISATION = {  # what Base-R-18.yaml sets
     "INPUT.FORMAT",
     "MODEL.PIXEL_MEAN",
     "MODEL.PIXEL_STD",
     "MODEL.RESNETS.DEPTH",
     "MODEL.RESNETS.RES2_OUT_CHANNELS",
     "MODEL.WEIGHTS",
+}
+KITTI = {  # what Base-KITTI.yaml sets: the MSSD paper's 200 epochs, 16 pictures a step
+    "DATASETS.TRAIN": ["kitti_train"],
+    "DATASETS.TEST": ["kitti_val"],
+    "INPUT.MIN_SIZE_TRAIN": [640],
+    "INPUT.MAX_SIZE_TRAIN": 640,
+    "INPUT.MIN_SIZE_TEST": 640,
+    "INPUT.MAX_SIZE_TEST": 640,
+    "MODEL.RETINANET.NUM_CLASSES": 3,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 3,
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.BASE_LR_END": 0.001,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+    "SOLVER.MAX_ITER": 200 * 3712 // 16,
+    "SOLVER.STEPS": [30_000],  # detectron2's default; a cosine has none
 }
 
 
@@ -83,21 +106,76 @@ def test_a_distillation_differs_from_its_baseline_by_the_distillation(path: Path
     assert student_config(load(path)).MODEL == student_config(baseline).MODEL
 
 
-@pytest.mark.parametrize("path", [p for p in COCO if p not in DISTILLED], ids=name_of)
-def test_a_coco_baseline_is_detectron2s(path: Path) -> None:
-    detector, schedule = path.stem.split("_R_")[0], path.stem[-2:]
-    zoo = load(model_zoo.get_config_file(f"{path.parent.name}/{detector}_R_50_FPN_1x.yaml"))
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_a_method_is_named_by_its_path(path: Path) -> None:
+    text, method = path.read_text(), path.parent.name
+    comment = " ".join(text.partition("_BASE_")[0].replace("#", " ").split())
+    assert comment.startswith(f"{method}, ")
+    assert "(not ours)" in comment or "the paper's" in comment  # whose numbers, or that none exist
     cfg = load(path)
-    changed = differences(zoo, cfg) - {"OUTPUT_DIR"}
-    if schedule == "2x":
-        assert changed >= {"SOLVER.STEPS", "SOLVER.MAX_ITER"}
-        assert [*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER] == [120_000, 160_000, 180_000]
-        changed -= {"SOLVER.STEPS", "SOLVER.MAX_ITER"}
-    assert changed == (INITIALISATION if "_R_18_" in path.stem else set())
+    assert list(cfg.MODEL.DISTILL.HEADS) == [method]
+    teacher, student = path.stem.split("-")
+    assert yaml.safe_load(text)["_BASE_"] == f"../{student}.yaml"
+    if teacher == "self":
+        assert not cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    else:
+        assert Path(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE).stem.startswith(teacher)
 
 
-@pytest.mark.parametrize("path", COCO, ids=name_of)
-def test_a_coco_network_is_built(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def zoo(name: str) -> CfgNode:
+    return load(model_zoo.get_config_file(f"{name}.yaml"))
+
+
+def settings(name: str, reference: str) -> dict[str, Any]:
+    """What a config of the model zoo sets otherwise than another."""
+    cfg, changed = zoo(name), differences(zoo(name), zoo(reference))
+    return {key: value for key, value in leaves(cfg).items() if key in changed}
+
+
+def data_settings(data: str, sizes: list[list[float]]) -> dict[str, Any]:
+    """What a data folder sets otherwise than COCO at 1x; ``sizes``: of COCO's anchors."""
+    if data == "PascalVOC-Detection":
+        detector = "faster_rcnn_R_50_FPN"
+        voc = settings(f"{data}/{detector}", f"COCO-Detection/{detector}_1x")
+        return voc | {"MODEL.RETINANET.NUM_CLASSES": 20}
+    if data == "Cityscapes-InstanceSegmentation":
+        detector = "mask_rcnn_R_50_FPN"
+        return settings(f"Cityscapes/{detector}", f"COCO-InstanceSegmentation/{detector}_1x")
+    return KITTI | {"MODEL.ANCHOR_GENERATOR.SIZES": [[x / 2 for x in level] for level in sizes]}
+
+
+def backbone_settings(backbone: str) -> dict[str, Any]:
+    if backbone == "R_18":
+        values = leaves(load(ROOT / "configs" / "Base-R-18.yaml"))
+        return {key: values[key] for key in INITIALISATION}
+    if backbone == "R_50":
+        return {"MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl"}
+    detector = "COCO-Detection/faster_rcnn"
+    return settings(f"{detector}_{backbone}_FPN_3x", f"{detector}_R_50_FPN_3x")
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=name_of)
+def test_a_baseline_is_detectron2s(path: Path) -> None:
+    name = re.fullmatch(r"(\w+?)_([RX]_\w+?)_(FPN|PAFPN)(_[12]x)?", path.stem)
+    assert name is not None
+    detector, backbone, neck, schedule = name.groups()
+    data = path.parent.name
+    folder = "Misc" if detector.startswith("cascade") else f"COCO-{data.split('-')[1]}"
+    expected = leaves(zoo(f"{folder}/{detector}_R_50_FPN_1x"))
+    if schedule is None:
+        expected |= data_settings(data, expected["MODEL.ANCHOR_GENERATOR.SIZES"])
+    if schedule == "_2x":
+        expected |= {"SOLVER.STEPS": [120_000, 160_000], "SOLVER.MAX_ITER": 180_000}
+    expected |= backbone_settings(backbone)
+    if neck == "PAFPN":
+        plain = expected["MODEL.BACKBONE.NAME"]
+        expected["MODEL.BACKBONE.NAME"] = plain.replace("_fpn_", "_pafpn_")
+    expected["OUTPUT_DIR"] = f"output/{name_of(path)}"
+    assert leaves(load(path)) == expected
+
+
+@pytest.mark.parametrize("path", BASELINES + METHODS, ids=name_of)
+def test_a_network_is_built(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device: everything but the values of the weights, and no download."""
     loaded: list[str] = []
 
@@ -105,20 +183,32 @@ def test_a_coco_network_is_built(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         config.MODEL.DEVICE = "meta"
         return build_model(config)
 
+    monkeypatch.chdir(ROOT)  # teachers are named from here
     monkeypatch.setattr("distill.teacher.build_model", build_teacher)
     monkeypatch.setattr("distill.teacher.load_strictly", lambda _, url, key: loaded.append(url))
+    # Heads that compare anchors see their shapes; that the values agree is asserted below.
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, device="cpu"))
     cfg = load(path)
+    validate_config(cfg)
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         model = build_model(cfg)
-    if path in DISTILLED:
-        assert isinstance(model, DistillModel) and model.teacher is not None
-        assert list(model.heads) == ["IMA"]
-        teacher_depth = path.stem.split("_R_")[-1]
-        assert f"_R_{teacher_depth}_FPN_3x" in cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
-        assert loaded == [model_zoo.get_checkpoint_url(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)]
-    else:
+    if path in BASELINES:
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE and not loaded
+        return
+    assert isinstance(model, DistillModel) and list(model.heads) == [path.parent.name]
+    if path.stem.startswith("self-"):
+        assert model.teacher is None and not loaded
+        return
+    assert model.teacher is not None
+    name = cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    if name.startswith("configs/"):
+        assert loaded == [f"{load(name).OUTPUT_DIR}/model_final.pth"]
+    else:
+        assert loaded == [model_zoo.get_checkpoint_url(name)]
+    teacher = teacher_config(cfg)
+    assert teacher.DATASETS.TRAIN == cfg.DATASETS.TRAIN
+    assert teacher.MODEL.ANCHOR_GENERATOR == cfg.MODEL.ANCHOR_GENERATOR
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +260,7 @@ def test_a_quick_config_trains_a_step(
         *("SOLVER.CHECKPOINT_PERIOD", 1, "OUTPUT_DIR", str(tmp_path)),
     ]
     heads = load(path).MODEL.DISTILL.HEADS
-    if path in DISTILLED:
+    if load(path).MODEL.DISTILL.TEACHER.CONFIG_FILE:
         torch.manual_seed(1)
         teacher = build_model(student_config(teacher_config(load(path))))
         torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")

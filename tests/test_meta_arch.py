@@ -39,7 +39,7 @@ from distill.errors import ConfigError
 from distill.probes import build_probe
 from distill.structures import Signals
 
-UNMASKED = ("MODEL.DISTILL.IMA.MASK_RATIO", 0.0)
+UNMASKED = ("MODEL.DISTILL.IMA.MASK_RATIO", 0.0, "MODEL.DISTILL.MKD.MASK_RATIO", 0.0)
 NORMS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "FrozenBN": ((), {}),
     "GN": (
@@ -55,9 +55,9 @@ IMA_SCOPES = {
     "faster": ("image", "box"),
     "mask": ("image", "box", "mask"),
     "cascade": ("image", "box", "mask"),
-    "panoptic": ("image", "box", "mask"),
+    "panoptic": ("image", "box", "mask", "class"),
     "retinanet": ("image", "box"),
-    "semantic": ("image",),
+    "semantic": ("image", "class"),
 }
 HEAD_CASES = [(f, h, "auto") for f in FAMILIES for h in HEADS[f] if h != "IMA"]
 HEAD_CASES += [(f, "IMA", scope) for f in FAMILIES for scope in IMA_SCOPES[f]]

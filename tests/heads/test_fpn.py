@@ -219,7 +219,7 @@ def test_scope_and_options_of_a_config():
         *("MODEL.DISTILL.IMA.SCALE_ON", "raw", "MODEL.DISTILL.IMA.SCALE_FLOOR", 0.7),
         *("MODEL.DISTILL.IMA.STANDARDIZE_TEACHER", False),
     )
-    assert (ima_head.scope, ima_head.mask_ratio) == ("image", 0.3)
+    assert (ima_head.scope, ima_head.masks.mask_ratio) == ("image", 0.3)
     assert len(ima_head.levels) == 5
     assert ima_head.options == {
         "standardize": True,

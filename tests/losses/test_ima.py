@@ -7,11 +7,12 @@ standardizes, scales and subtracts, instance by instance.
 from itertools import product
 from typing import Any
 
+import literal
 import numpy as np
 import pytest
 import torch
 
-from distill.losses import fitnet, frequency_mask, frequency_masked_mse, ima
+from distill.losses import fitnet, frequency_mask, frequency_masked_mse, ima, ima_classes
 
 EPS = 1e-5
 SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (4, 4), (5, 8), (8, 5), (7, 7), (6, 3)]
@@ -58,39 +59,23 @@ def literal_ima(
     losses, used = [], []
     for n, (s, t) in enumerate(zip(student, teacher)):
         if mask is not None:
-            s = np.fft.ifft2(full_mask(mask[n, 0], s.shape[-1]) * np.fft.fft2(s)).real
+            s = literal.filtered(s, mask[n, 0])
         s, t = s.reshape(len(s), -1), t.reshape(len(t), -1)
         if weight is not None and weight[n].any():
             times = weight[n].astype(int).ravel()
             s, t = np.repeat(s, times, axis=1), np.repeat(t, times, axis=1)
         raw = s, t
         if standardize:
-            s = standardized(s)
-            t = standardized(t) if standardize_teacher else t
+            s = literal.standardized(s)
+            t = literal.standardized(t) if standardize_teacher else t
         scale = 1.0
         if deflate:
-            cosine = cosine_similarity(*(raw if scale_on == "raw" else (s, t)))
+            cosine = literal.cosine_similarity(*(raw if scale_on == "raw" else (s, t)))
             scale = scale_floor + (1 - scale_floor) * np.clip(cosine, 0, 1)
         scale = scale if scales is None else scales[n]
         losses.append(np.mean((scale * s - t) ** 2))
         used.append(scale)
     return np.mean(losses), used
-
-
-def full_mask(half, width):
-    """(H, W) from (H, W // 2 + 1): the missing columns mirror the others, M[k] = M[-k]."""
-    missing = np.arange(half.shape[1], width)
-    rows = -np.arange(len(half)) % len(half)
-    return np.concatenate([half, half[rows][:, width - missing]], axis=1)
-
-
-def standardized(x):
-    return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + EPS)
-
-
-def cosine_similarity(a, b):
-    norm = np.linalg.norm(a) * np.linalg.norm(b)
-    return (a * b).sum() / norm if norm > 0 else 0.0
 
 
 def maps(seed, kind="ordinary"):
@@ -353,3 +338,200 @@ def test_half_precision_with_mask_and_weight_enters_as_float32(dtype):
             student.float(), teacher.float(), mask, weight=None if w is None else w.float()
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# Scope "class": an instance is the set of cells of one class in one image.
+
+NUM_CLASSES = 3
+
+
+def draw_labels(seed, student, ignored=(255, -1, NUM_CLASSES)):
+    """(N, H, W) labels of which some are ignored and the last image lacks a class."""
+    shape = (len(student), *student.shape[-2:])
+    labels = np.random.default_rng(seed).choice([*range(NUM_CLASSES), *ignored], shape)
+    labels[-1][labels[-1] == 1] = 0
+    return labels
+
+
+def both_classes(student, teacher, masked, seed, dtype=torch.float64, **options):
+    """The package's (sum, count) and the literal ones."""
+    s, t = torch.from_numpy(student).to(dtype), torch.from_numpy(teacher).to(dtype)
+    mask = draw_mask(s, seed=seed) if masked else None
+    labels = draw_labels(seed, student)
+    total, count = ima_classes(s, t, torch.from_numpy(labels), NUM_CLASSES, mask, **options)
+    expected, scales = literal.ima_classes(
+        s.double().numpy(),
+        t.double().numpy(),
+        labels,
+        NUM_CLASSES,
+        None if mask is None else mask.numpy(),
+        **options,
+    )
+    return (total.item(), float(count)), (expected, len(scales))
+
+
+@every_option
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
+def test_classes_equal_the_literal_form(options, masked, kind):
+    for seed in range(20):
+        floor = (0.0, 0.1, 0.5, 1.0)[seed % 4]
+        student, teacher = maps(seed, kind)
+        found, expected = both_classes(student, teacher, masked, seed, scale_floor=floor, **options)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12, err_msg=f"seed {seed}")
+
+
+@every_option
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "kind, tolerance", [("ordinary", 1e-5), ("dead channels", 1e-5), ("large mean", 5e-3)]
+)
+def test_classes_in_float32_are_as_good_as_their_input(options, masked, kind, tolerance):
+    for seed in range(20):
+        student, teacher = maps(seed, kind)
+        found, expected = both_classes(
+            student, teacher, masked, seed, dtype=torch.float32, **options
+        )
+        np.testing.assert_allclose(
+            found, expected, rtol=tolerance, atol=1e-5, err_msg=f"seed {seed}"
+        )
+
+
+def test_classes_by_hand():
+    # Class 0: (3, 1) against (-1, 1): standardized cosine -1, α = 0.1. Class 1: a single cell,
+    # which standardizes to 0. Class 2: (5, 7) against (0, 1): cosine 1. One cell is ignored.
+    student = torch.tensor([[[[3.0, 1.0, 9.0], [5.0, 7.0, 2.0]]]])
+    teacher = torch.tensor([[[[-1.0, 1.0, 4.0], [0.0, 1.0, 8.0]]]])
+    labels = torch.tensor([[[0, 0, 1], [2, 2, 255]]])
+    total, count = ima_classes(student, teacher, labels, 3)
+    torch.testing.assert_close(total, torch.tensor(1.1**2), rtol=1e-4, atol=0)
+    assert count == 3
+    # Plain: means over their own cells, ((3 + 1)² + 0) / 2, (9 - 4)², (5² + 6²) / 2.
+    total, count = ima_classes(student, teacher, labels, 3, **PLAIN)
+    torch.testing.assert_close(total, torch.tensor(8.0 + 25 + 30.5))
+    assert count == 3
+
+
+@every_option
+def test_one_class_in_every_cell_is_the_scope_image(options):
+    student, teacher = map(torch.from_numpy, maps(4))
+    batch, _, height, width = student.shape
+    labels = torch.arange(batch)[:, None, None].expand(batch, height, width)
+    for mask in (None, draw_mask(student)):
+        total, count = ima_classes(student, teacher, labels, batch, mask, **options)
+        torch.testing.assert_close(total / count, ima(student, teacher, mask, **options))
+        assert count == batch
+
+
+@every_option
+def test_a_class_is_a_map_weighted_by_its_cells(options):
+    student, teacher = map(torch.from_numpy, maps(8))  # 6x3
+    labels = torch.from_numpy(draw_labels(8, student))
+    total, count = ima_classes(student, teacher, labels, NUM_CLASSES, **options)
+    present = [
+        (n, k) for n, k in product(range(len(labels)), range(NUM_CLASSES)) if (labels[n] == k).any()
+    ]
+    single = [
+        ima(student[[n]], teacher[[n]], weight=(labels[[n], None] == k).double(), **options)
+        for n, k in present
+    ]
+    torch.testing.assert_close(total, sum(single))
+    assert count == len(present)
+
+
+@pytest.mark.parametrize("ignored", [255, -1, NUM_CLASSES, 2**40])
+def test_without_a_class_it_is_a_connected_zero(ignored):
+    student, teacher = torch.randn(2, 2, 3, 4, 5, generator=generator())
+    labels = torch.full((2, 4, 5), ignored)
+    for mask in (None, draw_mask(student)):
+        x = student.clone().requires_grad_()
+        total, count = ima_classes(x, teacher, labels, NUM_CLASSES, mask)
+        assert (total, count) == (0, 0)
+        assert (gradient(total, x) == 0).all()
+
+
+def test_ignored_cells_do_not_count():
+    student, teacher = torch.randn(2, 2, 3, 4, 5, generator=generator())
+    labels = torch.from_numpy(draw_labels(0, student))
+    used = (labels >= 0) & (labels < NUM_CLASSES)
+    other = torch.where(used[:, None], student, 50.0).requires_grad_()
+    total, _ = ima_classes(other, teacher, labels, NUM_CLASSES)
+    expected, _ = ima_classes(student, teacher, labels, NUM_CLASSES)
+    torch.testing.assert_close(total, expected)
+    found = gradient(total, other)
+    assert (found * ~used[:, None] == 0).all() and found.any()
+
+
+def test_the_names_of_classes_do_not_matter():
+    student, teacher = map(torch.from_numpy, maps(7))
+    labels = torch.from_numpy(draw_labels(7, student))
+    expected = ima_classes(student, teacher, labels, NUM_CLASSES)
+    renamed = torch.where((labels >= 0) & (labels < NUM_CLASSES), 18 - 5 * labels, 19)
+    torch.testing.assert_close(ima_classes(student, teacher, renamed, 19), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{"deflate": False}, {"scale_floor": 1.0}, PLAIN])
+@pytest.mark.parametrize("standardize_teacher", [True, False])
+def test_gradient_of_classes(masked, options, standardize_teacher):
+    student, teacher = torch.randn(2, 2, 2, 3, 4, generator=generator(), dtype=torch.float64)
+    mask = draw_mask(student) if masked else None
+    labels = torch.from_numpy(draw_labels(0, student))
+    assert torch.autograd.gradcheck(
+        lambda s: ima_classes(
+            *(s, teacher, labels, NUM_CLASSES, mask),
+            standardize_teacher=standardize_teacher,
+            **options,
+        )[0],
+        student.requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("scale_on", ["standardized", "raw"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_gradient_flows_through_the_scale_of_a_class(scale_on, masked):
+    student, teacher = maps(4)  # 2 instances of 2 channels, 4x4
+    labels = draw_labels(4, student)
+    mask = draw_mask(student) if masked else None
+    x = torch.from_numpy(student).requires_grad_()
+    total, _ = ima_classes(
+        x, torch.from_numpy(teacher), torch.from_numpy(labels), 3, mask, scale_on=scale_on
+    )
+    found = gradient(total, x)
+
+    arguments = teacher, labels, 3, None if mask is None else mask.numpy()
+    _, scales = literal.ima_classes(student, *arguments, scale_on=scale_on)
+    assert any(0.1 < a < 1 for a in scales)  # otherwise the clamp, not the detach, is tested
+    expected, step = np.zeros_like(student), 1e-6
+    for index in np.ndindex(student.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = student.copy()
+            moved[index] += sign * step
+            sides.append(literal.ima_classes(moved, *arguments, scales=scales)[0])
+        expected[index] = (sides[0] - sides[1]) / (2 * step)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_on", ["standardized", "raw"])
+def test_gradient_of_a_class_at_negative_cosine(scale_on):
+    student = torch.randn(2, 3, 6, 6, generator=generator())
+    teacher = -student + 0.5 * torch.randn(2, 3, 6, 6, generator=generator(1))
+    labels = torch.arange(36).view(1, 6, 6).expand(2, 6, 6) % 3
+
+    def largest(**options):
+        x = student.clone().requires_grad_()
+        total, _ = ima_classes(x, teacher, labels, 3, scale_on=scale_on, **options)
+        return gradient(total, x).abs().max()
+
+    assert largest() > 1e-3
+    assert largest(scale_floor=0.0) == 0
+
+
+def test_gradient_of_classes_is_finite_on_dead_channels():
+    student = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    teacher = torch.randn(2, 3, 4, 4, generator=generator())
+    labels = torch.from_numpy(draw_labels(0, teacher))
+    total, _ = ima_classes(student, teacher, labels, NUM_CLASSES)
+    found = gradient(total, student)
+    assert found.isfinite().all() and found.abs().max() > 0

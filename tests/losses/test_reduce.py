@@ -2,21 +2,44 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill import losses
 from distill.losses.reduce import connected_zero, full_precision, same_shape
 
-ALL_ONES = torch.ones(1, 1, 4, 3)  # half spectrum of a 4x5 map
 MAP, ROWS = (2, 3, 4, 5), (6, 4)
+
+
+def all_pass(x):
+    """The frequency mask that removes nothing."""
+    return torch.ones(len(x), 1, x.shape[2], x.shape[3] // 2 + 1)
+
+
+def labels(x):
+    """Three classes in each image, and cells of none."""
+    cells = torch.arange(x.shape[2] * x.shape[3]) % 4
+    return cells.where(cells < 3, 255).view(1, *x.shape[2:]).expand(len(x), -1, -1)
+
+
 LOSSES = {
     "binary_kl": (losses.binary_kl, ROWS),
     "categorical_kl": (losses.categorical_kl, ROWS),
+    "channel_alignment": (losses.channel_alignment, MAP),
     "dense_kd": (losses.dense_kd, MAP),
     "fitnet": (losses.fitnet, MAP),
-    "frequency_masked_mse": (lambda s, t: losses.frequency_masked_mse(s, t, ALL_ONES), MAP),
+    "frequency_masked_mse": (lambda s, t: losses.frequency_masked_mse(s, t, all_pass(s)), MAP),
     "ima": (losses.ima, MAP),
+    "ima_classes": (lambda s, t: losses.ima_classes(s, t, labels(s), 19), MAP),
     "kd": (losses.kd, ROWS),
+    "mkd": (lambda s, t: sum(losses.mkd(s, t, all_pass(s)).values()), MAP),
+    "mssd": (losses.mssd, MAP),
+    "multi_scale": (losses.multi_scale, MAP),
+    "tid": (lambda s, t: losses.tid(s, t, torch.ones(len(s), *s.shape[2:])), MAP),
 }
+NO_LOSSES = {"MKD_TERMS", "TID_AREAS", "TID_SCORES", "frequency_mask", "gaussian_mask"}
+NO_LOSSES |= {"joint_attention", "matched_iou", "tid_by_value", "tid_information", "tid_mask"}
+NO_LOSSES |= {"tid_score", "tid_value"}
 every_loss = pytest.mark.parametrize("loss, shape", LOSSES.values(), ids=LOSSES)
 
 
@@ -24,12 +47,39 @@ def outputs(value):
     return value if isinstance(value, tuple) else (value,)
 
 
+class Recorder(TorchDispatchMode):
+    """The size of the largest tensor that any operation makes, and what it waits for."""
+
+    # These read the device's values: how many elements there are depends on them.
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.waits, self.names = 0, set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        self.names.add(name)
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                # A view of a large tensor is small, an expanded one takes no memory.
+                size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+                self.largest = max(self.largest, size)
+        indices = tree_leaves(args[1:]) if name in ("index", "index_put", "index_put_") else []
+        if name in self.WAITS or any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in indices
+        ):
+            self.waits.add(name)
+        return result
+
+
 def pair(shape, dtype=torch.float32, seed=0):
     return torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def test_the_table_has_every_public_loss():
-    assert set(LOSSES) == set(losses.__all__) - {"frequency_mask"}
+    assert set(LOSSES) == set(losses.__all__) - NO_LOSSES
 
 
 @every_loss
@@ -105,3 +155,72 @@ def test_connected_zero_of_an_empty_tensor():
     empty = torch.zeros(0, 4, requires_grad=True)
     connected_zero(empty).backward()
     assert empty.grad is not None and empty.grad.shape == (0, 4)
+
+
+def boxes(count, height, width):
+    corner = torch.rand((count, 2), generator=torch.Generator().manual_seed(0))
+    corner = corner * torch.tensor([width, height])
+    return torch.cat([corner, corner + corner.flip(0) / 4 + 1], 1)
+
+
+def anchors(count, each):
+    return boxes(count * each, 400, 672).view(count, each, 4)
+
+
+LEVEL = (2, 64, 50, 84)  # 400 x 672 pixels at stride 8
+POINTS = LEVEL[2] * LEVEL[3]
+HELPERS = {  # on 100 objects a picture
+    "gaussian_mask": lambda: losses.gaussian_mask([boxes(100, 400, 672)] * 2, 50, 84, 8),
+    "matched_iou": lambda: losses.matched_iou(anchors(POINTS, 9), boxes(100, 400, 672)),
+    "tid_information": lambda: losses.tid_information(
+        anchors(POINTS, 1)[:, 0, :2], boxes(100, 400, 672)
+    ),
+    "tid_mask": lambda: losses.tid_mask(torch.linspace(0, 4, POINTS)),
+    "tid_score": lambda: losses.tid_score(*torch.rand(2, POINTS), 0.5, 0.4),
+}
+
+
+@every_loss
+def test_no_tensor_of_forward_or_backward_is_larger_than_two_maps(loss, shape):
+    if shape == MAP:
+        shape = LEVEL
+    student, teacher = (x.clone() for x in pair(shape))
+    student.requires_grad_()
+    with Recorder() as recorder:
+        outputs(loss(student, teacher))[0].sum().backward()
+    assert student.grad is not None
+    assert recorder.largest <= 2 * student.numel() * student.element_size()
+
+
+@pytest.mark.parametrize("helper", HELPERS.values(), ids=HELPERS)
+def test_many_objects_take_no_more_than_two_maps(helper):
+    with Recorder() as recorder:
+        helper()
+    assert 0 < recorder.largest <= 2 * 4 * 256 * POINTS
+
+
+@every_loss
+def test_no_loss_waits_for_the_device(loss, shape):
+    student, teacher = pair(shape)
+    with Recorder() as recorder:
+        outputs(loss(student.requires_grad_(), teacher))[0].sum().backward()
+    assert not recorder.waits
+
+
+@pytest.mark.parametrize("helper", HELPERS.values(), ids=HELPERS)
+def test_no_helper_waits_for_the_device(helper):
+    with Recorder() as recorder:
+        helper()
+    assert not recorder.waits
+
+
+def test_the_recorder_sees_backward_and_waiting():
+    x = torch.ones(5, requires_grad=True)
+    with Recorder() as recorder:
+        x.tanh().sum().backward()
+    assert "tanh_backward" in recorder.names and not recorder.waits
+    with Recorder() as recorder:
+        (x[:, None] * x).sum().item()
+        x[x > 0], x.nonzero()
+    assert recorder.largest == 4 * 5 * 5
+    assert recorder.waits == {"_local_scalar_dense", "index", "nonzero"}

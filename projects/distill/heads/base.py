@@ -189,7 +189,7 @@ def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec | None) -> nn.M
             working = [n for n, c in DISTILL_HEAD_REGISTRY if not c.problem(student, teacher)]
             raise ConfigError(
                 f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}; "
-                f"heads that do: {choices(name, working) or 'none'}."
+                f"heads that do: {choices(name, working) if working else 'none'}."
             )
         heads[name] = cls(cfg, student, teacher)
     return heads

@@ -1,0 +1,138 @@
+"""FPN + PAN: names, strides, sizes and pathways."""
+
+import pytest
+import torch
+from conftest import STOCK_P3_P7, picture, tiny_cfg, tiny_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, RetinaNet
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.utils.events import EventStorage
+
+from distill import DistillRetinaNet
+from distill.heads import MSSD
+from distill.heads.mssd import MaskAdapter
+from distill.nets import PAFPN
+from distill.probes import build_probe
+
+BUILDERS = {
+    "build_shallow_resnet_pafpn_backbone": ((), 6, range(2, 6)),
+    "build_resnet_pafpn_backbone": (
+        ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
+        6,
+        range(2, 6),
+    ),
+    "build_retinanet_resnet_pafpn_backbone": (STOCK_P3_P7, 7, range(3, 6)),
+}
+
+
+def backbone(name, norm=""):
+    cfg = tiny_cfg("retinanet", *BUILDERS[name][0], "MODEL.FPN.NORM", norm)
+    torch.manual_seed(0)
+    return BACKBONE_REGISTRY.get(name)(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_outputs_are_as_announced(name):
+    neck = backbone(name)
+    _, last, own = BUILDERS[name]
+    names = {f"p{k}" for k in range(own[0], last + 1)}
+    assert neck.shallow_features == {f"p{k}": f"fpn_p{k}" for k in own}
+    shapes = neck.output_shape()
+    assert set(shapes) == names | {f"fpn_p{k}" for k in own}
+    outputs = neck(torch.rand(1, 3, 64, 96))
+    assert set(outputs) == set(shapes)
+    for key, shape in shapes.items():
+        height, width = outputs[key].shape[2:]
+        assert shape.stride == 2 ** int(key[-1])
+        assert (height, width) == (-(-64 // shape.stride), -(-96 // shape.stride))
+        assert outputs[key].shape[1] == shape.channels == 16
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_deep_map_differs_from_its_shallow_one(name):
+    neck = backbone(name)
+    outputs = neck(torch.rand(1, 3, 64, 64))
+    for deep, shallow in neck.shallow_features.items():
+        assert (outputs[deep] - outputs[shallow]).abs().max() > 1e-3
+
+
+def test_the_shallow_maps_are_the_fpns():
+    neck = backbone("build_shallow_resnet_pafpn_backbone").eval()
+    x = torch.rand(1, 3, 64, 64)
+    outputs = neck(x)
+    for name, value in neck.fpn(x).items():
+        assert torch.equal(outputs[f"fpn_{name}"], value)
+
+
+def test_the_pathway_leads_from_fine_to_coarse():
+    neck = backbone("build_shallow_resnet_pafpn_backbone").eval()
+    x = torch.rand(1, 3, 64, 64)
+    before = neck(x)
+    with torch.no_grad():
+        neck.down_convs["p4"].weight.mul_(2)
+    after = neck(x)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"p4", "p5", "p6"}
+
+
+@pytest.mark.parametrize("norm, bias", [("", True), ("BN", False)])
+def test_norm_replaces_the_bias(norm, bias):
+    neck = backbone("build_shallow_resnet_pafpn_backbone", norm)
+    convs = [*neck.down_convs.values(), *neck.output_convs.values()]
+    assert len(convs) == 7
+    assert all((c.bias is not None) == bias and (c.norm is None) == bias for c in convs)
+
+
+def test_padding_is_the_fpns():
+    neck = backbone("build_shallow_resnet_pafpn_backbone")
+    assert isinstance(neck, PAFPN)
+    assert neck.size_divisibility == 32
+    assert neck.padding_constraints == neck.fpn.padding_constraints
+
+
+@pytest.mark.parametrize("family", ["faster", "mask", "retinanet"])
+def test_detectors_read_the_deep_maps(family):
+    model = tiny_model(family, "MODEL.BACKBONE.NAME", "build_shallow_resnet_pafpn_backbone")
+    with EventStorage():
+        sum(model([picture(0)]).values()).backward()
+    grads = [m.weight.grad for m in model.backbone.output_convs.values()]
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
+    if isinstance(model, RetinaNet):
+        assert all(not name.startswith("fpn_") for name in model.head_in_features)
+
+
+def test_an_fcos_teaches_itself():
+    """detectron2's FCOS has no yaml; it takes the same backbone and the same head."""
+    neck = backbone("build_retinanet_resnet_pafpn_backbone")
+    levels = [f"p{k}" for k in range(3, 8)]
+    shapes = [neck.output_shape()[k] for k in levels]
+    student = FCOS(
+        backbone=neck,
+        head=FCOSHead(input_shape=shapes, num_classes=3, conv_dims=[16]),
+        head_in_features=levels,
+        box2box_transform=Box2BoxTransformLinear(normalize_by_size=True),
+        num_classes=3,
+        pixel_mean=[103.53, 116.28, 123.675],
+        pixel_std=[57.0, 57.0, 57.0],
+    )
+    assert isinstance(student.anchor_generator, DefaultAnchorGenerator)
+    head = MSSD(
+        levels=["p3", "p4", "p5"],
+        strides=[8, 16, 32],
+        channels=[16, 16, 16],
+        distill_weight=1.0,
+        mask_weight=1.0,
+        gamma=0.05,
+        binary=False,
+        sigma2=2.0,
+    )
+    assert all(isinstance(x, MaskAdapter) for x in head.mask_adapters.values())
+    heads = torch.nn.ModuleDict({"MSSD": head})
+    model = DistillRetinaNet(student=student, teacher=None, heads=heads).train()
+    assert build_probe(student).signals >= {"shallow", "dense", "dense_boxes"}
+    with EventStorage():
+        losses = model([picture(0), picture(1)])
+    assert sum(k.startswith("loss_mssd") for k in losses) == 6
+    sum(losses.values()).backward()
