@@ -6,6 +6,10 @@ Weights and pictures are random: only time is measured. In one process and inter
 times the plain student's step, and for each head alone and for all together the teacher's answer
 and the distilled step. Reported are medians, and the ratio
 distilled / (plain + teacher).
+
+With ``--heads-only`` every round times each head's losses with their backward to the features, and
+the student's backbone forward; reported are medians, their ratio, and the largest tensor that the
+head makes, as a multiple of the largest feature map.
 """
 
 import argparse
@@ -27,31 +31,33 @@ from detectron2.utils.events import EventStorage
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.config import student_config, teacher_config
 from distill.data.datasets import number_of_classes
 from distill.engine import setup_config
 from distill.errors import DistillError
-from distill.heads import build_heads
+from distill.heads import build_heads, teacher_needed
 from distill.meta_arch import DistillModel, net_specs
 from distill.probes import build_probe
+from distill.structures import Signals
 from distill.teacher import Teacher
 
-OBJECTS = 8  # ground-truth boxes a picture
 
-
-def synthetic_batch(batch: int, height: int, width: int, classes: int, seed: int) -> list[Any]:
+def synthetic_batch(
+    batch: int, height: int, width: int, classes: int, objects: int, seed: int
+) -> list[Any]:
     """``batched_inputs`` of random pictures with boxes, polygons and classes."""
     g = torch.Generator().manual_seed(seed)
     entries = []
     for _ in range(batch):
-        low = torch.rand((OBJECTS, 2), generator=g) * torch.tensor([width, height]) * 0.6
-        size = torch.tensor([width, height]) * (0.1 + 0.3 * torch.rand((OBJECTS, 2), generator=g))
+        low = torch.rand((objects, 2), generator=g) * torch.tensor([width, height]) * 0.6
+        size = torch.tensor([width, height]) * (0.1 + 0.3 * torch.rand((objects, 2), generator=g))
         boxes = torch.cat([low, low + size], 1)
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(classes, (OBJECTS,), generator=g)
+        instances.gt_classes = torch.randint(classes, (objects,), generator=g)
         corners = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
         instances.gt_masks = PolygonMasks(corners)
         image = torch.randint(0, 256, (3, height, width), generator=g).float()
@@ -59,10 +65,13 @@ def synthetic_batch(batch: int, height: int, width: int, classes: int, seed: int
     return entries
 
 
-def build(cfg: CfgNode) -> tuple[nn.Module, Teacher, nn.ModuleDict]:
-    """Student, teacher and all configured heads with random weights."""
+def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
+    """Student, teacher (if a head needs one) and all configured heads with random weights."""
     torch.manual_seed(0)
     student = build_model(student_config(cfg)).train()
+    if not teacher_needed(cfg):
+        heads = build_heads(cfg, *net_specs(cfg, build_probe(student), None))
+        return student, None, heads.to(cfg.MODEL.DEVICE)
     config = student_config(teacher_config(cfg))
     config.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher = Teacher(
@@ -124,15 +133,70 @@ def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str
     return medians
 
 
-def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
-    """The teacher's answer to what the student says of ``inputs``, as a call to be timed."""
+def _said(model: DistillModel, inputs: list[Any]) -> Signals:
+    """What the student says of ``inputs``."""
     needs = model.active_needs()
     with torch.no_grad(), model.probe.listen(needs) as calls:
         model.student(inputs)
-    student = model.probe.read(calls, model.probe.batch(calls, inputs), needs)
-    teacher = model.teacher
-    assert teacher is not None
-    return lambda: teacher.ask(student, needs)
+    return model.probe.read(calls, model.probe.batch(calls, inputs), needs)
+
+
+def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
+    """The teacher's answer to what the student says of ``inputs``, as a call to be timed."""
+    student, teacher, needs = _said(model, inputs), model.teacher, model.active_needs(True)
+    return lambda: teacher.ask(student, needs) if teacher else None
+
+
+def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str, float]]:
+    """By head: median seconds of ``head`` and ``backbone``, their ``ratio``, ``largest`` tensor."""
+    network, teacher, heads = build(cfg)
+    cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    model: DistillModel = cls(student=network, teacher=teacher, heads=heads).train()
+    student = _said(model, inputs)
+    answer = teacher.ask(student, model.active_needs(True)) if teacher else None
+    for x in (*student.features.values(), *student.shallow.values()):
+        x.requires_grad_()
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    images = network.preprocess_image(inputs).tensor  # type: ignore[operator]
+
+    def backward(head: nn.Module) -> None:
+        sum(head(student, answer).values()).backward()
+
+    @torch.no_grad()
+    def forward() -> None:
+        network.backbone(images)  # type: ignore[operator]
+
+    largest = {}
+    for name, head in heads.items():
+        with LargestTensor() as mode:
+            backward(head)
+        largest[name] = mode.numel / max(x.numel() for x in student.features.values())
+    times: dict[str, list[float]] = {name: [] for name in ("backbone", *heads)}
+    for _ in track(range(repeats), "rounds"):
+        times["backbone"].append(seconds(forward, cuda))
+        for name, head in heads.items():
+            times[name].append(seconds(functools.partial(backward, head), cuda))
+    medians = {name: statistics.median(x) for name, x in times.items()}
+    backbone = medians.pop("backbone")
+    return {
+        name: {"head": x, "backbone": backbone, "ratio": x / backbone, "largest": largest[name]}
+        for name, x in medians.items()
+    }
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that an operation has returned, views excluded."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for x in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(x, Tensor):
+                    parts = 2 if x.is_complex() else 1
+                    self.numel = max(self.numel, x.numel() * parts)
+        return result
 
 
 def sections(cfg: CfgNode) -> list[CfgNode]:
@@ -144,20 +208,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--size", default="320x512", help="height x width in pixels")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--objects", type=int, default=8, help="ground-truth boxes a picture")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--heads-only", action="store_true", help="the losses alone")
     parser.add_argument("--json", type=Path, help="also write the medians here")
     parser.add_argument("opts", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
     height, width = (int(x) for x in args.size.split("x"))
     cfg = setup_config(args.config_file, args.opts)
-    inputs = synthetic_batch(args.batch, height, width, number_of_classes(cfg) or 1, seed=0)
+    inputs = synthetic_batch(
+        args.batch, height, width, number_of_classes(cfg) or 1, args.objects, seed=0
+    )
+    measured = measure_heads if args.heads_only else measure
     with EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))):
-        medians = measure(cfg, inputs, args.repeats)
-    table = Table(title=f"Median seconds of {args.repeats} steps, {args.batch} x {args.size}")
-    for column in ("heads", "plain step", "teacher", "distilled step", "ratio"):
+        medians = measured(cfg, inputs, args.repeats)
+    unit = "heads and their backward" if args.heads_only else "steps"
+    table = Table(title=f"Median seconds of {args.repeats} {unit}, {args.batch} x {args.size}")
+    columns = list(next(iter(medians.values())))
+    for column in ("heads", *columns):
         table.add_column(column)
     for key, row in medians.items():
-        table.add_row(key, *(f"{row[k]:.3f}" for k in ("plain", "teacher", "distilled", "ratio")))
+        table.add_row(key, *(f"{row[k]:.3f}" for k in columns))
     Console().print(table)
     if args.json:
         facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}

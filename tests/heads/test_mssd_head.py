@@ -50,7 +50,7 @@ def test_every_level_that_has_a_shallow_map_has_both_losses(family):
 
 def test_losses_are_those_of_the_equations():
     found, signals = student_signals(mssd_model(GAMMA=0.1, MASK_WEIGHT=3.0), [picture(0)])
-    for level, stride in zip(LEVELS, (4, 8, 16, 32)):
+    for level in LEVELS:
         deep, shallow = signals.features[level], signals.shallow[level]
         factor = 0.1 if level == "p2" else 1.0
         expected = factor * (deep - shallow).square().mean() / 4
@@ -82,7 +82,7 @@ def test_a_loss_is_switched_off(off, left):
 
 def test_shallow_maps_are_taught_by_nobody():
     model = mssd_model(MASK_WEIGHT=0.0)
-    found, signals = student_signals(model, [picture(0)])
+    _, signals = student_signals(model, [picture(0)])
     shallow = [signals.shallow[k] for k in LEVELS]
     # Only through the bottom-up pathway, which reads them, does a gradient reach them.
     neck = model.student.backbone
@@ -123,7 +123,7 @@ def test_a_head_that_needs_a_teacher_is_refused_without_one():
     cfg = tiny_cfg("faster", *distill_opts("faster", ["MKD"]))
     with pytest.raises(ConfigError, match=r"TEACHER\.CONFIG_FILE is empty"):
         build_model(cfg)
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):  # the teacher is not missed
+    with pytest.raises(ConfigError, match=r"DATASETS\.TRAIN is empty"):  # the teacher is not missed
         validate_config(tiny_cfg("faster", *distill_opts("faster", ["MSSD"]), *PAFPN))
 
 
