@@ -1,0 +1,59 @@
+"""The benchmark runs on a tiny student, with and without a teacher, and reports what it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PAFPN, distill_opts, tiny_cfg, write_teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import benchmark  # noqa: E402
+
+
+def arguments(folder: Path, *opts: object) -> list[str]:
+    """A config file of a tiny Faster R-CNN, with a registered data set that nobody opens."""
+    sets = "('coco_2017_val',)"
+    path = folder / "tiny.yaml"
+    path.write_text(tiny_cfg("faster").dump())
+    data = ["DATASETS.TRAIN", sets, "DATASETS.TEST", "()"]
+    common = ["--config-file", str(path), "--size", "64x64", "--repeats", "1"]
+    return [*common, "--json", str(folder / "out.json"), *map(str, opts), *data]
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_heads_with_a_teacher(tmp_path: Path, only: bool) -> None:
+    names = ("FitNet", "TID")
+    opts = [*distill_opts("faster", names), *write_teacher(tmp_path, "faster")]
+    flags = ["--heads-only", "--objects", 3] if only else []
+    assert benchmark.main(arguments(tmp_path, *flags, *opts)) == 0
+    medians = json.loads((tmp_path / "out.json").read_text())["medians"]
+    assert set(medians) == ({*names} if only else {*names, "all"})
+    for row in medians.values():
+        assert all(value > 0 for value in row.values())
+        time, reference = (
+            (row["head"], row["backbone"])
+            if only
+            else (row["distilled"], row["plain"] + row["teacher"])
+        )
+        assert row["ratio"] == pytest.approx(time / reference)
+
+
+def test_self_distillation_has_no_teacher(tmp_path: Path) -> None:
+    opts = [*distill_opts("faster", ("MSSD",)), *PAFPN]
+    assert benchmark.main(arguments(tmp_path, "--heads-only", *opts)) == 0
+    medians = json.loads((tmp_path / "out.json").read_text())["medians"]
+    assert 0 < medians["MSSD"]["largest"] <= 2
+
+
+def test_the_largest_tensor_counts_complex_ones_twice_and_no_views() -> None:
+    x = torch.ones(2, 8, 8, requires_grad=True)
+    with benchmark.LargestTensor() as mode:
+        x.expand(100, 2, 8, 8).sum(0)
+    assert mode.numel == 2 * 8 * 8
+    with benchmark.LargestTensor() as mode:
+        torch.fft.fft2(x)
+    assert mode.numel == 2 * 2 * 8 * 8
