@@ -450,6 +450,24 @@ def test_without_a_class_it_is_a_connected_zero(ignored):
         assert (gradient(total, x) == 0).all()
 
 
+def test_labels_of_another_size_are_refused():
+    student = torch.zeros(2, 3, 4, 5)
+    message = r"labels \(2, 5, 4\) do not fit maps \(2, 3, 4, 5\): they must be \(N, H, W\)"
+    with pytest.raises(ValueError, match=message):
+        ima_classes(student, student, torch.zeros(2, 5, 4, dtype=torch.long), NUM_CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_classes_in_half_precision_enter_as_float32(dtype):
+    student, teacher = torch.randn(2, 2, 3, 5, 6, generator=generator()).to(dtype)
+    labels, mask = torch.from_numpy(draw_labels(0, student)), draw_mask(student)
+    expected = ima_classes(student.float(), teacher.float(), labels, NUM_CLASSES, mask)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = ima_classes(student, teacher, labels, NUM_CLASSES, mask)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_ignored_cells_do_not_count():
     student, teacher = torch.randn(2, 2, 3, 4, 5, generator=generator())
     labels = torch.from_numpy(draw_labels(0, student))

@@ -209,6 +209,32 @@ def test_the_terms_are_the_losses_on_their_own(seed):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_options_and_terms_reach_the_losses():
+    student, teacher = maps(6)
+    mask = draw_mask(student)
+    found = mkd(student, teacher, mask, ("multiscale",), scales=(3,))
+    assert set(found) == {"multiscale"}
+    torch.testing.assert_close(found["multiscale"], multi_scale(student, teacher, (3,)))
+    found = mkd(student, teacher, mask, ("fad", "fea"), temperature=2.0, attention=False)
+    assert set(found) == {"fad", "fea"}
+    torch.testing.assert_close(found["fad"], channel_alignment(student, teacher, 2.0, False))
+    found = mkd(student, teacher)  # without a mask no frequency is removed
+    assert found["fdmd"] == found["fea"]
+
+
+@pytest.mark.parametrize(
+    "loss, options, message",
+    [
+        (multi_scale, {"scales": ()}, r"scales must be at least 1 each, got \(\)"),
+        (multi_scale, {"scales": (1, 0)}, r"scales must be at least 1 each, got \(1, 0\)"),
+        (channel_alignment, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ],
+)
+def test_options_out_of_range(loss, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss(*maps(0), **options)
+
+
 @every_seed
 def test_masked_frequencies_equal_the_literal_form(seed):
     student, teacher = maps(seed)

@@ -105,6 +105,12 @@ def test_mask_equals_the_literal_form(seed, binary):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sigma2", [0.0, -1.0])
+def test_sigma2_out_of_range(sigma2):
+    with pytest.raises(ValueError, match=f"sigma2 must be above 0, got {sigma2}"):
+        gaussian_mask([torch.zeros(0, 4)], 4, 4, 8, sigma2)
+
+
 def test_500_boxes_in_one_image():
     boxes = draw_boxes(np.random.default_rng(0), 500, 9, 12, 16)
     (found,) = gaussian_mask([boxes], 9, 12, 16)

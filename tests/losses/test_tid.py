@@ -81,7 +81,7 @@ def test_matched_iou_by_hand():
     )
     iou, match, anchor = matched_iou(boxes, gt)
     torch.testing.assert_close(iou, torch.tensor([0.8, 1 / 3, 0.0]))
-    assert match[:2].tolist() == [1, 0]
+    assert match.tolist() == [1, 0, 0]
     assert anchor[:2].tolist() == [1, 0]
 
 
@@ -185,6 +185,20 @@ def test_score_equals_the_literal_form(seed, parts, raw_iou):
 def test_an_image_without_objects_scores_alike_everywhere():
     iou = matched_iou(draw_boxes(np.random.default_rng(0), 50, 2), NO_GT)[0]
     assert (tid_score(iou, torch.zeros(50), 0.5, 0.4) == 0.4).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"parts": "iou"}, "parts must be one of both, cls, reg, got 'iou'"),
+        ({"top": 0.0}, r"top must be in \(0, 1\], got 0.0"),
+        ({"top": 1.5}, r"top must be in \(0, 1\], got 1.5"),
+        ({"positive": 0.3}, "positive 0.3 is below negative 0.4"),
+    ],
+)
+def test_score_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        tid_score(torch.ones(3), torch.ones(3), **{"positive": 0.5, "negative": 0.4, **options})
 
 
 # LDAM: tid_value
@@ -310,6 +324,19 @@ def test_value_moves_with_its_points(scores, seed):
         expected = tid_value(*arguments, gamma=0.2, area=area)[order]
         found = tid_value(*(x[order] for x in arguments), gamma=0.2, area=area)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"area": "all"}, "area must be one of both, key, weak, got 'all'"),
+        ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
+        ({"gamma": 2.0}, r"gamma must be in \(0, 1\], got 2.0"),
+    ],
+)
+def test_value_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        tid_value(torch.ones(3), torch.ones(3), torch.ones(3), disjoint_boxes(3), **options)
 
 
 # SFDM: tid_information, tid_mask, tid

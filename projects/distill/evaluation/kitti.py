@@ -172,7 +172,11 @@ def counted(view: ClassView, difficulty: Difficulty) -> Bools:
 
 
 def hit_scores(view: ClassView, difficulty: Difficulty, min_overlap: float) -> Floats:
-    """Scores of the detections that find an object if each object takes the best score."""
+    """Scores of the detections that find an object if each object takes the best score.
+
+    Detections too small to be judged can take the place of others, but are no hit. The kit calls
+    those of *all* classes so; the same here.
+    """
     small = view.detected_heights < difficulty.min_height
     matches = (view.overlaps > min_overlap) & (view.detected | small)
     preference = np.broadcast_to(view.scores, matches.shape)
@@ -186,17 +190,14 @@ def count(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """True and false positives (T,) among the detections of at least each threshold (T,).
 
-    Each object takes the detection that overlaps most, or one too small to be judged if there is no
-    other. The kit calls the small detections of *all* classes so, hence they may match here too.
+    Each object takes the detection that overlaps most. Those too small to be judged are left out:
+    the kit gives them to objects that find no other, but that changes neither number.
     """
-    small = view.detected_heights < difficulty.min_height
-    matches = (view.overlaps > min_overlap) & (view.detected | small)
-    first_small = -1.0 - np.arange(len(small))
-    preference = np.where(small, first_small, view.overlaps)
-    taken, free = assign(matches, preference, view.scores >= thresholds[:, None])
-    true = (taken >= 0) & counted(view, difficulty) & ~small[taken]
-    false = free & view.detected & ~small & ~view.dont_care
-    return true.sum(axis=1), false.sum(axis=1)
+    judged = view.detected & (view.detected_heights >= difficulty.min_height)
+    matches = (view.overlaps > min_overlap) & judged
+    taken, free = assign(matches, view.overlaps, view.scores >= thresholds[:, None])
+    true = (taken >= 0) & counted(view, difficulty)
+    return true.sum(axis=1), (free & judged & ~view.dont_care).sum(axis=1)
 
 
 def assign(matches: Bools, preference: Floats, free: Bools) -> tuple[NDArray[np.int64], Bools]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..losses import ima, ima_classes
-from ..losses.reduce import connected_zero
+from ..losses.ima import class_moments, deflation, instance_moments
+from ..losses.reduce import connected_zero, same_shape
 from ..structures import Batch, NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, reduce_mean
 from .fpn import FPNDistillHead, FrequencyMasks
@@ -132,13 +133,24 @@ class IMA(FPNDistillHead):
         if self.scope not in CROPPED:
             return super().losses(student, teacher)
         maps = self.maps(student, teacher)
-        boxes = [Boxes(b) for b in student.batch.boxes]
-        s = self.pooler([s for s, _ in maps], boxes)
-        t = self.pooler([t for _, t in maps], boxes)
-        weight = self.instance_masks(student.batch) if self.scope == "mask" else None
+        s, t, weight = self.crops(maps, student.batch)
         count = s.new_full((), len(s), dtype=torch.float32)
         loss = self.align(s, t, weight) * count / reduce_mean(count)
         return {"": loss + connected_zero(*(s[:1, :1, :1, :1] for s, _ in maps))}
+
+    def crops(
+        self, maps: list[tuple[Tensor, Tensor]], batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The instances of scopes "box" and "mask".
+
+        Returns:
+            student, teacher: (ΣRi, C, CROP_SIZE, CROP_SIZE).
+            weight: of their cells, (ΣRi, 1, CROP_SIZE, CROP_SIZE); None: all alike.
+        """
+        boxes = [Boxes(b) for b in batch.boxes]
+        s = self.pooler([s for s, _ in maps], boxes)
+        t = self.pooler([t for _, t in maps], boxes)
+        return s, t, self.instance_masks(batch) if self.scope == "mask" else None
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         if self.scope == "image":
@@ -150,6 +162,20 @@ class IMA(FPNDistillHead):
 
     def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
         return ima(student, teacher, self.masks(student), weight=weight, **self.options)
+
+    def scales(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+        """(N,): α of each instance, of maps or :meth:`crops`."""
+        student, teacher = same_shape(student, teacher)
+        moments = instance_moments(student, teacher, self.masks(student), weight)
+        return deflation(moments, **self.options)[1][:, 0]
+
+    def class_scales(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """(N, K): α of each class of (N, H, W) ``labels``; NaN for those without a cell."""
+        student, teacher = same_shape(student, teacher)
+        mask = self.masks(student)
+        moments, present = class_moments(student, teacher, labels, self.num_classes, mask)
+        scale = deflation(moments, **self.options)[1][:, 0]
+        return scale.where(present > 0, torch.nan).view(len(student), self.num_classes)
 
     @staticmethod
     def instance_masks(batch: Batch) -> Tensor:

@@ -1,6 +1,6 @@
 """Task integration distillation."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ from .base import DISTILL_HEAD_REGISTRY, reduce_mean
 from .classes import ClassMap, no_shared_class
 from .dense import DenseLayout, dense_classes, grid_problem
 from .fpn import FPNDistillHead
+
+
+class Judgement(NamedTuple):
+    """Both networks' opinions of the points of one picture, in the order of ``tid_value``."""
+
+    score_teacher: Tensor  # (P,)
+    score_student: Tensor  # (P,)
+    tie: Tensor  # (P,), the teacher's IOU_max · p
+    boxes: Tensor  # (P, 4), the teacher's box of each point that matches best
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -108,20 +117,30 @@ class TID(FPNDistillHead):
     def values(self, student: Signals, teacher: Signals) -> list[Tensor]:
         """V of every level, (N, Hi, Wi) each."""
         assert student.dense is not None
-        sizes = student.dense.sizes
         points = torch.cat(
             [
                 cell_centres(size, level.stride, student.dense.logits[0].device)
-                for size, level in zip(sizes, self.levels)
+                for size, level in zip(student.dense.sizes, self.levels)
             ]
         )
         pictures = []
         for i, boxes in enumerate(student.batch.boxes):
-            score_s, _, _ = self.scores(student, student, i, self.thresholds[0])
-            score_t, tie, boxes_t = self.scores(teacher, student, i, self.thresholds[1])
-            value = tid_value(score_t, score_s, tie, boxes_t, **self.value_options)
+            value = tid_value(*self.judgement(student, teacher, i), **self.value_options)
             pictures.append(value * tid_information(points, boxes))
-        levels = torch.stack(pictures).split([h * w for h, w in sizes], 1)
+        return self.by_level(torch.stack(pictures), student)
+
+    def judgement(self, student: Signals, teacher: Signals, image: int) -> Judgement:
+        """Both networks' scores of one picture (DIEM)."""
+        score_s, _, _ = self.scores(student, student, image, self.thresholds[0])
+        score_t, tie, boxes = self.scores(teacher, student, image, self.thresholds[1])
+        return Judgement(score_t, score_s, tie, boxes)
+
+    @staticmethod
+    def by_level(points: Tensor, student: Signals) -> list[Tensor]:
+        """(N, P) values of the points as (N, Hi, Wi) maps."""
+        assert student.dense is not None
+        sizes = student.dense.sizes
+        levels = points.split([h * w for h, w in sizes], 1)
         return [x.view(len(x), *size) for x, size in zip(levels, sizes)]
 
     def scores(

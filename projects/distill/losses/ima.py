@@ -11,7 +11,7 @@ from .reduce import full_precision, same_shape
 EPS = 1e-5  # added to the variances of Eq. 6; the paper is silent
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Means over the cells of one instance and channel, (N, C) each."""
 
     mean_s: Tensor
@@ -65,11 +65,7 @@ def ima(
     student, teacher = same_shape(student, teacher)
     if len(student) == 0:
         return student.sum()
-    if weight is None:
-        moments = _spectral_moments(student, teacher, mask) if mask is not None else None
-    else:
-        moments, student = None, _filtered(student, mask)
-    moments = moments or _spatial_moments(student, teacher, weight)
+    moments = instance_moments(student, teacher, mask, weight)
     aligned = _aligned(moments, standardize, standardize_teacher, deflate, scale_on, scale_floor)
     return aligned.mean()
 
@@ -112,24 +108,44 @@ def ima_classes(
         )
     if len(student) == 0:
         return student.sum(), student.new_zeros(())
-    student = _filtered(student, mask)
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    member = (labels.flatten(1)[:, None] == classes).to(student.dtype)
-    moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
+    moments, present = class_moments(student, teacher, labels, num_classes, mask)
     aligned = _aligned(moments, standardize, standardize_teacher, deflate, scale_on, scale_floor)
-    present = member.amax(2).flatten()
     return (aligned * present).sum(), present.sum()
 
 
-def _aligned(
-    moments: _Moments,
+def instance_moments(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> Moments:
+    """Moments of the instances of :func:`ima`, whose float32 arguments these are."""
+    if weight is None and mask is not None:
+        return _spectral_moments(student, teacher, mask)
+    return _spatial_moments(frequency_filtered(student, mask), teacher, weight)
+
+
+def class_moments(
+    student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None
+) -> tuple[Moments, Tensor]:
+    """Moments of the instances of :func:`ima_classes`, whose float32 arguments these are.
+
+    Returns:
+        Moments of N·K instances, and (N·K,) 1 for those that have a cell, else 0.
+    """
+    student = frequency_filtered(student, mask)
+    classes = torch.arange(num_classes, device=labels.device)[:, None]
+    member = (labels.flatten(1)[:, None] == classes).to(student.dtype)
+    moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
+    return moments, member.amax(2).flatten()
+
+
+def deflation(
+    moments: Moments,
     standardize: bool,
     standardize_teacher: bool,
     deflate: bool,
     scale_on: str,
     scale_floor: float,
-) -> Tensor:
-    """(n,) loss of each instance from its moments: steps 2 to 4 of :func:`ima`."""
+) -> tuple[Moments, Tensor]:
+    """Steps 2 and 3 of :func:`ima`: the moments after step 2, and (n, 1) α of each instance."""
     if scale_on not in ("standardized", "raw"):
         raise ValueError(f"scale_on must be 'standardized' or 'raw', got {scale_on!r}")
     if not 0 <= scale_floor <= 1:
@@ -139,19 +155,35 @@ def _aligned(
     if deflate:
         cosine = _cosine(compared if scale_on == "standardized" else moments).detach()
         scale = scale_floor + (1 - scale_floor) * cosine.clamp(0, 1)[:, None]
+    return compared, scale
+
+
+def _aligned(
+    moments: Moments,
+    standardize: bool,
+    standardize_teacher: bool,
+    deflate: bool,
+    scale_on: str,
+    scale_floor: float,
+) -> Tensor:
+    """(n,) loss of each instance from its moments: steps 2 to 4 of :func:`ima`."""
+    compared, scale = deflation(
+        moments, standardize, standardize_teacher, deflate, scale_on, scale_floor
+    )
     mean_s, mean_t, var_s, var_t, cov = compared
     # The means' gap stays apart: squares of large means would swallow small variances.
     gap = scale * mean_s - mean_t
     return (scale**2 * var_s + var_t - 2 * scale * cov + gap**2).mean(1)
 
 
-def _filtered(student: Tensor, mask: Tensor | None) -> Tensor:
+def frequency_filtered(maps: Tensor, mask: Tensor | None) -> Tensor:
+    """F̂ = F⁻¹(M ⊙ F(S)) (Eq. 2-4) of (N, C, H, W) maps; without a mask the maps themselves."""
     if mask is None:
-        return student
-    return torch.fft.irfft2(mask * torch.fft.rfft2(student), s=student.shape[-2:])
+        return maps
+    return torch.fft.irfft2(mask * torch.fft.rfft2(maps), s=maps.shape[-2:])
 
 
-def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) -> _Moments:
+def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Moments:
     cells = (-2, -1)
     if weight is None:
         share = student.new_full((1, 1, 1, 1), 1 / (student.shape[-2] * student.shape[-1]))
@@ -163,7 +195,7 @@ def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) ->
     mean_s = (share * student).sum(cells, keepdim=True)
     mean_t = (share * teacher).sum(cells, keepdim=True)
     s, t = student - mean_s, teacher - mean_t
-    return _Moments(
+    return Moments(
         mean_s[..., 0, 0],
         mean_t[..., 0, 0],
         (share * s * s).sum(cells),
@@ -172,17 +204,17 @@ def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) ->
     )
 
 
-def _class_moments(student: Tensor, teacher: Tensor, member: Tensor) -> _Moments:
+def _class_moments(student: Tensor, teacher: Tensor, member: Tensor) -> Moments:
     """Moments over the cells of each class, (N·K, C); maps (N, C, HW), ``member`` (N, K, HW)."""
     share = member / member.sum(2, keepdim=True).clamp(min=1)
     mean_s, mean_t = (torch.einsum("nkx,ncx->nkc", share, x) for x in (student, teacher))
     s = student - torch.einsum("nkc,nkx->ncx", mean_s, member)
     t = teacher - torch.einsum("nkc,nkx->ncx", mean_t, member)
     products = (torch.einsum("nkx,ncx->nkc", share, x) for x in (s * s, t * t, s * t))
-    return _Moments(*(x.flatten(0, 1) for x in (mean_s, mean_t, *products)))
+    return Moments(*(x.flatten(0, 1) for x in (mean_s, mean_t, *products)))
 
 
-def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> _Moments:
+def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Moments:
     """Moments of the masked student from the spectra (Parseval); no inverse transform."""
     height, width = student.shape[-2:]
     cells = height * width
@@ -191,7 +223,7 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> _Moment
     weight[0, 0] = 0  # the constant term is the mean, not variance
     weight = weight / cells**2
     mean_t = teacher.mean((-2, -1), keepdim=True)
-    return _Moments(
+    return Moments(
         s[..., 0, 0].real / cells,
         mean_t[..., 0, 0],
         (weight * (s.real.square() + s.imag.square())).sum((-2, -1)),
@@ -200,17 +232,17 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> _Moment
     )
 
 
-def _standardized(m: _Moments, teacher: bool) -> _Moments:
+def _standardized(m: Moments, teacher: bool) -> Moments:
     """The moments after step 2; ``teacher``: of the teacher too."""
     zero = torch.zeros_like(m.mean_s)
     std_s, std_t = (m.var_s + EPS).sqrt(), (m.var_t + EPS).sqrt()
     var_s = m.var_s / (m.var_s + EPS)
     if teacher:
-        return _Moments(zero, zero, var_s, m.var_t / (m.var_t + EPS), m.cov / (std_s * std_t))
-    return _Moments(zero, m.mean_t, var_s, m.var_t, m.cov / std_s)
+        return Moments(zero, zero, var_s, m.var_t / (m.var_t + EPS), m.cov / (std_s * std_t))
+    return Moments(zero, m.mean_t, var_s, m.var_t, m.cov / std_s)
 
 
-def _cosine(m: _Moments) -> Tensor:
+def _cosine(m: Moments) -> Tensor:
     """(N,) cosine of the flattened maps; 0 where one of them is zero."""
     ss, tt, st = m.var_s + m.mean_s**2, m.var_t + m.mean_t**2, m.cov + m.mean_s * m.mean_t
     norm = (ss.sum(1) * tt.sum(1)).clamp(min=1e-24).sqrt()

@@ -87,7 +87,7 @@ def tid_score(
     iou, prob = same_shape(iou, prob)
     if len(prob) == 0:
         return iou
-    least = prob.topk(ceil(top * len(prob))).values[-1]
+    least = prob.topk(_share(top, len(prob))).values[-1]
     score_c = torch.where((prob >= least) & (prob > 0), 1.5, 1.0)
     score_r = torch.where(iou >= positive, 2.0, torch.where(iou <= negative, 0.4, 1.5))
     score_r = iou if raw_iou else score_r
@@ -127,24 +127,44 @@ def tid_value(
     Raises:
         ValueError: ``area`` or ``gamma`` is out of range, or shapes differ.
     """
+    key, weak = tid_areas(score_teacher, score_student, tie, boxes, gamma, nms_iou, area)
+    return key.mul_(weak)
+
+
+@torch.no_grad()
+def tid_areas(
+    score_teacher: Tensor,
+    score_student: Tensor,
+    tie: Tensor,
+    boxes: Tensor,
+    gamma: float = 0.05,
+    nms_iou: float = 0.6,
+    area: str = "both",
+) -> tuple[Tensor, Tensor]:
+    """Score_key and Score_weak, (P,) float32 each; see :func:`tid_value`."""
     if area not in TID_AREAS:
         raise ValueError(f"area must be one of {', '.join(TID_AREAS)}, got {area!r}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must be in (0, 1], got {gamma}")
     score_teacher, score_student = same_shape(score_teacher, score_student)
-    count = ceil(gamma * len(score_teacher))
-    value = torch.ones_like(score_teacher)
+    count = _share(gamma, len(score_teacher))
+    score_key, score_weak = torch.ones_like(score_teacher), torch.ones_like(score_teacher)
     if area != "weak":
         key = _ranked(score_teacher, tie)[:count]
-        value = torch.zeros_like(value).index_copy_(0, key, score_teacher[key])
-    if area != "key" and len(value):
+        score_key.zero_().index_copy_(0, key, score_teacher[key])
+    if area != "key" and len(score_weak):
         lead = score_teacher - score_student
         order = _ranked(lead, tie)[:MAX_WEAK]
         # Points without a lead come last in that order, so they suppress none that has one.
         rank = torch.arange(len(order), 0, -1, device=lead.device, dtype=torch.float32)
         weak = order[nms(boxes[order].float(), rank, nms_iou)[:count]]
-        value[weak] *= torch.where(lead[weak] > 0, 1.5, 1.0)
-    return value
+        score_weak[weak] = torch.where(lead[weak] > 0, 1.5, 1.0)
+    return score_key, score_weak
+
+
+def _share(share: float, points: int) -> int:
+    """⌈share · P⌉; without rounding, 0.05 · 140 would count as 8."""
+    return ceil(round(share * points, 6))
 
 
 def _ranked(primary: Tensor, secondary: Tensor) -> Tensor:
