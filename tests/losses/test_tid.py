@@ -110,6 +110,7 @@ def test_matched_iou_with_500_objects():
     rows = torch.arange(40)
     torch.testing.assert_close(pairs[rows, anchor, match], iou.double(), rtol=1e-5, atol=1e-6)
     assert match.max() > 400  # the best is not always among the first
+    assert (iou == 0).any() and (match[iou == 0] == 0).all()
 
 
 def test_without_ground_truth_nothing_matches():

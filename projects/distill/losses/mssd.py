@@ -83,10 +83,13 @@ def _profile(
     low: Tensor, high: Tensor, cells: int, stride: float, sigma2: float, binary: bool
 ) -> tuple[Tensor, Tensor]:
     """Eq. 5 along one axis, (K, cells), and which cells lie inside; 0 for a centre off the map."""
-    centre, half = ((low + high) / 2)[:, None], ((high - low).clamp(min=MIN_SIDE) / 2)[:, None]
+    low, high = low[:, None], high[:, None]
+    centre, half = (low + high) / 2, (high - low).clamp(min=MIN_SIDE) / 2
     position = (torch.arange(cells, device=low.device) + 0.5) * stride
+    # The box's own edges, not centre -+ half: rounding would lose a cell that lies on an edge.
+    left, right = torch.minimum(low, centre - half), torch.maximum(high, centre + half)
     on_map = (centre >= 0) & (centre < cells * stride)
-    inside = ((position - centre).abs() <= half) & on_map
+    inside = (position >= left) & (position <= right) & on_map
     value = torch.ones_like(centre) if binary else _bell((position - centre) / half, sigma2)
     return torch.where(inside, value, 0.0), inside
 

@@ -7,12 +7,13 @@ Nothing here carries a gradient but the two maps of :func:`tid`.
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
 from .reduce import full_precision, same_shape
 
-CHUNK = 8  # ground-truth boxes compared with all points at once: fits a CPU's cache
+CHUNK = 8  # ground-truth boxes compared with all points at once: keeps temporaries small
 MAX_WEAK = 2000  # candidates of the weak area before NMS
 TID_SCORES = ("both", "cls", "reg")
 TID_AREAS = ("both", "key", "weak")
@@ -31,21 +32,37 @@ def matched_iou(boxes: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gt_index: (P,) the matched box, 0 where ``iou`` is 0.
         anchor_index: (P,) the box of the point that matches.
     """
-    x1, y1, x2, y2 = (x.contiguous() for x in boxes.detach().float().flatten(0, 1).unbind(1))
-    area = (x2 - x1) * (y2 - y1)
-    best, match = torch.zeros_like(area), torch.zeros_like(area, dtype=torch.long)
-    # Written out: torchvision's box_iou takes four times as long and several times the memory.
-    for start in range(0, len(gt), CHUNK):
-        gx1, gy1, gx2, gy2 = gt[start : start + CHUNK].float().unsqueeze(2).unbind(1)
-        overlap = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)
-        overlap.mul_(torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)).clamp_(min=0))
-        gt_area = ((gx2 - gx1) * (gy2 - gy1)).clamp(min=1e-6)
-        iou, index = overlap.div_((area + gt_area).sub_(overlap)).max(0)
-        match = torch.where(iou > best, index + start, match)
+    points, anchors = boxes.shape[:2]
+    flat = boxes.detach().float().flatten(0, 1).T.contiguous()
+    corners = F.pad(gt.detach().float(), (0, 0, 0, -len(gt) % CHUNK))  # empty boxes overlap nothing
+    chunks = corners.view(-1, CHUNK, 4)
+    best, chunk = flat.new_zeros(flat.shape[1]), flat.new_zeros(flat.shape[1], dtype=torch.long)
+    # The index of each maximum would cost as much again as the maxima: it is found at the end,
+    # for the best chunk of each point's best box alone.
+    for k in range(len(chunks)):
+        iou = _iou(flat, chunks[k].T[:, :, None]).amax(0)
+        chunk.masked_fill_(iou > best, k)
         best = torch.maximum(best, iou)
-    iou, anchor_index = best.view(boxes.shape[:2]).max(1)
-    gt_index = match.view(boxes.shape[:2]).gather(1, anchor_index[:, None])[:, 0]
-    return iou, gt_index, anchor_index
+    iou, anchor_index = best.view(points, anchors).max(1)
+    if len(chunks) == 0:
+        return iou, anchor_index, anchor_index
+    nearest = chunk.view(points, anchors).gather(1, anchor_index[:, None])[:, 0]
+    rows = torch.arange(points, device=boxes.device)
+    chosen = boxes.detach().float()[rows, anchor_index].T
+    within = _iou(chosen, chunks.permute(2, 1, 0)[:, :, nearest]).argmax(0)
+    return iou, torch.where(iou > 0, nearest * CHUNK + within, 0), anchor_index
+
+
+def _iou(boxes: Tensor, gt: Tensor) -> Tensor:
+    """IoU of boxes (4, P) with ground truth (4, K, 1 or P); without overlap it may be below 0.
+
+    Written out: torchvision's ``box_iou`` takes several times as long and as much memory.
+    """
+    (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = boxes, gt
+    area, gt_area = (x2 - x1) * (y2 - y1), ((gx2 - gx1) * (gy2 - gy1)).clamp(min=1e-6)
+    overlap = torch.minimum(x2, gx2).sub_(torch.maximum(x1, gx1)).clamp_(min=0)
+    overlap.mul_(torch.minimum(y2, gy2).sub_(torch.maximum(y1, gy1)))
+    return overlap.div_((area + gt_area).sub_(overlap))
 
 
 @torch.no_grad()
@@ -229,6 +246,11 @@ def tid(
         ValueError: shapes differ.
     """
     student, teacher = same_shape(student, teacher)
+    if mask.shape != (len(student), *student.shape[2:]):
+        raise ValueError(
+            f"mask {tuple(mask.shape)} does not fit maps {tuple(student.shape)}: it must be "
+            "(N, H, W)"
+        )
     mask = full_precision(mask.detach())
     gap = (student - teacher).square().sum(1) / max(student.shape[1], 1)
     weight = mask if alpha is None else mask * alpha
