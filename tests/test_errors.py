@@ -120,6 +120,38 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "mask ratio 1": (["MODEL.DISTILL.IMA.MASK_RATIO", "1.0"], ["IMA.MASK_RATIO is 1.0", "[0, 1)"]),
     "scale floor 2": (["MODEL.DISTILL.IMA.SCALE_FLOOR", "2.0"], ["IMA.SCALE_FLOOR is 2.0"]),
+    "no share of points": (
+        ["MODEL.DISTILL.HEADS", "('TID',)", "MODEL.DISTILL.TID.GAMMA", "0.0"],
+        ["TID.GAMMA is 0.0", "(0, 1]"],
+    ),
+    "misspelt area": (
+        ["MODEL.DISTILL.HEADS", "('TID',)", "MODEL.DISTILL.TID.AREA", "keys"],
+        ["TID.AREA", "did you mean key?"],
+    ),
+    "negative alpha": (
+        ["MODEL.DISTILL.HEADS", "('TID',)", "MODEL.DISTILL.TID.ALPHA_LOW", "-1.0"],
+        ["TID.ALPHA_LOW is -1.0"],
+    ),
+    "half a cell": (
+        ["MODEL.DISTILL.HEADS", "('MKD',)", "MODEL.DISTILL.MKD.SCALES", "(0.5,)"],
+        ["MKD.SCALES", "whole numbers"],
+    ),
+    "everything masked": (
+        ["MODEL.DISTILL.HEADS", "('MKD',)", "MODEL.DISTILL.MKD.MASK_RATIO", "1.0"],
+        ["MKD.MASK_RATIO is 1.0", "[0, 1)"],
+    ),
+    "a point for a mask": (
+        ["MODEL.DISTILL.HEADS", "('MSSD',)", "MODEL.DISTILL.MSSD.SIGMA2", "0.0"],
+        ["MSSD.SIGMA2 is 0.0", "above 0"],
+    ),
+    "a neck without shallow maps": (
+        ["MODEL.DISTILL.HEADS", "('MSSD',)"],
+        ["MSSD does not work here", "shallow", "heads that do: none"],
+    ),
+    "classes without semantic labels": (
+        ["MODEL.DISTILL.IMA.SCOPE", "class"],
+        ["IMA.SCOPE is class", "semantic labels"],
+    ),
     "misspelt scope": (["MODEL.DISTILL.IMA.SCOPE", "boxes"], ["IMA.SCOPE", "did you mean box?"]),
     "masks without masks": (["MODEL.DISTILL.IMA.SCOPE", "mask"], ["IMA.SCOPE", "MODEL.MASK_ON"]),
     "unknown level of a head": (

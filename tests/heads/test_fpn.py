@@ -1,17 +1,14 @@
-"""Level matching, adapters, alignment of unlike canvases, and the instances of IMA."""
+"""Level matching, adapters, alignment of unlike canvases."""
 
 import pytest
 import torch
 from conftest import net_spec, tiny_cfg, tiny_model
 from detectron2.layers import ShapeSpec
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import nn
 
 from distill.errors import ConfigError
-from distill.heads import IMA, FitNet, FPNDistillHead
+from distill.heads import FitNet, FPNDistillHead
 from distill.heads.fpn import Level, match_levels
-from distill.heads.ima import CROP_SIZE
-from distill.losses import fitnet
 from distill.structures import Batch, NetSpec, Signals
 
 BOX = (0.0, 0.0, 32.0, 32.0)
@@ -192,197 +189,6 @@ def test_built_from_a_config(teacher_channels, parameters):
 def test_named_features_of_a_config():
     fitnet_head = build(FitNet, "retinanet", "MODEL.DISTILL.FITNET.IN_FEATURES", ("p4", "p3"))
     assert [x.student for x in fitnet_head.levels] == ["p3", "p4"]
-
-
-@pytest.mark.parametrize(
-    "family, scope",
-    [
-        ("faster", "box"),
-        ("mask", "mask"),
-        ("cascade", "mask"),
-        ("panoptic", "mask"),
-        ("retinanet", "image"),
-    ],
-)
-def test_default_scope_of_ima(family, scope):
-    ima_head = build(IMA, family)
-    assert ima_head.scope == scope
-    levels = ["p2", "p3", "p4", "p5"]  # instances lie on the levels that the box head pools from
-    assert [x.student for x in ima_head.levels] == levels + ["p6"] * (scope == "image")
-
-
-def test_scope_and_options_of_a_config():
-    ima_head = build(
-        IMA,
-        "faster",
-        *("MODEL.DISTILL.IMA.SCOPE", "image", "MODEL.DISTILL.IMA.MASK_RATIO", 0.3),
-        *("MODEL.DISTILL.IMA.SCALE_ON", "raw", "MODEL.DISTILL.IMA.SCALE_FLOOR", 0.7),
-        *("MODEL.DISTILL.IMA.STANDARDIZE_TEACHER", False),
-    )
-    assert (ima_head.scope, ima_head.masks.mask_ratio) == ("image", 0.3)
-    assert len(ima_head.levels) == 5
-    assert ima_head.options == {
-        "standardize": True,
-        "standardize_teacher": False,
-        "deflate": True,
-        "scale_on": "raw",
-        "scale_floor": 0.7,
-    }
-
-
-def test_building_does_not_change_the_given_config():
-    cfg = tiny_cfg("faster", "MODEL.DISTILL.HEADS", ("IMA",))
-    cfg.freeze()
-    before = cfg.dump()
-    spec = net_spec("student", tiny_model("faster"))
-    IMA(cfg, spec, spec)
-    assert cfg.dump() == before
-
-
-def ima_head(scope, level=None, channels=(2, 2), **options):
-    defaults = {
-        "mask_ratio": 0.0,
-        "standardize": False,
-        "standardize_teacher": True,
-        "deflate": False,
-        "scale_on": "standardized",
-        "scale_floor": 0.1,
-    }
-    return head(IMA, level or Level("p2", "p2", 4, 4), channels, scope=scope, **defaults | options)
-
-
-def batch_of(pictures):
-    return Batch([{"instances": x} for x in pictures], (64, 64), pictures)
-
-
-def picture(boxes, masks="bits", size=64, part="left"):
-    """Instances whose masks are one half of their boxes."""
-    instances = Instances((size, size))
-    instances.gt_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
-    halves = [half(box, part) for box in boxes]
-    if masks == "bits":
-        bits = torch.zeros(len(boxes), size, size, dtype=torch.bool)
-        for mask, (x1, y1, x2, y2) in zip(bits, halves):
-            mask[int(y1) : int(y2), int(x1) : int(x2)] = True
-        instances.gt_masks = BitMasks(bits)
-    elif masks == "polygons":
-        instances.gt_masks = PolygonMasks(
-            [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in halves]
-        )
-    return instances
-
-
-def half(box, part):
-    x1, y1, x2, y2 = box
-    middle = (x1 + x2) / 2
-    return (x1, y1, middle, y2) if part == "left" else (middle, y1, x2, y2)
-
-
-@pytest.mark.parametrize("masks", ["bits", "polygons"])
-def test_masks_are_cropped_to_the_boxes_grid(masks):
-    pictures = [
-        picture([], masks),
-        picture([BOX, (16.0, 8.0, 48.0, 40.0)], masks),
-        picture([(8.0, 8.0, 36.0, 64.0)], masks, part="right"),
-    ]
-    weight = IMA.instance_masks(batch_of(pictures))
-    assert weight.shape == (3, 1, CROP_SIZE, CROP_SIZE)
-    assert weight.dtype == torch.float32
-    left = torch.zeros(CROP_SIZE, CROP_SIZE)
-    left[:, : CROP_SIZE // 2] = 1
-    for found, expected in zip(weight[:, 0], (left, left, 1 - left)):
-        # Rasterising may move the mask's border by a cell.
-        assert (found != expected).float().mean() <= 2 / CROP_SIZE
-        assert torch.equal(found[2:-2, [1, 4, 9, 12]], expected[2:-2, [1, 4, 9, 12]])
-
-
-@pytest.mark.parametrize("masks", ["bits", "polygons"])
-def test_no_masks_at_all(masks):
-    weight = IMA.instance_masks(batch_of([picture([], masks)] * 2))
-    assert weight.shape == (0, 1, CROP_SIZE, CROP_SIZE)
-
-
-@pytest.mark.parametrize("scope, counts", [("mask", False), ("box", True)])
-def test_cells_off_the_mask_count_for_boxes_only(scope, counts):
-    student = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
-    teacher = student.clone()
-    teacher[1, :, :8, 6:8] += 5  # in the second picture's box, right of its mask and the border
-    teacher[0] += 5  # the first picture has no box
-    instances = [picture([]), picture([BOX])]
-    loss = ima_head(scope)(
-        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=teacher)
-    )["loss_ima"]
-    assert (loss > 1) == counts
-    teacher[1, :, :8, :2] += 5  # on the mask
-    loss = ima_head(scope)(
-        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=teacher)
-    )["loss_ima"]
-    assert loss > 1
-
-
-def test_boxes_crop_both_networks_at_the_same_place():
-    # A gap of 3 in one box, of 1 in the other, and of 100 outside of both.
-    gap = torch.full((1, 1, 16, 16), 100.0)
-    gap[..., :8, :8], gap[..., 8:, 8:] = 3.0, 1.0
-    student = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    inner = [(4.0, 4.0, 28.0, 28.0), (36.0, 36.0, 60.0, 60.0)]  # away from the gap's border
-    instances = [picture(inner)]
-    loss = ima_head("box", channels=(1, 1))(
-        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=student - gap)
-    )["loss_ima"]
-    torch.testing.assert_close(loss, torch.tensor((9.0 + 1.0) / 2))
-
-
-def test_large_boxes_are_read_on_coarse_levels():
-    levels = [Level("p4", "p4", 16, 16), Level("p5", "p5", 32, 32)]
-    features = {"p4": torch.zeros(1, 1, 32, 32), "p5": torch.zeros(1, 1, 16, 16)}
-    teacher = {"p4": torch.full((1, 1, 32, 32), 2.0), "p5": torch.full((1, 1, 16, 16), 3.0)}
-    one = ima_head("box", channels=(1, 1))
-    both = IMA(
-        levels=levels,
-        channels=[(1, 1), (1, 1)],
-        scope="box",
-        mask_ratio=0.0,
-        **{**one.options, "standardize": False},
-    )
-    for size, expected in ((100.0, 4.0), (500.0, 9.0)):  # 224 px lie on stride 16 in FPN
-        instances = [picture([(0.0, 0.0, size, size)], masks="", size=512)]
-        loss = both(
-            signals((512, 512), instances, **features), signals((512, 512), instances, **teacher)
-        )["loss_ima"]
-        torch.testing.assert_close(loss, torch.tensor(expected))
-
-
-@pytest.mark.parametrize("scope", ["box", "mask"])
-def test_a_batch_without_instances_is_a_connected_zero(scope):
-    one = ima_head(scope, channels=(2, 3))
-    student = torch.randn(2, 2, 16, 16, requires_grad=True)
-    instances = [picture([]), picture([])]
-    loss = one(
-        signals((64, 64), instances, p2=student),
-        signals((64, 64), instances, p2=torch.zeros(2, 3, 16, 16)),
-    )["loss_ima"]
-    loss.backward()
-    assert loss == 0
-    assert (student.grad == 0).all()
-    assert all((p.grad == 0).all() for p in one.parameters())
-
-
-def test_image_scope_with_all_parts_off_is_fitnet():
-    student, teacher = torch.randn(2, 2, 2, 8, 8)
-    losses = ima_head("image")(signals((32, 32), p2=student), signals((32, 32), p2=teacher))
-    torch.testing.assert_close(losses["loss_ima/p2"], fitnet(student, teacher))
-
-
-def test_masks_change_from_step_to_step_and_come_back_with_the_state():
-    one = ima_head("image", mask_ratio=0.5, seed=3)
-    student, teacher = (signals((32, 32), p2=torch.randn(1, 2, 8, 8)) for _ in range(2))
-    state = one.state_dict()
-    first, second = (one(student, teacher)["loss_ima/p2"].item() for _ in range(2))
-    assert first != second
-    again = ima_head("image", mask_ratio=0.5, seed=3)
-    again.load_state_dict(state)
-    assert [again(student, teacher)["loss_ima/p2"].item() for _ in range(2)] == [first, second]
 
 
 def test_a_spec_is_all_that_a_feature_head_reads():

@@ -66,7 +66,7 @@ class _HalfSpectrum(torch.autograd.Function):
         return torch.fft.rfft2(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         height, width = ctx.size
         # The inverse counts the mirrored columns twice and divides by the number of cells.
         scale = height * width / half_spectrum_weight(width, gradient.device)

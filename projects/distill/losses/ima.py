@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .frequency import half_spectrum_weight
+from .frequency import half_spectrum, half_spectrum_weight
 from .reduce import full_precision, same_shape
 
 EPS = 1e-5  # added to the variances of Eq. 6; the paper is silent
@@ -133,7 +133,8 @@ def class_moments(
     student = frequency_filtered(student, mask)
     classes = torch.arange(num_classes, device=labels.device)[:, None]
     member = (labels.flatten(1)[:, None] == classes).to(student.dtype)
-    moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
+    with torch.autocast(student.device.type, enabled=False):  # it would halve matrix products
+        moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
     return moments, member.amax(2).flatten()
 
 
@@ -218,7 +219,7 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Moments
     """Moments of the masked student from the spectra (Parseval); no inverse transform."""
     height, width = student.shape[-2:]
     cells = height * width
-    s, t = mask * torch.fft.rfft2(student), torch.fft.rfft2(teacher)
+    s, t = mask * half_spectrum(student), half_spectrum(teacher)
     weight = half_spectrum_weight(width, s.device).expand(height, -1).clone()
     weight[0, 0] = 0  # the constant term is the mean, not variance
     weight = weight / cells**2
