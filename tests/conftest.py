@@ -21,8 +21,9 @@ from distill.data.datasets import register_coco_format
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import write_coco
 from distill.heads import build_heads, teacher_needed
+from distill.heads.fpn import Level
 from distill.probes import build_probe
-from distill.structures import NetSpec
+from distill.structures import Batch, NetSpec, Signals
 from distill.teacher import Teacher
 
 
@@ -191,6 +192,25 @@ def distilled_from_itself(family: str, heads: Sequence[str], *opts: Any, **kw: A
     """:func:`distilled` with a copy of the student for a teacher."""
     student = outspoken_model(family, *opts, **kw)
     return distilled(family, heads, *opts, student=student, teacher=copy.deepcopy(student), **kw)
+
+
+def feature_head(cls: Any, level: Level | None = None, channels: Any = (1, 1), **kw: Any) -> Any:
+    """A head of one level, P3 of both networks by default."""
+    return cls(levels=[level or Level("p3", "p3", 8, 8)], channels=[channels], **kw)
+
+
+def built_head(cls: Any, family: str, *opts: Any, teacher_channels: int = 16) -> Any:
+    """A head as the config of ``family`` describes it."""
+    student = net_spec("student", tiny_model(family))
+    teacher = net_spec("teacher", tiny_model(family, fpn=teacher_channels))
+    return cls(tiny_cfg(family, *opts), student, teacher)
+
+
+def signals(
+    canvas: tuple[int, int], instances: Sequence[Instances] = (), **features: Tensor
+) -> Signals:
+    batch = Batch([{"instances": x} for x in instances], canvas, list(instances))
+    return Signals(batch, features=features)
 
 
 def kd_losses(

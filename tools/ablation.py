@@ -96,6 +96,7 @@ STUDIES = {
             multiscale_only={**MKD_OFF, "MULTISCALE_WEIGHT": 1.0},
             FDMD_only={**MKD_OFF, "FDMD_WEIGHT": 1.0},
             FAD_only={**MKD_OFF, "FAD_WEIGHT": 1.0},
+            all_levels={"IN_FEATURES": ()},
         ),
     ),
     "tid": Study(FRCNN[0], "demo_tid.yaml", FRCNN[1], TID_SWITCHES),

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import net_spec, tiny_cfg, tiny_model
+from conftest import built_head, feature_head, signals, tiny_cfg
 from detectron2.layers import ShapeSpec
 from torch import nn
 
 from distill.errors import ConfigError
 from distill.heads import FitNet, FPNDistillHead
 from distill.heads.fpn import Level, match_levels
-from distill.structures import Batch, NetSpec, Signals
+from distill.structures import NetSpec
 
 BOX = (0.0, 0.0, 32.0, 32.0)
 
@@ -69,16 +69,6 @@ def test_an_unknown_level_is_named_with_the_nearest_first():
     )
 
 
-def head(cls=FitNet, level=None, channels=(1, 1), **kwargs):
-    return cls(levels=[level or Level("p3", "p3", 8, 8)], channels=[channels], **kwargs)
-
-
-def signals(canvas, instances=(), **features):
-    return Signals(
-        Batch([{"instances": x} for x in instances], canvas, list(instances)), features=features
-    )
-
-
 def ramp(stride, height, width):
     """(1, 2, H, W): x and y of each cell's centre in pixels."""
     y, x = ((torch.arange(n) + 0.5) * stride for n in (height, width))
@@ -87,7 +77,9 @@ def ramp(stride, height, width):
 
 def test_equal_maps_pass_untouched():
     student, teacher = torch.randn(2, 1, 1, 4, 4)
-    ((s, t),) = head().maps(signals((32, 32), p3=student), signals((32, 32), p3=teacher))
+    ((s, t),) = feature_head(FitNet).maps(
+        signals((32, 32), p3=student), signals((32, 32), p3=teacher)
+    )
     assert torch.equal(s, student)
     assert torch.equal(t, teacher)
 
@@ -96,7 +88,7 @@ def test_the_teachers_padding_is_cut_not_resized():
     student = ramp(8, 4, 5)
     teacher = torch.full((1, 2, 8, 8), 1e6)
     teacher[..., :4, :5] = student
-    one = head(channels=(2, 2))
+    one = feature_head(FitNet, channels=(2, 2))
     ((s, t),) = one.maps(signals((32, 40), p3=student), signals((32, 40), p3=teacher))
     assert torch.equal(t, s)
 
@@ -105,7 +97,7 @@ def test_the_teachers_padding_is_cut_not_resized():
 def test_a_finer_teacher_is_averaged_to_the_students_cells(padding):
     student, teacher = ramp(16, 3, 2), torch.full((1, 2, 6 + padding, 4 + padding), 1e6)
     teacher[..., :6, :4] = ramp(8, 6, 4)
-    one = head(level=Level("p4", "p3", 16, 8), channels=(2, 2))
+    one = feature_head(FitNet, level=Level("p4", "p3", 16, 8), channels=(2, 2))
     ((s, t),) = one.maps(signals((48, 32), p4=student), signals((48, 32), p3=teacher))
     torch.testing.assert_close(t, s)  # centres average to the centre
 
@@ -114,7 +106,7 @@ def test_a_finer_teacher_is_averaged_to_the_students_cells(padding):
 def test_a_coarser_teacher_is_interpolated_at_the_students_cells(padding):
     student, teacher = ramp(8, 8, 6), torch.full((1, 2, 4 + padding, 3 + padding), 1e6)
     teacher[..., :4, :3] = ramp(16, 4, 3)
-    one = head(level=Level("p3", "p4", 8, 16), channels=(2, 2))
+    one = feature_head(FitNet, level=Level("p3", "p4", 8, 16), channels=(2, 2))
     ((s, t),) = one.maps(signals((64, 48), p3=student), signals((64, 48), p4=teacher))
     inside = (..., slice(1, -1), slice(1, -1))  # beyond the outer centres nothing is known
     torch.testing.assert_close(t[inside], s[inside])
@@ -123,7 +115,7 @@ def test_a_coarser_teacher_is_interpolated_at_the_students_cells(padding):
 
 def test_a_canvas_that_is_no_multiple_of_the_stride_keeps_its_last_cell():
     teacher = ramp(16, 4, 4)
-    one = head(level=Level("p4", "p4", 16, 16), channels=(2, 2))
+    one = feature_head(FitNet, level=Level("p4", "p4", 16, 16), channels=(2, 2))
     student = signals((40, 56), p4=torch.zeros(1, 2, 3, 4))
     ((_, t),) = one.maps(student, signals((40, 56), p4=teacher))
     assert torch.equal(t, teacher[..., :3, :])
@@ -140,7 +132,7 @@ def test_adapters_only_where_channels_differ():
 
 
 def test_the_adapter_acts_on_the_student():
-    one = head(channels=(1, 2))
+    one = feature_head(FitNet, channels=(1, 2))
     with torch.no_grad():
         one.adapters["p3"].weight[:, 0, 0, 0] = torch.tensor([2.0, 3.0])
         one.adapters["p3"].bias[:] = torch.tensor([0.0, 1.0])
@@ -167,27 +159,21 @@ def test_a_subclass_writes_one_method():
         def loss(self, student, teacher, stride, batch):
             return stride * (student - teacher).mean() + batch.canvas[0]
 
-    one = head(StrideTimesGap)
+    one = feature_head(StrideTimesGap)
     student, teacher = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     losses = one(signals((32, 32), p3=student), signals((32, 32), p3=teacher))
     assert losses == {"loss_stridetimesgap/p3": 8 + 32}
 
 
-def build(cls, family, *opts, teacher_channels=16):
-    student = net_spec("student", tiny_model(family))
-    teacher = net_spec("teacher", tiny_model(family, fpn=teacher_channels))
-    return cls(tiny_cfg(family, *opts), student, teacher)
-
-
 @pytest.mark.parametrize("teacher_channels, parameters", [(16, 0), (24, 5 * (16 * 24 + 24))])
 def test_built_from_a_config(teacher_channels, parameters):
-    fitnet_head = build(FitNet, "retinanet", teacher_channels=teacher_channels)
+    fitnet_head = built_head(FitNet, "retinanet", teacher_channels=teacher_channels)
     assert [x.student for x in fitnet_head.levels] == ["p2", "p3", "p4", "p5", "p6"]
     assert sum(p.numel() for p in fitnet_head.parameters()) == parameters
 
 
 def test_named_features_of_a_config():
-    fitnet_head = build(FitNet, "retinanet", "MODEL.DISTILL.FITNET.IN_FEATURES", ("p4", "p3"))
+    fitnet_head = built_head(FitNet, "retinanet", "MODEL.DISTILL.FITNET.IN_FEATURES", ("p4", "p3"))
     assert [x.student for x in fitnet_head.levels] == ["p3", "p4"]
 
 

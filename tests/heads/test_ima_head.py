@@ -2,32 +2,26 @@
 
 import pytest
 import torch
-from conftest import distilled, kd_losses, net_spec, picture, tiny_cfg, tiny_model
+from conftest import (
+    built_head,
+    distilled,
+    feature_head,
+    kd_losses,
+    net_spec,
+    picture,
+    signals,
+    tiny_cfg,
+    tiny_model,
+)
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from distill.heads import IMA
 from distill.heads.fpn import Level
 from distill.heads.ima import CROP_SIZE, cell_labels
 from distill.losses import fitnet, ima_classes
-from distill.structures import Batch, Signals
+from distill.structures import Batch
 
 BOX = (0.0, 0.0, 32.0, 32.0)
-
-
-def build(cls, family, *opts, teacher_channels=16):
-    student = net_spec("student", tiny_model(family))
-    teacher = net_spec("teacher", tiny_model(family, fpn=teacher_channels))
-    return cls(tiny_cfg(family, *opts), student, teacher)
-
-
-def head(cls, level=None, channels=(1, 1), **kwargs):
-    return cls(levels=[level or Level("p3", "p3", 8, 8)], channels=[channels], **kwargs)
-
-
-def signals(canvas, instances=(), **features):
-    return Signals(
-        Batch([{"instances": x} for x in instances], canvas, list(instances)), features=features
-    )
 
 
 def ramp(stride, height, width):
@@ -48,14 +42,14 @@ def ramp(stride, height, width):
     ],
 )
 def test_default_scope_of_ima(family, scope):
-    ima_head = build(IMA, family)
+    ima_head = built_head(IMA, family)
     assert ima_head.scope == scope
     levels = ["p2", "p3", "p4", "p5"]  # instances lie on the levels that the box head pools from
     assert [x.student for x in ima_head.levels] == levels + ["p6"] * (scope in ("image", "class"))
 
 
 def test_scope_and_options_of_a_config():
-    ima_head = build(
+    ima_head = built_head(
         IMA,
         "faster",
         *("MODEL.DISTILL.IMA.SCOPE", "image", "MODEL.DISTILL.IMA.MASK_RATIO", 0.3),
@@ -91,7 +85,9 @@ def ima_head(scope, level=None, channels=(2, 2), **options):
         "scale_on": "standardized",
         "scale_floor": 0.1,
     }
-    return head(IMA, level or Level("p2", "p2", 4, 4), channels, scope=scope, **defaults | options)
+    return feature_head(
+        IMA, level or Level("p2", "p2", 4, 4), channels, scope=scope, **defaults | options
+    )
 
 
 def batch_of(pictures):
@@ -153,12 +149,14 @@ def test_cells_off_the_mask_count_for_boxes_only(scope, counts):
     teacher[0] += 5  # the first picture has no box
     instances = [halves([]), halves([BOX])]
     loss = ima_head(scope)(
-        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=teacher)
+        signals((64, 64), instances, p2=student),
+        signals((64, 64), instances, p2=teacher),
     )["loss_ima"]
     assert (loss > 1) == counts
     teacher[1, :, :8, :2] += 5  # on the mask
     loss = ima_head(scope)(
-        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=teacher)
+        signals((64, 64), instances, p2=student),
+        signals((64, 64), instances, p2=teacher),
     )["loss_ima"]
     assert loss > 1
 
@@ -171,7 +169,8 @@ def test_boxes_crop_both_networks_at_the_same_place():
     inner = [(4.0, 4.0, 28.0, 28.0), (36.0, 36.0, 60.0, 60.0)]  # away from the gap's border
     instances = [halves(inner)]
     loss = ima_head("box", channels=(1, 1))(
-        signals((64, 64), instances, p2=student), signals((64, 64), instances, p2=student - gap)
+        signals((64, 64), instances, p2=student),
+        signals((64, 64), instances, p2=student - gap),
     )["loss_ima"]
     torch.testing.assert_close(loss, torch.tensor((9.0 + 1.0) / 2))
 
@@ -191,7 +190,8 @@ def test_large_boxes_are_read_on_coarse_levels():
     for size, expected in ((100.0, 4.0), (500.0, 9.0)):  # 224 px lie on stride 16 in FPN
         instances = [halves([(0.0, 0.0, size, size)], masks="", size=512)]
         loss = both(
-            signals((512, 512), instances, **features), signals((512, 512), instances, **teacher)
+            signals((512, 512), instances, **features),
+            signals((512, 512), instances, **teacher),
         )["loss_ima"]
         torch.testing.assert_close(loss, torch.tensor(expected))
 
@@ -275,5 +275,5 @@ def test_cells_take_the_label_at_their_centre(size, stride):
 
 
 def test_a_panoptic_student_may_choose_its_semantic_classes():
-    ima_head = build(IMA, "panoptic", "MODEL.DISTILL.IMA.SCOPE", "class")
+    ima_head = built_head(IMA, "panoptic", "MODEL.DISTILL.IMA.SCOPE", "class")
     assert (ima_head.scope, ima_head.num_classes) == ("class", 4)
