@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -149,6 +152,26 @@ def outspoken_model(family: str, *opts: Any, seed: int = 0, **kw: Any) -> nn.Mod
         if parameter.dim() > 1 and any(x in name for x in PREDICTORS):
             nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def tiny_fcos(seed: int = 0, backbone: str = "build_shallow_resnet_fpn_backbone") -> nn.Module:
+    """detectron2's FCOS, which has no yaml, on P2 to P6 and with outspoken predictors."""
+    torch.manual_seed(seed)
+    neck = BACKBONE_REGISTRY.get(backbone)(tiny_cfg("retinanet"), ShapeSpec(channels=3))
+    levels = [f"p{k}" for k in range(2, 7)]
+    shapes = [neck.output_shape()[k] for k in levels]
+    model = FCOS(
+        backbone=neck,
+        head=FCOSHead(input_shape=shapes, num_classes=NUM_CLASSES, conv_dims=[16]),
+        head_in_features=levels,
+        box2box_transform=Box2BoxTransformLinear(normalize_by_size=True),
+        num_classes=NUM_CLASSES,
+        pixel_mean=[103.53, 116.28, 123.675],
+        pixel_std=[57.0, 57.0, 57.0],
+    )
+    for predictor in (model.head.cls_score, model.head.bbox_pred):
+        nn.init.normal_(predictor.weight, std=0.1)
+    return model.train()
 
 
 def net_spec(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetSpec:

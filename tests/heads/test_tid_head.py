@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, kd_losses, outspoken_model, picture, tiny_model
+from conftest import distilled, kd_losses, outspoken_model, picture, tiny_fcos, tiny_model
 
 from distill import losses
 from distill.errors import ConfigError
@@ -241,6 +241,18 @@ def test_anchors_may_differ():
     teacher = outspoken_model("faster", *one, seed=1)
     found, _, _ = heard(tid_model("faster", teacher=teacher), [picture(0)])
     assert sum(found.values()) > 0
+
+
+def test_points_of_an_fcos_have_one_box():
+    """No anchors, no matcher: RetinaNet's thresholds, and boxes by its own decoding."""
+    model = distilled("retinanet", ["TID"], student=tiny_fcos(0), teacher=tiny_fcos(1))
+    assert model.heads["TID"].thresholds == ((0.4, 0.5), (0.4, 0.5))
+    found, student, _ = heard(model, [picture(0, objects=3), picture(1, objects=0)])
+    assert sum(found.values()) > 0.1
+    for level, (boxes, size) in enumerate(zip(student.dense_boxes, student.dense.sizes)):
+        assert boxes.shape == (2, size[0] * size[1], 4)
+        centres = cell_centres(size, 4 * 2**level, torch.device("cpu"))
+        assert ((boxes[0, :, :2] <= centres) & (boxes[0, :, 2:] >= centres)).all()
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,12 @@
 
 import pytest
 import torch
-from conftest import STOCK_P3_P7, picture, tiny_cfg, tiny_model
+from conftest import STOCK_P3_P7, distilled, picture, tiny_cfg, tiny_fcos, tiny_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, RetinaNet
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.box_regression import Box2BoxTransformLinear
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.utils.events import EventStorage
 
-from distill import DistillRetinaNet
-from distill.heads import MSSD
-from distill.heads.mssd import MaskAdapter
 from distill.nets import PAFPN
-from distill.probes import build_probe
 
 BUILDERS = {
     "build_shallow_resnet_pafpn_backbone": ((), 6, range(2, 6)),
@@ -104,35 +97,9 @@ def test_detectors_read_the_deep_maps(family):
 
 
 def test_an_fcos_teaches_itself():
-    """detectron2's FCOS has no yaml; it takes the same backbone and the same head."""
-    neck = backbone("build_retinanet_resnet_pafpn_backbone")
-    levels = [f"p{k}" for k in range(3, 8)]
-    shapes = [neck.output_shape()[k] for k in levels]
-    student = FCOS(
-        backbone=neck,
-        head=FCOSHead(input_shape=shapes, num_classes=3, conv_dims=[16]),
-        head_in_features=levels,
-        box2box_transform=Box2BoxTransformLinear(normalize_by_size=True),
-        num_classes=3,
-        pixel_mean=[103.53, 116.28, 123.675],
-        pixel_std=[57.0, 57.0, 57.0],
-    )
-    assert isinstance(student.anchor_generator, DefaultAnchorGenerator)
-    head = MSSD(
-        levels=["p3", "p4", "p5"],
-        strides=[8, 16, 32],
-        channels=[16, 16, 16],
-        distill_weight=1.0,
-        mask_weight=1.0,
-        gamma=0.05,
-        binary=False,
-        sigma2=2.0,
-    )
-    assert all(isinstance(x, MaskAdapter) for x in head.mask_adapters.values())
-    heads = torch.nn.ModuleDict({"MSSD": head})
-    model = DistillRetinaNet(student=student, teacher=None, heads=heads).train()
-    assert build_probe(student).signals >= {"shallow", "dense", "dense_boxes"}
+    student = tiny_fcos(backbone="build_shallow_resnet_pafpn_backbone")
+    model = distilled("retinanet", ["MSSD"], student=student)
     with EventStorage():
         losses = model([picture(0), picture(1)])
-    assert sum(k.startswith("loss_mssd") for k in losses) == 6
+    assert sum(k.startswith("loss_mssd") for k in losses) == 8
     sum(losses.values()).backward()
