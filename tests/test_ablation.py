@@ -62,7 +62,7 @@ def test_differences_are_paired_and_runs_reused(
     assert trained == [
         *("teacher 0", "baseline 0", "full 0", "key only 0", "baseline 1", "full 1", "key only 1")
     ]
-    content = json.loads((tmp_path / "tid.json").read_text())
+    content = json.loads(next(tmp_path.glob("tid_*.json")).read_text())
     assert content["AP"]["full"] == [13.0, 23.0] and content["seeds"] == [0, 1]
     assert content["commit"] and content["command"]
     assert "3.0 ± 0.0" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_self_distillation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(demo, "TIMED_IMAGES", 1)
     arguments = ["mssd", "--tune", "--variants", "full", "--out", str(tmp_path)]
     assert ablation.main([*arguments, "--opts", "MODEL.DISTILL.MSSD.WEIGHT", "0.5"]) == 0
-    content = json.loads((tmp_path / "mssd_tuning.json").read_text())
+    content = json.loads(next(tmp_path.glob("mssd_tuning_*.json")).read_text())
     assert set(content["AP"]) == {"baseline", "full"} and content["seeds"] == [100]
     config = next((tmp_path / "stages").glob("full-100-*/student.yaml")).read_text()
     assert "build_shallow_resnet_pafpn_backbone" in config

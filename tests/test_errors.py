@@ -146,7 +146,15 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a neck without shallow maps": (
         ["MODEL.DISTILL.HEADS", "('MSSD',)"],
-        ["MSSD does not work here", "shallow", "heads that do: none"],
+        ["MSSD does not work here", "MODEL.BACKBONE.NAME", "pafpn"],
+    ),
+    "no term left": (
+        [
+            *("MODEL.DISTILL.HEADS", "('MKD',)", "MODEL.DISTILL.MKD.FEA_WEIGHT", "0.0"),
+            *("MODEL.DISTILL.MKD.MULTISCALE_WEIGHT", "0.0", "MODEL.DISTILL.MKD.FDMD_WEIGHT", "0.0"),
+            *("MODEL.DISTILL.MKD.FAD_WEIGHT", "0.0"),
+        ],
+        ["FEA_WEIGHT", "all 0", "WEIGHT 0.0 to switch the head off"],
     ),
     "classes without semantic labels": (
         ["MODEL.DISTILL.IMA.SCOPE", "class"],

@@ -18,10 +18,23 @@ from torch import nn
 
 from distill.config import get_distill_cfg, teacher_config
 from distill.data.datasets import class_names
-from distill.engine import Trainer, TrainLoop, finished_checkpoint, main
+from distill.engine import Trainer, TrainLoop, finished_checkpoint, main, scale_to_workers
 from distill.errors import WeightsError
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_heads_schedules_scale_with_the_workers() -> None:
+    """As the iterations do when a schedule for 8 GPUs runs on one."""
+    opts = ("MODEL.DISTILL.FITNET.WARMUP_ITERS", 10, "MODEL.DISTILL.FITNET.STOP_ITER", 60)
+    cfg = tiny_cfg("faster", *distill_opts("faster", ["FitNet"]), *opts)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 8, 16, 90
+    scaled = scale_to_workers(cfg)
+    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.IMS_PER_BATCH) == (720, 2)
+    assert scaled.MODEL.DISTILL.FITNET.WARMUP_ITERS == 80
+    assert scaled.MODEL.DISTILL.FITNET.STOP_ITER == 480
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 1
+    assert scale_to_workers(cfg).MODEL.DISTILL.FITNET.STOP_ITER == 60
 
 
 class Toy(nn.Module):

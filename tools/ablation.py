@@ -8,6 +8,7 @@ initial weights on the same pictures, so that differences are paired. Finished r
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -197,6 +198,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def result_suffix(args: argparse.Namespace) -> str:
+    """Of the raw file's name: runs of other variants, seeds or overrides do not replace it."""
+    described = f"{args.seeds} {args.variants} {args.opts}"
+    digest = hashlib.sha256(described.encode()).hexdigest()[:6]
+    return f"{'_tuning' if args.tune else ''}_{digest}"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = Console(file=sys.stdout)
@@ -213,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         print_table(console, name, results)
         facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": first, "opts": args.opts}
         facts |= {"command": " ".join(["python", *sys.argv]), "commit": commit()}
-        path = out / f"{name}{'_tuning' if args.tune else ''}.json"
+        path = out / f"{name}{result_suffix(args)}.json"
         write_json(path, {"AP": results, **facts, "versions": versions()})
         console.print(f"wrote {path}")
     return 0

@@ -325,13 +325,12 @@ def _validate_distill(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.DISTILL.HEADS {tuple(node.HEADS)} names a head twice.")
     for name in node.HEADS:
         _one_of("MODEL.DISTILL.HEADS", name, [n for n, _ in DISTILL_HEAD_REGISTRY])
-        path = f"MODEL.DISTILL.{name.upper()}"
         if name.upper() not in node:
             raise ConfigError(
                 f"MODEL.DISTILL.HEADS: {name} has no config section; call "
                 f"add_head_section('{name}') where it is registered."
             )
-        _validate_section(path, node[name.upper()])
+        _validate_section(name.upper(), node[name.upper()])
     if "IMA" in node.HEADS and node.IMA.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
         raise ConfigError(
             "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
@@ -339,36 +338,60 @@ def _validate_distill(cfg: CfgNode) -> None:
         )
 
 
+Rule = tuple[Callable[[Any], bool], str]
+_POSITIVE: Rule = (lambda x: x > 0, "above 0")
+_BELOW_1: Rule = (lambda x: 0 <= x < 1, "in [0, 1)")
+_FRACTION: Rule = (lambda x: 0 <= x <= 1, "in [0, 1]")
+_SHARE: Rule = (lambda x: 0 < x <= 1, "in (0, 1]")
+_CELLS: Rule = (
+    lambda x: len(x) > 0 and all(isinstance(k, int) and k >= 1 for k in x),
+    "whole numbers from 1",
+)
 _CHOICES = {
-    "SCOPE": IMA_SCOPES,
-    "SCALE_ON": ("standardized", "raw"),
-    "MASK": MSSD_MASKS,
-    "SCORE": TID_SCORES,
-    "AREA": TID_AREAS,
+    "IMA.SCOPE": IMA_SCOPES,
+    "IMA.SCALE_ON": ("standardized", "raw"),
+    "MSSD.MASK": MSSD_MASKS,
+    "TID.SCORE": TID_SCORES,
+    "TID.AREA": TID_AREAS,
 }
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "TEMPERATURE": (lambda x: x > 0, "above 0"),
-    "SIGMA2": (lambda x: x > 0, "above 0"),
-    "MASK_RATIO": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "SCALE_FLOOR": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "NMS_IOU": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "GAMMA": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "TOP": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "SCALES": (
-        lambda x: len(x) > 0 and all(isinstance(k, int) and k >= 1 for k in x),
-        "whole numbers from 1",
-    ),
+_RULES = {
+    "ROIKD.TEMPERATURE": _POSITIVE,
+    "MASKKD.TEMPERATURE": _POSITIVE,
+    "DENSEKD.TEMPERATURE": _POSITIVE,
+    "IMA.MASK_RATIO": _BELOW_1,
+    "IMA.SCALE_FLOOR": _FRACTION,
+    "MKD.SCALES": _CELLS,
+    "MKD.MASK_RATIO": _BELOW_1,
+    "MKD.TEMPERATURE": _POSITIVE,
+    "MSSD.GAMMA": _SHARE,
+    "MSSD.SIGMA2": _POSITIVE,
+    "TID.GAMMA": _SHARE,
+    "TID.TOP": _SHARE,
+    "TID.NMS_IOU": _FRACTION,
+}
+# Factors of the terms of a loss: without any, adapters would get no gradient.
+_TERMS = {
+    "MKD": ("FEA_WEIGHT", "MULTISCALE_WEIGHT", "FDMD_WEIGHT", "FAD_WEIGHT"),
+    "MSSD": ("DISTILL_WEIGHT", "MASK_WEIGHT"),
+    "TID": ("ALPHA_HIGH", "ALPHA_MED", "ALPHA_LOW"),
 }
 
 
-def _validate_section(path: str, section: CfgNode) -> None:
+def _validate_section(head: str, section: CfgNode) -> None:
+    terms = _TERMS.get(head, ())
     for key, value in section.items():
-        if key.endswith(("WEIGHT", "_ITERS", "_ITER")) or key.startswith("ALPHA_"):
-            _at_least(f"{path}.{key}", value, 0)
-        if key in _CHOICES:
-            _one_of(f"{path}.{key}", value, _CHOICES[key])
-        if key in _RANGES and not _RANGES[key][0](value):
-            raise ConfigError(f"{path}.{key} is {value}; it must be {_RANGES[key][1]}.")
+        name, path = f"{head}.{key}", f"MODEL.DISTILL.{head}.{key}"
+        if key.endswith(("WEIGHT", "_ITERS", "_ITER")) or key in terms:
+            _at_least(path, value, 0)
+        if name in _CHOICES:
+            _one_of(path, value, _CHOICES[name])
+        if name in _RULES and not _RULES[name][0](value):
+            raise ConfigError(f"{path} is {value}; it must be {_RULES[name][1]}.")
+    if terms and not any(section[key] for key in terms):
+        raise ConfigError(
+            f"MODEL.DISTILL.{head}: {', '.join(terms)} are all 0; set one of them above 0, or "
+            "WEIGHT 0.0 to switch the head off."
+        )
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()):
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_workers(cfg)
         check_batch_size(cfg)
         dataset = load_training_set(cfg)
         check_test_sets(cfg)
@@ -242,6 +242,22 @@ def check_test_sets(cfg: CfgNode) -> None:
     for name in cfg.DATASETS.TEST:
         evaluator_builders(name, cfg.OUTPUT_DIR)
         check_test_set(name)
+
+
+def scale_to_workers(cfg: CfgNode) -> CfgNode:
+    """detectron2's ``auto_scale_workers``, the schedules of the heads included."""
+    scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
+    if factor == 1 or cfg.MODEL.META_ARCHITECTURE not in distill_architectures():
+        return scaled
+    scaled = scaled.clone()
+    scaled.defrost()
+    for head in scaled.MODEL.DISTILL.HEADS:
+        section = scaled.MODEL.DISTILL[head.upper()]
+        section.WARMUP_ITERS = round(section.WARMUP_ITERS * factor)
+        section.STOP_ITER = round(section.STOP_ITER * factor)
+    scaled.freeze()
+    return scaled
 
 
 def check_batch_size(cfg: CfgNode) -> None:

@@ -9,8 +9,10 @@ Shape shorthand:
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
@@ -25,24 +27,26 @@ class Batch:
         canvas: (height, width) of the student's padded input in pixels. Boxes of every signal
             are in pixels of this canvas.
         instances: ground truth on the student's device; empty for semantic segmentation.
+        device: the student's.
     """
 
     inputs: list[dict[str, Any]]
     canvas: tuple[int, int]
     instances: list[Instances] = field(default_factory=list)
+    device: torch.device | str = "cpu"
 
     @property
     def boxes(self) -> list[Tensor]:
         """Ground-truth boxes, one (Ri, 4) XYXY tensor an image."""
         return [x.gt_boxes.tensor for x in self.instances]
 
-    @property
+    @cached_property
     def sem_seg(self) -> Tensor:
-        """Semantic labels, (N, H, W) of the canvas, padded with -1; not on the device yet."""
+        """Semantic labels, (N, H, W) of the canvas, padded with -1."""
         labels = [x["sem_seg"] for x in self.inputs]
         square = {"square_size": max(self.canvas)}  # then cut to the canvas
         padded = ImageList.from_tensors(labels, pad_value=-1, padding_constraints=square).tensor
-        return padded[:, : self.canvas[0], : self.canvas[1]]
+        return padded[:, : self.canvas[0], : self.canvas[1]].to(self.device)
 
 
 @dataclass

@@ -115,8 +115,13 @@ def test_a_teacher_beside_it_is_asked_for_the_others_needs_alone(tmp_path):
 
 
 def test_a_neck_without_shallow_maps_is_refused():
-    with pytest.raises(ConfigError, match=r"MSSD .*compares shallow, which the student"):
+    with pytest.raises(ConfigError, match=r"MSSD .*neck has no bottom-up pathway; .*_pafpn_backb"):
         distilled("faster", ["MSSD"])
+
+
+def test_a_student_without_boxes_is_refused():
+    with pytest.raises(ConfigError, match=r"MSSD .*SemanticSegmentor has no ground-truth boxes\.$"):
+        distilled("semantic", ["MSSD"], *PAFPN)
 
 
 def test_a_head_that_needs_a_teacher_is_refused_without_one():

@@ -12,6 +12,9 @@ from conftest import distilled, kd_losses, outspoken_model, picture, tiny_fcos, 
 from distill import losses
 from distill.errors import ConfigError
 from distill.heads.tid import cell_centres
+from distill.probes import build_probe
+from distill.probes.dense import decode_dense, level_anchors
+from distill.structures import Batch, Dense, Signals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal
@@ -217,8 +220,9 @@ def test_classes_are_matched_by_name():
     assert wrong != pytest.approx(found, rel=1e-5)
 
 
-def test_a_class_that_the_teacher_does_not_know_has_no_probability():
+def test_a_class_that_the_teacher_does_not_know_has_no_probability(caplog):
     model = distilled("retinanet", ["TID"], teacher_classes=("circle", "square", "x"))
+    assert "TID skips classes unknown to the teacher: star" in caplog.text
     inputs = picture(0, objects=3)
     inputs["instances"].gt_classes[:] = 2  # star
     _, student, teacher = heard(model, [inputs])
@@ -226,6 +230,35 @@ def test_a_class_that_the_teacher_does_not_know_has_no_probability():
     for net in (student, teacher):
         score, tie, _ = head.scores(net, student, 0, (0.4, 0.5))
         assert tie.abs().sum() == 0 and score.max() <= 2
+
+
+@pytest.mark.parametrize("family", ["faster", "retinanet"])
+def test_anchors_are_the_generators_own(family):
+    net = tiny_model(family, "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)
+    generator = detector(net).anchor_generator
+    sizes = [(5, 7), (3, 4), (2, 2), (1, 1), (1, 1)]
+    expected = generator([torch.empty(1, 1, *size) for size in sizes])
+    for found, boxes in zip(level_anchors(generator, sizes), expected):
+        torch.testing.assert_close(found, boxes.tensor)
+
+
+def test_half_precision_deltas_are_decoded_in_full_precision():
+    net = tiny_fcos()
+    deltas = [torch.rand(1, 4, 4).half() for _ in range(5)]
+    sizes = [(2, 2)] * 5
+    half, full = (Signals(Batch([], (8, 8))) for _ in range(2))
+    half.dense, full.dense = Dense([], deltas, sizes), Dense([], [d.float() for d in deltas], sizes)
+    for signals in (half, full):
+        decode_dense(net, signals, {"dense_boxes"})
+    for a, b in zip(half.dense_boxes, full.dense_boxes):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_precomputed_proposals_have_no_dense_head():
+    student = tiny_model("faster", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    assert not build_probe(student).signals & {"dense", "dense_boxes"}
+    with pytest.raises(ConfigError, match=r"TID .*compares dense, dense_boxes, which the student"):
+        distilled("faster", ["TID"], student=student)
 
 
 def test_thresholds_are_the_detectors_own():

@@ -186,10 +186,12 @@ def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec | None) -> nn.M
         cls = DISTILL_HEAD_REGISTRY.get(name)
         problem = cls.problem(student, teacher)
         if problem:
-            working = [n for n, c in DISTILL_HEAD_REGISTRY if not c.problem(student, teacher)]
+            others = ""
+            if teacher is not None:
+                working = [n for n, c in DISTILL_HEAD_REGISTRY if not c.problem(student, teacher)]
+                others = f"; heads that do: {choices(name, working) if working else 'none'}"
             raise ConfigError(
-                f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}; "
-                f"heads that do: {choices(name, working) if working else 'none'}."
+                f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}{others}."
             )
         heads[name] = cls(cfg, student, teacher)
     return heads

@@ -94,11 +94,9 @@ class PredictionDistillHead(DistillHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        ret["classes"] = ClassMap(cls.class_names(student), cls.class_names(teacher))
+        names = cls.class_names(student), cls.class_names(teacher)
+        ret["classes"] = class_map(cls.__name__, *names)
         ret["temperature"] = cls.section(cfg).get("TEMPERATURE", 1.0)
-        if ret["classes"].dropped:
-            names = ", ".join(ret["classes"].dropped)
-            logger.warning("%s skips classes unknown to the teacher: %s", cls.__name__, names)
         return ret
 
     @classmethod
@@ -110,6 +108,15 @@ class PredictionDistillHead(DistillHead):
     def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
         problem = super().problem(student, teacher)
         return problem or no_shared_class(cls.class_names(student), cls.class_names(teacher))
+
+
+def class_map(head: str, student: tuple[str, ...], teacher: tuple[str, ...]) -> ClassMap:
+    """The classes that both networks list; the log says which ones ``head`` leaves out."""
+    classes = ClassMap(student, teacher)
+    if classes.dropped:
+        names = ", ".join(classes.dropped)
+        logger.warning("%s skips classes unknown to the teacher: %s", head, names)
+    return classes
 
 
 def no_shared_class(student: tuple[str, ...], teacher: tuple[str, ...]) -> str | None:

@@ -155,7 +155,7 @@ class IMA(FPNDistillHead):
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         if self.scope == "image":
             return self.align(student, teacher, None)
-        labels = cell_labels(batch.sem_seg.to(student.device), *student.shape[2:])
+        labels = cell_labels(batch.sem_seg, *student.shape[2:])
         mask = self.masks(student)
         total, count = ima_classes(student, teacher, labels, self.num_classes, mask, **self.options)
         return total / reduce_mean(count)

@@ -87,6 +87,17 @@ class MSSD(DistillHead):
             "sigma2": node.SIGMA2,
         }
 
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: Any) -> str | None:
+        if "shallow" not in student.signals:
+            return (
+                "the student's neck has no bottom-up pathway; set MODEL.BACKBONE.NAME to a "
+                "build_..._pafpn_backbone"
+            )
+        if not student.signals & {"dense", "rois"}:
+            return f"a {type(student.model).__name__} has no ground-truth boxes"
+        return super().problem(student, teacher)
+
     def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
         losses = {}
         finest = next(iter(self.strides))

@@ -18,7 +18,7 @@ from ..losses import (
 )
 from ..structures import NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, reduce_mean
-from .classes import ClassMap, no_shared_class
+from .classes import ClassMap, class_map, no_shared_class
 from .dense import DenseLayout, dense_classes, grid_problem
 from .fpn import FPNDistillHead
 
@@ -82,7 +82,7 @@ class TID(FPNDistillHead):
         return {
             **super().from_config(cfg, student, teacher),
             "thresholds": tuple(DenseLayout.of(net).thresholds for net in (student, teacher)),
-            "classes": ClassMap(dense_classes(student), dense_classes(teacher)),
+            "classes": class_map(cls.__name__, dense_classes(student), dense_classes(teacher)),
             "objectness": DenseLayout.of(student).objectness,
             "alphas": (node.ALPHA_HIGH, node.ALPHA_MED, node.ALPHA_LOW),
             "gamma": node.GAMMA,

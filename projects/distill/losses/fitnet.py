@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .reduce import same_shape
+from .reduce import mean_square, same_shape
 
 
 def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
@@ -13,10 +13,10 @@ def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: (N, C, H, W), already adapted to the teacher's channels.
-        teacher: (N, C, H, W), without gradient.
+        teacher: (N, C, H, W); a gradient reaches it, too, unless it is detached.
 
     Returns:
         A scalar >= 0 in float32; a connected zero for an empty batch.
     """
     student, teacher = same_shape(student, teacher)
-    return (student - teacher).square().sum() / max(student.numel(), 1)
+    return mean_square(student - teacher)

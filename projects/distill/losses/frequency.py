@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reduce import same_shape
 
@@ -66,6 +67,7 @@ class _HalfSpectrum(torch.autograd.Function):
         return torch.fft.rfft2(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         height, width = ctx.size
         # The inverse counts the mirrored columns twice and divides by the number of cells.

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .frequency import masked_energy
-from .reduce import same_shape
+from .reduce import mean_square, same_shape
 
 ATTENTION_TEMPERATURE = 0.5  # τ of the spatial attention; the paper is silent
 MKD_TERMS = ("fea", "multiscale", "fdmd", "fad")
@@ -35,7 +36,7 @@ def multi_scale(student: Tensor, teacher: Tensor, scales: Sequence[int] = (1, 2,
         raise ValueError(f"scales must be at least 1 each, got {tuple(scales)}")
     student, teacher = same_shape(student, teacher)
     gap = student - teacher
-    return _multi_scale(gap, scales, _mean_square(gap))
+    return _multi_scale(gap, scales, mean_square(gap))
 
 
 def channel_alignment(
@@ -88,6 +89,7 @@ class _Divergence(torch.autograd.Function):
         return divergence
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0] * gradient, None
 
@@ -134,7 +136,7 @@ def mkd(
     student, teacher = same_shape(student, teacher)
     losses = {}
     gap = student - teacher
-    square = _mean_square(gap)
+    square = mean_square(gap)
     if "fea" in terms:
         losses["fea"] = square
     if "multiscale" in terms:
@@ -144,10 +146,6 @@ def mkd(
     if "fad" in terms:
         losses["fad"] = channel_alignment(student, teacher, temperature, attention)
     return losses
-
-
-def _mean_square(gap: Tensor) -> Tensor:
-    return gap.square().sum() / max(gap.numel(), 1)
 
 
 def _multi_scale(gap: Tensor, scales: Sequence[int], square: Tensor) -> Tensor:

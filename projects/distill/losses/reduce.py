@@ -24,6 +24,11 @@ def same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return full_precision(student), full_precision(teacher)
 
 
+def mean_square(gap: Tensor) -> Tensor:
+    """Mean of the squares; a connected zero for an empty tensor."""
+    return gap.square().sum() / max(gap.numel(), 1)
+
+
 def connected_zero(*tensors: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
     """0 with a gradient path to every given tensor.
 

@@ -18,6 +18,8 @@ class PAFPN(Backbone):
     Outputs are the deep maps under the FPN's own names ("p3", ...), which detectors read, the
     coarser ones of ``top_block`` included, and the FPN's maps as "fpn_p3", .... Every level, the
     finest included, has an output convolution of its own, so that no deep map is its shallow one.
+    A dense detector that is built by hand, FCOS for one, must name its ``head_in_features``: by
+    default it reads every output.
 
     Args:
         fpn: without a top block.
@@ -113,7 +115,7 @@ def build_shallow_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet with FPN and PAN for RetinaNet and FCOS: P3-P5, and P6, P7 by strided convolutions."""
+    """ResNet with FPN and PAN for dense detectors: P3-P5, and P6, P7 by strided convolutions."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     top_block = LastLevelP6P7(channels, channels, in_feature="p5")
     return _build(cfg, build_resnet_backbone(cfg, input_shape), top_block)

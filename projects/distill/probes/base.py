@@ -86,7 +86,7 @@ class Probe:
         """The batch as the tapped student saw it."""
         images = calls["backbone"].args[0]
         instances = [x["instances"].to(images.device) for x in inputs if "instances" in x]
-        return Batch(inputs, tuple(images.shape[-2:]), instances)
+        return Batch(inputs, tuple(images.shape[-2:]), instances, images.device)
 
     def preprocess(self, inputs: list[Tensor], canvas: tuple[int, int]) -> Tensor:
         """Normalise, pad and batch pictures for this network.

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from torch import Tensor
 
@@ -39,12 +41,27 @@ def decode_dense(detector: Any, signals: Signals, needs: Collection[str]) -> Non
         return
     dense = signals.dense
     assert dense is not None, "the boxes are decoded from the dense signal"
-    # The generator reads the levels' sizes alone.
-    maps = [x.new_empty((0, *size)) for x, size in zip(dense.deltas, dense.sizes)]
-    for deltas, anchors in zip(dense.deltas, detector.anchor_generator(maps)):
-        repeated = anchors.tensor.repeat(len(deltas), 1)
-        boxes = detector.box2box_transform.apply_deltas(deltas.detach().flatten(0, 1), repeated)
+    for deltas, anchors in zip(dense.deltas, level_anchors(detector.anchor_generator, dense.sizes)):
+        deltas = deltas.detach().float()  # FCOS would decode in half precision
+        repeated = anchors.repeat(len(deltas), 1)
+        boxes = detector.box2box_transform.apply_deltas(deltas.flatten(0, 1), repeated)
         signals.dense_boxes.append(boxes.view(deltas.shape))
+
+
+def level_anchors(generator: DefaultAnchorGenerator, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Each level's (Hi x Wi x Ai, 4) anchors, as ``generator`` has them.
+
+    Its own forward makes the grid on the CPU and waits for the copy to the device.
+    """
+    anchors = []
+    for (height, width), stride, cell in zip(sizes, generator.strides, generator.cell_anchors):
+        x, y = (
+            (torch.arange(n, device=cell.device) + generator.offset) * stride
+            for n in (width, height)
+        )
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).repeat(1, 1, 2)
+        anchors.append((grid.view(-1, 1, 4) + cell).flatten(0, 1))
+    return anchors
 
 
 class DenseProbe(Probe):

@@ -48,7 +48,9 @@ class RCNNProbe(Probe):
 
     @property
     def signals(self) -> frozenset[str]:
-        signals = {*super().signals, "dense", "dense_boxes", "rois"}
+        signals = {*super().signals, "rois"}
+        if hasattr(self.model.proposal_generator, "rpn_head"):  # not with precomputed proposals
+            signals |= {"dense", "dense_boxes"}
         heads = self.model.roi_heads
         mask_head = getattr(heads, "mask_head", None)
         if isinstance(mask_head, BaseMaskRCNNHead) and hasattr(mask_head, "predictor"):
