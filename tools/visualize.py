@@ -36,7 +36,7 @@ from distill.errors import ConfigError, DataError, DistillError, WeightsError
 from distill.heads import IMA, MKD, MSSD, TID, DistillHead
 from distill.heads.ima import CROPPED, cell_labels
 from distill.losses import joint_attention, tid_mask
-from distill.losses.ima import frequency_filtered
+from distill.losses.frequency import frequency_filtered
 from distill.losses.tid import tid_areas
 from distill.meta_arch import DistillModel
 from distill.structures import Batch, Signals
@@ -275,7 +275,7 @@ def read_picture(cfg: CfgNode, heads: dict[str, DistillHead], image: str) -> dic
     try:
         mapped = train_mapper(without_augmentation(cfg))(entry)
     except UNREADABLE as e:
-        raise DataError(f"'{entry['file_name']}' cannot be read: {type(e).__name__} {e}") from e
+        raise DataError(f"'{entry['file_name']}' cannot be read as a picture: {e}.") from e
     for name, head in heads.items():
         if lack := missing_truth(head, mapped):
             raise DataError(f"{name} shows {lack}, but '{entry['file_name']}' has none.")

@@ -92,11 +92,12 @@ def draw(grid: Grid, picture: Picture, title: str, path: Path) -> None:
 
 def draw_overview(ax: Axes, grid: Grid, picture: Picture) -> None:
     """The picture with its numbered boxes, and the legend of the classes in the grid."""
-    ax.imshow(picture.image)
+    draw_image(ax, picture.image)
     ax.set(xticks=[], yticks=[], anchor="N")
     draw_boxes(ax, picture)
-    for (x, y, _, _), label in zip(picture.boxes, picture.labels):
-        ax.text(x, y, label, fontsize=7, color=BOX_COLOR, va="top", path_effects=HALO, clip_on=True)
+    for (x1, y1, x2, _), label in zip(picture.boxes, picture.labels):
+        x, side = (x2, "right") if x1 > 0.7 * picture.image.shape[1] else (x1, "left")
+        ax.text(x, y1, label, fontsize=7, color=BOX_COLOR, ha=side, va="top", path_effects=HALO)
     classes: dict[int, str] = {}
     for panel in grid.values():
         if panel.classes and panel.array is not None:
@@ -111,7 +112,7 @@ def draw_overview(ax: Axes, grid: Grid, picture: Picture) -> None:
 def draw_panel(ax: Axes, panel: Panel, picture: Picture, title: str) -> None:
     """The map over the grey picture; the lower a value, the more transparent."""
     grey = picture.image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
-    ax.imshow(picture.image if panel.array is None else grey)
+    draw_image(ax, picture.image if panel.array is None else grey)
     lines = [title, panel.note]
     left, top, right, bottom = panel.area
     if panel.array is not None and np.isfinite(panel.array).any():
@@ -135,6 +136,11 @@ def draw_panel(ax: Axes, panel: Panel, picture: Picture, title: str) -> None:
         ax.text(x, y, text, fontsize=6, color="w", ha="center", va="center", path_effects=HALO)
     ax.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], anchor="N")
     ax.set_title("\n".join(x for x in lines if x), fontsize=7)
+
+
+def draw_image(ax: Axes, image: NDArray[np.uint8]) -> None:
+    height, width = image.shape[:2]
+    ax.imshow(image, extent=(0, width, height, 0))  # by default pixel centres are whole numbers
 
 
 def draw_boxes(ax: Axes, picture: Picture) -> None:

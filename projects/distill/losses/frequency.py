@@ -81,6 +81,13 @@ def half_spectrum(x: Tensor) -> Tensor:
     return spectrum
 
 
+def frequency_filtered(maps: Tensor, mask: Tensor | None) -> Tensor:
+    """F̂ = F⁻¹(M ⊙ F(S)) of (N, C, H, W) maps; without a mask the maps themselves."""
+    if mask is None:
+        return maps
+    return torch.fft.irfft2(mask * half_spectrum(maps), s=maps.shape[-2:])
+
+
 def frequency_masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """mean (F⁻¹(M ⊙ F(S)) − T)² without the inverse transform.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .frequency import half_spectrum, half_spectrum_weight
+from .frequency import frequency_filtered, half_spectrum, half_spectrum_weight
 from .reduce import full_precision, same_shape
 
 EPS = 1e-5  # added to the variances of Eq. 6; the paper is silent
@@ -175,13 +175,6 @@ def _aligned(
     # The means' gap stays apart: squares of large means would swallow small variances.
     gap = scale * mean_s - mean_t
     return (scale**2 * var_s + var_t - 2 * scale * cov + gap**2).mean(1)
-
-
-def frequency_filtered(maps: Tensor, mask: Tensor | None) -> Tensor:
-    """F̂ = F⁻¹(M ⊙ F(S)) (Eq. 2-4) of (N, C, H, W) maps; without a mask the maps themselves."""
-    if mask is None:
-        return maps
-    return torch.fft.irfft2(mask * torch.fft.rfft2(maps), s=maps.shape[-2:])
 
 
 def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Moments:
