@@ -378,10 +378,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_or_exit(args: Namespace) -> None:
     try:
         run(args)
+        comm.synchronize()  # nobody leaves while another process still talks to it
     except DistillError as e:
         if comm.get_local_rank() == 0:  # all processes find the same
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():  # gloo's threads would abort the interpreter's exit
+            torch.distributed.destroy_process_group()
 
 
 def _join_torchrun() -> None:
