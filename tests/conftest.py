@@ -1,8 +1,12 @@
 """Tiny networks and pictures that every test shares."""
 
 import copy
+import json
 import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,6 +271,21 @@ def picture(
     if semantic:
         entry["sem_seg"] = torch.randint(NUM_CLASSES + 1, (height, width), generator=g)
     return entry
+
+
+def train_net_rows(config: Path, folder: Path) -> list[dict[str, Any]]:
+    """Run train_net.py in ``folder``, which holds the data sets too; rows of out/metrics.json."""
+    tool = Path(__file__).resolve().parents[1] / "tools" / "train_net.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), "--config-file", str(config)],
+        cwd=folder,
+        env={**os.environ, "DETECTRON2_DATASETS": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(x) for x in (folder / "out" / "metrics.json").read_text().splitlines()]
 
 
 def write_teacher(folder: Path, family: str, *opts: Any, **kw: Any) -> list[Any]:

@@ -1,19 +1,14 @@
 """train_net.py with detectron2's own loaders and evaluators, on shapes in the real layouts."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
+from conftest import tiny_cfg, train_net_rows
 
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import LAYOUTS
 
-ROOT = Path(__file__).resolve().parents[1]
 # family, layout, folder below $DETECTRON2_DATASETS, splits, test set, a metric, further options
 CASES = {
     "cityscapes instances": (
@@ -50,14 +45,5 @@ def test_train_and_evaluate(case: str, tmp_path: Path) -> None:
         *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96, *classes),
     ]
     config = write_config(tmp_path, family, opts)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config)],
-        cwd=tmp_path,
-        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    rows = train_net_rows(config, tmp_path)
     assert metric in rows[-1]

@@ -22,6 +22,7 @@ from demo import (  # beside this file
     commit,
     mean_std,
     progress_bars,
+    replicates,
     versions,
     write_json,
 )
@@ -210,17 +211,16 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(file=sys.stdout)
     out = args.out.resolve()
     os.makedirs(out, exist_ok=True)
-    data_seed, first = (0, 100) if args.tune else (1, 0)
-    seeds = list(range(first, first + args.seeds))
+    data_seed, seeds = replicates(args.tune, args.seeds)
     for name in args.studies:
         with progress_bars(console) as progress:
             demo = Demo(out, data_seed, progress)
             demo.render()
-            runner = Runner(demo, first, args.opts)
+            runner = Runner(demo, seeds[0], args.opts)
             results = runner.study(STUDIES[name], seeds, args.variants)
         print_table(console, name, results)
-        facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": first, "opts": args.opts}
-        facts |= {"command": " ".join(["python", *sys.argv]), "commit": commit()}
+        facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": seeds[0]}
+        facts |= {"opts": args.opts, "command": " ".join(["python", *sys.argv]), "commit": commit()}
         path = out / f"{name}{result_suffix(args)}.json"
         write_json(path, {"AP": results, **facts, "versions": versions()})
         console.print(f"wrote {path}")

@@ -368,6 +368,12 @@ def tune(demo: Demo, seeds: list[int], console: Console) -> dict[str, Any]:
     return {"AP": table, "seeds": seeds, "data_seed": demo.data_seed, "commit": commit()}
 
 
+def replicates(tune: bool, number: int) -> tuple[int, list[int]]:
+    """Seed of the scenes and of each replicate: tuning sees others than what is reported."""
+    data_seed, first = (0, 100) if tune else (1, 0)
+    return data_seed, list(range(first, first + number))
+
+
 def progress_bars(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -398,9 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(file=sys.stdout)
     out = args.out.resolve()
     os.makedirs(out, exist_ok=True)
-    # Tuning sees other scenes and other seeds than what is reported.
-    data_seed, first_seed = (0, 100) if args.tune else (1, 0)
-    seeds = list(range(first_seed, first_seed + args.seeds))
+    data_seed, seeds = replicates(args.tune, args.seeds)
     with progress_bars(console) as progress:
         demo = Demo(out, data_seed, progress)
         demo.render()

@@ -148,3 +148,8 @@ class NetSpec:
     features: dict[str, ShapeSpec]
     signals: frozenset[str]
     classes: tuple[str, ...]
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the network is trained on ground-truth boxes."""
+        return not self.signals.isdisjoint({"dense", "rois"})

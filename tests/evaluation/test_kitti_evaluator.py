@@ -1,10 +1,6 @@
 """KITTI's measures: cases counted by hand, the rules spelt out slowly, COCO's terms, a training."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg
+from conftest import tiny_cfg, train_net_rows
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -28,7 +24,6 @@ from distill.evaluation.kitti import (
     kitti_average_precision,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ("easy", "moderate", "hard")
 Box = tuple[float, float, float, float]
 Found = tuple[str, Box, float]  # class, box, score
@@ -383,15 +378,6 @@ def test_train_and_evaluate(tmp_path: Path) -> None:
     ]
     config = tmp_path / "config.yaml"
     config.write_text(tiny_cfg("faster", *opts, norm="BN").dump())
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config)],
-        cwd=tmp_path,
-        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
+    rows = train_net_rows(config, tmp_path)
     assert {"bbox/AP", "bbox/AP-Car", "kitti/Car/easy", "kitti/mAP/moderate"} <= set(rows[-1])
     assert not list((tmp_path / "out").rglob("*coco_format*"))

@@ -228,6 +228,12 @@ def test_masks_change_from_step_to_step_and_come_back_with_the_state():
     assert [again(student, teacher)["loss_ima/p2"].item() for _ in range(2)] == [first, second]
 
 
+def test_precomputed_proposals_leave_the_boxes():
+    student = tiny_model("faster", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    spec = net_spec("student", student)
+    assert IMA(tiny_cfg("faster"), spec, spec).scope == "box"
+
+
 # ---- Semantic classes.
 
 

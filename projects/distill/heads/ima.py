@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..losses import ima, ima_classes
-from ..losses.ima import class_moments, deflation, instance_moments
+from ..losses.ima import Alignment, class_moments, deflation, instance_moments
 from ..losses.reduce import connected_zero, same_shape
 from ..structures import Batch, NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, reduce_mean
@@ -97,7 +97,7 @@ class IMA(FPNDistillHead):
     def check_scope(scope: str, student: NetSpec) -> None:
         """Refuse a scope whose instances the student's data do not label."""
         network = type(student.model).__name__
-        if scope in CROPPED and "dense" not in student.signals:
+        if scope in CROPPED and not student.has_boxes:
             raise ConfigError(
                 f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a {network} "
                 "has SCOPE class or image."
@@ -167,14 +167,14 @@ class IMA(FPNDistillHead):
         """(N,): α of each instance, of maps or :meth:`crops`."""
         student, teacher = same_shape(student, teacher)
         moments = instance_moments(student, teacher, self.masks(student), weight)
-        return deflation(moments, **self.options)[1][:, 0]
+        return deflation(moments, Alignment(**self.options))[1][:, 0]
 
     def class_scales(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(N, K): α of each class of (N, H, W) ``labels``; NaN for those without a cell."""
         student, teacher = same_shape(student, teacher)
         mask = self.masks(student)
         moments, present = class_moments(student, teacher, labels, self.num_classes, mask)
-        scale = deflation(moments, **self.options)[1][:, 0]
+        scale = deflation(moments, Alignment(**self.options))[1][:, 0]
         return scale.where(present > 0, torch.nan).view(len(student), self.num_classes)
 
     @staticmethod

@@ -94,7 +94,7 @@ class MSSD(DistillHead):
                 "the student's neck has no bottom-up pathway; set MODEL.BACKBONE.NAME to a "
                 "build_..._pafpn_backbone"
             )
-        if not student.signals & {"dense", "rois"}:
+        if not student.has_boxes:
             return f"a {type(student.model).__name__} has no ground-truth boxes"
         return super().problem(student, teacher)
 

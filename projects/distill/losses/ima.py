@@ -21,6 +21,16 @@ class Moments(NamedTuple):
     cov: Tensor
 
 
+class Alignment(NamedTuple):
+    """The switches of steps 2 and 3; see :func:`ima`."""
+
+    standardize: bool
+    standardize_teacher: bool
+    deflate: bool
+    scale_on: str
+    scale_floor: float
+
+
 def ima(
     student: Tensor,
     teacher: Tensor,
@@ -66,8 +76,8 @@ def ima(
     if len(student) == 0:
         return student.sum()
     moments = instance_moments(student, teacher, mask, weight)
-    aligned = _aligned(moments, standardize, standardize_teacher, deflate, scale_on, scale_floor)
-    return aligned.mean()
+    align = Alignment(standardize, standardize_teacher, deflate, scale_on, scale_floor)
+    return _aligned(moments, align).mean()
 
 
 def ima_classes(
@@ -109,8 +119,9 @@ def ima_classes(
     if len(student) == 0:
         return student.sum(), student.new_zeros(())
     moments, present = class_moments(student, teacher, labels, num_classes, mask)
-    aligned = _aligned(moments, standardize, standardize_teacher, deflate, scale_on, scale_floor)
-    return (aligned * present).sum(), present.sum()
+    align = Alignment(standardize, standardize_teacher, deflate, scale_on, scale_floor)
+    # The moments of a class without cells are 0, and so is its loss.
+    return _aligned(moments, align).sum(), present.sum()
 
 
 def instance_moments(
@@ -138,39 +149,23 @@ def class_moments(
     return moments, member.amax(2).flatten()
 
 
-def deflation(
-    moments: Moments,
-    standardize: bool,
-    standardize_teacher: bool,
-    deflate: bool,
-    scale_on: str,
-    scale_floor: float,
-) -> tuple[Moments, Tensor]:
+def deflation(moments: Moments, align: Alignment) -> tuple[Moments, Tensor]:
     """Steps 2 and 3 of :func:`ima`: the moments after step 2, and (n, 1) α of each instance."""
-    if scale_on not in ("standardized", "raw"):
-        raise ValueError(f"scale_on must be 'standardized' or 'raw', got {scale_on!r}")
-    if not 0 <= scale_floor <= 1:
-        raise ValueError(f"scale_floor must be in [0, 1], got {scale_floor}")
-    compared = _standardized(moments, standardize_teacher) if standardize else moments
+    if align.scale_on not in ("standardized", "raw"):
+        raise ValueError(f"scale_on must be 'standardized' or 'raw', got {align.scale_on!r}")
+    if not 0 <= align.scale_floor <= 1:
+        raise ValueError(f"scale_floor must be in [0, 1], got {align.scale_floor}")
+    compared = _standardized(moments, align.standardize_teacher) if align.standardize else moments
     scale = torch.ones_like(compared.mean_s[:, :1])
-    if deflate:
-        cosine = _cosine(compared if scale_on == "standardized" else moments).detach()
-        scale = scale_floor + (1 - scale_floor) * cosine.clamp(0, 1)[:, None]
+    if align.deflate:
+        cosine = _cosine(compared if align.scale_on == "standardized" else moments).detach()
+        scale = align.scale_floor + (1 - align.scale_floor) * cosine.clamp(0, 1)[:, None]
     return compared, scale
 
 
-def _aligned(
-    moments: Moments,
-    standardize: bool,
-    standardize_teacher: bool,
-    deflate: bool,
-    scale_on: str,
-    scale_floor: float,
-) -> Tensor:
+def _aligned(moments: Moments, align: Alignment) -> Tensor:
     """(n,) loss of each instance from its moments: steps 2 to 4 of :func:`ima`."""
-    compared, scale = deflation(
-        moments, standardize, standardize_teacher, deflate, scale_on, scale_floor
-    )
+    compared, scale = deflation(moments, align)
     mean_s, mean_t, var_s, var_t, cov = compared
     # The means' gap stays apart: squares of large means would swallow small variances.
     gap = scale * mean_s - mean_t

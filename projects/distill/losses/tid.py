@@ -48,7 +48,7 @@ def matched_iou(boxes: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return iou, anchor_index, anchor_index
     nearest = chunk.view(points, anchors).gather(1, anchor_index[:, None])[:, 0]
     rows = torch.arange(points, device=boxes.device)
-    chosen = boxes.detach().float()[rows, anchor_index].T
+    chosen = flat[:, rows * anchors + anchor_index]
     within = _iou(chosen, chunks.permute(2, 1, 0)[:, :, nearest]).argmax(0)
     return iou, torch.where(iou > 0, nearest * CHUNK + within, 0), anchor_index
 
