@@ -19,14 +19,14 @@ ALLOWED = {
     ".nets": "torch detectron2 fvcore",
     ".heads": "* .losses .structures .errors",
     ".probes": "* .taps .structures .errors",
-    ".checkpoint": "* .errors",
+    ".weights": "* .errors",
+    ".checkpoint": "* .errors .weights",
     ".config": "* .errors .heads .losses",
     ".data": "* .errors .config",
     ".evaluation": "* .errors .data",
-    ".teacher": "* .errors .config .checkpoint .probes .structures",
-    ".meta_arch": "* .errors .config .checkpoint .data.datasets .heads .probes .structures"
-    " .teacher",
-    ".engine": "* .errors .config .checkpoint .data .evaluation .heads .probes .structures"
+    ".teacher": "* .errors .config .weights .probes .structures",
+    ".meta_arch": "* .errors .config .weights .data.datasets .heads .probes .structures .teacher",
+    ".engine": "* .errors .config .checkpoint .weights .data .evaluation .heads .probes .structures"
     " .teacher .meta_arch",
     "": ".nets .config .data.kitti .heads .meta_arch",  # distill/__init__.py
 }

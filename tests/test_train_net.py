@@ -18,7 +18,10 @@ from torch import nn
 
 from distill.config import get_distill_cfg, teacher_config
 from distill.data.datasets import class_names
-from distill.engine import Trainer, TrainLoop, finished_checkpoint, main, scale_to_workers
+from distill.engine import Trainer, main
+from distill.engine.launch import finished_checkpoint
+from distill.engine.loop import TrainLoop
+from distill.engine.trainer import scale_to_workers
 from distill.errors import WeightsError
 
 ROOT = Path(__file__).resolve().parents[1]

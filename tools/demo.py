@@ -40,12 +40,12 @@ from rich.table import Table
 from torch import nn
 
 import distill
-from distill.checkpoint import load_strictly
 from distill.config import student_config
 from distill.data.shapes import SCENES_VERSION, SceneConfig
 from distill.data.shapes_io import write_coco
 from distill.engine import Trainer, setup_config
 from distill.errors import DistillError
+from distill.weights import load_strictly
 
 import demo_figure  # isort: skip  beside this file
 

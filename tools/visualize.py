@@ -28,10 +28,10 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.checkpoint import load_strictly, readable
 from distill.config import building, teacher_config
 from distill.data.datasets import class_names, load_training_set
-from distill.engine import setup_config, train_mapper
+from distill.engine import setup_config
+from distill.engine.trainer import train_mapper
 from distill.errors import ConfigError, DataError, DistillError, WeightsError
 from distill.heads import IMA, MKD, MSSD, TID, DistillHead
 from distill.heads.ima import CROPPED, cell_labels
@@ -40,6 +40,7 @@ from distill.losses.frequency import frequency_filtered
 from distill.losses.tid import tid_areas
 from distill.meta_arch import DistillModel
 from distill.structures import Batch, Signals
+from distill.weights import load_strictly, readable
 
 from visualize_figure import Grid, Panel, Picture, draw  # isort: skip  beside this file
 

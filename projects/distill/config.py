@@ -124,7 +124,23 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     # Custom data without Python: (name, annotations.json, image folder) triples in COCO format.
     cfg.DATASETS.COCO_FORMAT = ()
+    # A picture that cannot be read or is wrongly annotated: stop | drop (with a count in the log).
+    cfg.DATALOADER.ON_BAD_IMAGE = "stop"
+    cfg.DATALOADER.TIMEOUT = 600  # seconds >= 0 to wait for a data worker; 0: forever
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD (detectron2's) | ADAMW
+    # Periodic checkpoints to keep, the newest ones; 0: all. model_final and model_best stay.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
+    # A loss or gradient that is not finite: stop | skip the iteration. Both save a reproducer.
+    cfg.SOLVER.ON_NONFINITE = "stop"
+    cfg.SOLVER.MAX_SKIPS = 10  # skipped iterations of a run after which it stops all the same
+    # Metric of the evaluations, such as "bbox/AP", by which model_best.pth is kept; empty: none.
+    cfg.TEST.BEST_METRIC = ""
+    # Read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types).
+    cfg.MODEL.ALLOW_PICKLE = False
+    # Iterations between two gradient cosines of task and distillation in the log; 0: none.
+    cfg.MODEL.DISTILL.COSINE_PERIOD = 100
+    # Deterministic algorithms on CUDA too, slower: an interrupted run ends bit-identically.
+    cfg.DETERMINISTIC = False
 
 
 def get_distill_cfg() -> CfgNode:
@@ -311,6 +327,11 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set.")
     _at_least("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1)
     _at_least("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1)
+    _one_of("SOLVER.ON_NONFINITE", cfg.SOLVER.ON_NONFINITE, ("stop", "skip"))
+    _one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, ("stop", "drop"))
+    for key in ("KEEP_CHECKPOINTS", "MAX_SKIPS"):
+        _at_least(f"SOLVER.{key}", cfg.SOLVER[key], 0)
+    _at_least("DATALOADER.TIMEOUT", cfg.DATALOADER.TIMEOUT, 0)
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
@@ -319,6 +340,7 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _validate_distill(cfg: CfgNode) -> None:
     node = cfg.MODEL.DISTILL
+    _at_least("MODEL.DISTILL.COSINE_PERIOD", node.COSINE_PERIOD, 0)
     plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
     _one_of("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
     if len(set(node.HEADS)) < len(node.HEADS):

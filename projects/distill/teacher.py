@@ -12,11 +12,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from .checkpoint import load_strictly
 from .config import building, student_config, teacher_config
 from .errors import ConfigError
 from .probes import Probe, build_probe
 from .structures import Batch, Signals
+from .weights import load_strictly
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from distill.data.kitti import (
 )
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import kitti as shapes_kitti
-from distill.engine import Trainer, check_test_sets
+from distill.engine import Trainer
+from distill.engine.evaluators import check_test_sets
 from distill.errors import DataError
 
 HEIGHT, WIDTH = 40, 60

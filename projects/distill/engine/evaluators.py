@@ -1,0 +1,61 @@
+"""The evaluators of a data set, by its ``evaluator_type``."""
+
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from ..data.datasets import check_test_set
+from ..errors import ConfigError
+from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
+
+
+def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]]:
+    """Functions that build the evaluators of a data set, which read its annotations.
+
+    Raises:
+        ConfigError: the data set's ``evaluator_type`` is none or unknown.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    builders: dict[str, list[Callable[[], Any]]] = {
+        "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
+        "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
+        "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
+        "kitti": [
+            lambda: coco_evaluator(dataset_name, folder),
+            lambda: KITTIEvaluator(dataset_name),
+        ],
+        "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
+        "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
+        "coco_panoptic_seg": [
+            lambda: SemSegEvaluator(dataset_name, output_dir=folder),
+            lambda: COCOEvaluator(dataset_name, output_dir=folder),
+            lambda: COCOPanopticEvaluator(dataset_name, folder),
+        ],
+    }
+    if kind not in builders:
+        raise ConfigError(
+            f"DATASETS.TEST '{dataset_name}' has evaluator type '{kind}'; "
+            f"evaluators exist for: {', '.join(builders)}."
+        )
+    return builders[kind]
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Find before the training what would stop the evaluation after it.
+
+    Raises:
+        ConfigError, DataError: a test set has no evaluator, no pictures or unreadable annotations.
+    """
+    for name in cfg.DATASETS.TEST:
+        evaluator_builders(name, cfg.OUTPUT_DIR)
+        check_test_set(name)
