@@ -227,6 +227,7 @@ def test_there_is_no_config_file(run: Run) -> None:
         ("SEED: !!python/object/apply:os.system ['touch executed']", ["safe yaml", "spoilt.yaml"]),
         ("SEED: !!python/name:os.system", ["safe yaml", "spoilt.yaml"]),
         ("_BASE_: nowhere.yaml", ["nowhere.yaml"]),
+        ("_BASE_: https://example.org/x.yaml", ["https://example.org/x.yaml", "is no file"]),
         ("_BASE_: spoilt.yaml", ["_BASE_", "leads back to itself"]),
     ],
 )
@@ -339,18 +340,38 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], list[st
     "box outside": (
         of_first(bbox=[50, 50, 30, 30]),
         [],
-        ["outside", "(1 in all)", ".jpg", "[50, 50"],
+        ["outside", ".jpg (annotation 1)", "[50, 50", "DATALOADER.ON_BAD_IMAGE drop"],
     ),
     "box left of the picture": (of_first(bbox=[-9, 0, 20, 20]), [], ["outside", ".jpg"]),
-    "box of negative size": (of_first(bbox=[20, 20, -9, 9]), [], ["outside", ".jpg"]),
-    "box of infinite size": (of_first(bbox=[2, 2, float("inf"), 9]), [], ["outside", ".jpg"]),
-    "box that is no number": (of_first(bbox=[2, 2, float("nan"), 9]), [], ["outside", ".jpg"]),
-    "no box": (of_first(bbox=None), [], [".jpg has no box"]),
+    "box of negative size": (of_first(bbox=[20, 20, -9, 9]), [], ["negative size", ".jpg"]),
+    "box of infinite size": (of_first(bbox=[2, 2, float("inf"), 9]), [], ["not finite", ".jpg"]),
+    "box that is no number": (of_first(bbox=[2, 2, float("nan"), 9]), [], ["not finite", ".jpg"]),
+    "no box": (of_first(bbox=None), [], [".jpg (annotation 1)", "no box"]),
     "unknown class": (of_first(category_id=77), [], ["category_id=77"]),
     "class beyond the config": (
         lambda c: [a.update(category_id=8) for a in c["annotations"]],
         ["MODEL.ROI_HEADS.NUM_CLASSES", "7"],
-        ["Class index 7", ".jpg", "MODEL.ROI_HEADS.NUM_CLASSES"],
+        ["class index 7", ".jpg", "MODEL.ROI_HEADS.NUM_CLASSES", "tools/check_data.py"],
+    ),
+    "two annotations of one id": (
+        lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]),
+        [],
+        ["annotations[1]", "id 1 is taken"],
+    ),
+    "two pictures of one id": (
+        lambda c: c["images"][1].update(id=c["images"][0]["id"]),
+        [],
+        ["images[1]", "id 1 is taken"],
+    ),
+    "picture outside the folder": (
+        lambda c: c["images"][0].update(file_name="../../secret.jpg"),
+        [],
+        ["secret.jpg", "leads out of the folder"],
+    ),
+    "an object without a polygon": (
+        of_first(segmentation=[[1, 1, 9, 9]]),
+        [],
+        ["3 points", "trained as background", ".jpg"],
     ),
     "no segmentation": (of_first(segmentation=None), ["MODEL.MASK_ON", "True"], ["MODEL.MASK_ON"]),
 }

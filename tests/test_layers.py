@@ -15,6 +15,7 @@ ALLOWED = {
     ".errors": "",
     ".taps": "torch .errors",
     ".structures": "torch detectron2 .errors",
+    ".seeding": "torch numpy",
     ".losses": "torch torchvision",
     ".nets": "torch detectron2 fvcore",
     ".heads": "* .losses .structures .errors",
@@ -22,12 +23,12 @@ ALLOWED = {
     ".weights": "* .errors",
     ".checkpoint": "* .errors .weights",
     ".config": "* .errors .heads .losses",
-    ".data": "* .errors .config",
+    ".data": "* .errors .config .seeding",
     ".evaluation": "* .errors .data",
     ".teacher": "* .errors .config .weights .probes .structures",
     ".meta_arch": "* .errors .config .weights .data.datasets .heads .probes .structures .teacher",
-    ".engine": "* .errors .config .checkpoint .weights .data .evaluation .heads .probes .structures"
-    " .teacher .meta_arch",
+    ".engine": "* .errors .config .checkpoint .weights .seeding .data .evaluation .heads .probes"
+    " .structures .teacher .meta_arch",
     "": ".nets .config .data.kitti .heads .meta_arch",  # distill/__init__.py
 }
 

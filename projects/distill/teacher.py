@@ -75,7 +75,12 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     config.MODEL.DEVICE = "cpu"  # it follows the student's features
     with building("teacher"):
         model = build_model(config)
-    load_strictly(model, config.MODEL.WEIGHTS, "MODEL.DISTILL.TEACHER.WEIGHTS")
+    load_strictly(
+        model,
+        config.MODEL.WEIGHTS,
+        "MODEL.DISTILL.TEACHER.WEIGHTS",
+        allow_pickle=cfg.MODEL.ALLOW_PICKLE,
+    )
     logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
     return Teacher(
         build_probe(model),

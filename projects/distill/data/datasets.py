@@ -1,22 +1,42 @@
 """Data sets: registration by config alone, and the checks before training."""
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
 from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import BoxMode
+from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils.file_io import PathManager
 
 from ..config import student_config
 from ..errors import DataError
+from .coco_file import CocoFile
+from .faults import (
+    ESCAPE,
+    Fault,
+    config_faults,
+    entry_faults,
+    metadata_roots,
+    name_of,
+    one_line,
+    path_faults,
+    voc_faults,
+)
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError)
-BOX_TOLERANCE = 1.0  # pixels by which a box may exceed its picture; annotation tools round
+logger = logging.getLogger(__name__)
+
+_LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names the pictures
+_SAMPLE = 100  # pictures of which one has to be there, if bad ones are dropped
 
 
 def register_coco_format(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
@@ -88,87 +108,196 @@ def _coco_names(annotations: str) -> tuple[str, ...] | None:
 
 
 def _load(name: str) -> list[dict[str, Any]]:
+    """The dataset dicts of a registered set; whatever its reader raises is a fault of its files."""
     try:
         return DatasetCatalog.get(name)
     except DataError:
         raise
-    except _UNREADABLE as e:
-        path = MetadataCatalog.get(name).get("json_file")
-        reason = (path and _coco_problem(path)) or f"{type(e).__name__} {_one_line(e)}"
+    except Exception as e:
+        metadata = MetadataCatalog.get(name)
+        path = metadata.get("json_file")
+        reason = f"{type(e).__name__} {one_line(e)}"
+        if path:
+            faults = CocoFile(path, metadata.get("image_root") or "").faults(masks=False)
+            reason = next((f.detail for f in faults if _incurable(f)), reason)
         raise DataError(
             f"Data set '{name}' cannot be read from {path or 'its files'}: {reason}."
         ) from e
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) else error)
-    return " ".join(text.split())[:200].rstrip(".!")
-
-
-def _coco_problem(path: str) -> str | None:
-    """What is wrong with an annotation file that detectron2 could not read, or None."""
-    if not os.path.isfile(path):
-        return (
-            "there is no such file (the environment variable DETECTRON2_DATASETS names the folder "
-            "of detectron2's own data sets)"
-        )
-    try:
-        with open(path) as f:
-            content = json.load(f)
-    except ValueError as e:
-        return f"it is no JSON ({_one_line(e)})"
-    if not isinstance(content, dict):
-        return f"it holds a JSON {type(content).__name__}, not COCO's instances"
-    if not content.get("categories"):  # the others may be missing
-        return "it is not in COCO's instances format, which has images, annotations, categories"
-    return None
-
-
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
-    """The training pictures as detectron2 dataset dicts, checked.
+    """The training pictures as detectron2 dataset dicts, without fatal faults.
 
     Raises:
-        DataError: a set is unreadable or empty, the sets' classes differ, a picture is missing, a
-            box lies outside its picture, a class is beyond the config's number of classes, or a
-            mask is missing where masks are trained.
+        DataError: a set is unreadable or empty, the sets' classes differ, a path leads out of its
+            folder, the config's classes or masks do not fit, the first picture is missing; or an
+            annotation is wrong and ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
-    try:
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
-    except _UNREADABLE as e:
-        raise _training_set_error(cfg, e) from e
-    # One picture shows a wrong folder; looking for all of them would take long.
-    if not PathManager.isfile(dicts[0]["file_name"]):
+    names = tuple(cfg.DATASETS.TRAIN)
+    dicts = [picture for name in names for picture in _checked_set(cfg, name)]
+    if not any("annotations" in picture for picture in dicts):
+        return dicts
+    if not all("annotations" in picture for picture in dicts):
+        raise DataError(f"DATASETS.TRAIN {names} mixes sets with and without instances.")
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if not dicts:
         raise DataError(
-            f"There is no picture {dicts[0]['file_name']}, which DATASETS.TRAIN "
-            f"{tuple(cfg.DATASETS.TRAIN)} lists; correct the image folder."
+            f"No picture of DATASETS.TRAIN {names} has an annotation; set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on pictures without any."
         )
-    check_annotations(dicts, number_of_classes(cfg), cfg.MODEL.MASK_ON)
+    try:
+        with suppress(AttributeError):  # the names of the classes are unknown
+            check_metadata_consistency("thing_classes", names)
+            print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
+    except ValueError as e:  # it names the sets and classes
+        raise DataError(f"DATASETS.TRAIN: {one_line(e)}.") from e
     return dicts
 
 
-def _training_set_error(cfg: CfgNode, error: Exception) -> DataError:
-    """The reason of a failed reading, which detectron2's exceptions only hint at."""
-    for name in cfg.DATASETS.TRAIN:
-        if not _load(name):
-            return DataError(f"Data set '{name}' of DATASETS.TRAIN has no pictures.")
-    if isinstance(error, AssertionError):
-        return DataError(
-            f"No picture of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has an annotation; set "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on pictures without any."
+def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
+    own = name in {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
+    # Of detectron2's own sets only what it has read is looked at: COCO's files are large and right.
+    on_disk = _faults_on_disk(cfg, name, _coco_file(name) if own else None)
+    fatal = [fault for fault in on_disk if fault.fatal]
+    if any(map(_incurable, fatal)):
+        raise _stop(name, [fault for fault in fatal if _incurable(fault)])
+    dicts = _load(name)
+    if not dicts:
+        raise DataError(f"Data set '{name}' of DATASETS.TRAIN has no pictures.")
+    fatal += [fault for fault in _faults_as_read(cfg, name, dicts, own) if fault.fatal]
+    drop = cfg.DATALOADER.ON_BAD_IMAGE == "drop"
+    if drop and not any(map(_incurable, fatal)):
+        dicts = _without(name, dicts, fatal)
+    elif fatal:
+        raise _stop(name, fatal)
+    # One picture shows a wrong folder; looking for all of them would take long.
+    if not any(PathManager.isfile(x["file_name"]) for x in dicts[: _SAMPLE if drop else 1]):
+        raise DataError(
+            f"There is no picture {dicts[0]['file_name']}, which data set '{name}' of "
+            "DATASETS.TRAIN lists; correct the image folder."
         )
-    return DataError(f"DATASETS.TRAIN: {_one_line(error)}.")  # it names the sets and classes
+    return dicts
+
+
+def _incurable(fault: Fault) -> bool:
+    """Whether leaving out a picture is no help."""
+    return fault.fatal and not fault.picture
+
+
+def _coco_file(name: str) -> CocoFile | None:
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
+        return None
+    return CocoFile(metadata.json_file, metadata.get("image_root") or "")
+
+
+def _faults_on_disk(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[Fault]:
+    """Faults that are to be found before detectron2 reads a data set."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("dirname") and metadata.get("split"):
+        yield from voc_faults(metadata.dirname, metadata.split)
+    if file:
+        yield from file.faults(cfg.MODEL.MASK_ON)
+
+
+def _faults_as_read(
+    cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]], file_judged: bool
+) -> Iterator[Fault]:
+    """Faults of the dataset dicts, as far as the annotation file has not shown them already."""
+    metadata = MetadataCatalog.get(name)
+    roots, classes = metadata_roots(metadata), metadata.get("thing_classes")
+    mask_format = cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else ""
+    predicted = number_of_classes(cfg)
+    for entry in dicts:
+        if not file_judged:
+            known = len(classes) if classes else None
+            yield from entry_faults(entry, roots, known, cfg.MODEL.MASK_ON)
+        if name in cfg.DATASETS.TRAIN:
+            yield from config_faults(entry, predicted, mask_format)
+
+
+def _stop(name: str, faults: Sequence[Fault]) -> DataError:
+    first = min(faults, key=lambda fault: not _incurable(fault))
+    more = hint = ""
+    if len(faults) > 1:
+        more = (
+            f" (the first of {len(faults)} faults; tools/check_data.py --config-file F shows all)"
+        )
+    if all(fault.picture for fault in faults):
+        hint = "; correct it, or set DATALOADER.ON_BAD_IMAGE drop to train without such pictures"
+    return DataError(f"Data set '{name}', {first.where}: {first.detail}{more}{hint}.")
+
+
+def _without(
+    name: str, dicts: list[dict[str, Any]], faults: Sequence[Fault]
+) -> list[dict[str, Any]]:
+    """The pictures without faults; one without a wrong box alone would teach it as background."""
+    bad = {fault.picture for fault in faults}
+    good = [picture for picture in dicts if name_of(picture) not in bad]
+    if not good:
+        raise DataError(
+            f"DATALOADER.ON_BAD_IMAGE drop leaves no picture of data set '{name}'; the first fault "
+            f"is in {faults[0].where}: {faults[0].detail}."
+        )
+    if bad:
+        kinds = Counter(kind for kind, _ in {(fault.kind, fault.picture) for fault in faults})
+        logger.warning(
+            "Data set '%s': left out %d of %d pictures (%s); tools/check_data.py shows them",
+            *(name, len(dicts) - len(good), len(dicts)),
+            ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()),
+        )
+    return good
 
 
 def check_test_set(name: str) -> None:
-    """Refuse a test set of COCO or KITTI that could not be evaluated after the training.
+    """Refuse a test set that a file lists and that could not be evaluated after the training.
 
     Raises:
-        DataError: it is unreadable or has no pictures.
+        DataError: it is unreadable, has no pictures, or a path leads out of its folder.
     """
-    if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "kitti") and not _load(name):
-        raise DataError(f"Data set '{name}' of DATASETS.TEST has no pictures.")
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") not in _LISTED:
+        return
+    faults = []
+    if metadata.get("dirname"):
+        faults = list(voc_faults(metadata.dirname, metadata.split))
+    if not faults:
+        dicts = _load(name)
+        if not dicts:
+            raise DataError(f"Data set '{name}' of DATASETS.TEST has no pictures.")
+        roots = metadata_roots(metadata)
+        faults = [fault for entry in dicts for fault in path_faults(entry, roots)]
+    if faults:
+        raise _stop(name, [fault._replace(picture="") for fault in faults])
+
+
+def find_faults(cfg: CfgNode, name: str) -> tuple[list[Fault], list[dict[str, Any]]]:
+    """All faults of a registered set's annotations, remarks included. Never raises.
+
+    Args:
+        cfg: the whole config; its classes and masks have to fit if ``DATASETS.TRAIN`` has the set.
+        name: of the set.
+
+    Returns:
+        The faults, and the pictures whose files may be opened, as far as they can be read.
+    """
+    file = _coco_file(name)
+    faults = list(_faults_on_disk(cfg, name, file))
+    if file is None and faults:  # the reader would follow its list out of the folder
+        return faults, []
+    try:
+        dicts = _load(name)
+        reason = "" if dicts else "it has no pictures"
+    except DataError as e:
+        dicts, reason = [], str(e).rstrip(".")
+    if not dicts:
+        if not any(map(_incurable, faults)):
+            faults.append(Fault("unreadable data set", name, reason, True))
+        return faults, file.pictures() if file else []
+    faults += _faults_as_read(cfg, name, dicts, file is not None)
+    escaping = {fault.picture for fault in faults if fault.kind == ESCAPE}
+    return faults, [entry for entry in dicts if name_of(entry) not in escaping]
 
 
 def number_of_classes(cfg: CfgNode) -> int | None:
@@ -179,44 +308,3 @@ def number_of_classes(cfg: CfgNode) -> int | None:
     if architecture in ("GeneralizedRCNN", "PanopticFPN"):
         return cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return None
-
-
-def check_annotations(dicts: list[dict[str, Any]], num_classes: int | None, masks: bool) -> None:
-    """Refuse annotations that would train a wrong model or stop it in the middle."""
-    outside: list[str] = []
-    for picture in dicts:
-        for annotation in picture.get("annotations", ()):
-            if len(annotation.get("bbox", ())) < 4:
-                raise DataError(f"An annotation of {picture['file_name']} has no box; add one.")
-            where = f"{picture['file_name']} (annotation box {annotation['bbox']})"
-            if _outside(annotation, picture):
-                outside.append(where)
-            if num_classes is not None and annotation["category_id"] >= num_classes:
-                raise DataError(
-                    f"Class index {annotation['category_id']} in {where}, but the config predicts "
-                    f"{num_classes} classes; set MODEL.ROI_HEADS.NUM_CLASSES (of a RetinaNet: "
-                    "MODEL.RETINANET.NUM_CLASSES) to the data set's number."
-                )
-            if masks and not annotation.get("segmentation"):
-                raise DataError(
-                    f"No segmentation in {where}; set MODEL.MASK_ON False or add the masks."
-                )
-    if outside:
-        raise DataError(
-            f"Boxes outside their picture ({len(outside)} in all), the first in {outside[0]}; "
-            "correct or remove them."
-        )
-
-
-def _outside(annotation: dict[str, Any], picture: dict[str, Any]) -> bool:
-    if "height" not in picture:
-        return False
-    box = list(annotation["bbox"])
-    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
-        box[2:] = box[0] + box[2], box[1] + box[3]  # BoxMode.convert takes 17 s on COCO
-    else:
-        box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    x1, y1, x2, y2 = (float(v) for v in box)
-    limit_x, limit_y = picture["width"] + BOX_TOLERANCE, picture["height"] + BOX_TOLERANCE
-    inside = -BOX_TOLERANCE <= x1 <= x2 <= limit_x and -BOX_TOLERANCE <= y1 <= y2 <= limit_y
-    return not inside or not np.isfinite([x1, y1, x2, y2]).all()

@@ -1,0 +1,381 @@
+"""Faults of annotations as data: all of them at once, and never as an exception.
+
+:func:`entry_faults` looks at what detectron2 has read of any data set, :func:`config_faults` at
+that and the config, :mod:`.coco_file` at an annotation file before detectron2 reads it. The
+pictures themselves are opened in :mod:`.guard`.
+
+A fault is fatal if training would die of it or learn something wrong. The others are remarks, for
+detectron2 copes: its mapper drops boxes without area (COCO's own train2017 has some), its reader
+skips annotations of unknown pictures. An object all of whose polygons have fewer than 3 points is
+dropped by that reader too, and then trained as background: that is fatal.
+
+Paths are judged as they are written. Where symbolic links lead is the user's own business.
+"""
+
+import math
+import os
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+BOX_TOLERANCE = 1.0  # pixels by which a box may exceed its picture; annotation tools round
+FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
+ROOT_KEYS = ("image_root", "sem_seg_root", "panoptic_root", "dirname", "image_dir", "gt_dir")
+ESCAPE = "path out of the folder"
+WRONG_TYPE = "value of a wrong type"
+SHORT_POLYGON = "polygon of fewer than 3 points"
+
+_LARGEST = 1e12  # no coordinate or size comes near
+_FARTHEST = 1e6  # pixels; pycocotools takes memory for every pixel along a polygon
+_BOX_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS, BoxMode.XYWHA_ABS)
+
+Size = tuple[int, int]  # width, height
+
+
+class Fault(NamedTuple):
+    """Something wrong with a data set."""
+
+    kind: str  # a few words that many faults share
+    where: str  # the file, and the annotation in it
+    detail: str  # one clause without newline
+    fatal: bool  # training would die or learn something wrong
+    picture: str = ""
+    """Path of the picture without which the fault is gone; "": leaving a picture out is no help."""
+
+
+class Problem(NamedTuple):
+    """A fault whose place the caller knows."""
+
+    kind: str
+    detail: str
+    fatal: bool = True
+
+    def at(self, where: str, picture: str = "") -> Fault:
+        return Fault(self.kind, where, self.detail, self.fatal, picture)
+
+
+LOST = Problem(
+    "object without a polygon",
+    "no polygon has 3 points or more, so the object would be trained as background",
+)
+
+
+def as_root(folder: str | os.PathLike[str]) -> str:
+    """The folder as :func:`path_faults` compares it: absolute, with a separator at the end."""
+    return os.path.join(os.path.abspath(folder), "")
+
+
+def metadata_roots(metadata: Any) -> list[str]:
+    """The folders that hold the files of a data set, as far as its metadata names them."""
+    folders = [metadata.get(key) for key in ROOT_KEYS]
+    return [as_root(x) for x in folders if x and isinstance(x, (str, os.PathLike))]
+
+
+def name_of(entry: Mapping[str, Any]) -> str:
+    """Path of a dataset dict's picture."""
+    return str(entry.get("file_name") or "")
+
+
+def path_faults(entry: Mapping[str, Any], roots: Sequence[str]) -> Iterator[Fault]:
+    """Paths of a dataset dict that lead out of the data set's folders.
+
+    Args:
+        entry: detectron2's dataset dict.
+        roots: from :func:`as_root`; a path has to be below one of them, if there are any.
+    """
+    for key in FILE_KEYS:
+        path = entry.get(key)
+        if path is None:
+            continue
+        if not isinstance(path, (str, os.PathLike)):
+            where = f"{key} {reprlib.repr(path)}"
+            yield Fault(WRONG_TYPE, where, "the name of the file is no text", True)
+            continue
+        path = os.fspath(path)
+        inside = any(os.path.abspath(path).startswith(root) for root in roots)
+        if "\0" in path or (roots and not inside):
+            detail = f"the path leads out of the folder {roots[0] if roots else ''}"
+            yield Fault(ESCAPE, path, detail, True, name_of(entry))
+
+
+def voc_faults(dirname: str, split: str) -> Iterator[Fault]:
+    """Ids of a split of PASCAL VOC that lead out of its folder, where its reader would follow."""
+    path = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
+    try:
+        with PathManager.open(path, errors="replace") as f:
+            names = f.read().split()
+    except OSError:
+        return  # the reader says so
+    root = as_root(os.path.join(dirname, "JPEGImages"))
+    for name in names:
+        for fault in path_faults({"file_name": os.path.join(root, name)}, [root]):
+            yield fault._replace(where=f"{path} (id {name})", picture="")
+
+
+# --------------------------------------------------------------------------------- annotations
+
+
+def is_number(x: Any) -> bool:
+    """A finite number; JSON's true is none."""
+    if type(x) is float or type(x) is int:
+        return -_LARGEST < x < _LARGEST  # NaN is not
+    return isinstance(x, (np.floating, np.integer)) and bool(np.isfinite(x))
+
+
+def picture_size(entry: Mapping[str, Any]) -> tuple[Size | None, Problem | None]:
+    """Width and height of a picture as annotated, and what is wrong with them."""
+    width: Any = entry.get("width")
+    height: Any = entry.get("height")
+    if width is None and height is None:
+        return None, None
+    if all(is_number(x) and x >= 1 and x == int(x) for x in (width, height)):
+        return (int(width), int(height)), None
+    detail = f"width {reprlib.repr(width)} and height {reprlib.repr(height)} are no pixels"
+    return None, Problem("picture without a size", detail)
+
+
+def _box_problem(box: Any, mode: Any, size: Size | None) -> Problem | None:
+    if isinstance(box, np.ndarray):
+        box = box.tolist()
+    if mode not in _BOX_MODES:
+        return Problem(WRONG_TYPE, f"{reprlib.repr(mode)} is no box mode that detectron2 trains on")
+    if box is None:
+        return Problem("no box", "it has no box; add one")
+    length = 5 if mode == BoxMode.XYWHA_ABS else 4
+    if not isinstance(box, (list, tuple)) or len(box) != length:
+        return Problem("no box", f"{reprlib.repr(box)} is no box of {length} numbers")
+    for x in box:
+        if not is_number(x):
+            return Problem("box that is not finite", f"the box {reprlib.repr(box)} is not finite")
+    if mode == BoxMode.XYWH_ABS:
+        x1, y1, x2, y2 = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    elif mode == BoxMode.XYXY_ABS:
+        x1, y1, x2, y2 = box
+    else:
+        x1, y1, x2, y2 = BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+    if x2 < x1 or y2 < y1:
+        return Problem("box of negative size", f"the box {box} has a negative size")
+    if size and (
+        min(x1, y1) < -BOX_TOLERANCE or x2 > size[0] + BOX_TOLERANCE or y2 > size[1] + BOX_TOLERANCE
+    ):
+        picture = f"its picture of {size[0]} x {size[1]} pixels"
+        return Problem("box outside its picture", f"the box {box} is outside {picture}")
+    if x1 == x2 or y1 == y2:
+        return Problem("box without area", f"the box {box} has no area", fatal=False)
+    return None
+
+
+def _has_mask(annotation: Mapping[str, Any]) -> bool:
+    mask = annotation.get("segmentation")
+    return isinstance(mask, np.ndarray) or bool(mask)
+
+
+def _mask_problems(
+    annotation: Mapping[str, Any], size: Size | None, masks: bool, on_disk: bool
+) -> Iterator[Problem]:
+    if not _has_mask(annotation):
+        return
+    mask = annotation["segmentation"]
+    crowd = annotation.get("iscrowd", 0) != 0
+    if isinstance(mask, dict):
+        found = _rle_problem(mask, size)
+        problems = [found] if found else []
+    else:
+        problems = list(_polygon_problems(mask))
+    for problem in problems:
+        if problem.kind == SHORT_POLYGON and on_disk:  # the reader leaves it out
+            lost = all(_is_short(polygon) for polygon in mask)
+            yield LOST._replace(fatal=not crowd) if lost else problem._replace(fatal=False)
+        else:
+            stops_reader = on_disk and problem.kind == WRONG_TYPE
+            yield problem._replace(fatal=stops_reader or (masks and not crowd))
+
+
+def _is_short(polygon: Sequence[float]) -> bool:
+    return len(polygon) < 6 or len(polygon) % 2 == 1
+
+
+def _polygon_problems(mask: Any) -> Iterator[Problem]:
+    polygons = mask if isinstance(mask, (list, tuple)) else [None]
+    if not all(isinstance(x, (list, tuple)) or getattr(x, "ndim", 0) == 1 for x in polygons):
+        detail = f"the segmentation {reprlib.repr(mask)} is neither polygons nor run lengths"
+        yield Problem(WRONG_TYPE, detail)
+        return
+    short = [polygon for polygon in mask if _is_short(polygon)]
+    if short:
+        detail = f"the polygon {reprlib.repr(list(short[0]))} has no 3 points of x and y"
+        yield Problem(SHORT_POLYGON, detail)
+    if not all(_is_short(polygon) or _is_in_range(polygon) for polygon in mask):
+        detail = f"a polygon has coordinates that are no numbers within {_FARTHEST:.0f} pixels"
+        yield Problem("polygon out of range", detail)
+
+
+def _is_in_range(polygon: Sequence[float]) -> bool:
+    try:
+        finite = is_number(sum(polygon))  # three times as fast as one by one
+        return finite and min(polygon) > -_FARTHEST and max(polygon) < _FARTHEST
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _rle_problem(rle: Mapping[str, Any], size: Size | None) -> Problem | None:
+    """What is wrong with a run-length encoded mask.
+
+    pycocotools itself fills what the runs do not reach with whatever the memory holds.
+    """
+    shape, counts = rle.get("size"), rle.get("counts")
+    if not (
+        isinstance(shape, (list, tuple))
+        and len(shape) == 2
+        and all(is_number(x) and x > 0 for x in shape)
+    ):
+        return Problem(WRONG_TYPE, f"the mask's size {reprlib.repr(shape)} is no height and width")
+    if isinstance(counts, list):
+        if not all(is_number(x) and 0 <= x < 2**32 for x in counts):
+            return Problem(WRONG_TYPE, "the mask's counts are no run lengths")
+        pixels: int | None = sum(int(x) for x in counts)
+    elif isinstance(counts, (str, bytes)):
+        pixels = _compressed_pixels(counts)
+    else:
+        return Problem(WRONG_TYPE, "the mask's counts are no run lengths")
+    if size and (shape[1], shape[0]) != size:
+        detail = f"the mask has {shape[1]} x {shape[0]} pixels, its picture {size[0]} x {size[1]}"
+        return Problem("mask of another size", detail)
+    if pixels != shape[0] * shape[1]:
+        return Problem("broken mask", "the mask's run lengths do not fill its picture")
+    return None
+
+
+def _compressed_pixels(counts: str | bytes) -> int | None:
+    """How many pixels the runs of COCO's compressed format cover; None: they are malformed.
+
+    Each character has 5 bits of a number, the lowest first, and one that says whether more follow.
+    From the fourth number on, numbers are differences to the last but one.
+    """
+    if isinstance(counts, str):
+        if not counts.isascii():
+            return None
+        counts = counts.encode()
+    x = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    last = x & 32 == 0
+    if not len(x) or x.min() < 0 or x.max() > 63 or not last[-1]:
+        return None
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    lengths = np.diff(np.append(starts, len(x)))
+    if lengths.max() > 7:  # 32 bits need no more
+        return None
+    shifts = 5 * (np.arange(len(x)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((x & 31) << shifts, starts)
+    values -= ((x[last] & 16) > 0).astype(np.int64) << (5 * lengths)
+    for first in (1, 2):
+        values[first::2] = values[first::2].cumsum()
+    return int(values.sum()) if values.min() >= 0 else None
+
+
+def annotation_problems(
+    annotation: Mapping[str, Any], mode: Any, size: Size | None, masks: bool, on_disk: bool
+) -> Iterator[Problem]:
+    """Faults of one annotation's box and mask.
+
+    Args:
+        annotation: of COCO or of a dataset dict.
+        mode: a :class:`BoxMode`.
+        size: of the picture; None: unknown.
+        masks: they are trained.
+        on_disk: the annotation is COCO's, before detectron2 reads it.
+    """
+    problem = _box_problem(annotation.get("bbox"), mode, size)
+    if problem:
+        yield problem
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        detail = f"iscrowd is {reprlib.repr(annotation['iscrowd'])}, not 0 or 1"
+        yield Problem("iscrowd that is not 0 or 1", detail)
+    yield from _mask_problems(annotation, size, masks, on_disk)
+
+
+# -------------------------------------------------------------------------------- dataset dicts
+
+
+def _annotations(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = entry.get("annotations")
+    return [x for x in found if isinstance(x, dict)] if isinstance(found, (list, tuple)) else []
+
+
+def entry_faults(
+    entry: Mapping[str, Any],
+    roots: Sequence[str] = (),
+    classes: int | None = None,
+    masks: bool = True,
+) -> Iterator[Fault]:
+    """Faults of one picture of any data set, without opening it.
+
+    Args:
+        entry: detectron2's dataset dict.
+        roots: see :func:`path_faults`.
+        classes: number of the data set's own classes; None: unknown.
+        masks: they are trained.
+    """
+    picture = name_of(entry)
+    if not picture:
+        yield Fault(WRONG_TYPE, reprlib.repr(entry), "a picture has no file_name", True)
+    yield from path_faults(entry, roots)
+    size, problem = picture_size(entry)
+    if problem:
+        yield problem.at(picture, picture)
+    annotations = _annotations(entry)
+    found = entry.get("annotations", [])
+    if not isinstance(found, (list, tuple)) or len(annotations) < len(found):
+        yield Fault(WRONG_TYPE, picture, "the annotations are no list of dicts", True, picture)
+    for place, annotation in enumerate(annotations):
+        mode = annotation.get("bbox_mode")
+        problems = list(annotation_problems(annotation, mode, size, masks, on_disk=False))
+        label = annotation.get("category_id")
+        last = math.inf if classes is None else classes - 1
+        if not isinstance(label, (int, np.integer)) or not 0 <= label <= last:
+            detail = f"{reprlib.repr(label)} is no index of the data set's classes"
+            problems.append(Problem("unknown category", detail))
+        for problem in problems:
+            yield problem.at(f"{picture} (annotations[{place}])", picture)
+
+
+def config_faults(
+    entry: Mapping[str, Any], num_classes: int | None, mask_format: str = ""
+) -> Iterator[Fault]:
+    """Annotations of one picture that the config cannot train on.
+
+    Args:
+        entry: detectron2's dataset dict.
+        num_classes: that the config predicts; None: no instances.
+        mask_format: ``INPUT.MASK_FORMAT``; "": masks are not trained.
+    """
+    picture = name_of(entry)
+    limit = math.inf if num_classes is None else num_classes
+    for place, annotation in enumerate(_annotations(entry)):
+        label, problem, remedy = annotation.get("category_id"), None, ""
+        if isinstance(label, (int, np.integer)) and label >= limit:
+            detail = (
+                f"class index {label}, but the config predicts {limit} classes; set "
+                "MODEL.ROI_HEADS.NUM_CLASSES (of a RetinaNet: MODEL.RETINANET.NUM_CLASSES) to the "
+                "data set's number"
+            )
+            problem = Problem("class beyond the config's number", detail)
+        elif not mask_format or annotation.get("iscrowd", 0) != 0:
+            continue
+        elif not _has_mask(annotation):
+            detail = "no segmentation; set MODEL.MASK_ON False or add the masks"
+            problem, remedy = Problem("object without a mask", detail), picture
+        elif mask_format == "polygon" and isinstance(annotation["segmentation"], dict):
+            detail = "the mask has run lengths, no polygons; set INPUT.MASK_FORMAT bitmask"
+            problem = Problem("mask of another format", detail)
+        if problem:
+            yield problem.at(f"{picture} (annotations[{place}])", remedy)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception as a clause."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(text.split())[:200].rstrip(".!")

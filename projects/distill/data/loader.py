@@ -1,0 +1,183 @@
+"""Training batches whose content depends on the run's seed and the iteration alone."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList
+from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import DataError
+from ..seeding import derived_seed, private_randomness
+from .guard import BadPicture, GuardedMapper
+
+logger = logging.getLogger(__name__)
+
+MAX_REPLACEMENTS = 20  # bad pictures in a row after which the data set is at fault
+
+
+class Sample(NamedTuple):
+    """A place in the endless stream of training pictures, and the picture that stands there."""
+
+    position: int  # over all processes
+    picture: int  # index in the data set
+
+
+class Batches(Sampler[list[Sample]]):
+    """The batches of this process, in the order of detectron2's own samplers and grouping.
+
+    Args:
+        sampler: one of detectron2's, which already yields this process's share of the stream.
+        batch_size: samples a batch.
+        groups: pictures of one batch share their group; None: no grouping.
+        start: iteration to begin at. What lies before is counted, not loaded.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        batch_size: int,
+        groups: Sequence[bool] | None = None,
+        start: int = 0,
+    ):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.groups = groups
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return islice(self._from_the_beginning(), self.start, None)
+
+    def _from_the_beginning(self) -> Iterator[list[Sample]]:
+        rank, world = comm.get_rank(), comm.get_world_size()
+        waiting: dict[bool, list[Sample]] = {False: [], True: []}
+        for k, index in enumerate(self.sampler):
+            group = waiting[self.groups[index] if self.groups else False]
+            group.append(Sample(rank + k * world, index))
+            if len(group) == self.batch_size:
+                yield group[:]
+                group.clear()
+
+
+class Samples(Dataset[Any]):
+    """Maps a picture with random numbers of its own place in the stream.
+
+    Args:
+        dicts: detectron2 dataset dicts.
+        mapper: of detectron2's contract; what it cannot read becomes a :class:`BadPicture`.
+        seed: of the run.
+        drop: replace bad pictures by others instead of returning them.
+    """
+
+    def __init__(
+        self,
+        dicts: Sequence[dict[str, Any]],
+        mapper: Callable[[dict[str, Any]], Any],
+        seed: int,
+        drop: bool = False,
+    ):
+        self.dicts = dicts
+        self.mapper = GuardedMapper(mapper)
+        self.seed = seed
+        self.drop = drop
+
+    def __getitem__(self, sample: Sample) -> dict[str, Any] | BadPicture:
+        index, bad = sample.picture, []
+        for attempt in range(MAX_REPLACEMENTS):
+            place = (self.seed, sample.position, attempt)
+            with private_randomness(*place):
+                mapped = self.mapper(self.dicts[index])
+            if isinstance(mapped, BadPicture):
+                if not self.drop:
+                    return mapped
+                bad.append(mapped)
+            elif mapped is not None:  # detectron2: None asks for another picture
+                return {**mapped, "left_out": bad} if bad else mapped
+            index = derived_seed(*place) % len(self.dicts)
+        if bad:
+            reason = f"{bad[0].reason}; so are the {len(bad) - 1} tried in its place"
+            return BadPicture(bad[0].file_name, reason)
+        return BadPicture(self.dicts[index]["file_name"], "the mapper returned None for all")
+
+
+class TrainLoader:
+    """An endless iterable of this process's batches.
+
+    Args:
+        samples: the pictures by place.
+        batches: which samples form which batch.
+        workers: data processes; 0 loads in this one.
+        timeout: seconds to wait for a worker; 0: forever.
+    """
+
+    def __init__(self, samples: Samples, batches: Batches, *, workers: int, timeout: float):
+        self.samples, self.batches = samples, batches
+        self.left_out: dict[str, str] = {}
+        """Reasons by file name of the pictures that were replaced so far."""
+        self.loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=trivial_batch_collator,
+            timeout=timeout if workers else 0,
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            for entry in batch:
+                if isinstance(entry, BadPicture):
+                    raise DataError(
+                        f"Picture {entry.file_name}: {entry.reason}. tools/check_data.py lists all "
+                        "such pictures; DATALOADER.ON_BAD_IMAGE drop trains without them."
+                    )
+                for bad in entry.pop("left_out", ()):
+                    self._note(bad)
+            yield batch
+
+    def _note(self, bad: BadPicture) -> None:
+        if bad.file_name not in self.left_out:
+            self.left_out[bad.file_name] = bad.reason
+            logger.warning(
+                "Left out %s: %s (%d so far)", bad.file_name, bad.reason, len(self.left_out)
+            )
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    dicts: list[dict[str, Any]],
+    mapper: Callable[[dict[str, Any]], Any],
+    *,
+    seed: int,
+    start: int = 0,
+) -> TrainLoader:
+    """The training loader of a config.
+
+    Args:
+        dicts: detectron2 dataset dicts of the training sets.
+        mapper: of detectron2's contract.
+        seed: of the run; order and augmentations are functions of it.
+        start: iteration to begin at.
+    """
+    with private_randomness(seed):  # detectron2's samplers draw their seeds from NumPy's state
+        sampler = _train_loader_from_config(cfg, mapper, dataset=dicts)["sampler"]
+    groups = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = [x.get("width", 0) > x.get("height", 0) for x in dicts]
+    samples = Samples(
+        DatasetFromList(dicts, copy=False),
+        mapper,
+        seed,
+        drop=cfg.DATALOADER.ON_BAD_IMAGE == "drop",
+    )
+    return TrainLoader(
+        samples,
+        Batches(sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), groups, start),
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        timeout=cfg.DATALOADER.TIMEOUT,
+    )
