@@ -19,6 +19,7 @@ from torch import nn
 from distill.config import get_distill_cfg, teacher_config
 from distill.data.datasets import class_names
 from distill.engine import Trainer, main
+from distill.engine.faults import FiniteGuard
 from distill.engine.launch import finished_checkpoint
 from distill.engine.loop import TrainLoop
 from distill.engine.trainer import scale_to_workers
@@ -67,7 +68,8 @@ def test_gradients_are_clipped_after_the_scaler_has_unscaled_them(
             cfg, getattr(torch.optim, optimizer)(model.parameters(), lr=0.1, **options)
         )
         loader = [torch.tensor([3.0, 1e-3])] * 2
-        loop = TrainLoop(model, loader, wrapped, amp=False, device="cpu")
+        guard = FiniteGuard(cfg, model, model, seed=0)
+        loop = TrainLoop(model, loader, wrapped, amp=False, device="cpu", seed=0, guard=guard)
         loop.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         loop.run_step()
         weights.append(model.weight.detach().clone())

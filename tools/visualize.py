@@ -334,7 +334,7 @@ def load_weights(model: DistillModel, cfg: CfgNode, weights: str) -> tuple[str, 
         )
     states: dict[str, Tensor] = {}
     if path != RANDOM:
-        load_strictly(model.student, path, "--weights")
+        load_strictly(model.student, path, "--weights", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
         with readable(path, "--weights"):
             local = PathManager.get_local_path(path)
             saved = torch.load(local, "cpu", weights_only=True) if path.endswith(".pth") else {}

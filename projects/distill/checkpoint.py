@@ -1,35 +1,115 @@
 """Training checkpoints: a stock detectron2 checkpoint of the student, and what a resume needs.
 
 ``{"model": student, "distill": heads, "student_state": floats outside the state dict, "trainer":
-optimizer, scheduler and hooks, "iteration": int}``. Only plain types and tensors go in, so that
-``torch.load(..., weights_only=True)`` reads it.
+optimizer, scheduler, hooks and the run's seed, "iteration": int}``. Only plain types and tensors
+go in, so that ``torch.load(..., weights_only=True)`` reads it.
 """
 
 import os
-from typing import Any
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from .errors import CheckpointError, WeightsError
+from .weights import SafeCheckpointer, file_hash
 
-class StudentCheckpointer(DetectionCheckpointer):
-    """Writes a checkpoint to a temporary file first: a crash leaves the earlier ones intact."""
+PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of checkpoints on the way
+
+
+class StudentCheckpointer(SafeCheckpointer):
+    """Writes so that no crash harms an earlier checkpoint, and finds the newest intact one."""
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``save_dir/<name>.pth``, its checksum beside it, and tag it as the last one.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier ones are as they were.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
+        self._write(name, data)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_best(self, iteration: int, metric: str, value: float) -> None:
+        """Write ``model_best.pth``: the student alone, not to resume from."""
+        student = {"model": self.model.state_dict()}
+        self._write("model_best", {**student, "iteration": iteration, metric: value})
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with open(f"{path}.tmp", "wb") as f:
-            torch.save(data, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
-        self.tag_last_checkpoint(f"{name}.pth")
+        try:
+            write_checked(path, data)
+        except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
+            cause = e if isinstance(e, OSError) else e.__context__ or e
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            raise CheckpointError(
+                f"Checkpoint '{path}' cannot be written ({reason}); the {len(self.candidates())} "
+                "before it are intact: mend that and continue with --resume."
+            ) from e
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename.encode())
+
+    def candidates(self) -> list[str]:
+        """Checkpoints to resume from: the tagged one, then the periodic ones, newest first."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        names = self._periodic()
+        tag = os.path.join(self.save_dir, "last_checkpoint")
+        if os.path.isfile(tag):
+            with open(tag, errors="replace") as f:
+                last = f.read().strip()
+            # Only a name: the file may hold anything.
+            if last == os.path.basename(last) and last in os.listdir(self.save_dir):
+                names = [last] + [x for x in names if x != last]
+        return [os.path.join(self.save_dir, x) for x in names]
+
+    def newest_intact(self) -> str | None:
+        """The checkpoint to resume from; None if there is none at all.
+
+        Raises:
+            WeightsError: there are some, and all are damaged.
+        """
+        damaged = []
+        for path in self.candidates():
+            reason = damage(path)
+            if reason is None:
+                return path
+            self.logger.warning("Checkpoint %s %s: taking the one before it.", path, reason)
+            damaged.append(f"'{path}' {reason}")
+        if damaged:
+            raise WeightsError(
+                f"--resume: {damaged[0]}, and no intact checkpoint is left of {len(damaged)}; "
+                "remove them to start anew, or set another OUTPUT_DIR."
+            )
+        return None
+
+    def _periodic(self) -> list[str]:
+        """Names of the periodic checkpoints, the last one written first.
+
+        That of a higher iteration may be older: damaged, or of another run in the same folder.
+        """
+        names = filter(PERIODIC.fullmatch, os.listdir(self.save_dir))
+        written = {x: os.path.getmtime(os.path.join(self.save_dir, x)) for x in names}
+        return sorted(written, key=lambda x: (written[x], x), reverse=True)
+
+    def prune(self, keep: int) -> None:
+        """Remove all periodic checkpoints but the newest ``keep``."""
+        for name in self._periodic()[keep:]:
+            path = os.path.join(self.save_dir, name)
+            os.remove(path)
+            if os.path.isfile(checksum_file(path)):
+                os.remove(checksum_file(path))
 
 
 class StudentState:
@@ -47,5 +127,67 @@ class StudentState:
         return {n: float(getattr(self.student, n)) for n in self.NAMES if hasattr(self.student, n)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            setattr(self.student, name, value)
+        for name in self.NAMES:
+            if name in state:
+                setattr(self.student, name, state[name])
+            elif hasattr(self.student, name):  # it appears with the first step
+                delattr(self.student, name)
+
+
+def checksum_file(path: str) -> str:
+    """Where the checksum of a checkpoint stands, in the format of ``sha256sum --check``."""
+    return f"{path}.sha256"
+
+
+def write_checked(path: str, data: Any) -> None:
+    """``torch.save`` that a crash at any moment leaves with the old file or the new one, whole.
+
+    A new file may lack its checksum after a crash, never have a wrong one.
+    """
+    with replacing(path) as f:
+        torch.save(data, f)
+        f.flush()
+        os.fsync(f.fileno())
+        digest = file_hash(f.name)
+        if os.path.exists(checksum_file(path)):
+            os.remove(checksum_file(path))  # that of the old file
+    with replacing(checksum_file(path)) as f:
+        f.write(f"{digest}  {os.path.basename(path)}\n".encode())
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Write a temporary file that takes the place of ``path`` when all of it is on the disk."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def damage(path: str) -> str | None:
+    """What is wrong with a checkpoint file, or None; its content is not unpickled.
+
+    Without a checksum beside it, the checksums inside torch's zip format decide.
+    """
+    try:
+        if os.path.isfile(checksum_file(path)):
+            with open(checksum_file(path), errors="replace") as f:
+                expected = f.read().split()
+            return None if file_hash(path) in expected else "does not have its checksum"
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f"has a broken part ({broken})" if broken else None
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as e:
+        return f"cannot be read ({' '.join(str(e).split()) or type(e).__name__})"

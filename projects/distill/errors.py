@@ -20,6 +20,14 @@ class WeightsError(DistillError):
     """A checkpoint that is missing, unreadable or of another network."""
 
 
+class CheckpointError(DistillError):
+    """A checkpoint that cannot be written."""
+
+
+class NumericalError(DistillError):
+    """A loss or gradient that is not finite."""
+
+
 class TapError(DistillError, RuntimeError):
     """A tapped module that does not exist or did not run."""
 

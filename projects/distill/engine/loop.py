@@ -1,45 +1,125 @@
 """The training step."""
 
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
-from torch import nn
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..heads.base import RandomState
+from ..seeding import derived_seed, seed_globally
+from .faults import FiniteGuard, says_nonfinite
+from .telemetry import gradient_cosines
 
 
 class TrainLoop(SimpleTrainer):
-    """detectron2's training step with automatic mixed precision on every device.
+    """detectron2's training step, seeded by iteration, in mixed precision on every device.
 
     CUDA computes in float16 with a gradient scaler, the CPU in bfloat16 without one;
-    detectron2's ``AMPTrainer`` insists on CUDA.
+    detectron2's ``AMPTrainer`` insists on CUDA. A step that is not finite changes no weight.
+
+    Args:
+        seed: of the run; with the iteration it determines all random numbers of the step.
+        guard: decides what happens to a step that is not finite.
+        heads: names of the distillation heads.
+        cosine_period: iterations between two logs of the heads' gradient cosines; 0: none.
     """
 
-    def __init__(self, model: nn.Module, loader: Any, optimizer: Any, *, amp: bool, device: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Any,
+        optimizer: Any,
+        *,
+        amp: bool,
+        device: str,
+        seed: int,
+        guard: FiniteGuard,
+        heads: Sequence[str] = (),
+        cosine_period: int = 0,
+    ):
         super().__init__(model, loader, optimizer)
         cuda = device.startswith("cuda")
         dtype = torch.float16 if cuda else torch.bfloat16
+        self.device = device
         self.autocast = lambda: torch.autocast(device.split(":")[0], dtype, enabled=amp)
         self.scaler = torch.amp.GradScaler(enabled=amp and cuda)
+        self.seed = seed
+        self.guard = guard
+        self.heads = heads
+        self.cosine_period = cosine_period
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with self.autocast():
-            losses = self.model(data)
+        self.guard.before_step(data)
+        seed_step(self.model, self.seed, self.iter)
+        try:
+            with self.autocast(), repeatable(self.device):
+                losses = self.model(data)
+        except Exception as e:
+            if not says_nonfinite(e):
+                raise
+            return self.guard.failed(e)
+        self._write_cosines(losses)
         self.optimizer.zero_grad()
         self.scaler.scale(sum(losses.values())).backward()
         self.after_backward()
-        self._write_metrics(losses, data_time)
         self.scaler.unscale_(self.optimizer)  # detectron2 clips inside the optimizer's step
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.guard.allows(losses, self.scaler):
+            self._write_metrics(losses, data_time)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.scaler.update(self.scaler.get_scale())  # as it is
+
+    def _write_cosines(self, losses: dict[str, Tensor]) -> None:
+        if self.heads and self.cosine_period and self.iter % self.cosine_period == 0:
+            scaled = {name: self.scaler.scale(loss) for name, loss in losses.items()}
+            parameters = [p for p in self.guard.student.parameters() if p.requires_grad]
+            cosines = gradient_cosines(scaled, self.heads, parameters)
+            get_event_storage().put_scalars(**cosines, smoothing_hint=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+        ours = {"grad_scaler": self.scaler.state_dict(), "skips": self.guard.skips}
+        return {**super().state_dict(), **ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):  # none if the saved run did not scale
             self.scaler.load_state_dict(state_dict["grad_scaler"])
+        self.guard.skips = state_dict.get("skips", 0)
+
+
+def repeatable(device: str) -> AbstractContextManager[None]:
+    """Keep TorchScript from optimising while it runs, where results should not depend on the past.
+
+    Its executor computes the first calls in a process otherwise than later ones, and detectron2's
+    focal loss is such a function. On CUDA its fusion is worth more, unless asked for determinism.
+    """
+    exact = not device.startswith("cuda") or torch.are_deterministic_algorithms_enabled()
+    return torch.jit.optimized_execution(not exact)
+
+
+def mixed_precision(device: str, enabled: bool) -> torch.autocast:
+    """The context of a forward: float16 on CUDA, bfloat16 on the CPU; or that of no conversion."""
+    dtype = torch.float16 if device.startswith("cuda") else torch.bfloat16
+    return torch.autocast(device.split(":")[0], dtype, enabled=enabled)
+
+
+def seed_step(model: nn.Module, seed: int, iteration: int, rank: int | None = None) -> None:
+    """Make all randomness of a step a function of the run's seed, the iteration and the process.
+
+    Args:
+        rank: of the process; None: this one's.
+    """
+    place = (seed, iteration, comm.get_rank() if rank is None else rank)
+    seed_globally(*place, 0)  # four numbers: three are the place of a sample
+    for k, module in enumerate((m for m in model.modules() if isinstance(m, RandomState)), 1):
+        module.reseed(derived_seed(*place, k))

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
+from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
@@ -30,11 +31,13 @@ from ..config import (
 )
 from ..data.datasets import load_training_set, register_coco_format
 from ..data.kitti import IgnoredRegionsMapper
+from ..data.loader import TrainLoader, build_train_loader
 from ..errors import ConfigError
 from ..meta_arch import DistillModel
 from ..weights import load_strictly, readable
 from .evaluators import check_test_sets, evaluator_builders
-from .hooks import DistillRatio
+from .faults import FiniteGuard
+from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Telemetry
 from .loop import TrainLoop
 
 logger = logging.getLogger(__name__)
@@ -56,50 +59,122 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()):
         TrainerBase.__init__(self)
+        self.iter: int
+        if cfg.DETERMINISTIC:
+            be_deterministic()
         cfg = scale_to_workers(cfg)
         check_batch_size(cfg)
-        dataset = load_training_set(cfg)
+        self.dataset = load_training_set(cfg)
         check_test_sets(cfg)
         with building("student"):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = build_detection_train_loader(cfg, dataset=dataset, mapper=train_mapper(cfg))
+        self.cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.student: nn.Module = getattr(model, "student", model)
+        self.heads: Any = getattr(model, "heads", {})
+        cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        self._trainer = TrainLoop(
+            create_ddp_model(model, broadcast_buffers=False, **cpu),
+            self.build_train_loader(cfg),
+            optimizer,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            device=cfg.MODEL.DEVICE,
+            seed=self.seed,
+            guard=FiniteGuard(cfg, model, self.student, self.seed),
+            heads=tuple(self.heads),
+            cosine_period=cfg.MODEL.DISTILL.COSINE_PERIOD,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
         if isinstance(model, DistillModel):
             checkpointables["distill"] = model.heads
-        cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        ddp = create_ddp_model(model, broadcast_buffers=False, **cpu)
-        self._trainer = TrainLoop(
-            ddp, loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED, device=cfg.MODEL.DEVICE
-        )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # The trainer's state last: it says which iteration everything before belongs to.
         self.checkpointer = StudentCheckpointer(
-            self.student, cfg.OUTPUT_DIR, **checkpointables, trainer=self
+            self.student,
+            cfg.OUTPUT_DIR,
+            allow_pickle=cfg.MODEL.ALLOW_PICKLE,
+            **checkpointables,
+            trainer=self,
         )
-        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
         self.register_hooks([*self.build_hooks(), *extra_hooks])
         if comm.is_main_process():
             write_student_yaml(cfg)
 
+    def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
+        """The training data from iteration ``start`` on."""
+        return build_train_loader(cfg, self.dataset, train_mapper(cfg), seed=self.seed, start=start)
+
     def build_hooks(self) -> list[HookBase]:
-        hooks = super().build_hooks()
-        if self.cfg.MODEL.META_ARCHITECTURE in distill_architectures():
-            hooks.insert(0, DistillRatio(self.cfg.MODEL.DISTILL.HEADS))
-        return hooks
+        cfg = self.cfg
+        before, after = [], []
+        for hook in super().build_hooks():
+            if isinstance(hook, PeriodicWriter):
+                after.append(hook)
+            elif not isinstance(hook, PeriodicCheckpointer):
+                before.append(hook)
+        loop = self._trainer
+        left_out = lambda: len(loop.data_loader.left_out)  # noqa: E731
+        before.append(Telemetry(cfg.SOLVER.IMS_PER_BATCH, left_out))
+        if self.heads:
+            before.insert(0, DistillRatio(tuple(self.heads)))
+        before.append(Alarms(self.heads))
+        if cfg.TEST.BEST_METRIC:
+            best = BestCheckpoint(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
+            before.append(best)
+        # After the evaluation: its best result is part of what is saved.
+        period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
+        return [*before, Checkpoints(self.checkpointer, period, keep), *after]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last checkpoint of ``OUTPUT_DIR`` if ``resume``, else ``MODEL.WEIGHTS``.
+        """Load the newest intact checkpoint of ``OUTPUT_DIR`` if ``resume``, else the weights.
+
+        A resumed run ends as an uninterrupted one. Without any checkpoint in ``OUTPUT_DIR``, it
+        starts from ``MODEL.WEIGHTS`` too.
 
         Raises:
-            WeightsError: the file is missing or unreadable.
+            WeightsError: the file is missing or unreadable, or every checkpoint is damaged.
         """
-        last = self.checkpointer.get_checkpoint_file() if resume else ""
-        path, key = (last, "--resume") if last else (self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-        with readable(path, key) if path else contextlib.nullcontext():
-            super().resume_or_load(resume)
+        last = self.checkpointer.newest_intact() if resume and comm.is_main_process() else None
+        last = comm.all_gather(last)[0]
+        if last is None:
+            weights = self.cfg.MODEL.WEIGHTS
+            with readable(weights, "MODEL.WEIGHTS") if weights else contextlib.nullcontext():
+                self.checkpointer.load(weights, checkpointables=[])
+            return
+        with readable(last, "--resume"):
+            self.checkpointer.load(last)
+        self.start_iter = self.iter + 1
+        self._trainer.seed = self._trainer.guard.seed = self.seed
+        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seed = state_dict["seed"]
+        world = comm.get_world_size()
+        if self.cfg.SOLVER.REFERENCE_WORLD_SIZE and state_dict["world_size"] != world:
+            self._rescale(state_dict["world_size"] / world)
+
+    def _rescale(self, factor: float) -> None:
+        """Go on with another number of processes, by which detectron2 scales the schedule.
+
+        Args:
+            factor: how many times as many iterations the whole training has now.
+        """
+        done = round((self.iter + 1) * factor)
+        logger.warning("Iteration %d is now %d: the number of processes changed", self.iter, done)
+        self.iter = done - 1
+        fresh = self.build_optimizer(self.cfg, self._trainer.model)
+        rates = [group["lr"] for group in fresh.param_groups]
+        self.scheduler.base_lrs, self.scheduler.last_epoch = rates, done
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["initial_lr"] = rate
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):
+            group["lr"] = rate
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -129,6 +204,13 @@ def train_mapper(cfg: CfgNode) -> DatasetMapper:
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
+
+
+def be_deterministic() -> None:
+    """Use algorithms on CUDA that give the same bits every time, as those on the CPU do."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
 
 
 def scale_to_workers(cfg: CfgNode) -> CfgNode:
@@ -200,5 +282,6 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
     check_test_sets(plain)
     with building("student"):
         model = build_model(plain)
-    load_strictly(model, weights or plain.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    path = weights or plain.MODEL.WEIGHTS
+    load_strictly(model, path, "MODEL.WEIGHTS", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     return Trainer.test(plain, model)

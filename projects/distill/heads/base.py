@@ -138,33 +138,26 @@ def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:
 
 
 class RandomState(nn.Module):
-    """A head's private source of randomness, saved with the head's state.
+    """A head's private source of randomness; it leaves the global state alone.
 
-    It leaves the global state, and so the student's training, alone. The generator lives on the
-    device that draws, so that nothing is copied or synchronised.
+    The trainer reseeds it at every iteration, so a checkpoint needs none of its state. The
+    generator lives on the device that draws: nothing is copied or synchronised.
     """
 
     def __init__(self, seed: int):
         super().__init__()
         self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # other masks in every process
         self._generator: torch.Generator | None = None
-        self._state: Tensor | None = None
 
     def generator(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device=device).manual_seed(self.seed)
-            # A state of another kind of device (training moved to a GPU) does not fit: start anew.
-            if self._state is not None and len(self._state) == len(self._generator.get_state()):
-                self._generator.set_state(self._state)
         return self._generator
 
-    def get_extra_state(self) -> Tensor | None:
-        return self._generator.get_state() if self._generator else self._state
-
-    def set_extra_state(self, state: Tensor | None) -> None:
-        # Process 0 saved it: the others start anew rather than draw the same masks as process 0.
-        self._state = state if comm.get_rank() == 0 else None
-        self._generator = None
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
+        if self._generator is not None:
+            self._generator.manual_seed(seed)
 
 
 def teacher_needed(cfg: CfgNode) -> bool:

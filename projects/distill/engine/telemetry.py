@@ -1,0 +1,61 @@
+"""What is measured beside the losses."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Gradient = Sequence[Tensor | None]
+"""By parameter; None where a loss does not depend on it."""
+
+
+def head_of(loss: str, heads: Sequence[str]) -> str | None:
+    """The distillation head that a named loss belongs to; None: it is a task loss."""
+    prefixes = {f"loss_{name.lower()}": name for name in heads}
+    return prefixes.get(loss.split("/")[0])
+
+
+def gradient_cosines(
+    losses: dict[str, Tensor], heads: Sequence[str], parameters: Sequence[Tensor]
+) -> dict[str, float]:
+    """Cosine in [-1, 1] between each head's gradient and that of the task, in the parameters.
+
+    Below 0 the head pulls against the task. The graph of the losses stays usable.
+
+    Args:
+        losses: named losses with their graph.
+        heads: names of the heads.
+        parameters: of the student.
+
+    Returns:
+        ``kd_cosine/<head>``: 0 if one of the two gradients is 0, nothing if one is not finite.
+    """
+    sums: dict[str | None, Tensor] = {}
+    for name, loss in losses.items():
+        head = head_of(name, heads)
+        sums[head] = sums[head] + loss if head in sums else loss
+    if None not in sums:
+        return {}
+    task = _gradient(sums.pop(None), parameters)
+    cosines = {}
+    for head, loss in sums.items():
+        own = _gradient(loss, parameters)
+        scale = math.sqrt(dot(own, own) * dot(task, task))
+        if math.isfinite(scale):
+            cosines[f"kd_cosine/{str(head).lower()}"] = dot(own, task) / scale if scale else 0.0
+    return cosines
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Gradient:
+    if not loss.requires_grad:
+        return [None] * len(parameters)
+    return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+
+def dot(a: Gradient, b: Gradient) -> float:
+    """Inner product in float64, which holds the squares of float32 numbers."""
+    products = [
+        (x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None
+    ]
+    return torch.stack(products).sum().item() if products else 0.0

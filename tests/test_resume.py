@@ -1,0 +1,171 @@
+"""An interrupted run that is resumed ends bit-identically to one that was not interrupted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import distill_opts, needs_loopback, trainable_cfg, write_teacher
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+
+from distill.engine import Trainer, main
+
+CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
+HEADS = {"faster": ("IMA", "MKD", "ROIKD"), "retinanet": ("IMA", "DenseKD")}
+LAST = 6  # iterations
+Shapes = tuple[str, str, str]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interruption(HookBase):
+    """Ends the run before an iteration, as a crash would."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            raise Interrupted
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    torch.set_num_threads(1)
+    return {f: write_teacher(tmp_path_factory.mktemp(f), f, *CLASSES) for f in HEADS}
+
+
+def config(
+    family: str, shapes: Shapes, teachers: dict[str, list[Any]], output: Path, *opts: Any
+) -> CfgNode:
+    schedule = ("SOLVER.MAX_ITER", LAST, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.WARMUP_ITERS", 3)
+    distillation = distill_opts(family, HEADS[family])
+    warmup = ("MODEL.DISTILL.IMA.WARMUP_ITERS", 4)
+    opts = (*distillation, *teachers[family], *schedule, *warmup, *opts)
+    return trainable_cfg(family, shapes, output, *opts, norm="BN")
+
+
+def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False, seed: int = 3) -> dict[str, Any]:
+    """Train; ``seed`` is the global one, which a resumed process has no reason to share."""
+    seed_all_rng(seed)
+    trainer = Trainer(cfg, hooks)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Paths at which two checkpoints differ in a bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        return [x for k in a for x in differences(a[k], b[k], f"{where}.{k}")]
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        return [x for k in range(len(a)) for x in differences(a[k], b[k], f"{where}.{k}")]
+    return [] if a == b else [where]
+
+
+CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "faster": ("faster", ()),
+    "retinanet": ("retinanet", ()),
+    "mixed precision": ("faster", ("SOLVER.AMP.ENABLED", True)),
+    "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
+    "crops": ("faster", ("INPUT.CROP.ENABLED", True)),
+    "no seed": ("faster", ("SEED", -1)),
+    "deterministic": ("faster", ("DETERMINISTIC", True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact(
+    case: str, shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    family, opts = CASES[case]
+    uninterrupted = train(config(family, shapes, teachers, tmp_path / "a", *opts))
+    cfg = config(family, shapes, teachers, tmp_path / "b", *opts)
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(3))
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(4), resume=True, seed=98)
+    cfg.DATALOADER.NUM_WORKERS = 2  # matters as little as the global seed
+    resumed = train(cfg, resume=True, seed=99)
+    torch.use_deterministic_algorithms(False)
+    assert differences(uninterrupted, resumed) == []
+    assert len(resumed["trainer"]["_trainer"]["optimizer"]["state"]) > 0
+
+
+def test_another_seed_ends_elsewhere(
+    shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    """So the test above can fail: order, augmentations and masks follow SEED."""
+    first, second = (
+        train(config("faster", shapes, teachers, tmp_path / str(seed), "SEED", seed))
+        for seed in (0, 1)
+    )
+    assert len(differences(first["model"], second["model"])) > 10
+
+
+def test_without_a_checkpoint_resume_starts_anew(
+    shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    cfg = config("faster", shapes, teachers, tmp_path / "a")
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(1))  # before the first checkpoint
+    resumed = train(cfg, resume=True)
+    fresh = train(config("faster", shapes, teachers, tmp_path / "b"))
+    assert differences(resumed, fresh) == []
+
+
+@needs_loopback
+def test_resume_on_another_number_of_processes(
+    shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    """Two processes train 4 of 8 iterations; one goes on at the same place of the same data."""
+    opts = ("SOLVER.IMS_PER_BATCH", 2, "DATASETS.TEST", ())
+    cfg = config("faster", shapes, teachers, tmp_path / "run", *opts)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    command = ["--config-file", str(tmp_path / "config.yaml")]
+    assert main([*command, "--num-gpus", "2", "SOLVER.MAX_ITER", "4"]) == 0
+    saved = torch.load(tmp_path / "run/model_final.pth", weights_only=True)
+    assert saved["trainer"]["world_size"] == 2
+    assert main([*command, "--resume", "SOLVER.MAX_ITER", "8"]) == 0
+    rows = (tmp_path / "run/metrics.json").read_text().splitlines()
+    assert max(json.loads(x)["iteration"] for x in rows) == 7
+    assert torch.load(tmp_path / "run/model_final.pth", weights_only=True)["iteration"] == 7
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
+def test_a_scaled_schedule_goes_on_where_it_was(
+    optimizer: str,
+    shapes: Shapes,
+    teachers: dict[str, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SOLVER.REFERENCE_WORLD_SIZE: half as many processes have twice as many iterations."""
+    opts = ("SOLVER.OPTIMIZER", optimizer, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 0.01)
+    cfg = config("faster", shapes, teachers, tmp_path, *opts, "SOLVER.WARMUP_ITERS", 0)
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(4))
+    path = tmp_path / "model_0000003.pth"
+    saved = torch.load(path, weights_only=True)
+    saved["trainer"]["world_size"] = 2  # as if two processes had written it
+    torch.save(saved, path)
+    (tmp_path / "model_0000003.pth.sha256").unlink()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 2
+    trainer = Trainer(cfg)
+    assert (trainer.cfg.SOLVER.IMS_PER_BATCH, trainer.max_iter) == (2, 2 * LAST)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 8
+    assert trainer.scheduler.last_epoch == 8
+    rates = {group["lr"] for group in trainer._trainer.optimizer.param_groups}
+    assert rates == {0.005}
+    trainer.train()
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 11
