@@ -163,10 +163,17 @@ def test_a_teachers_class_names_come_from_its_own_data(tmp_path: Path) -> None:
     assert class_names(teacher_config(cfg)) is None
 
 
-def test_a_truncated_final_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_a_truncated_final_checkpoint_is_none(tmp_path: Path) -> None:
+    cfg = tiny_cfg("faster", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", 6)
+    path = tmp_path / "model_final.pth"
+    torch.save({"iteration": 5, "model": {}}, path)
+    assert finished_checkpoint(cfg) == str(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert finished_checkpoint(cfg) is None
+
+
+def test_a_final_checkpoint_of_something_else_is_an_error(tmp_path: Path) -> None:
     cfg = tiny_cfg("faster", "OUTPUT_DIR", str(tmp_path))
-    torch.save({"iteration": 5, "model": {}}, tmp_path / "model_final.pth")
-    content = (tmp_path / "model_final.pth").read_bytes()
-    (tmp_path / "model_final.pth").write_bytes(content[: len(content) // 2])
+    torch.save([1, 2], tmp_path / "model_final.pth")
     with pytest.raises(WeightsError, match=r"--resume.*model_final\.pth"):
         finished_checkpoint(cfg)

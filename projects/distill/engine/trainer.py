@@ -74,9 +74,10 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = getattr(model, "heads", {})
-        cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        # Not the local rank, as detectron2 has it: SLURM may show each task its own GPU alone.
+        devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
-            create_ddp_model(model, broadcast_buffers=False, **cpu),
+            create_ddp_model(model, broadcast_buffers=False, device_ids=devices),
             self.build_train_loader(cfg),
             optimizer,
             amp=cfg.SOLVER.AMP.ENABLED,

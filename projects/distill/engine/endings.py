@@ -1,0 +1,235 @@
+"""How a run ends before its time: one sentence that says why and what to do, and no orphans."""
+
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import DistillError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 2.0  # seconds in which the cause of an echo is heard of
+PATIENCE = 5.0  # seconds that started processes have to end, before they are killed
+
+
+class EchoError(DistillError):
+    """The end of a process because another one ended, whose own sentence is the better one."""
+
+
+_RESUME = "continue with --resume."
+_WORKER = (
+    "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS if memory is "
+    "short, give /dev/shm more room if shared memory is (docker run --shm-size 8g), and "
+    f"{_RESUME}"
+)
+_SLOW_DATA = (
+    "no batch came for {0} seconds (DATALOADER.TIMEOUT): the disk is slow or a data worker hangs; "
+    f"raise DATALOADER.TIMEOUT or DATALOADER.NUM_WORKERS and {_RESUME}"
+)
+_FILES = f"too many files are open: raise `ulimit -n` or lower DATALOADER.NUM_WORKERS and {_RESUME}"
+_SHARED = (
+    "shared memory is full: give /dev/shm more room (docker run --shm-size 8g) or lower "
+    f"DATALOADER.NUM_WORKERS, and {_RESUME}"
+)
+_GPU_MEMORY = (
+    "the GPU's memory does not suffice: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or "
+    f"INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True, and {_RESUME}"
+)
+_MEMORY = (
+    "the machine's memory does not suffice: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN, "
+    f"INPUT.MAX_SIZE_TRAIN or DATALOADER.NUM_WORKERS and {_RESUME}"
+)
+_DISK = f"there is no space left on the device{{0}}; free some and {_RESUME}"
+_SHARED_GPU = (
+    "two processes use one GPU: start as many as there are GPUs (--num-gpus, --nproc-per-node or "
+    "--ntasks-per-node)."
+)
+PORT_TAKEN = (
+    "port {0} is taken, perhaps by another run: choose another one in --dist-url or MASTER_PORT, "
+    "or on a single machine --dist-url auto."
+)
+_ABSENT = (
+    "only {0} of {1} processes came within --dist-timeout: start all of them with the same "
+    "--dist-url and --num-machines, in reach of each other."
+)
+_HANGS = (
+    "another process did not answer for {0} s (--dist-timeout): it hangs, is stopped, or needs "
+    f"longer; find out which, or raise --dist-timeout, and {_RESUME}"
+)
+_LOST = (
+    "lost the connection to another process: it ended, was killed, or its machine is out of reach "
+    f"(its own last lines say why); {_RESUME}"
+)
+_ECHOES = (_WORKER, _HANGS, _LOST)
+
+_Types = type[Exception] | tuple[type[Exception], ...]
+# Sentences by type and message of an error, the first that fits; {0}, {1}: groups of the pattern.
+# gloo, NCCL and the data loader raise RuntimeError or classes derived from it.
+_EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
+    (RuntimeError, r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", _WORKER),
+    (RuntimeError, r"DataLoader timed out after (\d+)", _SLOW_DATA),
+    ((RuntimeError, OSError), "Too many open files", _FILES),
+    (RuntimeError, "shared memory object|</torch_", _SHARED),
+    (torch.OutOfMemoryError, "", _GPU_MEMORY),
+    (RuntimeError, "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", _GPU_MEMORY),
+    (MemoryError, "", _MEMORY),
+    ((RuntimeError, OSError), "annot allocate memory|can't allocate memory", _MEMORY),
+    (OSError, rf"\[Errno (?:{errno.ENOSPC}|{errno.EDQUOT})\][^:\n]*(: '.*')?", _DISK),
+    (RuntimeError, "inline_container.*(?:unexpected pos|failed writing)()", _DISK),
+    (RuntimeError, "Duplicate GPU detected", _SHARED_GPU),
+    (RuntimeError, r"failed to listen .* port: (\d+).*EADDRINUSE", PORT_TAKEN),
+    (RuntimeError, r"waiting for clients\. (\d+)/(\d+) clients joined", _ABSENT),
+    (RuntimeError, r"(?:Timed out waiting |wait timeout after |\(ms\)=)(\d+)\d{3}", _HANGS),
+    (RuntimeError, "Connection (?:closed|reset|refused|timed out|was likely closed)", _LOST),
+    (RuntimeError, "Broken pipe|failed to recv|caused pair closure", _LOST),
+    (RuntimeError, "remote process exited|communicator was aborted", _LOST),
+)
+
+
+def explain(error: BaseException) -> DistillError | None:
+    """What a user can do about an error; None if it is a bug, whose traceback is needed.
+
+    An error that was raised while another one was handled counts as that one if it says nothing
+    itself.
+    """
+    if isinstance(error, DistillError):
+        return error
+    for types, pattern, sentence in _EXPLANATIONS:
+        if isinstance(error, types) and (found := re.search(pattern, str(error))):
+            kind = EchoError if sentence in _ECHOES else DistillError
+            return kind(sentence.format(*(x or "" for x in found.groups())))
+    before = error.__cause__ or error.__context__
+    return explain(before) if before else None
+
+
+def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
+    """Print why this process ends: one sentence, or the traceback of a bug.
+
+    Processes often find the same, or only hear that another one ended. Whoever started them stops
+    the rest after the first end, so those whose sentence may be superfluous wait for that.
+
+    Returns:
+        The exit code: 2 for an error with a sentence, else 1.
+    """
+    found = explain(error)
+    time.sleep(ECHO * (local_rank + isinstance(found, EchoError)))
+    who = f"rank {rank}: " if rank else ""
+    if found:
+        print(f"error: {who}{' '.join(str(found).split())}", file=sys.stderr, flush=True)
+        return 2
+    trace = "".join(traceback.format_exception(error))
+    print(f"{who}{trace}", end="", file=sys.stderr, flush=True)
+    return 1
+
+
+@contextmanager
+def ending_on_signals(
+    last_words: Callable[[], str] | None, patience: float = 0.0
+) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM end this process and those it started with exit code 130 or 143.
+
+    It ends where it is, as if it were killed: raising an exception from a signal handler can be
+    swallowed, and the way out may lead through a collective that nobody answers.
+
+    Args:
+        last_words: called when the signal comes, for the line on stderr; None: no line.
+        patience: see :func:`leave`.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python's rule for handlers
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a data worker, forked with these handlers
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return  # Ctrl-C reaches the owner too, who ends its workers
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        if last_words:  # not by print: the signal may have interrupted one
+            words = f"stopped by {signal.Signals(number).name}: {last_words()}\n"
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, words.encode())
+        leave(128 + number, patience)
+
+    with _handling(end):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `started_quietly`
+        yield
+
+
+@contextmanager
+def started_quietly() -> Iterator[None]:
+    """Signals wait while processes are started within, and SIGINT until these are ready for it.
+
+    Else Ctrl-C prints a traceback of each one's imports.
+    """
+    resource_tracker.ensure_running()  # it is started with the first process, and unblocks SIGINT
+    came: list[int] = []
+    with _handling(lambda number, frame: came.append(number)):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # they inherit this
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if came:
+        signal.raise_signal(came[0])
+
+
+@contextmanager
+def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    caught = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]  # as by nohup
+    for number in caught:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def leave(code: int, patience: float = 0.0) -> NoReturn:
+    """End this process at once, and those that it started.
+
+    Args:
+        code: exit code.
+        patience: seconds for the started ones to end, before they are killed.
+    """
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises
+    children = multiprocessing.active_children()
+    if patience:
+        deadline = time.monotonic() + patience
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(max(0.0, deadline - time.monotonic()))
+    for child in children:
+        child.kill()
+    with suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def resume_hint(folder: str) -> str:
+    """What became of a training that writes into ``folder``; empty: none had begun."""
+    if not folder:
+        return "no training was under way."
+    try:
+        with open(os.path.join(folder, "last_checkpoint"), errors="replace") as f:
+            last = os.path.join(folder, f.read().strip())
+    except OSError:
+        return f"there is no checkpoint in {folder} yet."
+    return f"the last checkpoint is {last}; {_RESUME}"
