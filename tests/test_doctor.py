@@ -420,7 +420,7 @@ STILL = ("INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (64,))
 def taught(tmp_path_factory: pytest.TempPathFactory, shapes: Shapes) -> list[Any]:
     """Overrides of a distillation by a RetinaNet that knows the six scenes by heart."""
     folder = tmp_path_factory.mktemp("taught")
-    steps = ("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", 0.005, "SOLVER.MAX_ITER", 200)
+    steps = ("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", 0.002, "SOLVER.MAX_ITER", 200)
     loss = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou", "SOLVER.STEPS", ())
     unit = ("MODEL.RETINANET.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0), "SOLVER.IMS_PER_BATCH", 6)
     cfg = trainable_cfg("retinanet", shapes, folder, *steps, *STILL, *loss, *unit, norm="BN")
@@ -447,7 +447,7 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     assert main([*written(cfg, tmp_path), "--teacher-ap", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     check = report["teacher_check"]
-    assert check["value"] > 0.6 > 0.3 > check["chance"]
+    assert check["value"] > 0.5 > check["chance"]
     assert not [x for x in report["warnings"] if "chance" in x or "class names" in x]
     model = admit(cfg, str(tmp_path)).teacher.model  # type: ignore[union-attr]
     loader = Trainer.build_test_loader(cfg, shapes[0])
@@ -465,12 +465,16 @@ def test_classes_in_another_order_are_matched_by_name(
     taught: list[Any], tmp_path: Path, shapes: Shapes
 ) -> None:
     """Wrong names make the same teacher wrong."""
-    wrong = ("MODEL.DISTILL.TEACHER.CLASSES", CLASSES[1:] + CLASSES[:1])
-    cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *taught, *wrong)
-    report = examine(cfg, teacher_pictures=6)
-    assert report.teacher_check and report.teacher_check.value < 0.3
-    assert report.teacher_ap and report.teacher_ap.metrics["bbox/AP50"] < 20
-    assert any("no better than chance" in x for x in report.warnings)
+    names = (CLASSES, CLASSES[1:] + CLASSES[:1])
+    found = []
+    for classes in names:
+        opts = (*taught, "MODEL.DISTILL.TEACHER.CLASSES", classes)
+        cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *opts)
+        report = examine(cfg, teacher_pictures=6)
+        assert report.teacher_check and report.teacher_ap
+        found.append((report.teacher_check.value, report.teacher_ap.metrics["bbox/AP50"]))
+    (right, right_ap), (wrong, wrong_ap) = found
+    assert wrong < right - 0.1 and wrong_ap < 0.5 * right_ap
 
 
 def test_ap_of_a_semantic_teacher(tmp_path: Path, shapes: Shapes) -> None:

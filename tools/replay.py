@@ -28,8 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     except DistillError as e:
         print("error:", " ".join(str(e).split()), file=sys.stderr)
         return 2
-    show(result, Console(markup=False, highlight=False, soft_wrap=True))
+    show(result, console())
     return 0 if result.reproduced else 1
+
+
+def console() -> Console:
+    """Prints what a file says as it is: no markup, no line broken."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def show(result: Replay, console: Console) -> None:

@@ -7,7 +7,6 @@ go in, so that ``torch.load(..., weights_only=True)`` reads it.
 
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError, WeightsError
-from .weights import SafeCheckpointer, file_hash
+from .weights import SafeCheckpointer, file_hash, read_torch
 
 PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of checkpoints on the way
 
@@ -48,8 +47,11 @@ class StudentCheckpointer(SafeCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         try:
             write_checked(path, data)
-        except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
+        except (OSError, RuntimeError) as e:
+            # Torch's writer raises a RuntimeError of its own after whatever stopped it.
             cause = e if isinstance(e, OSError) else e.__context__ or e
+            if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):
+                raise cause from None  # not the file's fault: a data worker died meanwhile
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             raise CheckpointError(
                 f"Checkpoint '{path}' cannot be written ({reason}); the {len(self.candidates())} "
@@ -107,9 +109,10 @@ class StudentCheckpointer(SafeCheckpointer):
         """Remove all periodic checkpoints but the newest ``keep``."""
         for name in self._periodic()[keep:]:
             path = os.path.join(self.save_dir, name)
-            os.remove(path)
+            # The checksum first: alone, it would stay forever after a crash between the two.
             if os.path.isfile(checksum_file(path)):
                 os.remove(checksum_file(path))
+            os.remove(path)
 
 
 class StudentState:
@@ -177,17 +180,17 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
 
 def damage(path: str) -> str | None:
-    """What is wrong with a checkpoint file, or None; its content is not unpickled.
+    """What is wrong with a checkpoint file, or None; nothing of it is executed.
 
-    Without a checksum beside it, the checksums inside torch's zip format decide.
+    Without a checksum beside it, those inside torch's zip format decide, and torch itself.
     """
     try:
         if os.path.isfile(checksum_file(path)):
             with open(checksum_file(path), errors="replace") as f:
                 expected = f.read().split()
             return None if file_hash(path) in expected else "does not have its checksum"
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        return f"has a broken part ({broken})" if broken else None
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as e:
-        return f"cannot be read ({' '.join(str(e).split()) or type(e).__name__})"
+        read_torch(path)
+        return None
+    except Exception as e:  # on broken bytes, both readers raise nearly anything
+        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
+        return f"cannot be read ({reason})"

@@ -1,26 +1,23 @@
 """Every config key, and the checks that run before any weight is loaded."""
 
-import difflib
 import io
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
-from .errors import ConfigError, DistillError, choices
+from .errors import ConfigError, DistillError
 from .heads import DISTILL_HEAD_REGISTRY, teacher_needed
-from .heads.ima import IMA_SCOPES
-from .heads.mssd import MSSD_MASKS
-from .losses import TID_AREAS, TID_SCORES
+from .rules import check_choice, check_values, leaves, nearest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
@@ -165,6 +162,8 @@ class _SafeCfgNode(FvcoreCfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
+        if "://" in filename:  # what a _BASE_ names would be fetched and stored
+            raise OSError(f"_BASE_ '{filename}' is no file; download it and name the copy")
         with PathManager.open(filename, "r") as f:
             text = io.StringIO(f.read().replace(cls._EVAL, cls._VALUE))
         text.name = filename  # yaml's messages show it
@@ -180,11 +179,18 @@ def merge_from_file(cfg: CfgNode, filename: str) -> None:
     if not PathManager.isfile(filename):
         raise ConfigError(f"Config file '{filename}' does not exist.")
     try:
-        loaded = _SafeCfgNode.load_yaml_with_base(filename, allow_unsafe=False)
-        _merge(cfg, CfgNode(loaded), filename)
+        _merge(cfg, _read_yaml(filename), filename)
     except RecursionError as e:
-        raise ConfigError(f"The _BASE_ of config file '{filename}' leads back to itself.") from e
-    except (YAMLError, OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"The _BASE_ of config file '{filename}' leads back to itself, or its values hold "
+            "themselves."
+        ) from e
+
+
+def _read_yaml(filename: str) -> CfgNode:
+    try:
+        return CfgNode(_SafeCfgNode.load_yaml_with_base(filename, allow_unsafe=False))
+    except (YAMLError, OSError, ValueError) as e:  # yaml's scanner raises the last, too
         reason = " ".join(str(e).split())
         raise ConfigError(f"Config file '{filename}' cannot be read as safe yaml: {reason}") from e
     except (AttributeError, TypeError, AssertionError) as e:
@@ -203,47 +209,59 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
     if len(opts) % 2:
         raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
     for key, value in zip(opts[0::2], opts[1::2]):
-        _check_key(cfg, str(key), source)
-        try:
-            cfg.merge_from_list([key, value])
-        except (ValueError, AssertionError) as e:
-            raise ConfigError(f"{key} {value}: {e}") from e
+        with _keeping_types(cfg, [str(key)], source):
+            try:
+                cfg.merge_from_list([key, value])
+            except (ValueError, AssertionError) as e:
+                raise ConfigError(f"{key} {value!s:.200}: {_shortened(e)}") from e
 
 
 def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
-    for key in _leaves(loaded):
-        _check_key(cfg, key, source)
-    try:
-        cfg.merge_from_other_cfg(loaded)
-    except (KeyError, ValueError, AssertionError) as e:
-        raise ConfigError(f"{source}: {e.args[0] if e.args else e}") from e
+    with _keeping_types(cfg, [key for key, _ in leaves(loaded)], source):
+        try:
+            cfg.merge_from_other_cfg(loaded)
+        except (KeyError, ValueError, AssertionError) as e:
+            raise ConfigError(f"{source}: {_shortened(e)}") from e
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, value in node.items():
-        keys += (
-            _leaves(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
-        )
-    return keys
+def _shortened(error: Exception) -> str:
+    """The message of yacs, which repeats values however long they are."""
+    text = str(error.args[0] if error.args else error)
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
 
 
-def _check_key(cfg: CfgNode, key: str, source: str) -> None:
+@contextmanager
+def _keeping_types(cfg: CfgNode, keys: list[str], source: str) -> Iterator[None]:
+    """Refuse unknown keys, and None for a value that is not None, which yacs takes."""
+    before = {key: _value(cfg, key, source) for key in keys}
+    yield
+    for key, value in before.items():
+        if value is not None and _value(cfg, key, source) is None:
+            raise ConfigError(f"{key} in {source} is None; it must be a {type(value).__name__}.")
+
+
+def _value(cfg: CfgNode, key: str, source: str) -> Any:
+    """The value of a key; None if detectron2 knows it as one of earlier times.
+
+    Raises:
+        ConfigError: it is unknown, or a section.
+    """
     path: list[str] = []
     node = cfg
     for name in key.split("."):
         if not isinstance(node, CfgNode) or name not in node:
             if cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
-                return
-            valid = _nearest(name, node) if isinstance(node, CfgNode) else "no key below it"
+                return None
+            valid = nearest(name, node) if isinstance(node, CfgNode) else "no key below it"
             where = ".".join(path) or "the top level"
             raise ConfigError(f"Unknown config key '{key}' in {source}; {where} has: {valid}.")
         node = node[name]
         path.append(name)
     if isinstance(node, CfgNode):
         raise ConfigError(
-            f"'{key}' in {source} is a section, not a value; it has: {_nearest('', node)}."
+            f"'{key}' in {source} is a section, not a value; it has: {nearest('', node)}."
         )
+    return node
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
@@ -317,42 +335,52 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
     Raises:
         ConfigError: names the key, its value and the valid choices, nearest first.
     """
-    _one_of("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ("SGD", "ADAMW"))
+    check_values(cfg)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "MODEL.LOAD_PROPOSALS is True; detectron2 reads proposals from pickles, which can run "
+            "any code: set it False."
+        )
     architectures = [name for name, _ in META_ARCH_REGISTRY]
-    _one_of("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
     for key in ("TRAIN", "TEST") if training else ("TEST",):
         for name in cfg.DATASETS[key]:
-            _one_of(f"DATASETS.{key}", name, DatasetCatalog.list())
+            check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
     if training and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set.")
-    _at_least("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1)
-    _at_least("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1)
-    _one_of("SOLVER.ON_NONFINITE", cfg.SOLVER.ON_NONFINITE, ("stop", "skip"))
-    _one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, ("stop", "drop"))
-    for key in ("KEEP_CHECKPOINTS", "MAX_SKIPS"):
-        _at_least(f"SOLVER.{key}", cfg.SOLVER[key], 0)
-    _at_least("DATALOADER.TIMEOUT", cfg.DATALOADER.TIMEOUT, 0)
+    for name in cfg.DATASETS.TRAIN if training and cfg.MODEL.KEYPOINT_ON else ():
+        if not MetadataCatalog.get(name).get("keypoint_names"):
+            raise ConfigError(
+                f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
+                "False."
+            )
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
-            teacher_config(cfg)
+            _validate_teacher(teacher_config(cfg))
+
+
+def _validate_teacher(teacher: CfgNode) -> None:
+    try:
+        check_values(teacher)
+    except ConfigError as e:
+        raise ConfigError(f"The teacher's config: {e}") from e
 
 
 def _validate_distill(cfg: CfgNode) -> None:
     node = cfg.MODEL.DISTILL
-    _at_least("MODEL.DISTILL.COSINE_PERIOD", node.COSINE_PERIOD, 0)
     plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
-    _one_of("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
+    check_choice("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
     if len(set(node.HEADS)) < len(node.HEADS):
         raise ConfigError(f"MODEL.DISTILL.HEADS {tuple(node.HEADS)} names a head twice.")
     for name in node.HEADS:
-        _one_of("MODEL.DISTILL.HEADS", name, [n for n, _ in DISTILL_HEAD_REGISTRY])
+        check_choice("MODEL.DISTILL.HEADS", name, [n for n, _ in DISTILL_HEAD_REGISTRY])
         if name.upper() not in node:
             raise ConfigError(
                 f"MODEL.DISTILL.HEADS: {name} has no config section; call "
                 f"add_head_section('{name}') where it is registered."
             )
-        _validate_section(name.upper(), node[name.upper()])
+        _validate_terms(name.upper(), node[name.upper()])
     if "IMA" in node.HEADS and node.IMA.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
         raise ConfigError(
             "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
@@ -360,37 +388,6 @@ def _validate_distill(cfg: CfgNode) -> None:
         )
 
 
-Rule = tuple[Callable[[Any], bool], str]
-_POSITIVE: Rule = (lambda x: x > 0, "above 0")
-_BELOW_1: Rule = (lambda x: 0 <= x < 1, "in [0, 1)")
-_FRACTION: Rule = (lambda x: 0 <= x <= 1, "in [0, 1]")
-_SHARE: Rule = (lambda x: 0 < x <= 1, "in (0, 1]")
-_CELLS: Rule = (
-    lambda x: len(x) > 0 and all(isinstance(k, int) and k >= 1 for k in x),
-    "whole numbers from 1",
-)
-_CHOICES = {
-    "IMA.SCOPE": IMA_SCOPES,
-    "IMA.SCALE_ON": ("standardized", "raw"),
-    "MSSD.MASK": MSSD_MASKS,
-    "TID.SCORE": TID_SCORES,
-    "TID.AREA": TID_AREAS,
-}
-_RULES = {
-    "ROIKD.TEMPERATURE": _POSITIVE,
-    "MASKKD.TEMPERATURE": _POSITIVE,
-    "DENSEKD.TEMPERATURE": _POSITIVE,
-    "IMA.MASK_RATIO": _BELOW_1,
-    "IMA.SCALE_FLOOR": _FRACTION,
-    "MKD.SCALES": _CELLS,
-    "MKD.MASK_RATIO": _BELOW_1,
-    "MKD.TEMPERATURE": _POSITIVE,
-    "MSSD.GAMMA": _SHARE,
-    "MSSD.SIGMA2": _POSITIVE,
-    "TID.GAMMA": _SHARE,
-    "TID.TOP": _SHARE,
-    "TID.NMS_IOU": _FRACTION,
-}
 # Factors of the terms of a loss: without any, adapters would get no gradient.
 _TERMS = {
     "MKD": ("FEA_WEIGHT", "MULTISCALE_WEIGHT", "FDMD_WEIGHT", "FAD_WEIGHT"),
@@ -399,21 +396,19 @@ _TERMS = {
 }
 
 
-def _validate_section(head: str, section: CfgNode) -> None:
+def _validate_terms(head: str, section: CfgNode) -> None:
     terms = _TERMS.get(head, ())
-    for key, value in section.items():
-        name, path = f"{head}.{key}", f"MODEL.DISTILL.{head}.{key}"
-        if key.endswith(("WEIGHT", "_ITERS", "_ITER")) or key in terms:
-            _at_least(path, value, 0)
-        if name in _CHOICES:
-            _one_of(path, value, _CHOICES[name])
-        if name in _RULES and not _RULES[name][0](value):
-            raise ConfigError(f"{path} is {value}; it must be {_RULES[name][1]}.")
     if terms and not any(section[key] for key in terms):
         raise ConfigError(
             f"MODEL.DISTILL.{head}: {', '.join(terms)} are all 0; set one of them above 0, or "
             "WEIGHT 0.0 to switch the head off."
         )
+
+
+_UNBUILDABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 @contextmanager
@@ -427,7 +422,7 @@ def building(network: str) -> Iterator[None]:
         yield
     except DistillError:
         raise
-    except (AssertionError, KeyError, ValueError, TypeError) as e:
+    except _UNBUILDABLE as e:
         frame = traceback.extract_tb(e.__traceback__)[-1]
         reason = " ".join(str(e.args[0] if e.args else "").split())
         where = f" at {os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
@@ -436,22 +431,3 @@ def building(network: str) -> Iterator[None]:
         raise ConfigError(
             f"The {network} cannot be built from its config: {type(e).__name__} {reason}{where}"
         ) from e
-
-
-def _one_of(key: str, value: Any, valid: Iterable[str]) -> None:
-    names = list(valid)
-    if value not in names:
-        near = difflib.get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ConfigError(f"{key}: unknown value '{value}'{hint} Valid: {_nearest(value, names)}.")
-
-
-def _nearest(value: Any, valid: Iterable[str], most: int = 12) -> str:
-    names = choices(str(value), valid).split(", ")
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _at_least(key: str, value: float, minimum: float) -> None:
-    if value < minimum:
-        raise ConfigError(f"{key} is {value}; it must be at least {minimum}.")

@@ -3,7 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from ..checkpoint import StudentState, write_checked
 from ..errors import NumericalError
 
 logger = logging.getLogger(__name__)
+
+Losses = Mapping[str, Tensor]
 
 
 class FiniteGuard:
@@ -63,13 +66,17 @@ class FiniteGuard:
             for name, buffer in module.named_buffers(recurse=False)
         ]
 
-    def allows(self, losses: Mapping[str, Tensor], scaler: torch.amp.GradScaler) -> bool:
+    def allows(
+        self, losses: Losses, scaler: torch.amp.GradScaler, again: Callable[[], Losses]
+    ) -> bool:
         """Whether this step may change the weights; waits for the device.
 
         Args:
             losses: of this process, by name.
             scaler: has unscaled the gradients. Gradients that overflow float16 while it still
                 scales them are its own to handle, not a fault.
+            again: repeats the forward, to find the loss of a gradient that is not finite. It
+                happens in all processes or in none.
 
         Raises:
             NumericalError: the step is not finite, and the config says stop or too many steps were
@@ -89,7 +96,7 @@ class FiniteGuard:
             if math.isfinite(norm):
                 get_event_storage().put_scalar("grad_norm", norm)
             return True
-        self._refuse(dict(zip(losses, values.tolist())))
+        self._refuse(dict(zip(losses, values.tolist())), again)
         return False
 
     def failed(self, error: Exception) -> None:
@@ -112,16 +119,15 @@ class FiniteGuard:
             setattr(module, name, buffer.copy_(content))
         self._state.load_state_dict(self._numbers)
 
-    def _refuse(self, losses: dict[str, float]) -> None:
+    def _refuse(self, losses: dict[str, float], again: Callable[[], Losses]) -> None:
         self._restore()
         what = ", ".join(f"{k} is {v}" for k, v in losses.items() if not math.isfinite(v))
-        if not any(comm.all_gather(bool(what))):  # gradients are means over the processes
-            names = [
-                name
-                for name, p in self.model.named_parameters()
-                if p.grad is not None and not p.grad.isfinite().all()
-            ]
-            what = f"the gradient of {_shortened(names, 4)} is not finite"
+        if not any(comm.all_gather(bool(what))):
+            what = _blamed(bad_gradients(again(), self.model))
+            self._restore()
+        if not any(comm.all_gather(bool(what))):  # only their sum, or mean over the processes, is
+            bad = [k for k, p in self.model.named_parameters() if _is_bad(p.grad)]
+            what = _blamed({"the losses": bad})
         mine = self._found(what, losses) if what else None
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -186,6 +192,46 @@ def says_nonfinite(error: Exception) -> bool:
     if isinstance(error, AssertionError):
         return "NaN" in str(error)
     return isinstance(error, FloatingPointError)
+
+
+def bad_gradients(losses: Losses, model: nn.Module) -> dict[str, list[str]]:
+    """The weights in which the gradient of a loss is not finite, in the order of its backward.
+
+    Args:
+        losses: named losses with their graph, which stays usable.
+
+    Returns:
+        Names of weights by name of the loss, of those losses alone that have some.
+    """
+    found: dict[str, list[str]] = {}
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for loss, value in losses.items():
+        bad: list[str] = []
+
+        def watch(gradient: Tensor, name: str, bad: list[str] = bad) -> None:
+            if _is_bad(gradient):
+                bad.append(name)
+
+        handles = [p.register_hook(partial(watch, name=name)) for name, p in names.items()]
+        if value.requires_grad:
+            parameters = list(names.values())
+            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        if bad:
+            found[loss] = bad
+    return found
+
+
+def _is_bad(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(gradient.isfinite().all())
+
+
+def _blamed(found: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(
+        f"the gradient of {loss} in {_shortened(weights, 1)} is not finite"
+        for loss, weights in found.items()
+    )
 
 
 def _shortened(names: Sequence[str], most: int) -> str:

@@ -1,8 +1,9 @@
 """The training step."""
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +45,8 @@ class TrainLoop(SimpleTrainer):
         cosine_period: int = 0,
     ):
         super().__init__(model, loader, optimizer)
-        cuda = device.startswith("cuda")
-        dtype = torch.float16 if cuda else torch.bfloat16
-        self.device = device
-        self.autocast = lambda: torch.autocast(device.split(":")[0], dtype, enabled=amp)
-        self.scaler = torch.amp.GradScaler(enabled=amp and cuda)
+        self.autocast = lambda: arithmetic(device, amp)
+        self.scaler = torch.amp.GradScaler(enabled=amp and device.startswith("cuda"))
         self.seed = seed
         self.guard = guard
         self.heads = heads
@@ -59,25 +57,36 @@ class TrainLoop(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.guard.before_step(data)
-        seed_step(self.model, self.seed, self.iter)
+        forward = partial(self._forward, data)
         try:
-            with self.autocast(), repeatable(self.device):
-                losses = self.model(data)
+            losses = forward(self.model)
         except Exception as e:
             if not says_nonfinite(e):
                 raise
             return self.guard.failed(e)
         self._write_cosines(losses)
         self.optimizer.zero_grad()
-        self.scaler.scale(sum(losses.values())).backward()
+        total: Any = sum(losses.values())
+        self.scaler.scale(total).backward()
         self.after_backward()
         self.scaler.unscale_(self.optimizer)  # detectron2 clips inside the optimizer's step
-        if self.guard.allows(losses, self.scaler):
+        if self.guard.allows(losses, self.scaler, partial(forward, self.guard.model)):
             self._write_metrics(losses, data_time)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.scaler.update(self.scaler.get_scale())  # as it is
+
+    def _forward(self, data: Any, model: nn.Module) -> dict[str, Tensor]:
+        """The losses of this iteration; every time the same.
+
+        Args:
+            model: to train, or what is inside of DistributedDataParallel.
+        """
+        seed_step(model, self.seed, self.iter)
+        with self.autocast():
+            losses: dict[str, Tensor] = model(data)
+        return losses
 
     def _write_cosines(self, losses: dict[str, Tensor]) -> None:
         if self.heads and self.cosine_period and self.iter % self.cosine_period == 0:
@@ -107,10 +116,12 @@ def repeatable(device: str) -> AbstractContextManager[None]:
     return torch.jit.optimized_execution(not exact)
 
 
-def mixed_precision(device: str, enabled: bool) -> torch.autocast:
-    """The context of a forward: float16 on CUDA, bfloat16 on the CPU; or that of no conversion."""
+@contextmanager
+def arithmetic(device: str, amp: bool) -> Iterator[None]:
+    """The context of a forward: in mixed precision or not, and :func:`repeatable`."""
     dtype = torch.float16 if device.startswith("cuda") else torch.bfloat16
-    return torch.autocast(device.split(":")[0], dtype, enabled=enabled)
+    with torch.autocast(device.split(":")[0], dtype, enabled=amp), repeatable(device):
+        yield
 
 
 def seed_step(model: nn.Module, seed: int, iteration: int, rank: int | None = None) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -18,10 +17,10 @@ from ..checkpoint import StudentState
 from ..config import building
 from ..errors import DistillError, WeightsError
 from ..meta_arch import DistillModel
-from ..weights import readable
-from .faults import from_plain, says_nonfinite
-from .loop import mixed_precision, seed_step
-from .trainer import setup_config
+from ..weights import read_torch, readable
+from .faults import bad_gradients, from_plain, says_nonfinite
+from .loop import arithmetic, seed_step
+from .trainer import be_deterministic, setup_config
 
 _TYPES = {
     **{"what": str, "losses": dict, "config": str, "seed": int, "iteration": int, "rank": int},
@@ -38,7 +37,8 @@ class Replay:
         losses: by name, as repeated.
         saved_losses: as the run saw them.
         sources: in the order of the computation: weights, pictures, modules and losses that are
-            not finite although what they were made from is; if all are, gradients of weights.
+            not finite although what they were made from is; if all are, gradients, which go
+            from the losses back to the pictures.
         error: of detectron2's own check in the forward, if it raised.
     """
 
@@ -60,7 +60,7 @@ def read_reproducer(path: str) -> dict[str, Any]:
         WeightsError: it is missing, unreadable or something else.
     """
     with readable(path, "reproducer"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_torch(path)
     known = isinstance(saved, dict) and all(isinstance(saved.get(k), t) for k, t in _TYPES.items())
     if not known:
         raise WeightsError(f"'{path}' is no reproducer, as OUTPUT_DIR/nonfinite holds them.")
@@ -82,6 +82,8 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     """
     saved = read_reproducer(path)
     cfg = _config(path, saved["config"], opts)
+    if cfg.DETERMINISTIC:
+        be_deterministic()
     with building("student"):
         model = build_model(cfg).train()
     with readable(path, "reproducer"):
@@ -91,27 +93,37 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         seen = {str(k): float(v) for k, v in saved["losses"].items()}
         seed_step(model, saved["seed"], saved["iteration"], saved["rank"])
     result = Replay(saved["what"], {}, seen)
-    result.sources += [f"weight {name}" for name, x in _weights(model) if _broken(x)]
-    try:
-        result.sources += [f"picture {x.get('file_name')}" for x in batch if _broken(x)]
-        precision = mixed_precision(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
-        with _watching(model, result.sources), EventStorage(saved["iteration"]), precision:
-            losses = model(batch)
-    except DistillError:
-        raise
-    except Exception as e:
-        reason = " ".join(str(e).split())
-        if says_nonfinite(e):
-            result.error = reason
-            return result
-        raise DistillError(
-            f"'{path}' cannot be repeated here, its forward fails: {type(e).__name__} {reason}"
-        ) from e
-    result.losses = {k: float(v.detach()) for k, v in losses.items()}
-    result.sources += [f"loss {k}" for k, v in losses.items() if _broken(v.detach())]
-    if not result.sources:
-        result.sources += _broken_gradients(model, sum(losses.values()))
+    with EventStorage(saved["iteration"]):
+        try:
+            with arithmetic(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
+                losses = _forward(model, batch, result.sources)
+        except DistillError:
+            raise
+        except Exception as e:
+            result.error = " ".join(str(e).split())
+            if says_nonfinite(e):
+                return result
+            kind = type(e).__name__
+            raise DistillError(f"The forward of '{path}' fails: {kind} {result.error}") from e
+        result.losses = {k: float(v.detach()) for k, v in losses.items()}
+        if not result.sources:
+            for name, weights in bad_gradients(losses, model).items():
+                result.sources += [f"gradient of {name} in {weight}" for weight in weights]
     return result
+
+
+def _forward(
+    model: nn.Module, batch: list[dict[str, Any]], sources: list[str]
+) -> dict[str, Tensor]:
+    """The losses; notes weights, pictures, modules and losses that are not finite."""
+    for prefix, network in _networks(model).items():
+        weights = network.state_dict()
+        sources += [f"weight {prefix}{name}" for name, x in weights.items() if _broken(x)]
+    sources += [f"picture {x.get('file_name')}" for x in batch if _broken(x)]
+    with _watching(model, sources):
+        losses: dict[str, Tensor] = model(batch)
+    sources += [f"loss {name}" for name, x in losses.items() if _broken(x.detach())]
+    return losses
 
 
 def _config(path: str, text: str, opts: Sequence[str]) -> CfgNode:
@@ -127,12 +139,6 @@ def _networks(model: nn.Module) -> dict[str, nn.Module]:
     if isinstance(model, DistillModel) and model.teacher:
         return {"": model, "teacher.": model.teacher.model}
     return {"": model}
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, network in _networks(model).items():
-        for name, value in network.state_dict().items():
-            yield prefix + name, value
 
 
 @contextmanager
@@ -164,24 +170,6 @@ def _watching(model: nn.Module, sources: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _broken_gradients(model: nn.Module, loss: Tensor) -> list[str]:
-    """Weights whose gradient is not finite, in the order of the backward."""
-    found: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(gradient: Tensor) -> None:
-            if _broken(gradient):
-                found.append(f"gradient of {name}")
-
-        return hook
-
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(watch(name))
-    loss.backward()
-    return found
 
 
 def _broken(value: Any) -> bool:

@@ -1,0 +1,347 @@
+"""What the values of config keys may be, those of this package and of detectron2 alike.
+
+detectron2 checks few of its own values, and some of those in the middle of a training.
+"""
+
+import difflib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+
+from .errors import ConfigError, choices
+from .heads.ima import IMA_SCOPES
+from .heads.mssd import MSSD_MASKS
+from .losses import TID_AREAS, TID_SCORES
+
+
+class Rule(NamedTuple):
+    """A condition on a value."""
+
+    holds: Callable[[Any], bool]  # if it raises, the value is of a wrong type
+    text: str  # what a value must be
+
+    def allows(self, value: Any) -> bool:
+        try:
+            return self.holds(value)
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ):
+            return False
+
+
+def _at_least(minimum: int) -> Rule:
+    return Rule(lambda x: x >= minimum, f"at least {minimum}")
+
+
+def _list_of(rule: Rule, least: int = 1, most: int | None = None) -> Rule:
+    """The rule of a list of numbers.
+
+    Args:
+        rule: of each number.
+        least, most: of them; None: any number.
+    """
+    number = f"{least} numbers" if least == most else "a list of numbers"
+    return Rule(
+        lambda x: (
+            least <= len(x) <= (most or len(x))
+            and all(_is_number(k) for k in x)
+            and all(map(rule.allows, x))
+        ),
+        f"{number}, each {rule.text}",
+    )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _is_ordinary(value: Any) -> bool:
+    """Whether all numbers inside are finite, and none is larger than torch can hold."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_ordinary, value))
+    if isinstance(value, float):
+        return abs(value) <= torch.finfo(torch.float32).max  # NaN is not
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
+def _is_rising(values: Iterable[float]) -> bool:
+    return all(a < b for a, b in pairwise(values))
+
+
+def _is_anchors(value: Any) -> bool:
+    levels = value if isinstance(value[0], list | tuple) else [value]
+    return all(map(_list_of(_POSITIVE).allows, levels))
+
+
+def _is_writable(folder: str) -> bool:
+    """Whether files can be written to a folder, which is made if it is missing."""
+    path = os.path.abspath(folder)
+    while folder:
+        try:
+            return stat.S_ISDIR(os.stat(path).st_mode) and os.access(path, os.W_OK)
+        except FileNotFoundError:
+            path = os.path.dirname(path)
+        except OSError:
+            return False
+    return False
+
+
+_ORDINARY = Rule(_is_ordinary, "finite, and no larger than torch's numbers")
+_POSITIVE = Rule(lambda x: x > 0, "above 0")
+_FRACTION = Rule(lambda x: 0 <= x <= 1, "in [0, 1]")
+_BELOW_1 = Rule(lambda x: 0 <= x < 1, "in [0, 1)")
+_SHARE = Rule(lambda x: 0 < x <= 1, "in (0, 1]")
+_WHOLE = Rule(lambda x: isinstance(x, int) and x >= 0, "a whole number")
+_CELLS = Rule(
+    lambda x: len(x) > 0 and all(_WHOLE.holds(k) and 0 < k < 2**31 for k in x),
+    "whole numbers from 1",
+)
+_STEPS = Rule(
+    lambda x: all(_WHOLE.holds(k) and k > 0 for k in x) and _is_rising(x),
+    "rising whole numbers from 1",
+)
+_THRESHOLDS = Rule(
+    lambda x: _list_of(_SHARE).holds(x) and _is_rising(x), "rising numbers in (0, 1]"
+)
+_BOX_WEIGHTS = _list_of(_POSITIVE, 4, 4)
+_ANCHORS = Rule(_is_anchors, "numbers above 0, or a list of such numbers for each level")
+_TEXTS = Rule(lambda x: all(isinstance(k, str) for k in x), "a list of texts")
+
+# By patterns of keys. Every rule whose pattern fits a key has to hold.
+_RULES: dict[str, Rule] = {
+    "OUTPUT_DIR": Rule(_is_writable, "a folder that can be written to"),
+    "SEED": Rule(lambda x: x < 2**31, "below 2^31"),
+    "VIS_PERIOD": _at_least(0),
+    "DATALOADER.NUM_WORKERS": _at_least(0),
+    "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
+    "DATALOADER.TIMEOUT": _at_least(0),
+    "INPUT.CROP.SIZE": _list_of(_POSITIVE, 2, 2),
+    "INPUT.MAX_SIZE_*": _at_least(1),
+    "INPUT.MIN_SIZE_TEST": _at_least(0),  # 0: as it is
+    "INPUT.MIN_SIZE_TRAIN": _list_of(_WHOLE),
+    "MODEL.PIXEL_MEAN": _list_of(_ORDINARY),
+    "MODEL.PIXEL_STD": _list_of(_POSITIVE),
+    "MODEL.*CHANNELS": _at_least(1),
+    "MODEL.*_DIM": _at_least(1),
+    "MODEL.*_WEIGHT": _at_least(0),
+    "MODEL.*.BATCH_SIZE_PER_IMAGE": _at_least(1),
+    "MODEL.*.IOUS": _THRESHOLDS,
+    "MODEL.*.IOU_THRESHOLDS": _THRESHOLDS,
+    "MODEL.*.NMS_THRESH*": _FRACTION,
+    "MODEL.*.NUM_CLASSES": _at_least(1),
+    "MODEL.*.NUM_CONV": _at_least(0),
+    "MODEL.*.NUM_FC": _at_least(0),
+    "MODEL.*.POOLER_RESOLUTION": _at_least(1),
+    "MODEL.*.POOLER_SAMPLING_RATIO": _at_least(0),
+    "MODEL.*.POSITIVE_FRACTION": _FRACTION,
+    "MODEL.*SMOOTH_L1*BETA": _at_least(0),
+    "MODEL.ANCHOR_GENERATOR.SIZES": _ANCHORS,
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _ANCHORS,
+    "MODEL.DISTILL.COSINE_PERIOD": _at_least(0),
+    "MODEL.DISTILL.HEADS": _TEXTS,
+    "MODEL.DISTILL.TEACHER.CLASSES": _TEXTS,
+    "MODEL.DISTILL.*.IN_FEATURES": _TEXTS,
+    "MODEL.DISTILL.*_ITER": _at_least(0),
+    "MODEL.DISTILL.*_ITERS": _at_least(0),
+    "MODEL.DISTILL.*.MASK_RATIO": _BELOW_1,
+    "MODEL.DISTILL.*.TEMPERATURE": _POSITIVE,
+    "MODEL.DISTILL.*.WEIGHT": _at_least(0),
+    "MODEL.DISTILL.IMA.SCALE_FLOOR": _FRACTION,
+    "MODEL.DISTILL.MKD.SCALES": _CELLS,
+    "MODEL.DISTILL.MSSD.GAMMA": _SHARE,
+    "MODEL.DISTILL.MSSD.SIGMA2": _POSITIVE,
+    "MODEL.DISTILL.TID.ALPHA_*": _at_least(0),
+    "MODEL.DISTILL.TID.GAMMA": _SHARE,
+    "MODEL.DISTILL.TID.NMS_IOU": _FRACTION,
+    "MODEL.DISTILL.TID.TOP": _SHARE,
+    "MODEL.RESNETS.NUM_GROUPS": _at_least(1),
+    "MODEL.RESNETS.WIDTH_PER_GROUP": _at_least(1),
+    "MODEL.RETINANET.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,
+    "MODEL.RETINANET.FOCAL_LOSS_GAMMA": _at_least(0),
+    "MODEL.RETINANET.NUM_CONVS": _at_least(1),
+    "MODEL.RETINANET.PRIOR_PROB": Rule(lambda x: 0 < x < 1, "in (0, 1)"),
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": _at_least(1),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Rule(
+        lambda x: all(map(_BOX_WEIGHTS.allows, x)), "a list of 4 numbers above 0 for each stage"
+    ),
+    "MODEL.RPN.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,
+    "MODEL.RPN.CONV_DIMS": _list_of(Rule(lambda x: x == -1 or x >= 1, "-1 or at least 1")),
+    "MODEL.RPN.*_NMS_TOPK_*": _at_least(1),
+    "SOLVER.*_FACTOR": _at_least(0),
+    "SOLVER.*_ITERS": _at_least(0),
+    "SOLVER.BASE_LR*": _at_least(0),
+    "SOLVER.CHECKPOINT_PERIOD": _at_least(1),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _POSITIVE,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": _POSITIVE,
+    "SOLVER.GAMMA": _at_least(0),
+    "SOLVER.IMS_PER_BATCH": _at_least(1),
+    "SOLVER.KEEP_CHECKPOINTS": _at_least(0),
+    "SOLVER.MAX_ITER": _at_least(1),
+    "SOLVER.MAX_SKIPS": _at_least(0),
+    "SOLVER.MOMENTUM": _FRACTION,
+    "SOLVER.NUM_DECAYS": _at_least(1),
+    "SOLVER.REFERENCE_WORLD_SIZE": _at_least(0),
+    "SOLVER.STEPS": _STEPS,
+    "SOLVER.WEIGHT_DECAY": _at_least(0),
+    "SOLVER.WEIGHT_DECAY_BIAS": Rule(
+        lambda x: x is None or (_is_number(x) and x >= 0), "None or at least 0"
+    ),
+    "SOLVER.WEIGHT_DECAY_NORM": _at_least(0),
+    "TEST.AUG.MAX_SIZE": _at_least(1),
+    "TEST.AUG.MIN_SIZES": _CELLS,
+    "TEST.EXPECTED_RESULTS": Rule(
+        lambda x: all(_TEXTS.holds(k[:2]) and _list_of(_ORDINARY, 2, 2).holds(k[2:]) for k in x),
+        "a list of [task, metric, value, tolerance]",
+    ),
+    "TEST.EVAL_PERIOD": _at_least(0),
+    "TEST.PRECISE_BN.NUM_ITER": _at_least(1),
+}
+_INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest entry is a norm
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "DATALOADER.ON_BAD_IMAGE": ("stop", "drop"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
+    "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
+    "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "MODEL.DISTILL.IMA.SCOPE": IMA_SCOPES,
+    "MODEL.DISTILL.IMA.SCALE_ON": ("standardized", "raw"),
+    "MODEL.DISTILL.MSSD.MASK": MSSD_MASKS,
+    "MODEL.DISTILL.TID.SCORE": TID_SCORES,
+    "MODEL.DISTILL.TID.AREA": TID_AREAS,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+    "SOLVER.ON_NONFINITE": ("stop", "skip"),
+    "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+}
+# Conditions on several keys, and what to say if one does not hold.
+_TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
+    (
+        lambda c: c.SOLVER.IMS_PER_BATCH % max(c.SOLVER.REFERENCE_WORLD_SIZE, 1) == 0,
+        "SOLVER.IMS_PER_BATCH is {c.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
+        "SOLVER.REFERENCE_WORLD_SIZE {c.SOLVER.REFERENCE_WORLD_SIZE}.",
+    ),
+    (
+        lambda c: c.SOLVER.MAX_ITER not in c.SOLVER.STEPS,
+        "SOLVER.STEPS is {c.SOLVER.STEPS}; no step may be at SOLVER.MAX_ITER {c.SOLVER.MAX_ITER}.",
+    ),
+    (
+        lambda c: (
+            c.SOLVER.LR_SCHEDULER_NAME != "WarmupCosineLR"
+            or c.SOLVER.BASE_LR_END <= c.SOLVER.BASE_LR != 0
+        ),
+        "SOLVER.BASE_LR_END is {c.SOLVER.BASE_LR_END}; SOLVER.LR_SCHEDULER_NAME WarmupCosineLR "
+        "needs it to be at most SOLVER.BASE_LR {c.SOLVER.BASE_LR}, and that to be above 0.",
+    ),
+    (
+        lambda c: not c.SOLVER.NESTEROV or c.SOLVER.OPTIMIZER != "SGD" or c.SOLVER.MOMENTUM > 0,
+        "SOLVER.NESTEROV is True, which needs a SOLVER.MOMENTUM above 0.",
+    ),
+    (
+        lambda c: (
+            c.INPUT.MIN_SIZE_TRAIN_SAMPLING != "range"
+            or (
+                c.INPUT.MIN_SIZE_TRAIN[0] <= c.INPUT.MIN_SIZE_TRAIN[-1]
+                and len(c.INPUT.MIN_SIZE_TRAIN) == 2
+            )
+        ),
+        "INPUT.MIN_SIZE_TRAIN is {c.INPUT.MIN_SIZE_TRAIN}; INPUT.MIN_SIZE_TRAIN_SAMPLING range "
+        "needs the smallest and the largest size.",
+    ),
+    (
+        lambda c: not c.INPUT.CROP.ENABLED or _is_crop(c.INPUT.CROP.TYPE, *c.INPUT.CROP.SIZE),
+        "INPUT.CROP.SIZE is {c.INPUT.CROP.SIZE}; of type {c.INPUT.CROP.TYPE} it must be fractions "
+        "in (0, 1] if relative, else whole numbers of pixels.",
+    ),
+    (
+        lambda c: (
+            len(c.MODEL.PIXEL_MEAN) == len(c.MODEL.PIXEL_STD) == (1 if c.INPUT.FORMAT == "L" else 3)
+        ),
+        "MODEL.PIXEL_MEAN is {c.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD {c.MODEL.PIXEL_STD}; they "
+        "must have one number per channel of INPUT.FORMAT {c.INPUT.FORMAT}.",
+    ),
+    (
+        lambda c: c.MODEL.DEVICE != "cpu" or not any(c.MODEL.RESNETS.DEFORM_ON_PER_STAGE),
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE is {c.MODEL.RESNETS.DEFORM_ON_PER_STAGE}; "
+        "detectron2's deformable convolution needs a GPU, but MODEL.DEVICE is cpu.",
+    ),
+)
+
+
+def _is_crop(kind: str, first: float, second: float) -> bool:
+    if kind.startswith("relative"):
+        return max(first, second) <= 1
+    whole = first >= 1 and first == int(first) and second == int(second)
+    return whole and (kind == "absolute" or first <= second)
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Check the values of a config, each by itself and some together.
+
+    Raises:
+        ConfigError: names the key, its value, and what it may be.
+    """
+    for key, value in leaves(cfg):
+        if key in _CHOICES:
+            check_choice(key, value, _CHOICES[key])
+        for rule in _rules(key):
+            if not rule.allows(value):
+                raise ConfigError(f"{key} is {value!r:.200}; it must be {rule.text}.")
+    for fit, sentence in _TOGETHER:
+        if not fit(cfg):
+            raise ConfigError(sentence.format(c=cfg))
+
+
+@cache
+def _rules(key: str) -> tuple[Rule, ...]:
+    found = [rule for pattern, rule in _RULES.items() if fnmatchcase(key, pattern)]
+    return tuple(found if key in _INFINITE_TOO else [_ORDINARY, *found])
+
+
+def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
+    """Raises ConfigError if a value is none of the valid names, which it lists, nearest first."""
+    names = list(valid)
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"{key}: unknown value '{value}'{hint} Valid: {nearest(value, names)}.")
+
+
+def nearest(value: Any, valid: Iterable[str], most: int = 12) -> str:
+    """The valid names for a message, at most so many."""
+    names = choices(str(value), valid).split(", ")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

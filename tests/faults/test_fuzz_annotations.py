@@ -1,0 +1,189 @@
+"""Annotation files of any content: they train, or a sentence says why not."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_cfg
+from detectron2.config import CfgNode
+from detectron2.data.datasets.pascal_voc import register_pascal_voc
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.data.datasets import (
+    check_test_set,
+    find_faults,
+    load_training_set,
+    register_coco_format,
+)
+from distill.data.guard import BadPicture, GuardedMapper
+from distill.data.kitti import register_kitti
+from distill.data.shapes import SceneConfig
+from distill.data.shapes_io import LAYOUTS, VOC_NAMES
+from distill.engine.trainer import train_mapper
+
+from .fuzzing import SCALARS, VALUES, fuzz, works
+
+SCENE = SceneConfig(height=48, width=48, min_size=0.25)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("coco")
+    LAYOUTS["coco"](root, "train", 3, config=SCENE)
+    return root
+
+
+def config(*opts: Any) -> CfgNode:
+    cfg = tiny_cfg("mask", "MODEL.ROI_HEADS.NUM_CLASSES", 8, "DATASETS.TRAIN", ("fuzzed",), *opts)
+    cfg.DATASETS.TEST = ("fuzzed",)
+    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
+    return cfg
+
+
+def use(cfg: CfgNode) -> None:
+    """What a training does with a data set before its first step, and all its pictures mapped."""
+    check_test_set("fuzzed")
+    mapper = GuardedMapper(train_mapper(cfg))
+    for picture in load_training_set(cfg):
+        mapped = mapper(picture)
+        assert cfg.DATALOADER.ON_BAD_IMAGE == "drop" or not isinstance(mapped, BadPicture)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, content: Any) -> Any:
+    """JSON of which a few values are replaced, removed, repeated, renamed or nested."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key = content, None
+        for _ in range(draw(st.integers(0, 6))):
+            inner = parent if key is None else parent[key]
+            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+            if not keys:
+                break
+            parent, key = inner, draw(st.sampled_from(keys))
+            if not isinstance(parent[key], dict | list):
+                break
+        if key is None:
+            return draw(VALUES)
+        act = draw(st.sampled_from(["replace", "replace", "remove", "repeat", "nest", "add"]))
+        value = draw(SCALARS | VALUES)
+        if act == "remove":
+            del parent[key]
+        elif act == "repeat" and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[key]))
+        elif act == "add" and isinstance(parent, dict):
+            parent[draw(st.sampled_from([*parent, "iscrowd", "keypoints", "x"]))] = value
+        else:
+            parent[key] = [parent[key]] if act == "nest" else value
+    return content
+
+
+@pytest.mark.parametrize("mode", ["stop", "drop"])
+def test_coco(mode: str, coco: Path) -> None:
+    good = json.loads((coco / "annotations" / "instances_train.json").read_text())
+    # Fewer objects, so that each part of the file is changed often.
+    good["annotations"] = good["annotations"][:4]
+    path = coco / f"{mode}.json"
+    cfg = config("DATALOADER.ON_BAD_IMAGE", mode, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    cfg.DATASETS.COCO_FORMAT = (("fuzzed", str(path), str(coco / "images" / "train")),)
+    text = json.dumps(good)
+
+    @fuzz(250)
+    @given(mutated(good).map(json.dumps) | st.integers(0, len(text)).map(text.__getitem__))
+    def check(spoilt: str) -> None:
+        path.write_text(spoilt)
+
+        def run() -> None:
+            register_coco_format(cfg)
+            use(cfg)
+
+        trains = works("annotations", run)
+
+        def tool() -> None:
+            register_coco_format(cfg)
+            faults, _ = find_faults(cfg, "fuzzed")
+            # Whatever stops a training is shown by the tool.
+            assert trains or any(x.fatal for x in faults)
+
+        works("annotations", tool)
+
+    check()
+
+
+@fuzz(60)
+@given(st.binary(max_size=60) | st.just(b"[" * 100_000) | st.just(b'{"images":' * 9999))
+def test_coco_bytes(coco: Path, content: bytes) -> None:
+    path = coco / "bytes.json"
+    path.write_bytes(content)
+    cfg = config()
+    cfg.DATASETS.COCO_FORMAT = (("fuzzed", str(path), str(coco / "images" / "train")),)
+
+    def run() -> None:
+        register_coco_format(cfg)
+        use(cfg)
+
+    assert not works("annotations", run)
+
+
+@st.composite
+def mutated_text(draw: st.DrawFn, text: str) -> str:
+    """Text of which some words are replaced, dropped or repeated, or that is cut."""
+    words = text.split(" ")
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, len(words) - 1))
+        new = draw(
+            SCALARS.map(str) | st.sampled_from(["../../x", "<", "&x;", "\n", "nan"])
+        )
+        words[place] = draw(st.sampled_from([new, words[place] * 2, "", f"{words[place]} {new}"]))
+    joined = " ".join(words)
+    return joined[: draw(st.sampled_from([len(joined), len(joined) // 2]))]
+
+
+def spoil_files(root: Path, files: list[Path], cfg: CfgNode, register: Any) -> None:
+    """Fuzz the files of a layout, one at a time."""
+    good = {file: file.read_text() for file in files}
+
+    @fuzz(110)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        file = data.draw(st.sampled_from(files))
+        spoilt = data.draw(mutated_text(good[file]))
+        file.write_text(spoilt, encoding="utf-8", errors="replace")
+
+        def run() -> None:
+            register()
+            use(cfg)
+
+        try:
+            works("annotations", run)
+        finally:
+            file.write_text(good[file])
+
+    check()
+
+
+def test_voc(tmp_path: Path) -> None:
+    LAYOUTS["voc"](tmp_path, "train", 3, config=SCENE)
+    root = tmp_path
+    files = [*root.rglob("train.txt"), *(root / "Annotations").glob("*.xml")]
+    cfg = config("MODEL.MASK_ON", False)
+
+    def register() -> None:
+        register_pascal_voc("fuzzed", str(root), "train", 2007, class_names=VOC_NAMES)
+
+    spoil_files(root, files, cfg, register)
+
+
+def test_kitti(tmp_path: Path) -> None:
+    LAYOUTS["kitti"](tmp_path, "train", 3, config=SCENE)
+    root = tmp_path
+    files = [*root.rglob("label_2/*.txt"), *root.rglob("ImageSets/*.txt")]
+    cfg = config("MODEL.MASK_ON", False)
+
+    def register() -> None:
+        register_kitti("fuzzed", str(root), "train")
+
+    spoil_files(root, files, cfg, register)

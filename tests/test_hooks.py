@@ -1,0 +1,303 @@
+"""Checkpoints on the way, the best one, and alarms in the log."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import distill_opts, trainable_cfg, write_teacher
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage, get_event_storage
+from test_resume import Interrupted, Interruption, differences
+
+from distill.engine import Trainer
+from distill.engine.hooks import Alarms, BestCheckpoint, typical
+from distill.heads import DistillHead
+
+CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
+Shapes = tuple[str, str, str]
+
+
+def config(shapes: Shapes, output: Path, *opts: Any) -> CfgNode:
+    """A plain detector: these hooks look at no head."""
+    return trainable_cfg("faster", shapes, output, *opts, norm="BN")
+
+
+def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False) -> Trainer:
+    seed_all_rng(3)
+    trainer = Trainer(cfg, hooks)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(x.name for x in folder.glob("*.pth"))
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+# ---- Checkpoints.
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_the_newest_checkpoints_are_kept(keep: int, shapes: Shapes, tmp_path: Path) -> None:
+    schedule = ("SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 1)
+    train(config(shapes, tmp_path, *schedule, "SOLVER.KEEP_CHECKPOINTS", keep))
+    kept = [f"model_{k:07d}.pth" for k in range(4)][-keep:]
+    assert names(tmp_path) == [*kept, "model_final.pth"]
+    assert {x.stem for x in tmp_path.glob("*.sha256")} == {*kept, "model_final.pth"}
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_checkpoints_of_an_earlier_run_are_not_the_newest(shapes: Shapes, tmp_path: Path) -> None:
+    """Those of this run would be removed at once, and a resume would go on with the other's."""
+    stale = tmp_path / "model_0000099.pth"
+    stale.write_bytes(b"of another run, or damaged")
+    os.utime(stale, (1e9, 1e9))
+    schedule = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1)
+    cfg = config(shapes, tmp_path, *schedule, "SOLVER.KEEP_CHECKPOINTS", 1)
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(2))
+    assert names(tmp_path) == ["model_0000001.pth"]
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+
+
+# ---- The best one.
+
+SERIES = {1: 3.0, 2: 9.0, 3: math.nan, 4: 5.0, 5: 9.0, 6: 2.0}  # by finished iterations
+LAST = len(SERIES)
+
+
+@pytest.fixture
+def evaluation(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """What the evaluations find, by the number of finished iterations."""
+    series = dict(SERIES)
+
+    def test(cfg: CfgNode, model: Any) -> dict[str, dict[str, float]]:
+        return {"bbox": {"AP": series[min(get_event_storage().iter + 1, LAST)], "AP50": 1.0}}
+
+    monkeypatch.setattr(Trainer, "test", staticmethod(test))
+    return series
+
+
+def evaluated(shapes: Shapes, output: Path, *opts: Any) -> CfgNode:
+    best = ("TEST.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", 1)
+    schedule = ("SOLVER.MAX_ITER", LAST, "SOLVER.CHECKPOINT_PERIOD", 2)
+    return config(shapes, output, *best, *schedule, *opts)
+
+
+def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_path: Path) -> None:
+    """The first of equals; NaN, COCO's AP without a prediction, is none."""
+    every = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.KEEP_CHECKPOINTS", 5)
+    train(evaluated(shapes, tmp_path, *every))
+    best = load(tmp_path / "model_best.pth")
+    assert (best["iteration"], best["bbox/AP"]) == (1, 9.0)
+    assert differences(best["model"], load(tmp_path / "model_0000001.pth")["model"]) == []
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    hooks = load(tmp_path / "model_final.pth")["trainer"]["hooks"]
+    assert hooks["BestCheckpoint"] == {"metric": "bbox/AP", "best": 9.0}
+
+
+def test_the_last_evaluation_counts(
+    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
+) -> None:
+    evaluation[LAST] = 10.0
+    train(evaluated(shapes, tmp_path))
+    best, final = load(tmp_path / "model_best.pth"), load(tmp_path / "model_final.pth")
+    assert (best["iteration"], best["bbox/AP"]) == (final["iteration"], 10.0)
+    assert differences(best["model"], final["model"]) == []
+
+
+def test_without_a_period_the_end_is_evaluated(
+    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
+) -> None:
+    train(evaluated(shapes, tmp_path, "TEST.EVAL_PERIOD", 0))
+    assert load(tmp_path / "model_best.pth")["bbox/AP"] == SERIES[LAST]
+
+
+@pytest.mark.parametrize("series", [SERIES, {**SERIES, 3: 11.0}, {**SERIES, 6: 11.0}])
+@pytest.mark.parametrize("crash", [3, 5])
+def test_a_resumed_run_has_the_same_best(
+    crash: int,
+    series: dict[int, float],
+    evaluation: dict[int, float],
+    shapes: Shapes,
+    tmp_path: Path,
+) -> None:
+    """Also if the best was found after the checkpoint from which it resumes."""
+    evaluation.update(series)
+    train(evaluated(shapes, tmp_path / "a"))
+    cfg = evaluated(shapes, tmp_path / "b")
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(crash))
+    assert (tmp_path / "b" / "last_checkpoint").read_text() == f"model_000000{crash - 2}.pth"
+    trainer = train(cfg, resume=True)
+    assert trainer.start_iter == crash - 1
+    ends = [load(tmp_path / x / "model_best.pth") for x in "ab"]
+    assert differences(*ends) == [] and ends[0]["bbox/AP"] == max(
+        x for x in series.values() if x == x
+    )
+
+
+def test_an_interrupted_run_compares_nothing_that_is_old(
+    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
+) -> None:
+    """detectron2 evaluates even if the last iteration fails."""
+    evaluation[LAST] = 10.0
+    with pytest.raises(Interrupted):
+        train(evaluated(shapes, tmp_path), Interruption(LAST - 1))
+    assert load(tmp_path / "model_best.pth")["bbox/AP"] == 9.0
+
+
+def test_an_unknown_metric_is_said(
+    evaluation: dict[int, float],
+    shapes: Shapes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train(evaluated(shapes, tmp_path, "TEST.BEST_METRIC", "bbox/APs"))
+    assert "TEST.BEST_METRIC bbox/APs is not among the evaluation's metrics" in caplog.text
+    assert "model_best.pth" not in names(tmp_path)
+
+
+def test_the_best_of_another_metric_does_not_count() -> None:
+    first, second = (BestCheckpoint(None, 1, x) for x in ("bbox/AP", "segm/AP"))  # type: ignore[arg-type]
+    assert first.state_dict() == {}
+    first.best = 50.0
+    second.load_state_dict(first.state_dict())
+    assert second.best is None
+    second = BestCheckpoint(None, 1, "bbox/AP")  # type: ignore[arg-type]
+    second.load_state_dict(first.state_dict())
+    assert second.best == 50.0
+
+
+# ---- Alarms.
+
+
+class Log:
+    """Runs the hook on made-up scalars of one head, FitNet, iteration by iteration."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture, **head: Any):
+        self.caplog = caplog
+        self.hook = Alarms({"FitNet": DistillHead(**head)})
+
+    def warnings(
+        self, iterations: int = 60, **scalars: float | Callable[[int], float]
+    ) -> list[str]:
+        self.caplog.clear()
+        with EventStorage() as storage:
+            for i in range(iterations):
+                storage.iter = i
+                for name, value in scalars.items():
+                    storage.put_scalar(name, value(i) if callable(value) else value)
+                self.hook.trainer = SimpleNamespace(iter=i)
+                self.hook.after_step()
+        return self.caplog.messages
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Log:
+    return Log(caplog)
+
+
+def fitnet(**levels: Any) -> dict[str, Any]:
+    return {f"kd_ratio/fitnet/{level}": value for level, value in levels.items()}
+
+
+def test_a_healthy_run_raises_no_alarm(log: Log) -> None:
+    healthy = {**fitnet(p2=0.4, p3=0.2), "kd_cosine/fitnet": -0.1, "data_share": 0.3}
+    assert log.warnings(**healthy) == []
+
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "large": (fitnet(p2=6.0, p3=6.0), "fitnet is 12 of the task loss, above 10; lower"),
+    "small": (fitnet(p2=1e-4, p3=1e-4), "fitnet is 0.0002 of the task loss, below 0.001; raise"),
+    "dead": (fitnet(p2=0.0, p3=0.0), "fitnet is dead: its loss is exactly 0"),
+    "against": (
+        {**fitnet(p2=1.0), "kd_cosine/fitnet": -0.7},
+        "fitnet has a gradient against that of the task loss (cosine -0.70",
+    ),
+    "slow data": ({"data_share": 0.75}, "75% of the time is spent waiting for data; raise DATALOA"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_alarm_is_raised_once(case: str, log: Log) -> None:
+    scalars, sentence = CASES[case]
+    (warning,) = log.warnings(**scalars)
+    assert warning.startswith(f"Iteration 19: {sentence}")
+    assert warning.endswith(".")
+    assert log.warnings(**scalars) == []
+
+
+def test_several_alarms_are_several_warnings(log: Log) -> None:
+    assert len(log.warnings(**fitnet(p2=20.0), **{"kd_cosine/fitnet": -1.0}, data_share=0.9)) == 3
+
+
+def test_a_level_or_a_batch_without_objects_is_no_alarm(log: Log) -> None:
+    """Most batches have nothing on the coarsest level, many nothing at all."""
+    rare = {"p6": lambda i: float(i % 10 == 0)}
+    assert log.warnings(**fitnet(p2=0.5, p5=0.0, **rare)) == []
+    assert log.warnings(**fitnet(p2=lambda i: float(i % 5 == 0))) == []
+
+
+def test_a_single_bad_iteration_is_no_alarm(log: Log) -> None:
+    scalars = fitnet(p2=lambda i: 1000.0 if i == 7 else 0.5)
+    assert log.warnings(**scalars, data_share=lambda i: 1.0 if i < 3 else 0.1) == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [{"weight": 0.0}, {"warmup_iters": 60}, {"stop_iter": 5}],
+    ids=["weight", "warm-up", "stopped"],
+)
+def test_a_head_without_its_full_weight_raises_none(
+    head: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for value in (0.0, 1e-6, 100.0):
+        scalars = {**fitnet(p2=value), "kd_cosine/fitnet": -1.0}
+        assert Log(caplog, **head).warnings(**scalars) == []
+
+
+def test_what_was_logged_in_the_warm_up_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    low_at_first = fitnet(p2=lambda i: 1e-5 if i < 35 else 0.5)
+    against = {"kd_cosine/fitnet": lambda i: -1.0 if i < 35 else 0.5}
+    assert Log(caplog, warmup_iters=35).warnings(**low_at_first, **against) == []
+    assert len(Log(caplog).warnings(**low_at_first, **against)) == 2
+
+
+def test_other_processes_have_nothing_to_say(log: Log) -> None:
+    """Only the main one has losses in its log."""
+    assert log.warnings(rank_data_time=1.0) == []
+
+
+def test_typical_values() -> None:
+    assert typical([]) == typical([0.0, 0.0]) == 0
+    assert typical([0.0, 3.0, 0.0, 1.0, 2.0]) == 2
+
+
+def test_a_run_with_a_tiny_weight(
+    shapes: Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = write_teacher(tmp_path / "teacher", "faster", *CLASSES)
+    opts = [*distill_opts("faster", ("FitNet", "IMA")), *teacher, "SOLVER.MAX_ITER", 41]
+    opts += ["MODEL.DISTILL.FITNET.WEIGHT", 1e-9, "MODEL.DISTILL.IMA.WEIGHT", 0.0]
+    with caplog.at_level(logging.WARNING):
+        train(config(shapes, tmp_path / "out", *opts))
+    warnings = [x for x in caplog.messages if "MODEL.DISTILL" in x]
+    assert len(warnings) == 1 and "raise MODEL.DISTILL.FITNET.WEIGHT" in warnings[0]
+    rows = map(json.loads, (tmp_path / "out" / "metrics.json").read_text().splitlines())
+    assert {"kd_ratio/fitnet/p2", "kd_ratio/ima"} <= {x for row in rows for x in row}
