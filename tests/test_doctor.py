@@ -712,4 +712,6 @@ def test_the_tool(tmp_path: Path, shapes: Shapes) -> None:
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["heads"] == ["FitNet"]
-    assert report["losses"] == json.loads(json.dumps([asdict(x) for x in examine(cfg).losses]))
+    # Not to the last bit: TorchScript may have optimised the focal loss in this process before.
+    for theirs, ours in zip(report["losses"], examine(cfg).losses, strict=True):
+        assert theirs == pytest.approx(asdict(ours), rel=1e-6, abs=1e-9)

@@ -129,7 +129,7 @@ class Demo:
             str(ROOT / "configs" / "quick" / config),
             [
                 *("DATASETS.COCO_FORMAT", sets, "DATASETS.TRAIN", (sets[0][0],)),
-                *("DATASETS.TEST", (sets[1][0],), "SEED", seed, "OUTPUT_DIR", "", *opts),
+                *("DATASETS.TEST", (sets[1][0],), "SEED", seed, "OUTPUT_DIR", ".", *opts),
             ],
         ).clone()
         described = cfg.dump().replace(str(self.out), "OUT")

@@ -213,7 +213,7 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
             try:
                 cfg.merge_from_list([key, value])
             except (ValueError, AssertionError) as e:
-                raise ConfigError(f"{key} {value!s:.200}: {_shortened(e)}") from e
+                raise ConfigError(f"{key} {value}: {e}") from e
 
 
 def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
@@ -221,13 +221,7 @@ def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
         try:
             cfg.merge_from_other_cfg(loaded)
         except (KeyError, ValueError, AssertionError) as e:
-            raise ConfigError(f"{source}: {_shortened(e)}") from e
-
-
-def _shortened(error: Exception) -> str:
-    """The message of yacs, which repeats values however long they are."""
-    text = str(error.args[0] if error.args else error)
-    return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
+            raise ConfigError(f"{source}: {e.args[0] if e.args else e}") from e
 
 
 @contextmanager
