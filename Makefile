@@ -11,23 +11,27 @@ EXCLUDE ?=
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := projects tools tests setup.py
 
-.PHONY: help demo test lint wheelhouse clean installed
+.PHONY: help demo test test-faults lint wheelhouse clean installed
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [SEEDS=3] [CONTROL=1]  train a teacher, a student and its distillation; compare them"
 	@echo "make test [ARGS='-k name']       run the tests"
+	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (15 minutes)"
 	@echo "make lint                        check style and types"
 	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
 	@echo "                                 collect all wheels for a machine without network"
 	@echo "make clean                       remove .venv, wheelhouse and caches; output stays"
-	@echo "demo, test and lint first install what is missing into .venv (PYTHON=$(PYTHON))."
+	@echo "demo, test, test-faults and lint first install what is missing into .venv (PYTHON=$(PYTHON))."
 
 demo: installed
 	.venv/bin/python tools/demo.py --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
 
 test: installed
 	.venv/bin/python -m pytest -q $(ARGS)
+
+test-faults: installed
+	.venv/bin/python -m pytest -q tests/faults $(ARGS)
 
 lint: installed
 	.venv/bin/python -m ruff check $(SOURCES)

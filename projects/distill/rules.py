@@ -103,6 +103,7 @@ _POSITIVE = Rule(lambda x: x > 0, "above 0")
 _FRACTION = Rule(lambda x: 0 <= x <= 1, "in [0, 1]")
 _BELOW_1 = Rule(lambda x: 0 <= x < 1, "in [0, 1)")
 _SHARE = Rule(lambda x: 0 < x <= 1, "in (0, 1]")
+_SHARE_OF_POINTS = Rule(lambda x: 1e-6 <= x <= 1, "in (0, 1], and at least 0.000001")
 _WHOLE = Rule(lambda x: isinstance(x, int) and x >= 0, "a whole number")
 _CELLS = Rule(
     lambda x: len(x) > 0 and all(_WHOLE.holds(k) and 0 < k < 2**31 for k in x),
@@ -163,9 +164,9 @@ _RULES: dict[str, Rule] = {
     "MODEL.DISTILL.MSSD.GAMMA": _SHARE,
     "MODEL.DISTILL.MSSD.SIGMA2": _POSITIVE,
     "MODEL.DISTILL.TID.ALPHA_*": _at_least(0),
-    "MODEL.DISTILL.TID.GAMMA": _SHARE,
+    "MODEL.DISTILL.TID.GAMMA": _SHARE_OF_POINTS,
     "MODEL.DISTILL.TID.NMS_IOU": _FRACTION,
-    "MODEL.DISTILL.TID.TOP": _SHARE,
+    "MODEL.DISTILL.TID.TOP": _SHARE_OF_POINTS,
     "MODEL.RESNETS.NUM_GROUPS": _at_least(1),
     "MODEL.RESNETS.WIDTH_PER_GROUP": _at_least(1),
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,

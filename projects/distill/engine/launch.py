@@ -213,8 +213,9 @@ def _check_doctor(args: Namespace, place: Place) -> None:
 
 def _quiet_libraries() -> None:
     """Stderr is for our one line."""
-    # It remarks on a CUDA toolkit without a GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
     logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
 

@@ -1,0 +1,1 @@
+"""Faults are injected into real trainings, which have to recover from each; see reliability.md."""

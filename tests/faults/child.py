@@ -1,0 +1,192 @@
+"""What runs in a child process: a training to which something happens at a chosen place."""
+
+import builtins
+import ctypes
+import io
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine.hooks import PeriodicWriter
+
+import distill.checkpoint
+from distill.engine import main
+
+METRICS_PERIOD = 2  # iterations; with detectron2's 20, so short a run would write a single row
+
+Place = tuple[str, str, int]
+"""A step: its kind (open, write, fsync, replace, remove), the file's name, and how many such steps
+came before. So is the fork of a data worker, ("fork", name of OUTPUT_DIR, number). A training takes
+the same steps every time."""
+Act = Callable[[], Any]
+
+
+class Steps:
+    """Notes every step of writing checkpoints and metrics, and every fork; acts at one.
+
+    Args:
+        folder: OUTPUT_DIR of the training.
+        place: where to act, before the step is taken, in the middle of a write, after a fork; None:
+            nowhere.
+        act: what happens there.
+    """
+
+    def __init__(self, folder: Path, place: Place | None, act: Act):
+        self.folder = str(folder)
+        self.place = place
+        self.act = act
+        self.taken: list[Place] = []
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def watch(self) -> None:
+        """Step in between the package and the operating system."""
+        fsync, replace, remove = os.fsync, os.replace, os.remove
+
+        os.register_at_fork(after_in_parent=lambda: self.take("fork", self.folder))
+
+        def watched_fsync(fd: int) -> None:
+            self.take("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+            fsync(fd)
+
+        def watched_replace(source: str, target: str) -> None:
+            self.take("replace", target)
+            replace(source, target)
+
+        def watched_remove(path: str) -> None:
+            self.take("remove", path)
+            remove(path)
+
+        os.fsync, os.replace, os.remove = watched_fsync, watched_replace, watched_remove  # type: ignore[assignment]
+
+        def watched_open(path: str, mode: str = "r", **kw: Any) -> Any:
+            if mode != "wb":
+                return builtins.open(path, mode, **kw)
+            self.take("open", path)
+            return _Writer(path, self)
+
+        distill.checkpoint.open = watched_open  # type: ignore[attr-defined]
+
+    def take(self, kind: str, path: str) -> None:
+        if self.reaches(kind, path):
+            self.act()
+
+    def reaches(self, kind: str, path: str) -> bool:
+        """Note a step; whether it is the one to act at."""
+        if self.folder not in (path, os.path.dirname(path)):
+            return False
+        name = os.path.basename(path)
+        place = (kind, name, self._counts[kind, name])
+        self._counts[kind, name] += 1
+        self.taken.append(place)
+        return place == self.place
+
+
+class _Writer(io.BufferedWriter):
+    """A file opened with "wb"; the write to act in is half on the disk then."""
+
+    def __init__(self, path: str, steps: Steps):
+        super().__init__(io.FileIO(path, "w"))
+        self.steps = steps
+
+    def write(self, data: Any) -> int:
+        data = bytes(data)
+        if self.steps.reaches("write", str(self.name)):
+            half = len(data) // 2
+            super().write(data[:half])
+            self.flush()
+            self.steps.act()
+            data = data[half:]
+        return super().write(data)
+
+
+# ---- What can happen there.
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_a_worker() -> None:
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+def nothing() -> None:
+    pass
+
+
+def hide(path: Path) -> None:
+    """Take a file away; :func:`unhide` brings it back."""
+    path.rename(f"{path}.hidden")
+
+
+def unhide(path: Path) -> None:
+    Path(f"{path}.hidden").rename(path)
+
+
+def fill(folder: Path, free: int = 0) -> None:
+    """Leave ``free`` bytes in the file system of ``folder``, in whole pages."""
+    space = os.statvfs(folder)
+    with open(folder / "ballast", "ab") as f:
+        used = f.tell()
+        size = used + space.f_bavail * space.f_frsize - free
+        if size > used:
+            os.posix_fallocate(f.fileno(), 0, size)
+
+
+def limit_files(size: int) -> None:
+    """From now on no file of this process can grow beyond ``size`` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+# ---- The process.
+
+
+def enter(pid: int) -> None:
+    """Join the user and mount namespaces of another process, which can mount file systems there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("user", "mnt"):
+        with open(f"/proc/{pid}/ns/{kind}") as f:
+            if libc.setns(f.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"setns {kind}")
+
+
+def train(
+    argv: Sequence[str], output: Path, log: Path, place: Place | None, act: Act, disk: int
+) -> None:
+    """``train_net.py`` in this process, on one core.
+
+    Args:
+        argv: of the command line.
+        output: OUTPUT_DIR.
+        log: stdout and stderr go to ``<log>.out`` and ``<log>.err``, the steps to ``<log>.json`` if
+            nothing happens at any.
+        place: see :class:`Steps`.
+        act: likewise.
+        disk: process whose file systems to see; 0: one's own.
+    """
+    os.setsid()  # by which its data workers are found
+    for fd, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    with open(f"{log}.json", "w") as steps_file:  # before the disk of the log is left
+        if disk:
+            enter(disk)
+        # As in a process that was started by hand: data workers are forks of it.
+        multiprocessing.set_start_method("fork", force=True)
+        torch.set_num_threads(1)
+        init = PeriodicWriter.__init__
+        PeriodicWriter.__init__ = lambda self, writers, period: init(self, writers, METRICS_PERIOD)  # type: ignore[method-assign]
+        steps = Steps(output, place, act)
+        steps.watch()
+        code = main(argv)
+        if place is None:
+            json.dump(steps.taken, steps_file)
+    raise SystemExit(code)

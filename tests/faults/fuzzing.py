@@ -1,0 +1,205 @@
+"""Fuzz tests: whatever is fed in, a command works or ends with one sentence of the project."""
+
+import contextlib
+import copy
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from distill.engine import main
+from distill.errors import DistillError
+
+LOGGERS = ("detectron2", "fvcore", "distill")
+CASES: Counter[str] = Counter()
+"""Cases of this session, by what was fuzzed."""
+
+
+def fuzz(examples: int) -> settings:
+    """Settings of a fuzz test: the same cases every time, and no files in the repository."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def works(what: str, run: Callable[[], Any]) -> bool:
+    """Whether a case works; if not, it ends with a sentence of the project.
+
+    Args:
+        what: is fuzzed, for the count.
+    """
+    CASES[what] += 1
+    with clean_slate():
+        try:
+            run()
+        except DistillError as e:
+            assert str(e).strip(), f"{type(e).__name__} says nothing"
+            return False
+    return True
+
+
+def command_works(
+    what: str, argv: Sequence[str], command: Callable[[Sequence[str]], int] = main
+) -> bool:
+    """:func:`works` for a command line: exit code 0 or 2, and one line on stderr if it is 2."""
+    CASES[what] += 1
+    stderr = io.StringIO()
+    with clean_slate(), contextlib.redirect_stderr(stderr):
+        code = command(argv)
+    said = stderr.getvalue()
+    assert code in (0, 2), f"exit code {code}: {said}"
+    if code:
+        lines = said.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), said
+    assert "Traceback" not in said
+    return code == 0
+
+
+@contextlib.contextmanager
+def clean_slate() -> Iterator[None]:
+    """Within, nothing is printed; data sets, log handlers and switches of torch end with it."""
+    before = set(DatasetCatalog.list())
+    for name in LOGGERS:  # detectron2 sets them up once; without a handler they write to stderr
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            yield
+        finally:
+            for name in set(DatasetCatalog.list()) - before:
+                DatasetCatalog.remove(name)
+                MetadataCatalog.pop(name, None)
+            for name in LOGGERS:
+                logging.getLogger(name).handlers.clear()
+            torch.use_deterministic_algorithms(False)
+            torch.set_float32_matmul_precision("highest")
+            torch.set_num_threads(1)
+
+
+# ---- Values.
+
+WHOLE = st.sampled_from([0, 1, -1, 2, 3, 7, 64, 2**31, 2**63, -(2**63), 10**30])
+REAL = st.sampled_from(
+    [0.0, -1.0, 0.5, 1.0, 1.5, 1e-45, 1e30, -1e30, 1e308]
+    + [float("nan"), float("inf"), float("-inf")]
+)
+TEXT = st.text(max_size=6) | st.sampled_from(
+    ["", " ", "x", "None", "-1", "%s {0}", "../..", "/dev/null", "a\0b", "λ\n\t", "é" * 3000]
+)
+SCALARS = st.none() | st.booleans() | WHOLE | REAL | TEXT
+VALUES = st.recursive(
+    SCALARS,
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(TEXT, x, max_size=3),
+    max_leaves=6,
+)
+
+
+def like(value: Any, text: st.SearchStrategy[str] = TEXT) -> st.SearchStrategy[Any]:
+    """Values of the same type as one, at its extremes; texts from ``text``."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return WHOLE | st.integers(0, 2 * min(abs(value), 10**6) + 2)
+    if isinstance(value, float):
+        return REAL | (st.floats(0, 2 * abs(value) + 1) if abs(value) < 1e6 else REAL)
+    if isinstance(value, str):
+        return text
+    if isinstance(value, list | tuple):
+        part = like(value[0], text) if value else SCALARS | text
+        return st.lists(part, max_size=len(value) + 1) | altered(value, part)
+    return SCALARS
+
+
+@st.composite
+def altered(draw: st.DrawFn, values: Sequence[Any], part: st.SearchStrategy[Any]) -> list[Any]:
+    """A list of which one entry is replaced, dropped or repeated, or all are."""
+    place = draw(st.integers(0, max(len(values) - 1, 0)))
+    head, tail = list(values[:place]), list(values[place + 1 :])
+    middle = draw(
+        st.sampled_from([[draw(part)], [draw(VALUES)], [], [*values[place : place + 1]] * 2])
+    )
+    return draw(st.sampled_from([1, 1, 1, 40])) * [*head, *middle, *tail]
+
+
+# ---- Contents of files.
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, content: Any, most: int = 3) -> Any:
+    """A nest of dictionaries and lists with some values replaced, dropped, repeated or nested.
+
+    Args:
+        most: changes.
+    """
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, most))):
+        holder, key = _place(draw, content)
+        if holder is None:
+            content = draw(VALUES)
+            continue
+        value = holder[key]
+        how = draw(st.sampled_from(["replace", "extreme", "drop", "repeat", "nest", "move"]))
+        if how == "replace":
+            holder[key] = draw(VALUES)
+        elif how == "extreme":
+            holder[key] = draw(like(value))
+        elif how == "drop":
+            del holder[key]
+        elif how == "nest":
+            holder[key] = draw(st.sampled_from([[value], {"x": value}, [[[value] * 2]]]))
+        elif how == "repeat" and isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(value))
+        else:
+            other, name = _place(draw, content)
+            if other is not None:
+                other[name] = copy.deepcopy(value)
+    return content
+
+
+def _place(draw: st.DrawFn, content: Any) -> tuple[Any, Any]:
+    """A random holder of values and one of its keys; None if there is none."""
+    holder, key = None, None
+    while isinstance(content, dict | list) and content:
+        if holder is not None and draw(st.integers(0, 4)) == 0:
+            break
+        keys = list(content) if isinstance(content, dict) else range(len(content))
+        holder, key = content, draw(st.sampled_from(keys))
+        content = holder[key]
+    return holder, key
+
+
+@st.composite
+def garbled(draw: st.DrawFn, data: bytes, most: int = 3) -> bytes:
+    """A file with bytes flipped, lost, repeated, moved or inserted, or its end cut off."""
+    for _ in range(draw(st.integers(1, most))):
+        a, b = sorted(draw(st.tuples(*[st.integers(0, len(data))] * 2)))
+        how = draw(st.sampled_from(["flip", "insert", "lose", "repeat", "cut", "zero"]))
+        if how == "flip" and a < len(data):
+            data = data[:a] + bytes([data[a] ^ 1 << draw(st.integers(0, 7))]) + data[a + 1 :]
+        elif how == "insert":
+            data = data[:a] + draw(st.binary(max_size=4)) + data[a:]
+        elif how == "lose":
+            data = data[:a] + data[min(b, a + 64) :]
+        elif how == "repeat":
+            data = data[:b] + data[a:b][:64] + data[b:]
+        elif how == "zero":
+            data = data[:a] + bytes(min(b - a, 64)) + data[min(b, a + 64) :]
+        else:
+            data = data[:a]
+    return data
+
+
+def encoded(text: str) -> st.SearchStrategy[bytes]:
+    """A text in some encoding, right or wrong."""
+    names = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-7", "cp037"]
+    return st.sampled_from(names).map(lambda name: text.encode(name, "replace"))

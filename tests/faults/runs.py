@@ -1,0 +1,354 @@
+"""A tiny distillation that can be run, killed and resumed, and what it has to end with."""
+
+import hashlib
+import json
+import multiprocessing
+import random
+import re
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import distill_opts, trainable_cfg, write_teacher
+from test_resume import differences
+
+from distill.checkpoint import PERIODIC, checksum_file
+from distill.data.shapes import SceneConfig
+from distill.data.shapes_io import write_coco
+
+from .child import Act, Place, nothing, train
+from .ledger import Hung
+
+ITERATIONS = 12
+CHECKPOINT_PERIOD = 2
+KEEP = 3
+EVAL_PERIOD = 4
+METRIC = "bbox/AP"
+LIMIT = 120.0  # seconds after which a process hangs that takes one or two
+
+SESSIONS: set[int] = set()
+"""Ids of the children, each of which leads a session with the processes that it starts."""
+
+# A new process has everything imported already.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["distill.engine", "torch.utils.tensorboard"])
+
+
+class Child:
+    """A process that trains.
+
+    Args:
+        argv: of ``train_net.py``.
+        output: its OUTPUT_DIR, as it sees it.
+        log: files for what it says, see :func:`.child.train`.
+        place, act, disk: likewise.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], output: Path, log: Path, place: Place | None, act: Act, disk: int
+    ):
+        self.log = log
+        arguments = (list(argv), output, log, place, act, disk)
+        self.process = _context.Process(target=train, args=arguments)
+        self.process.start()
+        SESSIONS.add(self.pid)
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid
+        return self.process.pid
+
+    def wait(self, seconds: float = LIMIT) -> int:
+        """The exit code; negative: the signal that killed it.
+
+        Raises:
+            Hung: it has not ended in time.
+        """
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise Hung(f"no end after {seconds:.0f} s, {self.log}")
+        return self.process.exitcode
+
+    def wait_until(self, path: Path, seconds: float = LIMIT) -> None:
+        """Wait for a file, or the end of the process."""
+        deadline = time.monotonic() + seconds
+        while not path.exists() and self.process.is_alive():
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise Hung(f"no {path} after {seconds:.0f} s")
+            time.sleep(0.005)
+
+    @property
+    def out(self) -> str:
+        return Path(f"{self.log}.out").read_text()
+
+    @property
+    def err(self) -> str:
+        return Path(f"{self.log}.err").read_text()
+
+    def sentence(self) -> str:
+        """Wait for an end with exit code 2; the one sentence that says why.
+
+        Raises:
+            AssertionError: it ended otherwise.
+        """
+        code = self.wait()
+        assert code == 2, f"exit code {code}: {self.err[-1500:]}"
+        assert "Traceback" not in self.out + self.err, self.log
+        (line,) = [x for x in self.err.splitlines() if x.startswith("error: ")]
+        assert self.err.splitlines()[-1] == line, self.err
+        return line
+
+    @property
+    def steps(self) -> list[Place]:
+        """The steps that it took; of a child that came to its end without a place to act."""
+        return [tuple(x) for x in json.loads(Path(f"{self.log}.json").read_text())]
+
+
+class Training:
+    """A distillation of some iterations, with evaluations on the way and at the end.
+
+    Args:
+        folder: for its pictures, its teacher and its config.
+    """
+
+    def __init__(self, folder: Path):
+        write_coco(folder, "train", 6, config=SceneConfig(height=64, width=64, min_size=0.25))
+        self.annotations = folder / "annotations" / "instances_train.json"
+        self.pictures = folder / "images" / "train"
+        self.teacher = folder / "teacher" / "teacher.pth"
+        shapes = ("shapes_faults", str(self.annotations), str(self.pictures))
+        opts = [
+            *write_teacher(folder / "teacher", "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8),
+            *distill_opts("faster", ["IMA", "ROIKD"]),
+            *("SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", CHECKPOINT_PERIOD),
+            *("SOLVER.KEEP_CHECKPOINTS", KEEP, "DATASETS.TEST", (shapes[0],)),
+            *("TEST.EVAL_PERIOD", EVAL_PERIOD, "TEST.BEST_METRIC", METRIC),
+            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "INPUT.MAX_SIZE_TEST", 64),
+        ]
+        cfg = trainable_cfg("faster", shapes, folder / "unused", *opts, norm="BN")
+        self.config = folder / "config.yaml"
+        for cfg.SEED in range(100):  # until every evaluation is the best so far
+            self.config.write_text(cfg.dump())
+            output = folder / str(cfg.SEED) / "output"
+            self.finish(output)
+            values = [float(x[METRIC]) for x in metrics(output)[1].values()]
+            if values == sorted(set(values)):
+                break
+
+    def start(
+        self,
+        output: Path,
+        *opts: Any,
+        resume: bool = False,
+        place: Place | None = None,
+        act: Act = nothing,
+        disk: int = 0,
+        log: Path | None = None,
+    ) -> Child:
+        """Start it.
+
+        Args:
+            output: OUTPUT_DIR.
+            opts: KEY VALUE overrides.
+            log: by default in files beside ``output``.
+        """
+        argv = ["--config-file", str(self.config), *(["--resume"] if resume else [])]
+        argv += ["OUTPUT_DIR", str(output), *map(str, opts)]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        log = log or output.parent / f"log{sum(1 for _ in output.parent.glob('log*.out'))}"
+        return Child(argv, output, log, place, act, disk)
+
+    def finish(self, output: Path, *opts: Any, **kw: Any) -> Child:
+        """Run it to its end.
+
+        Raises:
+            AssertionError: it ended with another exit code than 0.
+        """
+        child = self.start(output, *opts, **kw)
+        code = child.wait()
+        assert code == 0, f"exit code {code}: {child.err[-1500:]}"
+        return child
+
+
+class Reference:
+    """What a training without faults writes and leaves, to compare others with.
+
+    Args:
+        training: is run twice, once keeping all checkpoints.
+        folder: for its output.
+        opts: KEY VALUE overrides.
+    """
+
+    def __init__(self, training: Training, folder: Path, *opts: Any):
+        every, output = folder / "every", folder / "output"
+        training.finish(every, "SOLVER.KEEP_CHECKPOINTS", 0, *opts)
+        self.checkpoints = {path.name: read(path) for path in every.glob("model_*.pth")}
+        started = time.monotonic()
+        self.steps = training.finish(output, *opts).steps
+        self.seconds = time.monotonic() - started
+        self.names = names(output)
+        self.bytes = sum(size(path) for path in output.glob("model_*"))
+        self.metrics = metrics(output)
+        self.check_intact(output)
+
+    def check_intact(self, output: Path) -> None:
+        """Every checkpoint of an interrupted run is whole, and none is missing.
+
+        Raises:
+            AssertionError: it is not so.
+        """
+        for path in output.glob("model_*.pth"):
+            check_sum(path)
+            found = read(path)
+            if path.name == "model_best.pth":  # of one of the evaluations
+                at = self.checkpoints.get(f"model_{found['iteration']:07d}.pth")
+                at = at or self.checkpoints["model_final.pth"]
+                found, at = found["model"], at["model"]
+            else:
+                at = self.checkpoints[path.name]
+            changed = differences(found, at)
+            assert not changed, f"{path.name}: {len(changed)} values such as {changed[0]}"
+        present = {int(x[1]) for x in map(PERIODIC.fullmatch, names(output)) if x}
+        newest = max(present, default=0)
+        needed = [k for k in range(newest + 1) if (k + 1) % CHECKPOINT_PERIOD == 0][-KEEP:]
+        assert present >= set(needed), f"{output}: {set(needed) - present} are lost"
+
+    def check_checkpoints(self, output: Path) -> None:
+        """A finished run has the same checkpoints as if nothing had happened, bit by bit.
+
+        A checksum may lack: that of a file after whose rename the kill came. So may a rest of a
+        few bytes remain of a checksum or of the tag.
+
+        Raises:
+            AssertionError: it is not so.
+        """
+        rests = {x for x in names(output) if x.endswith(".tmp") and size(output / x) < 100}
+        wrong = (names(output) - rests) ^ self.names
+        wrong = {x for x in wrong if not x.endswith(".sha256") or x not in self.names}
+        assert not wrong, f"{output}: {wrong} are missing or should not be there"
+        for name in self.names:
+            if name.endswith(".pth"):
+                check_sum(output / name)
+                changed = differences(read(output / name), self.checkpoints[name])
+                assert not changed, f"{name}: {len(changed)} values such as {changed[0]}"
+
+    def check_recovered(self, output: Path) -> None:
+        """:meth:`check_checkpoints`, and all losses and evaluations are in metrics.json.
+
+        Raises:
+            AssertionError: it is not so.
+        """
+        self.check_checkpoints(output)
+        found = metrics(output)
+        assert found == self.metrics, f"metrics {found} instead of {self.metrics}"
+
+
+# By kind of step and file; the first that fits. A step is not yet taken when the kill comes.
+STAGES = (
+    (r"metrics\.json", "while metrics.json is written"),
+    (r"^remove model_N", "while old checkpoints are removed"),
+    (r"^(open|write) \S+\.pth\.tmp", "inside torch.save"),
+    (r"^(fsync|replace) \S+\.pth(\.tmp)?$|^remove", "between torch.save and rename"),
+    (r"last_checkpoint|after \S+\.sha256$", "between checksum and last_checkpoint"),
+    ("", "between rename and checksum"),
+)
+WRITES = 5  # into one file that are killed
+
+
+def places_by_stage(steps: list[Place]) -> dict[str, dict[str, Place]]:
+    """One place of each sort by stage, of writes some.
+
+    Two steps are of a sort if they do the same in writing a periodic checkpoint, whichever it is,
+    the best or the final one.
+    """
+    sorts: dict[str, list[Place]] = defaultdict(list)
+    checkpoint = last = ""  # the one being written, and the file of the step before
+    for place in steps:
+        name = re.sub(r"\d{7}", "N", place[1])
+        if not name.startswith(("model", "last", "metrics")):
+            name = f"folder after {last}"
+        checkpoint = name.removesuffix(".pth.tmp") if name.endswith(".pth.tmp") else checkpoint
+        sorts[f"{place[0]} {name} ({checkpoint})"].append(place)
+        last = name
+    found: dict[str, dict[str, Place]] = defaultdict(dict)
+    generator = random.Random(0)
+    for sort, members in sorts.items():
+        step = sort.partition(" (")[0]
+        stage = next(stage for pattern, stage in STAGES if re.search(pattern, step))
+        number = min(WRITES if sort.startswith("write") else 1, len(members))
+        for place in generator.sample(members, number):
+            found[stage][f"{sort} {place[1]} {place[2]}"] = place
+    return found
+
+
+def survivors(sessions: Collection[int]) -> list[int]:
+    """Ids of the processes of some children that still run, theirs included."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state != "Z":  # else its new parent has to take note
+                found.append(int(path.parent.name))
+    return found
+
+
+def read(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def names(output: Path) -> set[str]:
+    """Files of checkpoints, whole or not."""
+    files = [*output.glob("model_*"), *output.glob("last_checkpoint*")]
+    return {path.name for path in files}
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def check_sum(path: Path) -> None:
+    """A checksum, if there is one, is right."""
+    beside = Path(checksum_file(str(path)))
+    if beside.exists():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert beside.read_text() == f"{digest}  {path.name}\n", path
+
+
+def metrics(output: Path) -> tuple[set[int], dict[int, Any]]:
+    """Iterations that have a loss in metrics.json, and evaluations by iteration, NaN as text."""
+    rows = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
+    evaluations = {
+        x["iteration"]: {k: str(v) for k, v in x.items() if k.startswith("bbox/")}
+        for x in rows
+        if METRIC in x
+    }
+    return {x["iteration"] for x in rows if "total_loss" in x}, evaluations
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[tuple[int, Path]]:
+    """A file system of its own at ``folder``, in memory, without being root.
+
+    Yields:
+        The process that sees it, for :func:`.child.enter`, and its path for others.
+    """
+    folder.mkdir(parents=True)
+    mount = f'mount -t tmpfs -o size={megabytes}m tmpfs "$0" && echo mounted && read -r _'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin and holder.stdout
+        assert holder.stdout.readline() == "mounted\n"
+        try:
+            yield holder.pid, Path(f"/proc/{holder.pid}/root{folder}")
+        finally:
+            holder.stdin.close()

@@ -1,0 +1,143 @@
+"""Files that vanish while a run goes on or rests: it says which, and goes on when they are back."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .child import Place, hide, kill, unhide
+from .ledger import Ledger
+from .runs import ITERATIONS, Child, Reference, Training, metrics
+
+FIRST: Place = ("open", "model_0000001.pth.tmp", 0)  # places of checkpoints
+FOURTH: Place = ("open", "model_0000007.pth.tmp", 0)
+WORKERS = (0, 2)
+
+
+class Copies(NamedTuple):
+    """A training whose files may be taken away."""
+
+    training: Training
+    pictures: list[Path]
+    annotations: Path
+    teacher: Path
+    opts: tuple[Any, ...]
+
+    def start(self, output: Path, *opts: Any, **kw: Any) -> Child:
+        return self.training.start(output, *self.opts, *opts, **kw)
+
+    def finish(self, output: Path, *opts: Any, **kw: Any) -> Child:
+        return self.training.finish(output, *self.opts, *opts, **kw)
+
+
+def copies(training: Training, folder: Path) -> Copies:
+    """Copies of all files that a training reads."""
+    pictures, annotations = folder / "pictures", folder / "annotations.json"
+    shutil.copytree(training.pictures, pictures)
+    shutil.copy(training.annotations, annotations)
+    shutil.copy(training.teacher, folder / "teacher.pth")
+    sets = [("shapes_faults", str(annotations), str(pictures))]
+    opts = ("DATASETS.COCO_FORMAT", sets)
+    opts += ("MODEL.DISTILL.TEACHER.WEIGHTS", folder / "teacher.pth")
+    return Copies(training, sorted(pictures.iterdir()), annotations, folder / "teacher.pth", opts)
+
+
+def test_picture_that_is_needed(
+    training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
+) -> None:
+    def case(workers: int, picture: int, folder: Path) -> None:
+        run, output = copies(training, folder), folder / "output"
+        path, opts = run.pictures[picture], ("DATALOADER.NUM_WORKERS", workers)
+        sentence = run.start(output, *opts, place=FIRST, act=partial(hide, path)).sentence()
+        assert str(path) in sentence
+        reference.check_intact(output)
+        if picture != 0:  # without the first one there is no start
+            assert str(path) in run.start(output, *opts, resume=True).sentence()
+        unhide(path)
+        run.finish(output, *opts, resume=True)
+        reference.check_recovered(output)
+
+    cases = {
+        f"{workers} workers, picture {picture}": partial(case, workers, picture)
+        for workers in WORKERS
+        for picture in (0, 2, 5)
+    }
+    ledger.inject("a picture vanishes, ON_BAD_IMAGE stop", cases, tmp_path)
+
+
+DROP = ("DATALOADER.ON_BAD_IMAGE", "drop", "DATASETS.TEST", "()", "TEST.BEST_METRIC", "")
+
+
+def test_picture_that_is_dropped(training: Training, ledger: Ledger, tmp_path: Path) -> None:
+    """The run ends without it, says so, and a kill changes nothing about that."""
+    run = copies(training, tmp_path)
+    hide(run.pictures[3])
+    without = Reference(training, tmp_path / "reference", *run.opts, *DROP)
+
+    def vanishes(workers: int, folder: Path) -> None:
+        run = copies(training, folder)
+        opts = (*DROP, "DATALOADER.NUM_WORKERS", workers)
+        act = partial(hide, run.pictures[3])
+        child = run.finish(folder / "output", *opts, place=FIRST, act=act)
+        assert child.out.count(f"Left out {run.pictures[3]}") == 1
+        assert '"data/left_out": 1' in (folder / "output" / "metrics.json").read_text()
+
+    def killed(workers: int, folder: Path) -> None:
+        output, opts = folder / "output", (*DROP, "DATALOADER.NUM_WORKERS", workers)
+        assert run.start(output, *opts, place=FOURTH, act=kill).wait() == -9
+        without.check_intact(output)
+        run.finish(output, *opts, resume=True)
+        without.check_recovered(output)
+
+    cases = {f"{x} workers, vanishes": partial(vanishes, x) for x in WORKERS}
+    cases |= {f"{x} workers, is missing, kill": partial(killed, x) for x in WORKERS}
+    ledger.inject("a picture vanishes, ON_BAD_IMAGE drop", cases, tmp_path)
+
+
+def interrupted(run: Copies, reference: Reference, output: Path) -> None:
+    """Kill it after its third checkpoint."""
+    assert run.start(output, place=FOURTH, act=kill).wait() == -9
+    reference.check_intact(output)
+
+
+def test_inputs_before_a_resume(
+    training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
+) -> None:
+    def case(choose: Callable[[Copies], Path], folder: Path) -> None:
+        run, output = copies(training, folder), folder / "output"
+        interrupted(run, reference, output)
+        path = choose(run)
+        hide(path)
+        assert str(path) in run.start(output, resume=True).sentence()
+        unhide(path)
+        run.finish(output, resume=True)
+        reference.check_recovered(output)
+
+    cases = {
+        "annotations": partial(case, lambda run: run.annotations),
+        "folder of the pictures": partial(case, lambda run: run.pictures[0].parent),
+        "teacher": partial(case, lambda run: run.teacher),
+    }
+    ledger.inject("an input is missing at the resume", cases, tmp_path)
+
+
+def test_outputs_before_a_resume(
+    training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
+) -> None:
+    """What a resume does not need is written again, or goes on from here."""
+
+    def case(gone: str, folder: Path) -> None:
+        run, output = copies(training, folder), folder / "output"
+        interrupted(run, reference, output)
+        for path in output.glob(gone):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run.finish(output, resume=True)
+        reference.check_checkpoints(output)
+        assert (output / "student.yaml").is_file() and (output / "config.yaml").is_file()
+        rows = metrics(output)[0]
+        assert max(rows) == ITERATIONS - 1 and rows <= reference.metrics[0]
+
+    names = ("student.yaml", "config.yaml", "metrics.json", "log.txt", "events*", "inference")
+    cases = {name: partial(case, name) for name in names}
+    ledger.inject("an output is missing at the resume", cases, tmp_path)
