@@ -1,6 +1,5 @@
 """Annotation files of any content: they train, or a sentence says why not."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from hypothesis import given
 from hypothesis import strategies as st
+from test_errors import Run
 
 from distill.data.datasets import (
     check_test_set,
@@ -25,9 +25,17 @@ from distill.data.shapes_io import LAYOUTS, VOC_NAMES
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
 
-from .fuzzing import SCALARS, VALUES, fuzz, works
+from .fuzzing import SCALARS, command_works, encoded, fuzz, garbled, spoilt, tool, works
 
 SCENE = SceneConfig(height=48, width=48, min_size=0.25)
+
+
+Shapes = tuple[str, str, str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shapes: Shapes) -> Run:
+    return Run(tmp_path_factory.mktemp("run"), shapes, None)
 
 
 @pytest.fixture(scope="module")
@@ -54,49 +62,39 @@ def use(cfg: CfgNode) -> None:
             raise DataError(mapped.reason)  # as the loader does
 
 
-@st.composite
-def mutated(draw: st.DrawFn, content: Any) -> Any:
-    """JSON of which a few values are replaced, removed, repeated, renamed or nested."""
-    content = copy.deepcopy(content)
-    for _ in range(draw(st.integers(1, 3))):
-        parent, key = content, None
-        for _ in range(draw(st.integers(0, 6))):
-            inner = parent if key is None else parent[key]
-            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
-            if not keys:
-                break
-            parent, key = inner, draw(st.sampled_from(keys))
-            if not isinstance(parent[key], dict | list):
-                break
-        if key is None:
-            return draw(VALUES)
-        act = draw(st.sampled_from(["replace", "replace", "remove", "repeat", "nest", "add"]))
-        value = draw(SCALARS | VALUES)
-        if act == "remove":
-            del parent[key]
-        elif act == "repeat" and isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[key]))
-        elif act == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from([*parent, "iscrowd", "keypoints", "x"]))] = value
-        else:
-            parent[key] = [parent[key]] if act == "nest" else value
-    return content
+def documents(good: dict[str, Any]) -> st.SearchStrategy[bytes]:
+    """Annotation files with some values, or some bytes, that are not as they should be."""
+    text = json.dumps(good)
+    names = st.sampled_from(["ignore", "keypoints", "iscrowd", "minival", "info", "x"])
+    contents = spoilt(good, names)
+    return st.one_of(
+        contents.map(lambda x: json.dumps(x).encode()),
+        contents.map(lambda x: json.dumps(x, ensure_ascii=False).encode(errors="surrogatepass")),
+        contents.map(lambda x: json.dumps(x).encode()),
+        garbled(text.encode()),
+        encoded(text),
+        st.binary(max_size=20),
+        st.sampled_from([b"[" * 100_000, b'{"images":' * 9999]),
+    )
+
+
+@pytest.fixture(scope="module")
+def good(coco: Path) -> dict[str, Any]:
+    """A valid file of few objects, so that each part of it is changed often."""
+    content = json.loads((coco / "annotations" / "instances_train.json").read_text())
+    return {**content, "annotations": content["annotations"][:4]}
 
 
 @pytest.mark.parametrize("mode", ["stop", "drop"])
-def test_coco(mode: str, coco: Path) -> None:
-    good = json.loads((coco / "annotations" / "instances_train.json").read_text())
-    # Fewer objects, so that each part of the file is changed often.
-    good["annotations"] = good["annotations"][:4]
+def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
     path = coco / f"{mode}.json"
     cfg = config("DATALOADER.ON_BAD_IMAGE", mode, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
     cfg.DATASETS.COCO_FORMAT = (("fuzzed", str(path), str(coco / "images" / "train")),)
-    text = json.dumps(good)
 
     @fuzz(250)
-    @given(mutated(good).map(json.dumps) | st.integers(0, len(text)).map(lambda n: text[:n]))
-    def check(spoilt: str) -> None:
-        path.write_text(spoilt)
+    @given(documents(good))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
 
         def run() -> None:
             register_coco_format(cfg)
@@ -104,31 +102,36 @@ def test_coco(mode: str, coco: Path) -> None:
 
         trains = works("annotations", run)
 
-        def tool() -> None:
+        def look() -> None:
             register_coco_format(cfg)
             faults, pictures = find_faults(cfg, "fuzzed")
             for more in inspect_pictures(pictures, workers=0):
                 faults += more
             assert trains or any(x.fatal for x in faults)  # the tool shows what stops a training
 
-        works("annotations", tool)
+        works("annotations", look)
 
     check()
 
 
-@fuzz(60)
-@given(st.binary(max_size=60) | st.just(b"[" * 100_000) | st.just(b'{"images":' * 9999))
-def test_coco_bytes(coco: Path, content: bytes) -> None:
-    path = coco / "bytes.json"
-    path.write_bytes(content)
-    cfg = config()
-    cfg.DATASETS.COCO_FORMAT = (("fuzzed", str(path), str(coco / "images" / "train")),)
-
-    def run() -> None:
-        register_coco_format(cfg)
-        use(cfg)
-
-    assert not works("annotations", run)
+@fuzz(40)
+@given(data=st.data())
+def test_commands(
+    data: st.DataObject, coco: Path, good: dict[str, Any], run: Run, shapes: Shapes
+) -> None:
+    """What passes is trained on and evaluated."""
+    path = coco / "commands.json"
+    path.write_bytes(data.draw(documents(good)))
+    spoilt = ("fuzzed", str(path), str(coco / "images" / "train"))
+    train, test = data.draw(st.sampled_from([(shapes, spoilt), (spoilt, shapes), (spoilt, spoilt)]))
+    opts = [
+        *("DATASETS.COCO_FORMAT", str((shapes, spoilt)), "DATASETS.TRAIN", str((train[0],))),
+        *("DATASETS.TEST", str((test[0],)), "INPUT.MAX_SIZE_TEST", "64"),
+        *("DATALOADER.ON_BAD_IMAGE", data.draw(st.sampled_from(["stop", "drop"]))),
+    ]
+    argv = ["--config-file", str(run.config)]
+    if command_works("annotations", [*argv, *opts]):
+        assert command_works("annotations", [*argv, "--workers", "0", *opts], tool("check_data"))
 
 
 @st.composite

@@ -1,13 +1,15 @@
 """Training batches whose content depends on the run's seed and the iteration alone."""
 
 import logging
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -126,16 +128,14 @@ class TrainLoader:
             collate_fn=trivial_batch_collator,
             timeout=timeout if workers else 0,
             generator=torch.Generator(),  # or it would draw from the global one
+            worker_init_fn=_end_with_parent,
         )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for batch in self.loader:
             for entry in batch:
                 if isinstance(entry, BadPicture):
-                    raise DataError(
-                        f"Picture {entry.file_name}: {entry.reason}. tools/check_data.py lists all "
-                        "such pictures; DATALOADER.ON_BAD_IMAGE drop trains without them."
-                    )
+                    raise _unusable(entry, "DATALOADER.ON_BAD_IMAGE drop trains without them")
                 for bad in entry.pop("left_out", ()):
                     self._note(bad)
             yield batch
@@ -146,6 +146,42 @@ class TrainLoader:
             logger.warning(
                 "Left out %s: %s (%d so far)", bad.file_name, bad.reason, len(self.left_out)
             )
+
+
+class EvaluationLoader:
+    """detectron2's test loader, which names a picture that it cannot read.
+
+    It does not drop any: results without some pictures are not those of the test set.
+    """
+
+    def __init__(self, cfg: CfgNode, name: str):
+        mapper = GuardedMapper(DatasetMapper(cfg, is_train=False))
+        self.loader = build_detection_test_loader(cfg, name, mapper=mapper)
+        self.loader.worker_init_fn = _end_with_parent
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            for entry in batch:
+                if isinstance(entry, BadPicture):
+                    raise _unusable(entry, "an evaluation needs all pictures of its set")
+            yield batch
+
+
+def _unusable(picture: BadPicture, remedy: str) -> DataError:
+    return DataError(
+        f"Picture {picture.file_name}: {picture.reason}. tools/check_data.py lists all such "
+        f"pictures; {remedy}."
+    )
+
+
+def _end_with_parent(worker: int) -> None:
+    """End a data worker whose parent was killed while it started; torch notices later kills."""
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() != "forkserver" and parent and parent.pid != os.getppid():
+        os._exit(1)
 
 
 def build_train_loader(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint import StudentCheckpointer
@@ -33,6 +34,21 @@ class DistillRatio(HookBase):
         task = sum(losses.values()) - sum(distilled.values())
         ratios = {f"kd_ratio/{k[5:]}": v / max(task, 1e-12) for k, v in distilled.items()}
         storage.put_scalars(**ratios, smoothing_hint=True)
+
+
+class Evaluation(EvalHook):
+    """detectron2's, but the last one comes in the last iteration, before the final checkpoint.
+
+    So a run that is killed after its final checkpoint lacks nothing.
+    """
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (self._period and done % self._period == 0):
+            self._do_eval()
+
+    def after_train(self) -> None:
+        del self._func  # it refers to the trainer
 
 
 class Checkpoints(HookBase):
@@ -82,11 +98,7 @@ class BestCheckpoint(HookBase):
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if self.period and done % self.period == 0 and done < self.trainer.max_iter:
-            self._compare()
-
-    def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:  # not after an error
+        if done == self.trainer.max_iter or (self.period and done % self.period == 0):
             self._compare()
 
     def _compare(self) -> None:
@@ -98,8 +110,7 @@ class BestCheckpoint(HookBase):
         elif not math.isnan(value) and (self.best is None or value > self.best):
             self.best = value
             logger.info("Best %s so far: %.4f", self.metric, value)
-            last = min(self.trainer.iter, self.trainer.max_iter - 1)
-            self.checkpointer.save_best(last, self.metric, value)
+            self.checkpointer.save_best(self.trainer.iter, self.metric, value)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.best is None else {"metric": self.metric, "best": self.best}

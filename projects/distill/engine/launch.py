@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -218,6 +219,9 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
     logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
+    # TensorBoard's thread would print what its next call raises again in this one.
+    usual = threading.excepthook
+    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
 
 
 def _without_explanation(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """What is measured beside the losses."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,13 @@ from torch import Tensor
 
 Gradient = Sequence[Tensor | None]
 """By parameter; None where a loss does not depend on it."""
+
+
+def drop_torn_row(path: str) -> None:
+    """Cut a ``metrics.json`` behind its last whole row; a full disk may have taken half of one."""
+    if os.path.isfile(path):
+        with open(path, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def head_of(loss: str, heads: Sequence[str]) -> str | None:

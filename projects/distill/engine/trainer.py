@@ -11,12 +11,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
-from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import StudentCheckpointer, StudentState
@@ -31,14 +32,15 @@ from ..config import (
 )
 from ..data.datasets import load_training_set, register_coco_format
 from ..data.kitti import IgnoredRegionsMapper
-from ..data.loader import TrainLoader, build_train_loader
+from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
 from ..meta_arch import DistillModel
 from ..weights import load_strictly, readable
 from .evaluators import check_test_sets, evaluator_builders
 from .faults import FiniteGuard
-from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Telemetry
+from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Evaluation, Telemetry
 from .loop import TrainLoop
+from .telemetry import drop_torn_row
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +109,22 @@ class Trainer(DefaultTrainer):
         """The training data from iteration ``start`` on."""
         return build_train_loader(cfg, self.dataset, train_mapper(cfg), seed=self.seed, start=start)
 
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        return EvaluationLoader(cfg, dataset_name)
+
+    def build_writers(self) -> list[EventWriter]:
+        drop_torn_row(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return super().build_writers()
+
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
-        before, after = [], []
+        before, writers = [], []
         for hook in super().build_hooks():
             if isinstance(hook, PeriodicWriter):
-                after.append(hook)
+                writers.append(hook)
+            elif isinstance(hook, EvalHook):
+                before.append(Evaluation(cfg.TEST.EVAL_PERIOD, hook._func))
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -124,9 +136,9 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.BEST_METRIC:
             best = BestCheckpoint(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
             before.append(best)
-        # After the evaluation: its best result is part of what is saved.
+        # Last of all: what a checkpoint has behind it is evaluated and written, and not repeated.
         period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
-        return [*before, Checkpoints(self.checkpointer, period, keep), *after]
+        return [*before, *writers, Checkpoints(self.checkpointer, period, keep)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint of ``OUTPUT_DIR`` if ``resume``, else the weights.
