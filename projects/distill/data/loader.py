@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.loader:
+        for batch in _fetched(self.loader):
             for entry in batch:
                 if isinstance(entry, BadPicture):
                     raise _unusable(entry, "DATALOADER.ON_BAD_IMAGE drop trains without them")
@@ -163,11 +163,22 @@ class EvaluationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.loader:
+        for batch in _fetched(self.loader):
             for entry in batch:
                 if isinstance(entry, BadPicture):
                     raise _unusable(entry, "an evaluation needs all pictures of its set")
             yield batch
+
+
+def _fetched(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of torch's loader, which may find a broken connection before a dead worker."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as e:
+        raise DataError(
+            "a data worker was killed or crashed: lower DATALOADER.NUM_WORKERS if memory is short, "
+            "and continue with --resume."
+        ) from e
 
 
 def _unusable(picture: BadPicture, remedy: str) -> DataError:
