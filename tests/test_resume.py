@@ -1,6 +1,7 @@
 """An interrupted run that is resumed ends bit-identically to one that was not interrupted."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_resume_is_exact(
         train(cfg, Interruption(4), resume=True, seed=98)
     cfg.DATALOADER.NUM_WORKERS = 2  # matters as little as the global seed
     resumed = train(cfg, resume=True, seed=99)
+    assert not multiprocessing.active_children()
     torch.use_deterministic_algorithms(False)
     assert differences(uninterrupted, resumed) == []
     assert len(resumed["trainer"]["_trainer"]["optimizer"]["state"]) > 0

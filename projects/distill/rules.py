@@ -286,6 +286,15 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "must have one number per channel of INPUT.FORMAT {c.INPUT.FORMAT}.",
     ),
     (
+        lambda c: (
+            "PanopticFPN" not in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+            or c.MODEL.MASK_ON
+            or not c.MODEL.PANOPTIC_FPN.COMBINE.ENABLED
+        ),
+        "MODEL.MASK_ON is False, but PanopticFPN combines masks; set it True, or "
+        "MODEL.PANOPTIC_FPN.COMBINE.ENABLED False.",
+    ),
+    (
         lambda c: c.MODEL.DEVICE != "cpu" or not any(c.MODEL.RESNETS.DEFORM_ON_PER_STAGE),
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE is {c.MODEL.RESNETS.DEFORM_ON_PER_STAGE}; "
         "detectron2's deformable convolution needs a GPU, but MODEL.DEVICE is cpu.",

@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .fuzzing import CASES
+
 
 class Hung(Exception):
     """A process that did not end in time."""
@@ -107,6 +109,7 @@ class Ledger:
             "seconds": round(time.monotonic() - self.started),
             "faults": [asdict(row) for row in self.rows],
             "total": asdict(self.total()),
+            "fuzzed": dict(sorted(CASES.items())),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")

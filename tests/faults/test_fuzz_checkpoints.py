@@ -1,8 +1,11 @@
 """Checkpoint files of any content: they load as they were written, or a sentence says why not."""
 
 import copy
+import io
 import os
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_errors import Run, Shapes
 from torch import Tensor, nn
 
-from distill.checkpoint import StudentCheckpointer, checksum_file
+from distill.checkpoint import StudentCheckpointer, checksum_file, write_checked
+from distill.engine import Trainer, setup_config
 from distill.engine.replay import read_reproducer
 from distill.weights import load_strictly
 
-from .fuzzing import TEXT, VALUES, fuzz, works
+from .fuzzing import TEXT, VALUES, command_works, fuzz, garbled, spoilt, works
 
 # Content that tells when a bit of it has changed.
 GOOD = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
@@ -31,27 +36,29 @@ def good_bytes(folder: Path) -> bytes:
 
 
 @st.composite
-def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """A file's bytes with some of them flipped, cut, moved, repeated or replaced."""
-    for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.integers(0, max(len(content) - 1, 0)))
-        length = draw(st.sampled_from([1, 1, 4, 64, 1000]))
-        part = content[place : place + length]
-        new = draw(
+def rezipped(draw: st.DrawFn, content: bytes) -> bytes:
+    """A zip file whose members are lost, swapped, renamed, repeated or garbled; checksums are right."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.integers(0, len(members) - 1))
+        name, data = members[place]
+        other = draw(st.sampled_from(members))
+        members[place : place + 1] = draw(
             st.sampled_from(
-                [
-                    bytes(x ^ 1 << place % 8 for x in part),
-                    b"",
-                    part * 2,
-                    bytes(len(part)),
-                    content[:length],
-                ]
+                [[], [(name, other[1])], [(other[0], data)], [(name, b"")], [(name, data)] * 2]
             )
-            | st.binary(max_size=8)
+            | garbled(data).map(lambda x: [(name, x)])
+            | TEXT.map(lambda x: [(f"archive/{x}", data)])
         )
-        rest = b"" if draw(st.integers(0, 9)) == 0 else content[place + length :]
-        content = content[:place] + new + rest
-    return content
+        if not members:
+            break
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names twice
+        for name, data in members:
+            archive.writestr(name, data)
+    return file.getvalue()
 
 
 TENSORS = st.sampled_from(
@@ -103,7 +110,7 @@ def test_damaged_weights(suffix: str, folder: Path) -> None:
     content, path = good_bytes(folder), folder / f"weights{suffix}"
 
     @fuzz(150)
-    @given(damaged(content) | PICKLES | st.binary(max_size=50))
+    @given(garbled(content) | PICKLES | st.binary(max_size=50))
     def check(spoilt: bytes) -> None:
         path.write_bytes(spoilt)
         model = copy.deepcopy(GOOD)
@@ -111,6 +118,26 @@ def test_damaged_weights(suffix: str, folder: Path) -> None:
         options = {"allow_pickle": True}
         if works("weights", lambda: load_strictly(model, str(path), "MODEL.WEIGHTS", **options)):
             assert same_weights(model)
+
+    check()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_weights_in_a_file_that_is_consistent(form: str, folder: Path) -> None:
+    """Its checksums are right, or it has none: what it holds cannot be known to be damaged."""
+    path = folder / "consistent.pth"
+    if form == "legacy":
+        torch.save({"model": GOOD.state_dict()}, path, _use_new_zipfile_serialization=False)
+        files = garbled(path.read_bytes())
+    else:
+        files = rezipped(good_bytes(folder))
+
+    @fuzz(60)
+    @given(files)
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        model = copy.deepcopy(GOOD)
+        works("weights", lambda: load_strictly(model, str(path), "MODEL.WEIGHTS"))
 
     check()
 
@@ -139,7 +166,7 @@ def test_damaged_checkpoints_of_a_run(checked: bool, folder: Path) -> None:
         os.remove(checksum_file(str(last)))
 
     @fuzz(120)
-    @given(damaged(content))
+    @given(garbled(content))
     def check(spoilt: bytes) -> None:
         last.write_bytes(spoilt)
         checkpointer.model = copy.deepcopy(GOOD)
@@ -180,7 +207,7 @@ def test_reproducers(folder: Path) -> None:
     content = path.read_bytes()
 
     @fuzz(60)
-    @given(damaged(content))
+    @given(garbled(content))
     def spoilt(content: bytes) -> None:
         path.write_bytes(content)
         works("reproducer", lambda: read_reproducer(str(path)))
@@ -193,3 +220,71 @@ def test_reproducers(folder: Path) -> None:
 
     spoilt()
     other()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shapes: Shapes) -> Run:
+    """A training of one iteration that has been, of which the final checkpoint may be spoilt."""
+    run = Run(tmp_path_factory.mktemp("run"), shapes, None)
+    assert command_works("command", ["--config-file", str(run.config)])
+    return run
+
+
+def test_resuming_a_training_from_other_content(run: Run) -> None:
+    """Such as another program may have written: the file itself is whole."""
+    cfg = setup_config(str(run.config), ["SOLVER.MAX_ITER", "3"])
+    good = torch.load(run.output / "model_final.pth", weights_only=True)
+    path = run.output / "model_0000000.pth"
+
+    @fuzz(60)
+    @given(spoilt(good))
+    def check(content: Any) -> None:
+        write_checked(str(path), content)
+        (run.output / "last_checkpoint").write_text(path.name)
+        trainer = Trainer(cfg)
+        works("resume", lambda: trainer.resume_or_load(resume=True))
+
+    check()
+
+
+# Which file is spoilt, and the options with which a command reads it.
+COMMANDS: dict[str, tuple[str, list[str]]] = {
+    "the student's": ("output/model_final.pth", ["MODEL.WEIGHTS"]),
+    "pickled": ("output/model_final.pth", ["MODEL.ALLOW_PICKLE", "True", "MODEL.WEIGHTS"]),
+    "to evaluate": ("output/model_final.pth", ["--eval-only", "MODEL.WEIGHTS"]),
+    "the teacher's": ("teacher.pth", ["MODEL.DISTILL.TEACHER.WEIGHTS"]),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(run: Run) -> dict[str, tuple[bytes, Any]]:
+    """The files as bytes and as contents, before any command writes new ones."""
+    paths = {file: run.folder / file for file, _ in COMMANDS.values()}
+    return {
+        file: (path.read_bytes(), torch.load(path, weights_only=True))
+        for file, path in paths.items()
+    }
+
+
+@fuzz(40)
+@given(data=st.data())
+def test_commands(
+    data: st.DataObject, run: Run, folder: Path, originals: dict[str, tuple[bytes, Any]]
+) -> None:
+    """Training and evaluation, each of which reads a spoilt file."""
+    name = data.draw(st.sampled_from(sorted(COMMANDS)))
+    file, options = COMMANDS[name]
+    content, good = originals[file]
+    path = folder / f"command{'.pkl' if name == 'pickled' else '.pth'}"
+    if data.draw(st.booleans()):
+        path.write_bytes(data.draw(garbled(content)))
+    elif name == "pickled":
+        path.write_bytes(pickle.dumps(data.draw(spoilt(arrays(good)))))
+    else:
+        torch.save(data.draw(spoilt(good)), path)
+    command_works("command", ["--config-file", str(run.config), *options, str(path)])
+
+
+def arrays(content: Any) -> Any:
+    """A checkpoint's weights as detectron2's pickles have them."""
+    return {"model": {name: x.numpy() for name, x in content["model"].items()}}

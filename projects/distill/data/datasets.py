@@ -36,6 +36,11 @@ from .faults import (
 logger = logging.getLogger(__name__)
 
 _LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names the pictures
+# Keys of the dataset dicts that detectron2's networks cannot train without.
+_TRAINED_ON = (
+    ("annotations", "objects", ("GeneralizedRCNN", "RetinaNet", "PanopticFPN", "ProposalNetwork")),
+    ("sem_seg_file_name", "semantic labels", ("PanopticFPN", "SemanticSegmentor")),
+)
 _SAMPLE = 100  # pictures of which one has to be there, if bad ones are dropped
 
 
@@ -129,12 +134,20 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     """The training pictures as detectron2 dataset dicts, without fatal faults.
 
     Raises:
-        DataError: a set is unreadable or empty, the sets' classes differ, a path leads out of its
-            folder, the config's classes or masks do not fit, the first picture is missing; or an
-            annotation is wrong and ``DATALOADER.ON_BAD_IMAGE`` is stop.
+        DataError: a set is unreadable or empty, lacks what the network trains on, the sets'
+            classes differ, a path leads out of its folder, the config's classes or masks do not
+            fit, the first picture is missing; or an annotation is wrong and
+            ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
     names = tuple(cfg.DATASETS.TRAIN)
     dicts = [picture for name in names for picture in _checked_set(cfg, name)]
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    for key, what, architectures in _TRAINED_ON:
+        if architecture in architectures and not all(key in picture for picture in dicts):
+            raise DataError(
+                f"DATASETS.TRAIN {names} has pictures without {what}, on which {architecture} "
+                "trains; choose another set or architecture."
+            )
     if not any("annotations" in picture for picture in dicts):
         return dicts
     if not all("annotations" in picture for picture in dicts):

@@ -162,10 +162,19 @@ class Trainer(DefaultTrainer):
         self._trainer.seed = self._trainer.guard.seed = self.seed
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
+    def train(self) -> Any:
+        try:
+            return super().train()
+        finally:
+            self._trainer.close()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        place = {key: state_dict[key] for key in ("iteration", "seed")}
+        if not all(isinstance(x, int) and x >= 0 for x in place.values()):
+            raise ValueError(f"it was written at {place}, which are no whole numbers from 0")
         super().load_state_dict(state_dict)
         self.seed = state_dict["seed"]
         world = comm.get_world_size()
