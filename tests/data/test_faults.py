@@ -19,8 +19,10 @@ from detectron2.data.datasets.coco import load_coco_json
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from detectron2.structures import BoxMode
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from distill.data.coco_file import CocoFile
+from distill.data.coco_file import NOT_EVALUABLE, CocoFile
 from distill.data.datasets import check_test_set, find_faults, load_training_set
 from distill.data.faults import Fault, as_root, config_faults, entry_faults, path_faults
 from distill.data.guard import GuardedMapper
@@ -219,7 +221,7 @@ def coco(folder: Path) -> Content:
     for k in (1, 2):
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / f"{k}.png")
     size = {"width": WIDTH, "height": HEIGHT}
-    box = {"bbox": [1, 1, 8, 8], "category_id": 1, "iscrowd": 0}
+    box = {"bbox": [1, 1, 8, 8], "area": 64, "category_id": 1, "iscrowd": 0}
     return {
         "images": [{"id": k, "file_name": f"{k}.png", **size} for k in (1, 2)],
         "annotations": [
@@ -321,6 +323,54 @@ def test_files(case: str, tmp_path: Path) -> None:
     assert tuple(expected) in found(faults), faults
     assert not any(x.fatal and x.kind != expected[0] for x in faults), faults
     assert all(str(tmp_path) in x.where or x.where.startswith("/") for x in faults)
+
+
+def evaluates(file: CocoFile) -> bool:
+    """Whether COCO's own evaluation, of boxes and masks, takes the file as ground truth."""
+    annotation = coco(Path(file.image_root).parent)["annotations"][0]
+    truth = COCO(file.path)
+    detections = truth.loadRes([{**annotation, "score": 0.5}])
+    try:
+        for kind in ("bbox", "segm"):
+            COCOeval(truth, detections, kind).evaluate()
+    except Exception:
+        return False
+    return True
+
+
+EVALUATION: dict[str, tuple[Callable[[Content], Any], bool]] = {
+    "valid": (of_object(), True),
+    "no area": (lambda x: x["annotations"][0].pop("area"), False),
+    "area of another type": (of_object(area="8"), False),
+    "no iscrowd": (lambda x: x["annotations"][0].pop("iscrowd"), False),
+    "no answer to iscrowd": (of_object(iscrowd=None), False),
+    "no mask": (lambda x: x["annotations"][0].pop("segmentation"), False),
+    "no polygon": (of_object(segmentation=[]), False),
+    "a point as polygon": (of_object(segmentation=[[1, 2]]), False),
+    "a line as polygon": (of_object(segmentation=[[1, 2, 3, 4]]), False),
+    "one polygon, then a line": (of_object(segmentation=[POLYGON, [1, 2, 3, 4]]), True),
+    "box outside": (of_object(bbox=[-5, 0, 5, 5]), True),
+    "box of 3 numbers": (of_object(bbox=[1, 2, 3]), False),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATION)
+def test_a_test_set_is_one_that_can_be_evaluated(case: str, tmp_path: Path) -> None:
+    """Found before the training, not after it."""
+    change, good = EVALUATION[case]
+    content = coco(tmp_path)
+    change(content)
+    file = coco_file(tmp_path, content)
+    assert evaluates(file) == good
+    register_coco_instances("own_python", {}, file.path, file.image_root)
+    cfg = tiny_cfg("mask", "DATASETS.TEST", ("own_python",), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    faults = [x for x in find_faults(cfg, "own_python")[0] if x.kind == NOT_EVALUABLE]
+    assert bool(faults) == (not good)
+    if good:
+        check_test_set(cfg, "own_python")
+    else:
+        with pytest.raises(DataError):
+            check_test_set(cfg, "own_python")
 
 
 def test_a_valid_file_has_no_faults(tmp_path: Path) -> None:
@@ -531,10 +581,10 @@ def test_ids_of_voc_cannot_lead_out(name: str, tmp_path: Path) -> None:
     MetadataCatalog.get("own_voc").evaluator_type = "pascal_voc"
     cfg = tiny_cfg("faster", "DATASETS.TRAIN", ("own_voc",), "MODEL.ROI_HEADS.NUM_CLASSES", 20)
     assert len(load_training_set(cfg)) == 3
-    check_test_set("own_voc")
+    check_test_set(cfg, "own_voc")
     listed = root / "ImageSets" / "Main" / "train.txt"
     listed.write_text(f"{listed.read_text()}{name}\n")
-    for check in (lambda: load_training_set(cfg), lambda: check_test_set("own_voc")):
+    for check in (lambda: load_training_set(cfg), lambda: check_test_set(cfg, "own_voc")):
         with pytest.raises(DataError, match=r"train\.txt \(id .*secret\).*leads out"):
             check()
     assert found(find_faults(cfg, "own_voc")[0]) == [("path out of the folder", True, False)]
@@ -553,13 +603,16 @@ def test_broken_annotations_of_voc(text: str, tmp_path: Path) -> None:
 
 
 def test_test_sets_stay_inside_too(tmp_path: Path) -> None:
-    register_coco_in_python(tmp_path, lambda content: None)
-    check_test_set("own_python")
+    cfg = register_coco_in_python(tmp_path, lambda content: None)
+    with pytest.raises(DataError, match="the model predicts 3 classes, of which the set has 1"):
+        check_test_set(cfg, "own_python")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    check_test_set(cfg, "own_python")
     DatasetCatalog.remove("own_python")
     MetadataCatalog.remove("own_python")
     register_coco_in_python(tmp_path, of_picture(file_name="../../etc/passwd"))
     with pytest.raises(DataError, match="passwd: the path leads out") as stopped:
-        check_test_set("own_python")
+        check_test_set(cfg, "own_python")
     assert "drop" not in str(stopped.value)
 
 

@@ -54,7 +54,7 @@ def config(*opts: Any) -> CfgNode:
 
 def use(cfg: CfgNode) -> None:
     """What a training does with a data set before its first step, and all its pictures mapped."""
-    check_test_set("fuzzed")
+    check_test_set(cfg, "fuzzed")
     mapper = GuardedMapper(train_mapper(cfg))
     for picture in load_training_set(cfg):
         mapped = mapper(picture)

@@ -15,11 +15,14 @@ from .faults import (
     Problem,
     annotation_problems,
     as_root,
+    is_evaluable_mask,
     is_number,
     one_line,
     path_faults,
     picture_size,
 )
+
+NOT_EVALUABLE = "annotation that cannot be evaluated"
 
 
 class CocoFile:
@@ -107,6 +110,18 @@ class CocoFile:
         pictures = {x["id"]: x for x in images}
         for annotation in annotations:
             yield from self._annotation_faults(annotation, pictures, known, masks)
+
+    def evaluation_faults(self, masks: bool) -> Iterator[Fault]:
+        """What stops COCO's evaluation, which needs more than a training and less.
+
+        Args:
+            masks: they are evaluated.
+        """
+        annotations = self.content.get("annotations")
+        for annotation in annotations if isinstance(annotations, list) else []:
+            if isinstance(annotation, dict):
+                for problem in _evaluation_problems(annotation, masks):
+                    yield problem.at(f"{self.path} (annotation {annotation.get('id')!r:.99})")
 
     def _entries(
         self, key: str, needed: Mapping[str, type]
@@ -204,3 +219,19 @@ def _reader_problems(annotation: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(WRONG_TYPE, "detectron2 knows no 'ignore'; use iscrowd")
     if keypoints and not (isinstance(keypoints, list) and all(map(is_number, keypoints))):
         yield Problem(WRONG_TYPE, "the keypoints are no list of numbers")
+
+
+def _evaluation_problems(annotation: Mapping[str, Any], masks: bool) -> Iterator[Problem]:
+    """What pycocotools' evaluation stumbles over in an annotation."""
+    box, remedy = annotation.get("bbox"), "COCO's evaluation needs it"
+    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+        yield Problem(NOT_EVALUABLE, f"bbox is {reprlib.repr(box)}, not 4 numbers; {remedy}")
+    if not is_number(annotation.get("area")):
+        detail = f"area is {reprlib.repr(annotation.get('area'))}, no number; {remedy}"
+        yield Problem(NOT_EVALUABLE, detail)
+    if annotation.get("iscrowd") not in (0, 1):
+        detail = f"iscrowd is {reprlib.repr(annotation.get('iscrowd'))}, not 0 or 1; {remedy}"
+        yield Problem(NOT_EVALUABLE, detail)
+    if masks and not is_evaluable_mask(annotation):
+        detail = f"segmentation is {reprlib.repr(annotation.get('segmentation'))}; {remedy}"
+        yield Problem(NOT_EVALUABLE, detail)

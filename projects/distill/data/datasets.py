@@ -145,8 +145,8 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     for key, what, architectures in _TRAINED_ON:
         if architecture in architectures and not all(key in picture for picture in dicts):
             raise DataError(
-                f"DATASETS.TRAIN {names} has pictures without {what}, on which {architecture} "
-                "trains; choose another set or architecture."
+                f"DATASETS.TRAIN {names} has pictures without {what} ('{key}'), on which "
+                f"{architecture} trains; choose another set or MODEL.META_ARCHITECTURE."
             )
     if not any("annotations" in picture for picture in dicts):
         return dicts
@@ -263,11 +263,12 @@ def _without(
     return good
 
 
-def check_test_set(name: str) -> None:
+def check_test_set(cfg: CfgNode, name: str) -> None:
     """Refuse a test set that a file lists and that could not be evaluated after the training.
 
     Raises:
-        DataError: it is unreadable, has no pictures, or a path leads out of its folder.
+        DataError: it is unreadable, has no pictures, a path leads out of its folder, or an
+            annotation lacks what COCO's evaluation needs.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") not in _LISTED:
@@ -281,8 +282,23 @@ def check_test_set(name: str) -> None:
             raise DataError(f"Data set '{name}' of DATASETS.TEST has no pictures.")
         roots = metadata_roots(metadata)
         faults = [fault for entry in dicts for fault in path_faults(entry, roots)]
+        faults += _evaluation_faults(cfg, name, _coco_file(name))
     if faults:
         raise _stop(name, [fault._replace(picture="") for fault in faults])
+
+
+def _evaluation_faults(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[Fault]:
+    """What would stop COCO's evaluation of a set that can be read."""
+    if file is None:
+        return
+    predicted, known = number_of_classes(cfg), len(MetadataCatalog.get(name).thing_classes)
+    if predicted is not None and predicted > known:
+        detail = (
+            f"the model predicts {predicted} classes, of which the set has {known}; set "
+            "MODEL.ROI_HEADS.NUM_CLASSES (of a RetinaNet: MODEL.RETINANET.NUM_CLASSES)"
+        )
+        yield Fault("more classes predicted than known", name, detail, True)
+    yield from file.evaluation_faults(cfg.MODEL.MASK_ON)
 
 
 def find_faults(cfg: CfgNode, name: str) -> tuple[list[Fault], list[dict[str, Any]]]:
@@ -309,6 +325,8 @@ def find_faults(cfg: CfgNode, name: str) -> tuple[list[Fault], list[dict[str, An
             faults.append(Fault("unreadable data set", name, reason, True))
         return faults, file.pictures() if file else []
     faults += _faults_as_read(cfg, name, dicts, file is not None)
+    if name in cfg.DATASETS.TEST:
+        faults += _evaluation_faults(cfg, name, file)
     escaping = {fault.picture for fault in faults if fault.kind == ESCAPE}
     return faults, [entry for entry in dicts if name_of(entry) not in escaping]
 

@@ -195,6 +195,20 @@ def _mask_problems(
             yield problem._replace(fatal=stops_reader or (masks and not crowd))
 
 
+def is_evaluable_mask(annotation: Mapping[str, Any]) -> bool:
+    """Whether pycocotools makes a mask of a COCO annotation's segmentation.
+
+    It takes polygons that are too short for detectron2's reader, but not as the first.
+    """
+    mask = annotation.get("segmentation")
+    if not mask:
+        return False
+    if isinstance(mask, dict):
+        return _rle_problem(mask, None) is None
+    problems = list(_polygon_problems(mask))
+    return all(x.kind == SHORT_POLYGON for x in problems) and len(mask[0]) > 4
+
+
 def _is_short(polygon: Sequence[float]) -> bool:
     return len(polygon) < 6 or len(polygon) % 2 == 1
 

@@ -58,4 +58,4 @@ def check_test_sets(cfg: CfgNode) -> None:
     """
     for name in cfg.DATASETS.TEST:
         evaluator_builders(name, cfg.OUTPUT_DIR)
-        check_test_set(name)
+        check_test_set(cfg, name)
