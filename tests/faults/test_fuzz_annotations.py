@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_errors import Run
 
 from distill.data.datasets import (
+    check_labels,
     check_test_set,
     find_faults,
     load_training_set,
@@ -56,7 +57,9 @@ def use(cfg: CfgNode) -> None:
     """What a training does with a data set before its first step, and all its pictures mapped."""
     check_test_set(cfg, "fuzzed")
     mapper = GuardedMapper(train_mapper(cfg))
-    for picture in load_training_set(cfg):
+    pictures = load_training_set(cfg)
+    check_labels(cfg, pictures)
+    for picture in pictures:
         mapped = mapper(picture)
         if isinstance(mapped, BadPicture) and cfg.DATALOADER.ON_BAD_IMAGE == "stop":
             raise DataError(mapped.reason)  # as the loader does

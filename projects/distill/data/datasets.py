@@ -36,7 +36,7 @@ from .faults import (
 logger = logging.getLogger(__name__)
 
 _LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names the pictures
-# Keys of the dataset dicts that detectron2's networks cannot train without.
+# Keys of the dataset dicts from which detectron2's mapper makes what its networks train on.
 _TRAINED_ON = (
     ("annotations", "objects", ("GeneralizedRCNN", "RetinaNet", "PanopticFPN", "ProposalNetwork")),
     ("sem_seg_file_name", "semantic labels", ("PanopticFPN", "SemanticSegmentor")),
@@ -134,20 +134,12 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     """The training pictures as detectron2 dataset dicts, without fatal faults.
 
     Raises:
-        DataError: a set is unreadable or empty, lacks what the network trains on, the sets'
-            classes differ, a path leads out of its folder, the config's classes or masks do not
-            fit, the first picture is missing; or an annotation is wrong and
-            ``DATALOADER.ON_BAD_IMAGE`` is stop.
+        DataError: a set is unreadable or empty, the sets' classes differ, a path leads out of its
+            folder, the config's classes or masks do not fit, the first picture is missing; or an
+            annotation is wrong and ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
     names = tuple(cfg.DATASETS.TRAIN)
     dicts = [picture for name in names for picture in _checked_set(cfg, name)]
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
-    for key, what, architectures in _TRAINED_ON:
-        if architecture in architectures and not all(key in picture for picture in dicts):
-            raise DataError(
-                f"DATASETS.TRAIN {names} has pictures without {what} ('{key}'), on which "
-                f"{architecture} trains; choose another set or MODEL.META_ARCHITECTURE."
-            )
     if not any("annotations" in picture for picture in dicts):
         return dicts
     if not all("annotations" in picture for picture in dicts):
@@ -166,6 +158,22 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     except ValueError as e:  # it names the sets and classes
         raise DataError(f"DATASETS.TRAIN: {one_line(e)}.") from e
     return dicts
+
+
+def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
+    """Refuse pictures without the kind of labels that the network trains on.
+
+    Raises:
+        DataError: a picture has none.
+    """
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    for key, what, architectures in _TRAINED_ON:
+        if architecture in architectures and not all(key in picture for picture in dicts):
+            raise DataError(
+                f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has pictures without {what} "
+                f"('{key}'), on which {architecture} trains; choose another set or "
+                "MODEL.META_ARCHITECTURE."
+            )
 
 
 def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from ..config import (
     student_config,
     validate_config,
 )
-from ..data.datasets import load_training_set, register_coco_format
+from ..data.datasets import check_labels, load_training_set, register_coco_format
 from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
@@ -107,6 +107,7 @@ class Trainer(DefaultTrainer):
 
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """The training data from iteration ``start`` on."""
+        check_labels(cfg, self.dataset)
         return build_train_loader(cfg, self.dataset, train_mapper(cfg), seed=self.seed, start=start)
 
     @classmethod
