@@ -84,17 +84,14 @@ class FiniteGuard:
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         values = torch.stack([x.detach().float() for x in losses.values()])
-        finite = values.isfinite().all()
-        if scaler.get_scale() <= 1:  # 1: it is disabled
-            # Not the norm of the log: the squares of finite numbers may overflow.
-            finite = finite & get_total_norm(gradients, math.inf).isfinite()
-        bad = (~finite).float()
-        if comm.get_world_size() > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if not bad:
-            norm = float(get_total_norm(gradients))
+        norm, finite = get_total_norm(gradients), values.isfinite().all()
+        judged = scaler.get_scale() <= 1  # 1: it is disabled
+        # The squares of finite gradients may overflow; their maximum, which is slower, does not.
+        if _everywhere(finite & norm.isfinite() if judged else finite) or (
+            judged and _everywhere(finite & get_total_norm(gradients, math.inf).isfinite())
+        ):
             if math.isfinite(norm):
-                get_event_storage().put_scalar("grad_norm", norm)
+                get_event_storage().put_scalar("grad_norm", float(norm))
             return True
         self._refuse(dict(zip(losses, values.tolist())), again)
         return False
@@ -225,6 +222,14 @@ def bad_gradients(losses: Losses, model: nn.Module) -> dict[str, list[str]]:
 
 def _is_bad(gradient: Tensor | None) -> bool:
     return gradient is not None and not bool(gradient.isfinite().all())
+
+
+def _everywhere(condition: Tensor) -> bool:
+    """Whether it holds in all processes; waits for the device."""
+    failed = (~condition).float()
+    if comm.get_world_size() > 1:
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+    return not failed
 
 
 def _blamed(found: Mapping[str, Sequence[str]]) -> str:
