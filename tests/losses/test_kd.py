@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, rel_entr, softmax
 
-from distill.losses import binary_kl, categorical_kl, kd
+from distill.losses import binary_kl, categorical_kl, kd, pixel_kd
 
 SHAPES = [(1, 1), (1, 2), (3, 4), (7, 5), (2, 81)]
 TEMPERATURES = (0.5, 1.0, 2.0, 10.0)
@@ -44,6 +44,35 @@ def test_kd_is_the_mean_over_rows():
     teacher = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(3)]])
     row = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     torch.testing.assert_close(kd(student, teacher), torch.tensor(2 * row / 3))
+
+
+def test_pixel_kd_is_the_mean_over_the_pixels_of_all_pictures():
+    # Two pictures of 1 x 3 pixels; at one pixel (3/4, 1/4) against (1/2, 1/2).
+    student, teacher = torch.zeros(2, 2, 2, 1, 3)
+    teacher[1, 0, 0, 2] = math.log(3)
+    row = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(pixel_kd(student, teacher), torch.tensor(row / 6))
+    torch.testing.assert_close(pixel_kd(student, 4 * teacher, 4.0), torch.tensor(16 * row / 6))
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 19, 3, 5), (3, 4, 5, 2)])
+def test_pixel_kd_against_scipy(shape, t):
+    student, teacher = np.random.default_rng(0).normal(0, 5, (2, *shape))
+    expected = np.mean(
+        [
+            t**2 * rel_entr(softmax(q[:, i, j] / t), softmax(p[:, i, j] / t)).sum()
+            for p, q in zip(student, teacher)
+            for i, j in np.ndindex(*shape[2:])
+        ]
+    )
+    found = pixel_kd(torch.from_numpy(student), torch.from_numpy(teacher), t)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_of_pixel_kd():
+    student, teacher = torch.randn(2, 2, 3, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: pixel_kd(s, teacher, 2.0), student.requires_grad_())
 
 
 def test_binary_value_by_hand():

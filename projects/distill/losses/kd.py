@@ -10,14 +10,14 @@ from .reduce import same_shape
 
 
 def categorical_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(softmax(t / T) || softmax(s / T)) of each row.
+    """T² · KL(softmax(t / T) || softmax(s / T)) of each row, or of each pixel.
 
     Args:
-        student, teacher: (N, K) logits.
+        student, teacher: (N, K, ...) logits.
         temperature: T > 0.
 
     Returns:
-        (N,) >= 0.
+        (N, ...) >= 0.
     """
     student, teacher = same_shape(student, teacher)
     log_q = F.log_softmax(student / temperature, dim=1)
@@ -29,6 +29,23 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean of :func:`categorical_kl` over the rows; a connected zero for none."""
     loss = categorical_kl(student, teacher, temperature)
     return loss.sum() / max(len(loss), 1)
+
+
+def pixel_kd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean of :func:`categorical_kl` over the pixels of all pictures.
+
+    Labels are not read: pixels that the task ignores count, too. CIRKD's released code takes the
+    same mean; SKD's sums over the pictures, IFVD's also divides by K.
+
+    Args:
+        student, teacher: (N, K, H, W) logits of semantic segmentation.
+        temperature: T > 0.
+
+    Returns:
+        A scalar >= 0; a connected zero for an empty batch.
+    """
+    loss = categorical_kl(student, teacher, temperature)
+    return loss.sum() / max(loss.numel(), 1)
 
 
 def binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,13 +1,12 @@
 """Multi-knowledge distillation (MKD, Sec. 3): four losses on feature maps."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .cwd import cwd
 from .frequency import masked_energy
 from .reduce import mean_square, same_shape
 
@@ -53,7 +52,7 @@ def channel_alignment(
     Args:
         student, teacher: (N, C, H, W).
         temperature: 𝒯 > 0.
-        attention: False compares the maps themselves (A = 1), plain channel-wise distillation.
+        attention: False compares the maps themselves (A = 1): :func:`~distill.losses.cwd`.
 
     Returns:
         A scalar >= 0 (up to rounding); a connected zero for an empty batch.
@@ -61,37 +60,11 @@ def channel_alignment(
     Raises:
         ValueError: shapes differ, or ``temperature`` is not positive.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
     student, teacher = same_shape(student, teacher)
-    if student.numel() == 0:
-        return student.sum()
-    if attention:
+    if attention and student.numel():
         area = joint_attention(student, teacher)
         student, teacher = student * area, teacher * area
-    logits = (x.flatten(2) / temperature for x in (student, teacher.detach()))
-    divergence: Tensor = _Divergence.apply(*logits)
-    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
-
-
-class _Divergence(torch.autograd.Function):
-    """Σ φ(T) log(φ(T)/φ(S)) of logits, φ over the last dimension; its gradient is φ(S) − φ(T).
-
-    What ``kl_div`` of two ``log_softmax`` gives, in half the passes over memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        log_s, log_t = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-        target = log_t.exp()
-        divergence = log_t.sub_(log_s).mul_(target).sum()
-        ctx.save_for_backward(log_s.exp_().sub_(target))
-        return divergence
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * gradient, None
+    return cwd(student, teacher, temperature)
 
 
 @torch.no_grad()

@@ -1,0 +1,67 @@
+"""Intra-class feature variation distillation (IFVD; Wang et al., "Intra-class feature variation
+distillation for semantic segmentation")."""
+
+import torch
+from torch import Tensor
+
+from .reduce import mean_square
+from .skd import length, same_cells
+
+
+def ifvd(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Squared gap between the networks' similarities of each pixel with its class's prototype.
+
+    1/(N·H·W) Σ_p (cos(s_p, s̄_p) − cos(t_p, t̄_p))², x̄_p the mean feature of the pixels of p's
+    class in p's picture. The gradient flows through the student's prototypes, too. As in the
+    released code an ignored pixel is its own prototype: it adds nothing, but counts in the mean.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C', H, W); no gradient reaches it.
+        labels: (N, H, W) integers; pixels outside [0, num_classes) are ignored.
+        num_classes: K.
+
+    Returns:
+        A scalar >= 0 in float32; a connected zero for an empty batch.
+
+    Raises:
+        ValueError: batches or sizes differ.
+    """
+    student, teacher = same_cells(student, teacher)
+    member = class_members(labels, student, num_classes)
+    return mean_square(_variation(student, member) - _variation(teacher.detach(), member))
+
+
+def class_members(labels: Tensor, maps: Tensor, num_classes: int) -> Tensor:
+    """(N, K, H·W) bool: the cells of each class; none has those outside [0, num_classes).
+
+    Raises:
+        ValueError: the labels have another size than the maps.
+    """
+    if labels.shape != (len(maps), *maps.shape[2:]):
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not fit maps {tuple(maps.shape)}: "
+            "they must be (N, H, W)"
+        )
+    classes = torch.arange(num_classes, device=labels.device)[:, None]
+    return labels.flatten(1)[:, None] == classes
+
+
+def class_sums(cells: Tensor, member: Tensor) -> Tensor:
+    """(N, K, C) sums of the ``cells`` (N, C, H·W) of each class."""
+    with torch.autocast(cells.device.type, enabled=False):  # it would halve matrix products
+        return torch.einsum("nkx,ncx->nkc", member.to(cells.dtype), cells)
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """``x`` at length 1 along ``dim``; zeros stay zeros."""
+    return x / length(x, dim)
+
+
+def _variation(features: Tensor, member: Tensor) -> Tensor:
+    """(N, H·W) cosine of each pixel with its prototype, 0 for ignored pixels."""
+    cells = features.flatten(2)
+    prototypes = unit(class_sums(cells, member), 2)  # the sum points where the mean does
+    with torch.autocast(cells.device.type, enabled=False):
+        cosine = torch.einsum("nkc,ncx->nkx", prototypes, unit(cells, 1))
+    return (cosine * member).sum(1)

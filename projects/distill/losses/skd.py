@@ -1,0 +1,68 @@
+"""Structured knowledge distillation (SKD; Liu et al., "Structured knowledge distillation for
+semantic segmentation"): the pair-wise term. The pixel-wise one is ``pixel_kd``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reduce import full_precision, mean_square
+
+EPS = 1e-6  # the norm up to which a vector counts as zero
+
+
+def pairwise_affinity(student: Tensor, teacher: Tensor, scale: float = 0.5) -> Tensor:
+    """Squared gap between the similarities of all pairs of nodes of a map.
+
+    1/(N·M²) Σ_ij (a_ij^T − a_ij^S)², a_ij = x_i·x_j / (|x_i| |x_j|). The M nodes are the maxima
+    over patches of ⌊scale·H⌋ × ⌊scale·W⌋ cells, at least one; what is left at the border is a
+    smaller patch. As in the released code, the norms carry no gradient.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C', H, W); no gradient reaches it.
+        scale: a patch's share of the map's sides, in (0, 1].
+
+    Returns:
+        A scalar >= 0 in float32; a connected zero for an empty batch.
+
+    Raises:
+        ValueError: batches or sizes differ, or ``scale`` is out of range.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale must be in (0, 1], got {scale}")
+    student, teacher = same_cells(student, teacher)
+    patch = [max(int(scale * side), 1) for side in student.shape[2:]]
+    gap = _affinity(teacher.detach(), patch) - _affinity(student, patch)
+    return mean_square(gap)
+
+
+def same_cells(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps in full precision; of the shapes all but the channels must agree.
+
+    Raises:
+        ValueError: N, H or W differ.
+    """
+    if student.shape[:1] + student.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in batch "
+            "or size"
+        )
+    return full_precision(student), full_precision(teacher)
+
+
+def length(x: Tensor, dim: int) -> Tensor:
+    """|x| along ``dim``, which is kept; ∞ for zeros.
+
+    Over it, a cell of zeros (after a ReLU) has the direction 0 and no gradient. Over a small
+    constant its gradient would drown all others, and overflow in half precision.
+    """
+    norm = x.norm(dim=dim, keepdim=True)
+    return norm.where(norm > EPS, torch.inf)
+
+
+def _affinity(features: Tensor, patch: list[int]) -> Tensor:
+    """(N, M, M) cosines of the nodes."""
+    nodes = F.max_pool2d(features, patch, ceil_mode=True).flatten(2)
+    nodes = nodes / length(nodes.detach(), 1)
+    with torch.autocast(nodes.device.type, enabled=False):  # it would halve matrix products
+        return nodes.transpose(1, 2) @ nodes
