@@ -1,13 +1,20 @@
-"""ResNets smaller than detectron2's smallest."""
+"""ResNets that detectron2 lacks: smaller ones, narrower ones, and dilated ones of every depth."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from detectron2.projects.deeplab.resnet import DeepLabStem
 
-BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of basic blocks
+BOTTLENECKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STEMS = {"basic": BasicStem, "deeplab": DeepLabStem}
 
 
 @BACKBONE_REGISTRY.register()
@@ -27,20 +34,7 @@ def build_shallow_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backb
             f"{sorted(BLOCKS_PER_STAGE)}"
         )
     stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, node.NORM)
-    stages, in_channels = [], node.STEM_OUT_CHANNELS
-    for i, num_blocks in enumerate(BLOCKS_PER_STAGE[node.DEPTH]):
-        out_channels = node.RES2_OUT_CHANNELS * 2**i
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock,
-                num_blocks,
-                stride_per_block=[1 if i == 0 else 2] + [1] * (num_blocks - 1),
-                in_channels=in_channels,
-                out_channels=out_channels,
-                norm=node.NORM,
-            )
-        )
-        in_channels = out_channels
+    stages = list(_basic_stages(node, _steps(1, 1)))
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=freeze_at)
 
@@ -56,3 +50,135 @@ def build_shallow_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+class DilatedBasicBlock(BasicBlock):
+    """detectron2's basic block, under its names, with dilated convolutions.
+
+    Args:
+        in_channels, out_channels, stride, norm: as of detectron2's.
+        dilation: of the second convolution.
+        first_dilation: of the first one, which has the stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        norm: str = "BN",
+        dilation: int = 1,
+        first_dilation: int = 1,
+    ):
+        super().__init__(in_channels, out_channels, stride=stride, norm=norm)
+        for conv, step in ((self.conv1, first_dilation), (self.conv2, dilation)):
+            conv.dilation = conv.padding = (step, step)
+
+
+class DilatedResNet(ResNet):
+    """A ResNet that has its pictures padded to whole cells of its coarsest output.
+
+    Only then is a map of stride s, enlarged s times, as large as the labels.
+    """
+
+    @property
+    def size_divisibility(self) -> int:
+        return max(shape.stride for shape in self.output_shape().values())
+
+
+@BACKBONE_REGISTRY.register()
+def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """A ResNet of depth 10, 18, 34, 50, 101 or 152 with output stride 32, 16 or 8.
+
+    ``MODEL.RESNETS.(RES4_DILATION, RES5_DILATION)`` are (1, 1), (1, 2) or (2, 4) for these
+    strides. A dilated stage has no stride, and every convolution the dilation that makes up for
+    the strides left out before it: a network trained with strides says the same at the cells that
+    it had. Three settings are of detectron2's DeepLab: ``STEM_TYPE`` is ``basic`` (one 7x7
+    convolution) or ``deeplab`` (three of 3x3); ``RES5_MULTI_GRID`` multiplies the dilation of the
+    three bottlenecks of res5, and does nothing to basic blocks. The names in the state dict are
+    those of detectron2's ResNets.
+
+    Raises:
+        ValueError: the depth, stem or dilation is none of these, or deformable convolutions are
+            asked for.
+    """
+    node = cfg.MODEL.RESNETS
+    _check_dilated(node)
+    stem = STEMS[node.STEM_TYPE](input_shape.channels, node.STEM_OUT_CHANNELS, node.NORM)
+    stages_of = _basic_stages if node.DEPTH in BLOCKS_PER_STAGE else _bottleneck_stages
+    stages = list(stages_of(node, _steps(node.RES4_DILATION, node.RES5_DILATION)))
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    return DilatedResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=freeze_at)
+
+
+def _check_dilated(node: CfgNode) -> None:
+    depths = sorted(BLOCKS_PER_STAGE | BOTTLENECKS_PER_STAGE)
+    dilations = (node.RES4_DILATION, node.RES5_DILATION)
+    for keys, value, choices in (
+        ("DEPTH", node.DEPTH, depths),
+        ("STEM_TYPE", node.STEM_TYPE, sorted(STEMS)),
+        ("(RES4_DILATION, RES5_DILATION)", dilations, [(1, 1), (1, 2), (2, 4)]),
+        ("DEFORM_ON_PER_STAGE", any(node.DEFORM_ON_PER_STAGE), [False]),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"MODEL.RESNETS.{keys} is {value}; build_dilated_resnet_backbone has {choices}"
+            )
+
+
+class _Step(NamedTuple):
+    """What a stage does to the grid."""
+
+    stride: int
+    before: int  # dilation in front of the stride's place
+    dilation: int  # and behind it
+
+
+def _steps(res4_dilation: int, res5_dilation: int) -> list[_Step]:
+    """Of res2 to res5: where the dilation grows, it replaces the stride."""
+    dilations = [1, 1, 1, res4_dilation, res5_dilation]
+    return [
+        _Step(2 if stage > 0 and before == dilation else 1, before, dilation)
+        for stage, (before, dilation) in enumerate(pairwise(dilations))
+    ]
+
+
+def _basic_stages(node: CfgNode, steps: list[_Step]) -> Iterator[list[CNNBlockBase]]:
+    in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
+    for number, step in zip(BLOCKS_PER_STAGE[node.DEPTH], steps):
+        yield ResNet.make_stage(
+            DilatedBasicBlock,
+            number,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride_per_block=[step.stride] + [1] * (number - 1),
+            first_dilation_per_block=[step.before] + [step.dilation] * (number - 1),
+            dilation=step.dilation,
+            norm=node.NORM,
+        )
+        in_channels, out_channels = out_channels, out_channels * 2
+
+
+def _bottleneck_stages(node: CfgNode, steps: list[_Step]) -> Iterator[list[CNNBlockBase]]:
+    in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
+    width = node.NUM_GROUPS * node.WIDTH_PER_GROUP
+    for stage, (number, step) in enumerate(zip(BOTTLENECKS_PER_STAGE[node.DEPTH], steps)):
+        # The first 3x3 convolution comes behind the stride, or has it and is dilated as before it.
+        first = step.dilation if node.STRIDE_IN_1X1 else step.before
+        dilations = [first] + [step.dilation] * (number - 1)
+        if stage == 3:
+            dilations = [x * grid for x, grid in zip(dilations, node.RES5_MULTI_GRID)]
+        yield ResNet.make_stage(
+            BottleneckBlock,
+            number,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            bottleneck_channels=width,
+            stride_per_block=[step.stride] + [1] * (number - 1),
+            dilation_per_block=dilations,
+            num_groups=node.NUM_GROUPS,
+            stride_in_1x1=node.STRIDE_IN_1X1,
+            norm=node.NORM,
+        )
+        in_channels, out_channels, width = out_channels, out_channels * 2, width * 2

@@ -1,0 +1,41 @@
+"""Learning rates over a training: detectron2's, and the polynomial one of its DeepLab."""
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.projects.deeplab.lr_scheduler import WarmupPolyLR
+from detectron2.solver import LRScheduler
+from detectron2.solver import build_lr_scheduler as build_detectron2s
+from torch.optim import Optimizer
+
+
+class ResumablePolyLR(WarmupPolyLR):
+    """detectron2's, of which a checkpoint keeps the place only, as of its other schedules.
+
+    Its own checkpoints keep the length too: beyond it a resumed, longer training would fail.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
+
+    def get_lr(self) -> list[float]:
+        if self.last_epoch <= self.max_iters:
+            return super().get_lr()
+        # A finished training that goes on with fewer processes: rounding may put it past its end.
+        return [rate * self.constant_ending for rate in self.base_lrs]
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+    """The schedule that ``SOLVER.LR_SCHEDULER_NAME`` names, ``WarmupPolyLR`` included."""
+    node = cfg.SOLVER
+    if node.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_detectron2s(cfg, optimizer)
+    return ResumablePolyLR(
+        optimizer,
+        node.MAX_ITER,
+        warmup_factor=node.WARMUP_FACTOR,
+        warmup_iters=node.WARMUP_ITERS,
+        warmup_method=node.WARMUP_METHOD,
+        power=node.POLY_LR_POWER,
+        constant_ending=node.POLY_LR_CONSTANT_ENDING,
+    )

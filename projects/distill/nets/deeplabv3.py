@@ -1,0 +1,48 @@
+"""DeepLabV3's head as the IMA paper has it (Chen et al., "Rethinking atrous convolution").
+
+detectron2's own ``DeepLabV3Head`` joins its branches by a 1x1 convolution, without auxiliary head.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+
+from .segmentation import ContextBranches, ContextHead, PooledContext, conv_norm_relu
+
+
+class AtrousPooling(ContextBranches):
+    """A map convolved 1x1 and 3x3 with several dilations, its mean, and a 3x3 over all of them.
+
+    Args:
+        in_channels: of the map.
+        channels: of every branch, and of the result.
+        dilations: of the 3x3 branches, in cells.
+        norm: of the convolutions.
+    """
+
+    def __init__(self, in_channels: int, channels: int, dilations: Sequence[int], norm: str = ""):
+        branches = [conv_norm_relu(in_channels, channels, 1, norm)]
+        branches += [conv_norm_relu(in_channels, channels, 3, norm, x) for x in dilations]
+        pooled = PooledContext(in_channels, channels, 1, norm)
+        width = (len(branches) + 1) * channels
+        super().__init__([*branches, pooled], width, channels, norm, keep_input=False)
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class ASPPHead(ContextHead):
+    """Atrous spatial pyramid pooling: ``SEM_SEG_HEAD.(ASPP_CHANNELS, ASPP_DILATIONS)``.
+
+    The paper's are 512 and 12, 24, 36, at output stride 8.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        ret = super().from_config(cfg, input_shape)
+        channels = cfg.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS
+        dilations = cfg.MODEL.SEM_SEG_HEAD.ASPP_DILATIONS
+        in_channels: Any = input_shape[ret["in_feature"]].channels
+        context = AtrousPooling(in_channels, channels, dilations, ret["norm"])
+        return {**ret, "context": context, "channels": channels}
