@@ -5,7 +5,10 @@ Importing the package registers its meta-architectures, backbones and heads with
 
 from . import nets  # noqa: F401  registers backbones
 from .config import add_distill_config, add_head_section, get_distill_cfg, validate_config
-from .data import kitti  # noqa: F401  registers kitti_train, kitti_val
+from .data import (
+    cityscapes,  # noqa: F401  replaces the loaders of detectron2's Cityscapes sets
+    kitti,  # noqa: F401  registers kitti_train, kitti_val
+)
 from .heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
 from .meta_arch import DistillModel, DistillRCNN, DistillRetinaNet, DistillSemanticSegmentor
 

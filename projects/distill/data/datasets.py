@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import student_config
 from ..errors import DataError
+from .cityscapes import check_ground_truth
 from .coco_file import CocoFile
 from .faults import (
     ESCAPE,
@@ -36,6 +37,7 @@ from .faults import (
 logger = logging.getLogger(__name__)
 
 _LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names the pictures
+_CITYSCAPES = ("cityscapes_instance", "cityscapes_sem_seg")
 # Keys of the dataset dicts from which detectron2's mapper makes what its networks train on.
 _TRAINED_ON = (
     ("annotations", "objects", ("GeneralizedRCNN", "RetinaNet", "PanopticFPN", "ProposalNetwork")),
@@ -164,7 +166,7 @@ def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
     """Refuse pictures without the kind of labels that the network trains on.
 
     Raises:
-        DataError: a picture has none.
+        DataError: a picture has none, or they have more semantic classes than the network.
     """
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     for key, what, architectures in _TRAINED_ON:
@@ -173,6 +175,19 @@ def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
                 f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has pictures without {what} "
                 f"('{key}'), on which {architecture} trains; choose another set or "
                 "MODEL.META_ARCHITECTURE."
+            )
+    if architecture == "SemanticSegmentor":
+        _check_semantic_classes(cfg)
+
+
+def _check_semantic_classes(cfg: CfgNode) -> None:
+    predicted = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    for name in cfg.DATASETS.TRAIN:
+        known = len(MetadataCatalog.get(name).get("stuff_classes") or ())
+        if known > predicted:  # on a GPU, training would die of an index that nobody can read
+            raise DataError(
+                f"DATASETS.TRAIN '{name}' has {known} semantic classes; set "
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES, which is {predicted}, to their number."
             )
 
 
@@ -272,13 +287,17 @@ def _without(
 
 
 def check_test_set(cfg: CfgNode, name: str) -> None:
-    """Refuse a test set that a file lists and that could not be evaluated after the training.
+    """Refuse a test set of files or lists that could not be evaluated after the training.
 
     Raises:
-        DataError: it is unreadable, has no pictures, a path leads out of its folder, or an
-            annotation lacks what COCO's evaluation needs.
+        DataError: it is unreadable, has no pictures, a path leads out of its folder, a file of
+            Cityscapes is missing, or an annotation lacks what COCO's evaluation needs.
     """
     metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") in _CITYSCAPES:
+        if metadata.evaluator_type == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
+            raise DataError(f"Data set '{name}' evaluates masks; set MODEL.MASK_ON True.")
+        check_ground_truth(name)
     if metadata.get("evaluator_type") not in _LISTED:
         return
     faults = []

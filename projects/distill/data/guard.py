@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 
+from .cityscapes import label_problem
 from .faults import (
     Fault,
     Problem,
@@ -176,7 +177,8 @@ def file_faults(entry: Mapping[str, Any]) -> Iterator[Fault]:
             continue
         found, problems = _decode(path, size)
         size = size or found
-        for problem in problems:
+        unknown = label_problem(path) if labels and found else None
+        for problem in [*problems, *([unknown] if unknown else [])]:
             yield problem.at(path, name_of(entry))
 
 

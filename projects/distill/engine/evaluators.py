@@ -6,8 +6,6 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
     COCOEvaluator,
     COCOPanopticEvaluator,
     PascalVOCDetectionEvaluator,
@@ -16,6 +14,7 @@ from detectron2.evaluation import (
 
 from ..data.datasets import check_test_set
 from ..errors import ConfigError
+from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 
 
@@ -28,8 +27,8 @@ def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     builders: dict[str, list[Callable[[], Any]]] = {
         "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
-        "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name)],
-        "cityscapes_sem_seg": [lambda: CityscapesSemSegEvaluator(dataset_name)],
+        "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name, folder)],
+        "cityscapes_sem_seg": [lambda: CityscapesSemanticEvaluator(dataset_name, folder)],
         "kitti": [
             lambda: coco_evaluator(dataset_name, folder),
             lambda: KITTIEvaluator(dataset_name),

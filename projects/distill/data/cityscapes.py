@@ -1,0 +1,352 @@
+"""Cityscapes: the sets that detectron2 registers, read with public libraries alone.
+
+Below the root, as the archives ``leftImg8bit_trainvaltest`` and ``gtFine_trainvaltest`` unpack:
+``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` and, for each of them, the files
+``gtFine/<split>/<city>/<name>_gtFine_{labelIds,instanceIds}.png`` and ``…_polygons.json``.
+
+The dataset dicts are those of detectron2, whose own functions ask for a private module in its newer
+commits (https://github.com/facebookresearch/detectron2/issues/5436). Their order is that of the
+file names, on every machine.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from cityscapesscripts.helpers.labels import labels as LABELS
+from cityscapesscripts.helpers.labels import name2label
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.data.transforms import (
+    Augmentation,
+    AugmentationList,
+    NoOpTransform,
+    RandomCrop_CategoryAreaConstraint,
+)
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from numpy.typing import NDArray
+from PIL import Image
+from shapely.geometry import Polygon
+
+from ..errors import DataError
+from .faults import Problem
+
+IGNORED = 255  # train id of what is neither trained nor evaluated
+IMAGES = "_leftImg8bit.png"
+LABEL_IDS, TRAIN_IDS = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
+INSTANCE_IDS, POLYGONS = "_gtFine_instanceIds.png", "_gtFine_polygons.json"
+
+_THINGS = [label.id for label in LABELS if label.hasInstances and not label.ignoreInEval]
+_POOLED = 100  # pictures from which on polygons are read by several processes
+_MOST_WORKERS = 16
+
+
+@cache
+def train_id_table() -> NDArray[np.uint8]:
+    """(256,): the train id of each label id, :data:`IGNORED` for those without."""
+    table = np.full(256, IGNORED, np.uint8)
+    for label in LABELS:
+        if label.id >= 0 and 0 <= label.trainId < IGNORED:
+            table[label.id] = label.trainId
+    return table
+
+
+@cache
+def label_id_table() -> NDArray[np.uint8]:
+    """(256,): the label id of each train id, 0 (unlabeled) for what is none."""
+    table = np.zeros(256, np.uint8)
+    known = np.flatnonzero(train_id_table() != IGNORED)
+    table[train_id_table()[known]] = known
+    return table
+
+
+# -------------------------------------------------------------------------------------- loaders
+
+
+def ground_truth_files(image_dir: str, gt_dir: str, kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """The pictures of a split, each with the first of its ground-truth files that is there.
+
+    Args:
+        image_dir, gt_dir: folders of a split, with one folder a city.
+        kinds: ends of ground-truth file names, the preferred one first. If none is there, the last
+            is named all the same: whoever opens it says so.
+
+    Raises:
+        DataError: a folder is missing, there are no pictures, or none of them has ground truth.
+    """
+    for folder, what in ((image_dir, "pictures"), (gt_dir, "ground truth")):
+        if not os.path.isdir(folder):
+            raise DataError(
+                f"There is no folder {folder} with Cityscapes' {what} (the environment variable "
+                "DETECTRON2_DATASETS names the folder that holds 'cityscapes')."
+            )
+    pictures = sorted(Path(image_dir).glob(f"*/*{IMAGES}"))
+    if not pictures:
+        raise DataError(f"No city below {image_dir} has a picture named *{IMAGES}.")
+    pairs = []
+    for path in pictures:
+        stem = os.path.join(gt_dir, path.parent.name, path.name[: -len(IMAGES)])
+        files = [stem + kind for kind in kinds]
+        pairs.append((str(path), next(filter(os.path.isfile, files), files[-1])))
+    if not os.path.isfile(pairs[0][1]) and not any(os.path.isfile(file) for _, file in pairs):
+        raise DataError(
+            f"No picture below {image_dir} has its ground truth *{kinds[-1]} below {gt_dir}; "
+            "unpack gtFine_trainvaltest.zip beside the pictures."
+        )
+    return pairs
+
+
+def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
+    """The pictures of a split with semantic labels, as detectron2 dataset dicts.
+
+    Labels are those of ``createTrainIdLabelImgs`` where they have been made, and otherwise the
+    label ids of the download, which :class:`CityscapesMapper` maps.
+
+    Args:
+        image_dir, gt_dir: folders of a split, with one folder a city.
+
+    Raises:
+        DataError: one sentence that names the folder or the file.
+    """
+    return [
+        {"file_name": picture, "sem_seg_file_name": labels, **_size(picture)}
+        for picture, labels in ground_truth_files(image_dir, gt_dir, (TRAIN_IDS, LABEL_IDS))
+    ]
+
+
+def _size(picture: str) -> dict[str, int]:
+    try:
+        with Image.open(picture) as image:  # the header alone is read
+            return {"height": image.height, "width": image.width}
+    except OSError as e:
+        raise DataError(f"Cityscapes' picture {picture} is unreadable.") from e
+
+
+def load_cityscapes_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
+    """The pictures of a split with instances as polygons, as detectron2 dataset dicts.
+
+    Groups (such as ``cargroup``) are crowds. ``category_id`` counts the eight classes with
+    instances in the order of their label ids.
+
+    Args:
+        image_dir, gt_dir: folders of a split, with one folder a city.
+
+    Raises:
+        DataError: one sentence that names the folder or the file.
+    """
+    pairs = ground_truth_files(image_dir, gt_dir, (POLYGONS,))
+    workers = min((os.cpu_count() or 1) // comm.get_world_size(), _MOST_WORKERS)
+    if len(pairs) < _POOLED or workers < 2:
+        return [_instances(pair) for pair in pairs]
+    with ProcessPoolExecutor(workers) as pool:  # minutes otherwise
+        return list(pool.map(_instances, pairs, chunksize=8))
+
+
+def _instances(pair: tuple[str, str]) -> dict[str, Any]:
+    picture, path = pair
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        return {
+            "file_name": picture,
+            "image_id": os.path.basename(picture),
+            "height": content["imgHeight"],
+            "width": content["imgWidth"],
+            "annotations": _visible(content["objects"]),
+        }
+    except DataError as e:
+        raise DataError(f"Cityscapes' polygons {path}: {e}") from e
+    except FileNotFoundError as e:
+        raise DataError(f"There is no file {path} with the polygons of {picture}.") from e
+    except (OSError, ValueError, TypeError, LookupError, shapely.errors.ShapelyError) as e:
+        reason = f"{type(e).__name__} {e}"
+        raise DataError(f"Cityscapes' polygons {path} cannot be read: {reason}.") from e
+
+
+def _visible(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Annotations of what is seen of the objects, of which later ones hide earlier ones."""
+    hidden: Any = Polygon()
+    annotations = []
+    for thing in reversed(objects):
+        label = name2label.get(thing["label"]) or name2label.get(
+            thing["label"].removesuffix("group")
+        )
+        if label is None:
+            raise DataError(f"the label '{thing['label']}' is none of Cityscapes'.")
+        if label.id < 0 or "deleted" in thing:
+            continue
+        # Points are pixels, whose centres are at 0.5; drawing covers every pixel it touches.
+        shape = Polygon(np.asarray(thing["polygon"], np.float32) + 0.5).buffer(0.5, quad_segs=4)
+        seen = shape.difference(hidden) if label.id in _THINGS else None
+        if seen is None or not seen.is_empty:
+            hidden = hidden.union(shape)
+        if seen is not None and not seen.is_empty:
+            annotations.append(_annotation(seen, label.id, thing["label"].endswith("group")))
+    return annotations
+
+
+def _annotation(seen: Any, label_id: int, crowd: bool) -> dict[str, Any]:
+    # Outer borders only: COCO's polygons have no holes.
+    parts = [x for x in getattr(seen, "geoms", [seen]) if isinstance(x, Polygon)]
+    return {
+        "iscrowd": crowd,
+        "category_id": _THINGS.index(label_id),
+        "segmentation": [[k for point in x.exterior.coords for k in point] for x in parts],
+        "bbox": seen.bounds,
+        "bbox_mode": BoxMode.XYXY_ABS,
+    }
+
+
+def check_ground_truth(name: str) -> None:
+    """Refuse a test set of which a file that the evaluation needs is missing.
+
+    Args:
+        name: of one of the sets that detectron2 registers.
+
+    Raises:
+        DataError: names the folder, or the first file.
+    """
+    metadata = MetadataCatalog.get(name)
+    instances = metadata.evaluator_type == "cityscapes_instance"
+    for kind in (INSTANCE_IDS, POLYGONS) if instances else (LABEL_IDS, INSTANCE_IDS):
+        pairs = ground_truth_files(metadata.image_dir, metadata.gt_dir, (kind,))
+        missing = [file for _, file in pairs if not os.path.isfile(file)]
+        if missing:
+            raise DataError(
+                f"Data set '{name}' cannot be evaluated: there is no file {missing[0]} (nor "
+                f"{len(missing) - 1} more; {len(pairs)} pictures)."
+            )
+
+
+def label_problem(path: str) -> Problem | None:
+    """What is wrong with the values of a picture of Cityscapes' semantic labels.
+
+    Args:
+        path: of a picture that can be read; others than Cityscapes' have no problem.
+    """
+    if not path.endswith((LABEL_IDS, TRAIN_IDS)):
+        return None
+    if path.endswith(TRAIN_IDS):
+        kind, known = "train id", {*train_id_table().tolist()}
+    else:
+        kind, known = "label id", {label.id for label in LABELS}
+    with Image.open(path) as image:
+        found = np.flatnonzero(np.bincount(np.asarray(image.convert("L")).ravel()))
+    wrong = sorted(set(found.tolist()) - known)
+    if not wrong:
+        return None
+    return Problem("unknown label", f"the value {wrong[0]} is no {kind} of Cityscapes")
+
+
+def register_cityscapes_semantic(name: str, root: str, split: str) -> None:
+    """Register a set for semantic segmentation in the layout of Cityscapes, with its classes.
+
+    Args:
+        name: new in detectron2's catalogue; an equal one stays.
+        root: holds ``leftImg8bit`` and ``gtFine``.
+        split: folder below both.
+    """
+    image_dir, gt_dir = (os.path.join(root, kind, split) for kind in ("leftImg8bit", "gtFine"))
+    if name in DatasetCatalog.list() and MetadataCatalog.get(name).image_dir == image_dir:
+        return
+    DatasetCatalog.register(name, partial(load_cityscapes_semantic, image_dir, gt_dir))
+    MetadataCatalog.get(name).set(
+        image_dir=image_dir,
+        gt_dir=gt_dir,
+        evaluator_type="cityscapes_sem_seg",
+        ignore_label=IGNORED,
+        stuff_classes=[x.name for x in LABELS if 0 <= x.trainId < IGNORED],
+        stuff_colors=[x.color for x in LABELS if 0 <= x.trainId < IGNORED],
+    )
+
+
+def _replace_loaders() -> None:
+    loaders: dict[str, Callable[[str, str], list[dict[str, Any]]]] = {
+        "cityscapes_instance": load_cityscapes_instances,
+        "cityscapes_sem_seg": load_cityscapes_semantic,
+    }
+    for name in [x for x in DatasetCatalog.list() if x.startswith("cityscapes_fine_")]:
+        metadata = MetadataCatalog.get(name)
+        load = loaders.get(metadata.get("evaluator_type"))
+        if load:  # not the panoptic sets
+            DatasetCatalog.remove(name)
+            DatasetCatalog.register(name, partial(load, metadata.image_dir, metadata.gt_dir))
+
+
+_replace_loaders()
+
+
+# --------------------------------------------------------------------------------------- mapper
+
+
+class _ToTrainIds(NoOpTransform):
+    """Leaves the picture as it is and maps its label ids to train ids."""
+
+    def apply_segmentation(self, segmentation: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return train_id_table()[segmentation]
+
+
+class ToTrainIds(Augmentation):
+    """Label ids of Cityscapes become train ids; first of all, because crops count classes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # without arguments, as the log shows
+
+    def get_transform(self, image: Any) -> _ToTrainIds:
+        return _ToTrainIds()
+
+
+def semantic_augmentations(cfg: CfgNode) -> list[Augmentation]:
+    """detectron2's augmentations of training pictures without instances.
+
+    ``INPUT.CROP`` is taken of the resized picture, as its DeepLab project does, so that all crops
+    have one size; for detection, detectron2 crops first. With a
+    ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA`` below 1, up to ten crops are drawn until no class fills
+    more than this share; ignored pixels do not count.
+    """
+    augmentations = build_augmentation(cfg, is_train=True)
+    if cfg.INPUT.CROP.ENABLED:
+        crop = RandomCrop_CategoryAreaConstraint(
+            cfg.INPUT.CROP.TYPE,
+            cfg.INPUT.CROP.SIZE,
+            cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA,
+            cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        )
+        augmentations.insert(1, crop)
+    return augmentations
+
+
+class SemanticMapper(DatasetMapper):
+    """detectron2's mapper for semantic segmentation, which reads Cityscapes' label ids too.
+
+    Those are mapped to train ids, which detectron2 expects in files that users have to make.
+
+    Args:
+        is_train: as in :class:`DatasetMapper`.
+        augmentations: of pictures whose labels are train ids.
+        options: of :class:`DatasetMapper`.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, *, augmentations: list[Augmentation], **options: Any):
+        super().__init__(is_train, augmentations=augmentations, **options)
+        self._of_label_ids = copy.copy(self)
+        self._of_label_ids.augmentations = AugmentationList([ToTrainIds(), *augmentations])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        ret = super().from_config(cfg, is_train)
+        return {**ret, "augmentations": semantic_augmentations(cfg)} if is_train else ret
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        label_ids = str(dataset_dict.get("sem_seg_file_name", "")).endswith(LABEL_IDS)
+        return DatasetMapper.__call__(self._of_label_ids if label_ids else self, dataset_dict)
