@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from distill import DistillModel
 from distill.config import get_distill_cfg, merge_from_list, student_config
 from distill.data.datasets import register_coco_format
+from distill.data.loader import TrainLoader
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import write_coco
 from distill.heads import build_heads, teacher_needed
@@ -63,7 +65,10 @@ HEADS = {
     "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
     "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
     "retinanet": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
-    "semantic": ("FitNet", "IMA", "MKD"),
+    "semantic": (
+        *("FitNet", "IMA", "MKD", "CWD", "CWDLogits", "PixelKD"),
+        *("SKD", "IFVD", "CIRKD", "MasKD"),
+    ),
 }
 # A tiny student that can teach itself.
 PAFPN = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_pafpn_backbone")
@@ -180,8 +185,10 @@ def tiny_fcos(seed: int = 0, backbone: str = "build_shallow_resnet_fpn_backbone"
 
 def net_spec(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetSpec:
     """What heads may know of a network."""
-    probe = build_probe(model)
-    return NetSpec(name, model, probe.feature_shapes, probe.signals, tuple(classes))
+    probe, classes = build_probe(model), tuple(classes)
+    shape = probe.sem_seg_shape
+    semantic = (*classes, "background") if shape else ()
+    return NetSpec(name, model, probe.feature_shapes, probe.signals, classes, shape, semantic)
 
 
 def distilled(
@@ -273,11 +280,29 @@ def picture(
     return entry
 
 
+def semantic_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Pictures with semantic labels, which the shapes in COCO format lack."""
+
+    def pictures(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
+        for k in count(self.batches.start):
+            batch = [picture(2 * k + i, 64, 80, semantic=True) for i in range(2)]
+            yield [{**x, "file_name": f"{k}-{i}.jpg"} for i, x in enumerate(batch)]
+
+    patch.setattr(TrainLoader, "__iter__", pictures)
+    patch.setattr("distill.engine.trainer.check_labels", lambda cfg, dicts: None)
+
+
 def train_net_rows(config: Path, folder: Path) -> list[dict[str, Any]]:
     """Run train_net.py in ``folder``, which holds the data sets too; rows of out/metrics.json."""
+    run_train_net(config, folder)
+    return [json.loads(x) for x in (folder / "out" / "metrics.json").read_text().splitlines()]
+
+
+def run_train_net(config: Path, folder: Path, *options: str) -> str:
+    """What train_net.py prints in ``folder``, which holds the data sets too."""
     tool = Path(__file__).resolve().parents[1] / "tools" / "train_net.py"
     done = subprocess.run(
-        [sys.executable, str(tool), "--config-file", str(config)],
+        [sys.executable, str(tool), "--config-file", str(config), *options],
         cwd=folder,
         env={**os.environ, "DETECTRON2_DATASETS": str(folder)},
         capture_output=True,
@@ -285,7 +310,7 @@ def train_net_rows(config: Path, folder: Path) -> list[dict[str, Any]]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(x) for x in (folder / "out" / "metrics.json").read_text().splitlines()]
+    return done.stdout
 
 
 def write_teacher(folder: Path, family: str, *opts: Any, **kw: Any) -> list[Any]:

@@ -38,6 +38,13 @@ CASES = {
     "MKD": ("mask", ("MKD",), (*MKD_UNMASKED, "MODEL.DISTILL.MKD.WEIGHT", 0.01)),
     "TID, RPN": ("mask", ("TID",), ("MODEL.DISTILL.TID.WEIGHT", 0.01)),
     "TID, RetinaNet": ("retinanet", ("TID",), ("MODEL.DISTILL.TID.WEIGHT", 0.01)),
+    "CWD": ("semantic", ("CWD",), ()),
+    "CWDLogits": ("semantic", ("CWDLogits",), ()),
+    "PixelKD": ("semantic", ("PixelKD",), ()),
+    "SKD": ("semantic", ("SKD",), ()),
+    "IFVD": ("semantic", ("IFVD",), ("MODEL.DISTILL.IFVD.WEIGHT", 1.0)),
+    "MasKD, tokens": ("semantic", ("MasKD",), ()),
+    "MasKD, masks": ("semantic", ("MasKD",), ("MODEL.DISTILL.MASKD.TOKEN_ITERS", 0)),
     "MSSD": ("mask", ("MSSD",), (*PAFPN, "MODEL.DISTILL.MSSD.WEIGHT", 0.01)),
 }
 NEED_OBJECTS = ("MaskKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")
@@ -134,9 +141,10 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(
     assert joint.keys() == divided.keys()
     largest = max(float(x.abs().max()) for x in joint.values())
     idle = objects == "none at all" and case in NEED_OBJECTS
-    assert 1e-3 < largest < 1 or (idle and largest == 0)
+    assert 1e-6 < largest < 100 or (idle and largest == 0)
     gaps = {name: float((divided[name] - x).abs().max()) for name, x in joint.items()}
-    assert max(gaps.values()) <= 1e-5 * largest, gaps
+    rounding = 1e-4 if case == "SKD" else 1e-5  # SKD: of differences between similar cosines
+    assert max(gaps.values()) <= rounding * largest, gaps
 
 
 # ---- Training.

@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import distill_opts, needs_loopback, picture, trainable_cfg, write_teacher
+from conftest import (
+    distill_opts,
+    needs_loopback,
+    trainable_cfg,
+    write_teacher,
+)
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
@@ -45,7 +50,7 @@ HEADS = {
     "faster": ("FitNet", "IMA"),
     "retinanet": ("FitNet", "DenseKD"),
     "mask": ("FitNet", "MaskKD"),
-    "semantic": ("FitNet", "IMA"),
+    "semantic": ("FitNet", "IMA", "CIRKD"),
 }
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 Shapes = tuple[str, str, str]
@@ -98,18 +103,6 @@ def spoil_picture(patch: pytest.MonkeyPatch, at: Iterable[int] = (AT,)) -> None:
             yield batch
 
     patch.setattr(TrainLoader, "__iter__", spoilt)
-
-
-def semantic_pictures(patch: pytest.MonkeyPatch) -> None:
-    """Pictures with semantic labels, which the shapes in COCO format lack."""
-
-    def pictures(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
-        for k in range(self.batches.start, LAST):
-            batch = [picture(2 * k + i, 64, 80, semantic=True) for i in range(2)]
-            yield [{**x, "file_name": f"{k}-{i}.jpg"} for i, x in enumerate(batch)]
-
-    patch.setattr(TrainLoader, "__iter__", pictures)
-    patch.setattr("distill.engine.trainer.check_labels", lambda cfg, dicts: None)
 
 
 def nan(x: Tensor) -> Tensor:

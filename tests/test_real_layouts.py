@@ -1,10 +1,11 @@
 """train_net.py with detectron2's own loaders and evaluators, on shapes in the real layouts."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg, train_net_rows
+from conftest import distill_opts, run_train_net, tiny_cfg, train_net_rows, write_teacher
 
 from distill.data.shapes import SceneConfig
 from distill.data.shapes_io import LAYOUTS
@@ -26,6 +27,12 @@ CASES = {
 }
 
 
+DISTILLED = {
+    "cityscapes instances": ("IMA", "MKD", "TID", "MaskKD"),
+    "cityscapes semantic": ("IMA", "MKD", "CWDLogits", "PixelKD", "CIRKD"),
+}
+
+
 def write_config(folder: Path, family: str, opts: list[Any]) -> Path:
     path = folder / "config.yaml"
     path.write_text(tiny_cfg(family, *opts, norm="BN").dump())
@@ -44,6 +51,18 @@ def test_train_and_evaluate(case: str, tmp_path: Path) -> None:
         *("DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path / "out")),
         *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96, *classes),
     ]
+    if case in DISTILLED:
+        opts += distill_opts(family, DISTILLED[case])
+        opts += write_teacher(tmp_path / "teacher", family, *classes, fpn=24)
     config = write_config(tmp_path, family, opts)
-    rows = train_net_rows(config, tmp_path)
-    assert metric in rows[-1]
+    last = max(train_net_rows(config, tmp_path), key=lambda row: row["iteration"])
+    assert metric in last
+    for head in DISTILLED.get(case, ()):
+        assert sum(v for k, v in last.items() if k.split("/")[0] == f"loss_{head.lower()}") > 0
+    if case in DISTILLED:  # without the teacher, from the checkpoint alone
+        shutil.rmtree(tmp_path / "teacher")
+        weights = ("MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
+        shutil.rmtree(tmp_path / "out" / "inference")
+        printed = run_train_net(config, tmp_path, "--eval-only", *weights)
+        assert f"copypaste: {last[metric]:.4f}" in printed
+        assert (tmp_path / "out" / "inference").is_dir()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import semantic_pictures
 from detectron2.structures import Boxes, ImageList, Instances
 from test_nonfinite import (
     FAULTS,
@@ -23,7 +24,6 @@ from test_nonfinite import (
     config,
     nan,
     reproducer,
-    semantic_pictures,
     spoil,
     spoilt_teacher,
     stopped,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, needs_loopback, trainable_cfg, write_teacher
+from conftest import distill_opts, needs_loopback, semantic_pictures, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
@@ -15,7 +15,11 @@ from detectron2.utils.env import seed_all_rng
 from distill.engine import Trainer, main
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
-HEADS = {"faster": ("IMA", "MKD", "ROIKD"), "retinanet": ("IMA", "DenseKD")}
+HEADS = {
+    "faster": ("IMA", "MKD", "ROIKD"),
+    "retinanet": ("IMA", "DenseKD"),
+    "semantic": ("IMA", "CIRKD", "MasKD"),
+}
 LAST = 6  # iterations
 Shapes = tuple[str, str, str]
 
@@ -81,14 +85,21 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "crops": ("faster", ("INPUT.CROP.ENABLED", True)),
     "no seed": ("faster", ("SEED", -1)),
     "deterministic": ("faster", ("DETERMINISTIC", True)),
+    "memories and stages": ("semantic", ("MODEL.DISTILL.MASKD.TOKEN_ITERS", 4)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_exact(
-    case: str, shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
+    case: str,
+    shapes: Shapes,
+    teachers: dict[str, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     family, opts = CASES[case]
+    if family == "semantic":
+        semantic_pictures(monkeypatch)
     uninterrupted = train(config(family, shapes, teachers, tmp_path / "a", *opts))
     cfg = config(family, shapes, teachers, tmp_path / "b", *opts)
     with pytest.raises(Interrupted):

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.engine import setup_config
-from distill.heads.ima import cell_labels
+from distill.heads.fpn import cell_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

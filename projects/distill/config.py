@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from .errors import ConfigError, DistillError
 from .heads import DISTILL_HEAD_REGISTRY, teacher_needed
+from .nets import add_segmentation_config, reads_segmentation_config
 from .rules import check_choice, check_values, leaves, nearest
 
 with warnings.catch_warnings():
@@ -91,11 +92,35 @@ add_head_section(
     BOX_WEIGHT=1.0,  # of the L1 between box deltas on foreground; 0 leaves it out
 )
 add_head_section("MaskKD", TEMPERATURE=1.0)  # T > 0
+add_head_section("CWD", WEIGHT=50.0, IN_FEATURES=(), TEMPERATURE=4.0)  # 𝒯 > 0
+add_head_section("CWDLogits", WEIGHT=3.0, TEMPERATURE=4.0)  # 𝒯 > 0
+add_head_section("PixelKD", TEMPERATURE=1.0)  # T > 0
+# IN_FEATURES: of SKD and IFVD, empty: the features of the semantic head ("sem_seg_head").
+add_head_section("SKD", IN_FEATURES=(), SCALE=0.5)  # side of a pooled cell over the map's, (0, 1]
+add_head_section("IFVD", WEIGHT=200.0, IN_FEATURES=())
+add_head_section(
+    "CIRKD",
+    MINIBATCH_WEIGHT=1.0,  # of the similarities within the batch; here and below >= 0
+    PIXEL_WEIGHT=0.1,  # of those with the remembered pixels
+    REGION_WEIGHT=0.1,  # of those with the remembered regions
+    POOL=1,  # side in cells of what is compared within the batch; costs fall with its 4th power
+    PIXELS=20000,  # remembered pixels of each class
+    REGIONS=2000,  # remembered regions of each class
+    PIXEL_KEYS=4096,  # remembered pixels that a step compares with, of all classes
+    REGION_KEYS=1024,  # remembered regions that a step compares with, of all classes
+    NEW_PIXELS=16,  # pixels of each class and picture that are remembered
+)
+add_head_section(
+    "MasKD",
+    TOKENS=8,  # masks
+    TOKEN_ITERS=2000,  # iterations in which the tokens are learned, before they distil
+)
 add_head_section("DenseKD", TEMPERATURE=1.0)  # T > 0
 
 
 def add_distill_config(cfg: CfgNode) -> None:
     """Add this package's keys with their defaults to a detectron2 config."""
+    add_segmentation_config(cfg)  # of dilated ResNets, PSPNet, DeepLab and the poly schedule
     cfg.MODEL.DISTILL = CN()
     # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
     cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
@@ -132,6 +157,12 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.SOLVER.MAX_SKIPS = 10  # skipped iterations of a run after which it stops all the same
     # Metric of the evaluations, such as "bbox/AP", by which model_best.pth is kept; empty: none.
     cfg.TEST.BEST_METRIC = ""
+    # Semantic segmentation: average the logits of overlapping windows instead of one single pass.
+    cfg.TEST.SLIDING_WINDOW = CN()
+    cfg.TEST.SLIDING_WINDOW.ENABLED = False
+    # Height and width of a window in pixels of the network's input (after INPUT.MIN_SIZE_TEST).
+    cfg.TEST.SLIDING_WINDOW.CROP_SIZE = [512, 1024]
+    cfg.TEST.SLIDING_WINDOW.STRIDE = [256, 512]  # pixels, at most CROP_SIZE
     # Read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types).
     cfg.MODEL.ALLOW_PICKLE = False
     # Iterations between two gradient cosines of task and distillation in the log; 0: none.
@@ -261,9 +292,12 @@ def _value(cfg: CfgNode, key: str, source: str) -> Any:
 def student_config(cfg: CfgNode) -> CfgNode:
     """The plain detectron2 config of the student: what ``student.yaml`` holds.
 
-    It has no key that stock detectron2 does not know.
+    It has no key that stock detectron2 does not know, but for networks that read those of
+    :func:`distill.nets.add_segmentation_config`.
     """
     student = get_cfg()
+    if reads_segmentation_config(cfg):
+        add_segmentation_config(student)
     _copy_known(cfg, student)
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         student.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE

@@ -119,14 +119,43 @@ def net_specs(
     names = class_names(cfg, _semantic(student)) or tuple(
         f"class {i}" for i in range(student.num_classes)
     )
-    own = _spec("student", student, names)
+    own = _spec("student", student, names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
-    return own, _spec("teacher", teacher, _teacher_classes(cfg, names, teacher))
+    taught = _teacher_classes(cfg, names, teacher)
+    semantic = _semantic_classes(teacher_config(cfg), teacher, taught, own.sem_seg_classes)
+    return own, _spec("teacher", teacher, taught, semantic)
 
 
-def _spec(name: str, probe: Probe, classes: tuple[str, ...]) -> NetSpec:
-    return NetSpec(name, probe.model, probe.feature_shapes, probe.signals, classes)
+def _spec(name: str, probe: Probe, classes: tuple[str, ...], semantic: tuple[str, ...]) -> NetSpec:
+    return NetSpec(
+        name,
+        probe.model,
+        probe.feature_shapes,
+        probe.signals,
+        classes,
+        probe.sem_seg_shape,
+        semantic,
+    )
+
+
+def _semantic_classes(
+    cfg: CfgNode, probe: Probe, classes: tuple[str, ...], student: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Names of the classes of a semantic head, which is one of two heads in a Panoptic FPN.
+
+    Args:
+        cfg: of the network.
+        classes: its own, those of the semantic head if it has no other.
+        student: the names if the network is a teacher whose own are unknown.
+    """
+    if probe.sem_seg_shape is None or _semantic(probe):
+        return classes if _semantic(probe) else ()
+    number = probe.model.sem_seg_head.predictor.out_channels
+    named = class_names(cfg, semantic=True), student
+    return next(
+        (x for x in named if x and len(x) == number), tuple(f"class {i}" for i in range(number))
+    )
 
 
 def _semantic(probe: Probe) -> bool:

@@ -109,6 +109,10 @@ _CELLS = Rule(
     lambda x: len(x) > 0 and all(_WHOLE.holds(k) and 0 < k < 2**31 for k in x),
     "whole numbers from 1",
 )
+_THREE_CELLS = Rule(lambda x: _CELLS.holds(x) and len(x) == 3, "three whole numbers from 1")
+_PIXELS = Rule(
+    lambda x: len(x) == 2 and _CELLS.holds(x), "a height and a width, whole numbers from 1"
+)
 _STEPS = Rule(
     lambda x: all(_WHOLE.holds(k) and k > 0 for k in x) and _is_rising(x),
     "rising whole numbers from 1",
@@ -128,13 +132,14 @@ _RULES: dict[str, Rule] = {
     "DATALOADER.NUM_WORKERS": _at_least(0),
     "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
     "DATALOADER.TIMEOUT": _at_least(0),
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": _SHARE,
     "INPUT.CROP.SIZE": _list_of(_POSITIVE, 2, 2),
     "INPUT.MAX_SIZE_*": _at_least(1),
     "INPUT.MIN_SIZE_TEST": _at_least(0),  # 0: as it is
     "INPUT.MIN_SIZE_TRAIN": _list_of(_WHOLE),
     "MODEL.PIXEL_MEAN": _list_of(_ORDINARY),
     "MODEL.PIXEL_STD": _list_of(_POSITIVE),
-    "MODEL.*CHANNELS": _at_least(1),
+    "MODEL.*OUT_CHANNELS": _at_least(1),
     "MODEL.*_DIM": _at_least(1),
     "MODEL.*_WEIGHT": _at_least(0),
     "MODEL.*.BATCH_SIZE_PER_IMAGE": _at_least(1),
@@ -159,15 +164,25 @@ _RULES: dict[str, Rule] = {
     "MODEL.DISTILL.*.MASK_RATIO": _BELOW_1,
     "MODEL.DISTILL.*.TEMPERATURE": _POSITIVE,
     "MODEL.DISTILL.*.WEIGHT": _at_least(0),
+    "MODEL.DISTILL.CIRKD.*KEYS": _at_least(1),
+    "MODEL.DISTILL.CIRKD.*PIXELS": _at_least(1),
+    "MODEL.DISTILL.CIRKD.*_WEIGHT": _at_least(0),
+    "MODEL.DISTILL.CIRKD.POOL": _at_least(1),
+    "MODEL.DISTILL.CIRKD.REGIONS": _at_least(1),
     "MODEL.DISTILL.IMA.SCALE_FLOOR": _FRACTION,
+    "MODEL.DISTILL.MASKD.TOKENS": _at_least(1),
     "MODEL.DISTILL.MKD.SCALES": _CELLS,
     "MODEL.DISTILL.MSSD.GAMMA": _SHARE,
     "MODEL.DISTILL.MSSD.SIGMA2": _POSITIVE,
+    "MODEL.DISTILL.SKD.SCALE": _SHARE,
     "MODEL.DISTILL.TID.ALPHA_*": _at_least(0),
     "MODEL.DISTILL.TID.GAMMA": _SHARE_OF_POINTS,
     "MODEL.DISTILL.TID.NMS_IOU": _FRACTION,
     "MODEL.DISTILL.TID.TOP": _SHARE_OF_POINTS,
     "MODEL.RESNETS.NUM_GROUPS": _at_least(1),
+    "MODEL.RESNETS.RES4_DILATION": Rule(lambda x: x in (1, 2), "1 or 2"),
+    "MODEL.RESNETS.RES5_DILATION": Rule(lambda x: x in (1, 2, 4), "1, 2 or 4"),
+    "MODEL.RESNETS.RES5_MULTI_GRID": _THREE_CELLS,
     "MODEL.RESNETS.WIDTH_PER_GROUP": _at_least(1),
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,
     "MODEL.RETINANET.FOCAL_LOSS_GAMMA": _at_least(0),
@@ -181,6 +196,12 @@ _RULES: dict[str, Rule] = {
     "MODEL.RPN.BBOX_REG_WEIGHTS": _BOX_WEIGHTS,
     "MODEL.RPN.CONV_DIMS": _list_of(Rule(lambda x: x == -1 or x >= 1, "-1 or at least 1")),
     "MODEL.RPN.*_NMS_TOPK_*": _at_least(1),
+    "MODEL.SEM_SEG_HEAD.ASPP_CHANNELS": _at_least(1),
+    "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS": _THREE_CELLS,
+    "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT": _BELOW_1,
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": _at_least(1),
+    "MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS": _CELLS,
+    "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES": _TEXTS,
     "SOLVER.*_FACTOR": _at_least(0),
     "SOLVER.*_ITERS": _at_least(0),
     "SOLVER.BASE_LR*": _at_least(0),
@@ -194,6 +215,8 @@ _RULES: dict[str, Rule] = {
     "SOLVER.MAX_SKIPS": _at_least(0),
     "SOLVER.MOMENTUM": _FRACTION,
     "SOLVER.NUM_DECAYS": _at_least(1),
+    "SOLVER.POLY_LR_CONSTANT_ENDING": _FRACTION,
+    "SOLVER.POLY_LR_POWER": _at_least(0),
     "SOLVER.REFERENCE_WORLD_SIZE": _at_least(0),
     "SOLVER.STEPS": _STEPS,
     "SOLVER.WEIGHT_DECAY": _at_least(0),
@@ -209,6 +232,8 @@ _RULES: dict[str, Rule] = {
     ),
     "TEST.EVAL_PERIOD": _at_least(0),
     "TEST.PRECISE_BN.NUM_ITER": _at_least(1),
+    "TEST.SLIDING_WINDOW.CROP_SIZE": _PIXELS,
+    "TEST.SLIDING_WINDOW.STRIDE": _PIXELS,
 }
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest entry is a norm
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -226,14 +251,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "MODEL.DISTILL.MSSD.MASK": MSSD_MASKS,
     "MODEL.DISTILL.TID.SCORE": TID_SCORES,
     "MODEL.DISTILL.TID.AREA": TID_AREAS,
+    "MODEL.RESNETS.STEM_TYPE": ("basic", "deeplab"),
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.SEM_SEG_HEAD.LOSS_TYPE": ("cross_entropy", "hard_pixel_mining"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.LR_SCHEDULER_NAME": (
         "WarmupMultiStepLR",
         "WarmupCosineLR",
         "WarmupStepWithFixedGammaLR",
+        "WarmupPolyLR",
     ),
     "SOLVER.ON_NONFINITE": ("stop", "skip"),
     "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
@@ -295,11 +323,66 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "MODEL.PANOPTIC_FPN.COMBINE.ENABLED False.",
     ),
     (
+        lambda c: c.MODEL.RESNETS.RES4_DILATION == 1 or c.MODEL.RESNETS.RES5_DILATION == 4,
+        "MODEL.RESNETS.RES5_DILATION is {c.MODEL.RESNETS.RES5_DILATION}; with a RES4_DILATION of 2 "
+        "it must be 4.",
+    ),
+    (
+        lambda c: (
+            c.MODEL.SEM_SEG_HEAD.NAME != "DeepLabV3Head"
+            or c.MODEL.SEM_SEG_HEAD.CONVS_DIM == c.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS
+        ),
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM is {c.MODEL.SEM_SEG_HEAD.CONVS_DIM}; DeepLabV3Head needs it "
+        "to be its ASPP_CHANNELS {c.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS}.",
+    ),
+    (
+        lambda c: _has_output_stride(c),
+        "MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {c.MODEL.SEM_SEG_HEAD.COMMON_STRIDE}; DeepLabV3Head "
+        "needs the backbone's output stride, by RES4_DILATION and RES5_DILATION 32, 16 or 8.",
+    ),
+    (
+        lambda c: (
+            not c.TEST.SLIDING_WINDOW.ENABLED
+            or "SemanticSegmentor"
+            in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+        ),
+        "TEST.SLIDING_WINDOW.ENABLED is True, which is for SemanticSegmentor alone; set it False.",
+    ),
+    (
+        lambda c: all(
+            map(int.__le__, c.TEST.SLIDING_WINDOW.STRIDE, c.TEST.SLIDING_WINDOW.CROP_SIZE)
+        ),
+        "TEST.SLIDING_WINDOW.STRIDE is {c.TEST.SLIDING_WINDOW.STRIDE}; it must be at most its "
+        "CROP_SIZE {c.TEST.SLIDING_WINDOW.CROP_SIZE}, or pixels would lie between the windows.",
+    ),
+    (
+        lambda c: (
+            "CIRKD" not in c.MODEL.DISTILL.HEADS
+            or (
+                c.SOLVER.IMS_PER_BATCH * c.MODEL.DISTILL.CIRKD.NEW_PIXELS
+                <= c.MODEL.DISTILL.CIRKD.PIXELS
+                and c.SOLVER.IMS_PER_BATCH <= c.MODEL.DISTILL.CIRKD.REGIONS
+            )
+        ),
+        "SOLVER.IMS_PER_BATCH is {c.SOLVER.IMS_PER_BATCH}, of which a step stores more than "
+        "MODEL.DISTILL.CIRKD.PIXELS {c.MODEL.DISTILL.CIRKD.PIXELS} or REGIONS "
+        "{c.MODEL.DISTILL.CIRKD.REGIONS} hold; raise them or lower NEW_PIXELS.",
+    ),
+    (
         lambda c: c.MODEL.DEVICE != "cpu" or not any(c.MODEL.RESNETS.DEFORM_ON_PER_STAGE),
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE is {c.MODEL.RESNETS.DEFORM_ON_PER_STAGE}; "
         "detectron2's deformable convolution needs a GPU, but MODEL.DEVICE is cpu.",
     ),
 )
+
+
+def _has_output_stride(cfg: CfgNode) -> bool:
+    """Whether DeepLabV3Head enlarges its logits to the size of the labels; true of other heads."""
+    head, resnet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.RESNETS
+    if head.NAME != "DeepLabV3Head" or "resnet" not in cfg.MODEL.BACKBONE.NAME:
+        return True
+    stride = 8 * (3 - resnet.RES4_DILATION) * (1 + (resnet.RES5_DILATION == 1))
+    return list(head.IN_FEATURES) != ["res5"] or stride == head.COMMON_STRIDE
 
 
 def _is_crop(kind: str, first: float, second: float) -> bool:

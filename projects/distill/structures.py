@@ -17,6 +17,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
+SEM_SEG_HEAD = "sem_seg_head"
+"""Name of a semantic head's features, its predictor's input, among a network's maps."""
+
 
 @dataclass
 class Batch:
@@ -130,6 +133,12 @@ class Signals:
     masks: Masks | None = None
     sem_seg: SemSeg | None = None
 
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """``features`` and, if asked for, those of the semantic head."""
+        head = {SEM_SEG_HEAD: self.sem_seg.features} if self.sem_seg else {}
+        return {**self.features, **head}
+
 
 @dataclass(frozen=True)
 class NetSpec:
@@ -141,6 +150,8 @@ class NetSpec:
         features: channels and stride of each of ``Signals.features``.
         signals: names of the :class:`Signals` fields that the family produces.
         classes: class names in the order of the network's outputs, background excluded.
+        sem_seg: channels and stride of the semantic head's features; None: it has no such head.
+        sem_seg_classes: names of the classes of the semantic head's logits.
     """
 
     name: str
@@ -148,6 +159,13 @@ class NetSpec:
     features: dict[str, ShapeSpec]
     signals: frozenset[str]
     classes: tuple[str, ...]
+    sem_seg: ShapeSpec | None = None
+    sem_seg_classes: tuple[str, ...] = ()
+
+    @property
+    def maps(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each of ``Signals.maps``."""
+        return {**self.features, **({SEM_SEG_HEAD: self.sem_seg} if self.sem_seg else {})}
 
     @property
     def has_boxes(self) -> bool:

@@ -182,7 +182,7 @@ def test_registered_heads_keep_the_contract(cls):
     assert cls.needs and cls.needs <= {f.name for f in fields(Signals)} - {"batch"}
     assert inspect.getdoc(cls)
     section = cls.section(get_distill_cfg())
-    assert (section.WEIGHT, section.WARMUP_ITERS, section.STOP_ITER) == (1.0, 0, 0)
+    assert (section.WARMUP_ITERS, section.STOP_ITER) == (0, 0) and section.WEIGHT > 0
     parameters = inspect.signature(cls.__init__).parameters.values()
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in list(parameters)[1:])
 

@@ -16,8 +16,8 @@ from conftest import (
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from distill.heads import IMA
-from distill.heads.fpn import Level
-from distill.heads.ima import CROP_SIZE, cell_labels
+from distill.heads.fpn import Level, cell_labels
+from distill.heads.ima import CROP_SIZE
 from distill.losses import fitnet, ima_classes
 from distill.structures import Batch
 

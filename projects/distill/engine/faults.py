@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ from ..errors import NumericalError
 logger = logging.getLogger(__name__)
 
 Losses = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class Undoable(Protocol):
+    """A module whose buffers are too large for a copy at every step."""
+
+    def mark(self) -> None: ...
+
+    def undo(self) -> None: ...
 
 
 class FiniteGuard:
@@ -60,11 +69,13 @@ class FiniteGuard:
         """Remember what the forward may change."""
         self._batch = batch
         self._numbers = self._state.state_dict()
-        self._buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in self.model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
+        self._buffers = []
+        for module in self.model.modules():
+            if isinstance(module, Undoable):
+                module.mark()
+            else:
+                own = module.named_buffers(recurse=False)
+                self._buffers += [(module, name, x, x.clone()) for name, x in own]
 
     def allows(
         self, losses: Losses, scaler: torch.amp.GradScaler, again: Callable[[], Losses]
@@ -114,6 +125,9 @@ class FiniteGuard:
     def _restore(self) -> None:
         for module, name, buffer, content in self._buffers:
             setattr(module, name, buffer.copy_(content))
+        for module in self.model.modules():
+            if isinstance(module, Undoable):
+                module.undo()
         self._state.load_state_dict(self._numbers)
 
     def _refuse(self, losses: dict[str, float], again: Callable[[], Losses]) -> None:

@@ -15,6 +15,7 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWrit
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
+from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -30,16 +31,19 @@ from ..config import (
     student_config,
     validate_config,
 )
+from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_set, register_coco_format
 from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
+from ..evaluation.sliding_window import with_sliding_window
 from ..meta_arch import DistillModel
 from ..weights import load_strictly, readable
 from .evaluators import check_test_sets, evaluator_builders
 from .faults import FiniteGuard
 from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Evaluation, Telemetry
 from .loop import TrainLoop
+from .schedules import build_lr_scheduler
 from .telemetry import drop_torn_row
 
 logger = logging.getLogger(__name__)
@@ -216,14 +220,24 @@ class Trainer(DefaultTrainer):
         return maybe_add_gradient_clipping(cfg, optimizer)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         """The evaluators of a data set, by its ``evaluator_type``."""
         builders = evaluator_builders(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
         return DatasetEvaluators([build() for build in builders])
 
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+        return super().test(cfg, with_sliding_window(cfg, model), evaluators)
+
 
 def train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """detectron2's mapper, or the one that knows ignored regions if a training set has some."""
+    """detectron2's mapper, that for semantic labels, or the one that knows ignored regions."""
+    if student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        return SemanticMapper(cfg, is_train=True)
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
@@ -307,4 +321,4 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
         model = build_model(plain)
     path = weights or plain.MODEL.WEIGHTS
     load_strictly(model, path, "MODEL.WEIGHTS", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    return Trainer.test(plain, model)
+    return Trainer.test(plain, with_sliding_window(cfg, model))

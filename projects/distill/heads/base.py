@@ -35,7 +35,7 @@ class DistillHead(nn.Module):
         stop_iter: iteration from which the head is off; 0 means never.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """Fields of :class:`Signals` that both networks must produce."""
 
     needs_teacher: ClassVar[bool] = True
@@ -91,7 +91,7 @@ class DistillHead(nn.Module):
 
     def factor(self) -> float:
         """The weight at the current iteration."""
-        iteration = get_event_storage().iter if has_event_storage() else 0
+        iteration = current_iteration()
         if self.stop_iter and iteration >= self.stop_iter:
             return 0.0
         if iteration < self.warmup_iters:
@@ -122,6 +122,23 @@ class DistillHead(nn.Module):
             return dict.fromkeys(names.values(), zero)
         losses = self.losses(student, teacher)
         return {name: losses[part] * factor for part, name in names.items()}
+
+
+def current_iteration() -> int:
+    """Of the training; 0 outside of one."""
+    return get_event_storage().iter if has_event_storage() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """``x`` of all processes, one after the other along the first dimension, without gradient."""
+    world = comm.get_world_size()
+    if world == 1:
+        return x.detach()
+    sent = x.detach().contiguous()
+    sent = sent.byte() if x.dtype == torch.bool else sent  # gloo sends no bool
+    parts = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts).to(x.dtype)
 
 
 def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:

@@ -58,6 +58,12 @@ class ClassMap(nn.Module):
         s, t = self.select(student[:, :-1], teacher[:, :-1])
         return torch.cat([s, student[:, -1:]], 1), torch.cat([t, teacher[:, -1:]], 1)
 
+    def shared_labels(self, labels: Tensor) -> Tensor:
+        """Positions of labels among the shared classes; -1 for all others, background included."""
+        classes = len(self.position) - 1
+        inside = (labels >= 0) & (labels < classes)
+        return self.position[labels.where(inside, 0)].where(inside, -1)
+
     def known(self, labels: Tensor) -> Tensor:
         """Whether the teacher knows each label in [0, K]; background (K) is known."""
         return self.position[labels] >= 0

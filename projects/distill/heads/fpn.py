@@ -2,7 +2,7 @@
 
 import logging
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -10,8 +10,8 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..errors import ConfigError, choices
-from ..losses import fitnet, frequency_mask
-from ..structures import Batch, NetSpec, Signals
+from ..losses import cwd, fitnet, frequency_mask
+from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, RandomState
 
 logger = logging.getLogger(__name__)
@@ -35,17 +35,18 @@ def match_levels(
     """Pair feature levels by stride.
 
     Args:
-        student, teacher: the backbones' ``output_shape()``.
-        names: the student's levels to pair; empty: every level whose stride the teacher has too,
-            or, without any, all.
+        student, teacher: ``NetSpec.maps`` of the networks.
+        names: the student's levels to pair; empty: every level of the backbone whose stride the
+            teacher has too, or, without any, all.
         key: the config key that gave ``names``, for the message.
 
     Returns:
         Pairs, finest first. Where several levels share a stride (dilated stages), the deepest are
         paired with the deepest. A named level without an equal stride is paired with the nearest.
+        Features of a semantic head are paired with those of the other.
 
     Raises:
-        ConfigError: a name is not an output of the student's backbone.
+        ConfigError: a name is none of the student's maps, or the teacher has no semantic head.
     """
     for name in names:
         if name not in student:
@@ -53,18 +54,26 @@ def match_levels(
                 f"{key}: the student's backbone has no output '{name}'; "
                 f"it has: {choices(name, student)}."
             )
-    strides = {shape.stride for shape in teacher.values()}
-    wanted = names or [n for n, s in student.items() if s.stride in strides] or list(student)
+    if SEM_SEG_HEAD in names and SEM_SEG_HEAD not in teacher:
+        raise ConfigError(f"{key}: the teacher has no semantic head to compare '{SEM_SEG_HEAD}'.")
+    ours, theirs = ({k: v for k, v in x.items() if k != SEM_SEG_HEAD} for x in (student, teacher))
+    strides = {shape.stride for shape in theirs.values()}
+    wanted = names or [n for n, s in ours.items() if s.stride in strides] or list(ours)
     pairs = []
     for name in wanted:
-        stride = student[name].stride
-        nearest = min(strides, key=lambda x: (abs(x / stride - 1), x))
-        partners = [n for n, s in teacher.items() if s.stride == nearest]
-        siblings = [n for n, s in student.items() if s.stride == stride]
-        from_deepest = len(siblings) - siblings.index(name)
-        partner = partners[-min(from_deepest, len(partners))]
-        pairs.append(Level(name, partner, stride, nearest))
+        partner = SEM_SEG_HEAD if name == SEM_SEG_HEAD else _partner(name, ours, theirs)
+        pairs.append(Level(name, partner, student[name].stride, teacher[partner].stride))
     return sorted(pairs, key=lambda level: level.stride)
+
+
+def _partner(name: str, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> str:
+    """The teacher's level of the nearest stride; of several, the one as deep as ``name``."""
+    stride = student[name].stride
+    nearest = min((s.stride for s in teacher.values()), key=lambda x: (abs(x / stride - 1), x))
+    partners = [n for n, s in teacher.items() if s.stride == nearest]
+    siblings = [n for n, s in student.items() if s.stride == stride]
+    from_deepest = len(siblings) - siblings.index(name)
+    return partners[-min(from_deepest, len(partners))]
 
 
 class FPNDistillHead(DistillHead):
@@ -78,15 +87,20 @@ class FPNDistillHead(DistillHead):
     """
 
     needs = frozenset({"features"})
+    adapts: ClassVar[bool] = True  # False: the loss takes maps of different channels
 
     @configurable
     def __init__(self, *, levels: list[Level], channels: list[tuple[int, int]], **kwargs: Any):
         super().__init__(**kwargs)
+        if any(level.student == SEM_SEG_HEAD for level in levels):
+            self.needs = self.needs | {"sem_seg"}
         self.levels = levels
         self.parts = tuple(level.student for level in levels)
         self.adapters = nn.ModuleDict(
             {
-                level.student: nn.Identity() if s == t else nn.Conv2d(s, t, kernel_size=1)
+                level.student: nn.Conv2d(s, t, kernel_size=1)
+                if self.adapts and s != t
+                else nn.Identity()
                 for level, (s, t) in zip(levels, channels)
             }
         )
@@ -96,9 +110,9 @@ class FPNDistillHead(DistillHead):
         ret = super().from_config(cfg, student, teacher)
         names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
-        ret["levels"] = match_levels(student.features, teacher.features, names, key)
+        ret["levels"] = match_levels(student.maps, teacher.maps, names, key)
         ret["channels"] = [
-            (student.features[x.student].channels, teacher.features[x.teacher].channels)
+            (student.maps[x.student].channels, teacher.maps[x.teacher].channels)
             for x in ret["levels"]
         ]
         pairs = ", ".join(f"{x.student}~{x.teacher}" for x in ret["levels"])
@@ -114,12 +128,8 @@ class FPNDistillHead(DistillHead):
         """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""
         pairs = []
         for level in self.levels:
-            s, t = student.features[level.student], teacher.features[level.teacher]
-            # Cells beyond the shared canvas are the teacher's padding: cut, then resize.
-            height, width = (ceil(x / level.teacher_stride) for x in student.batch.canvas)
-            t = t[..., :height, :width]
-            if t.shape[-2:] != s.shape[-2:]:
-                t = F.interpolate(t, size=s.shape[-2:], mode="bilinear", align_corners=False)
+            s, t = student.maps[level.student], teacher.maps[level.teacher]
+            t = on_grid(t, s, level.teacher_stride, student.batch)
             pairs.append((self.adapters[level.student](s), t))
         return pairs
 
@@ -133,6 +143,30 @@ class FPNDistillHead(DistillHead):
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         """Scalar loss of one level; both maps (N, C, H, W), ``stride`` in pixels a cell."""
         raise NotImplementedError
+
+
+def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tensor:
+    """The teacher's map on the student's cells.
+
+    Args:
+        teacher, student: (N, C, H, W), each of any C, H and W.
+        stride: of the teacher's map in pixels.
+
+    Returns:
+        (N, C, H, W): C of the teacher, H and W of the student.
+    """
+    # Cells beyond the shared canvas are the teacher's padding: cut, then resize.
+    height, width = (ceil(x / stride) for x in batch.canvas)
+    teacher = teacher[..., :height, :width]
+    if teacher.shape[-2:] == student.shape[-2:]:
+        return teacher
+    return F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def cell_labels(labels: Tensor, height: int, width: int) -> Tensor:
+    """(N, H, W) labels of pixels at the centres of (height, width) cells."""
+    pixels = labels[:, None].float()  # exact up to 2^24 classes
+    return F.interpolate(pixels, size=(height, width), mode="nearest-exact")[:, 0].long()
 
 
 class FrequencyMasks(RandomState):
@@ -161,3 +195,25 @@ class FitNet(FPNDistillHead):
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return fitnet(student, teacher)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class CWD(FPNDistillHead):
+    """Where each channel is active; see :func:`distill.losses.cwd`.
+
+    Args:
+        temperature: 𝒯 > 0.
+    """
+
+    @configurable
+    def __init__(self, *, temperature: float = 1.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.temperature = temperature
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "temperature": cls.section(cfg).TEMPERATURE}
+
+    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
+        return cwd(student, teacher, self.temperature)

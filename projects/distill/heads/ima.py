@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
@@ -15,7 +14,7 @@ from ..losses.ima import Alignment, class_moments, deflation, instance_moments
 from ..losses.reduce import connected_zero, same_shape
 from ..structures import Batch, NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, reduce_mean
-from .fpn import FPNDistillHead, FrequencyMasks
+from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
 
 IMA_SCOPES = ("auto", "image", "box", "mask", "class")
 CROPPED = ("box", "mask")  # the scopes that crop instances from the level that fits their size
@@ -191,9 +190,3 @@ class IMA(FPNDistillHead):
         if not crops:
             return torch.ones((0, 1, CROP_SIZE, CROP_SIZE), device=device)
         return torch.cat(crops).to(device)[:, None].float()
-
-
-def cell_labels(labels: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W) labels of pixels at the centres of (height, width) cells."""
-    pixels = labels[:, None].float()  # exact up to 2^24 classes
-    return F.interpolate(pixels, size=(height, width), mode="nearest-exact")[:, 0].long()

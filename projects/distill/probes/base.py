@@ -43,6 +43,14 @@ class Probe:
         """Channels and stride of each of ``Signals.features``."""
         return self._split(self.model.backbone.output_shape())[0]
 
+    @property
+    def sem_seg_shape(self) -> ShapeSpec | None:
+        """Channels and stride of the semantic head's features; None: there is no such head."""
+        if "sem_seg" not in self.signals:
+            return None
+        head = self.model.sem_seg_head
+        return ShapeSpec(channels=head.predictor.in_channels, stride=head.common_stride)
+
     def _split(self, outputs: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
         """The backbone's outputs as features and shallow maps."""
         shallow = {deep: outputs[name] for deep, name in self.shallow_names.items()}

@@ -1,8 +1,10 @@
 """Semantic segmentation: backbone, then a head whose last convolution is ``predictor``."""
 
 from collections.abc import Collection
+from typing import Any
 
 from detectron2.modeling.meta_arch import SemanticSegmentor
+from detectron2.projects.deeplab import DeepLabV3Head
 from torch import Tensor, nn
 
 from ..structures import Batch, SemSeg, Signals
@@ -26,11 +28,19 @@ def read_sem_seg(signals: Signals, calls: Calls, needs: Collection[str]) -> None
 def ask_sem_seg(model: nn.Module, signals: Signals, needs: Collection[str]) -> None:
     """Fill ``signals.sem_seg`` if needed by running the head up to its predictor."""
     if "sem_seg" in needs:
-        head: nn.Module = model.sem_seg_head  # type: ignore[assignment]
         with listen(model, [PREDICTOR]) as calls:
-            # ``layers`` stops before the upsampling; heads without it pay for that.
-            getattr(head, "layers", head)(signals.features)
+            _predict(model.sem_seg_head, signals.features)
         read_sem_seg(signals, calls, needs)
+
+
+def _predict(head: Any, features: dict[str, Tensor]) -> None:
+    """Run a semantic head up to its predictor: what follows enlarges logits to the picture."""
+    if hasattr(head, "layers"):
+        head.layers(features)
+    elif isinstance(head, DeepLabV3Head):
+        head.predictor(head.aspp(features[head.in_features[0]]))
+    else:
+        head(features)
 
 
 class SemanticProbe(Probe):

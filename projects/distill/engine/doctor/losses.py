@@ -16,6 +16,8 @@ from ..telemetry import dot, head_of
 from .patient import Inputs, Patient, full_weight
 from .report import LossRow, shortened
 
+LATE = 10**9  # an iteration after the warm-up of every head
+
 Gradient = list[Tensor | None]
 TASK = "task"
 SCALE = 1024.0  # without it, small float16 gradients would vanish, as they do not in training
@@ -79,7 +81,8 @@ def losses_of(patient: Patient, batch: Inputs, seed: int) -> dict[str, Tensor]:
     """
     torch.manual_seed(seed)  # of the proposals that the student samples
     pictures = file_names(batch)
-    with EventStorage(), full_weight(patient.heads), patient.autocast():
+    # Far on in the training, where heads that learn something of their own first are done with it.
+    with EventStorage(LATE), full_weight(patient.heads), patient.autocast():
         try:
             return patient.model(batch)
         except DistillError:

@@ -1,0 +1,303 @@
+"""Heads of semantic segmentation, where every pixel has a class."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from ..losses import (
+    ClassQueues,
+    class_pixels,
+    class_regions,
+    cross_image_relation,
+    cwd,
+    dice_overlap,
+    ifvd,
+    maskd,
+    memory_contrast,
+    pairwise_affinity,
+    pixel_kd,
+    receptive_masks,
+)
+from ..losses.reduce import connected_zero
+from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
+from .base import DISTILL_HEAD_REGISTRY, RandomState, current_iteration, gather, reduce_mean
+from .classes import PredictionDistillHead
+from .fpn import FPNDistillHead, cell_labels, on_grid
+
+
+class SemSegDistillHead(PredictionDistillHead):
+    """Logits of both networks before upsampling, on the student's cells, of the shared classes.
+
+    A subclass writes :meth:`loss`, or :meth:`losses` if it has several parts.
+
+    Args:
+        teacher_stride: of the teacher's logits in pixels.
+    """
+
+    needs = frozenset({"sem_seg"})
+
+    @configurable
+    def __init__(self, *, teacher_stride: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.teacher_stride = teacher_stride
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "teacher_stride": teacher.maps[SEM_SEG_HEAD].stride}
+
+    @classmethod
+    def class_names(cls, net: NetSpec) -> tuple[str, ...]:
+        return net.sem_seg_classes
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        return cls.missing_signals(student, teacher) or super().problem(student, teacher)
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        return {"": self.loss(*self.logits(student, teacher))}
+
+    def logits(self, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+        """(N, K', H, W) of both."""
+        assert student.sem_seg is not None and teacher.sem_seg is not None
+        s = student.sem_seg.logits
+        t = on_grid(teacher.sem_seg.logits, s, self.teacher_stride, student.batch)
+        s, t = self.classes.select(s.movedim(1, -1), t.movedim(1, -1))
+        return s.movedim(-1, 1), t.movedim(-1, 1)
+
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Scalar loss of (N, K', H, W) logits."""
+        raise NotImplementedError
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class PixelKD(SemSegDistillHead):
+    """Class probabilities of every cell; see :func:`distill.losses.pixel_kd`."""
+
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return pixel_kd(student, teacher, self.temperature)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class CWDLogits(SemSegDistillHead):
+    """Where each class is, of the logits; see :func:`distill.losses.cwd`."""
+
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return cwd(student, teacher, self.temperature)
+
+
+class RelationDistillHead(FPNDistillHead):
+    """Relations inside of each network's maps: channels may differ, there are no adapters.
+
+    By default of the features of the semantic head.
+    """
+
+    needs = frozenset({"features", "sem_seg"})
+    adapts = False
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+        return super().level_names(cfg, student) or (SEM_SEG_HEAD,)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class SKD(RelationDistillHead):
+    """Similarities of pooled cells, pair by pair; see :func:`distill.losses.pairwise_affinity`.
+
+    Args:
+        scale: side of a pooled cell as a share of the map's.
+    """
+
+    @configurable
+    def __init__(self, *, scale: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        return {**super().from_config(cfg, student, teacher), "scale": cls.section(cfg).SCALE}
+
+    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
+        return pairwise_affinity(student, teacher, self.scale)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class IFVD(RelationDistillHead):
+    """Similarity of each cell to the mean of its class; see :func:`distill.losses.ifvd`.
+
+    Args:
+        num_classes: of the semantic labels.
+    """
+
+    @configurable
+    def __init__(self, *, num_classes: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "num_classes": len(student.sem_seg_classes)}
+
+    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
+        labels = cell_labels(batch.sem_seg, *student.shape[2:])
+        return ifvd(student, teacher, labels, self.num_classes)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class CIRKD(RelationDistillHead):
+    """Similarities with pixels of other pictures: of the batch, and of a memory of the past.
+
+    See :func:`distill.losses.cross_image_relation` and :func:`distill.losses.memory_contrast`.
+    The memory holds the teacher's features of labelled pixels (``pixel``) and of the regions of a
+    class (``region``), from all processes; it is saved with the head.
+
+    Args:
+        num_classes: of the semantic labels.
+        part_weights: factor of each of the ``parts``.
+        pool: side in cells of the patches that ``minibatch`` compares.
+        pixels, regions: slots a class of the two memories.
+        pixel_keys, region_keys: of all classes together, drawn for a step; at least one a class.
+        new_pixels: stored of each class and picture.
+        seed: of all that is drawn.
+    """
+
+    parts = ("minibatch", "pixel", "region")
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        part_weights: Sequence[float] = (1.0, 0.1, 0.1),
+        pool: int = 1,
+        pixels: int = 20000,
+        regions: int = 2000,
+        pixel_keys: int = 4096,
+        region_keys: int = 1024,
+        new_pixels: int = 16,
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.parts = CIRKD.parts
+        ((inside, outside),) = kwargs["channels"]
+        self.num_classes = num_classes
+        self.part_weights = dict(zip(self.parts, part_weights))
+        self.pool = pool
+        self.new_pixels = new_pixels
+        self.pixel_keys = pixel_keys // num_classes + 1  # of each class
+        self.region_keys = region_keys // num_classes + 1
+        self.random = RandomState(seed)
+        self.projection = nn.Sequential(
+            nn.Conv2d(inside, outside, 1, bias=False),
+            nn.BatchNorm2d(outside),
+            nn.ReLU(),
+            nn.Conv2d(outside, outside, 1, bias=False),
+        )
+        self.pixel_memory = ClassQueues(num_classes, pixels, outside)
+        self.region_memory = ClassQueues(num_classes, regions, outside)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        return {
+            **super().from_config(cfg, student, teacher),
+            "num_classes": len(student.sem_seg_classes),
+            "part_weights": (node.MINIBATCH_WEIGHT, node.PIXEL_WEIGHT, node.REGION_WEIGHT),
+            "pool": node.POOL,
+            "pixels": node.PIXELS,
+            "regions": node.REGIONS,
+            "pixel_keys": node.PIXEL_KEYS,
+            "region_keys": node.REGION_KEYS,
+            "new_pixels": node.NEW_PIXELS,
+            "seed": cfg.SEED,
+        }
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        ((s, t),) = self.maps(student, teacher)
+        labels = cell_labels(student.batch.sem_seg, *s.shape[2:])
+        losses = {"minibatch": cross_image_relation(s, t, pool=self.pool)}
+        self.remember(t, labels)
+        rows = self.projection(s).movedim(1, -1).flatten(0, 2), t.movedim(1, -1).flatten(0, 2)
+        labelled = ((labels >= 0) & (labels < self.num_classes)).flatten()
+        share = labelled.sum() / reduce_mean(labelled.sum())  # of this process
+        generator = self.random.generator(s.device)
+        for name, memory, number in (
+            ("pixel", self.pixel_memory, self.pixel_keys),
+            ("region", self.region_memory, self.region_keys),
+        ):
+            keys, filled = memory.sample(number, generator)
+            loss = memory_contrast(*rows, keys, filled=filled, labelled=labelled)
+            losses[name] = loss * share
+        return {part: losses[part] * self.part_weights[part] for part in self.parts}
+
+    def remember(self, teacher: Tensor, labels: Tensor) -> None:
+        """Store the regions and some pixels of the teacher's maps, those of all processes."""
+        generator = self.random.generator(teacher.device)
+        regions, present = class_regions(teacher, labels, self.num_classes)
+        drawn = class_pixels(teacher, labels, self.num_classes, self.new_pixels, generator)
+        pixels, valid = (gather(x).transpose(0, 1).flatten(1, 2) for x in drawn)
+        self.region_memory.push(gather(regions).transpose(0, 1), gather(present).T)
+        self.pixel_memory.push(pixels, valid)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class MasKD(SemSegDistillHead):
+    """Logits under masks that learned tokens draw; see :func:`distill.losses.maskd`.
+
+    As in the paper the tokens are learned first, by the teacher's task on its own masked logits
+    and by their difference from each other (``tokens``), then they distil (``masks``). There it
+    takes a training of its own, here the first iterations of the student's.
+
+    Args:
+        tokens: number of masks.
+        token_iters: iterations of the first stage.
+    """
+
+    parts = ("tokens", "masks")
+
+    @configurable
+    def __init__(self, *, tokens: int = 8, token_iters: int = 2000, **kwargs: Any):
+        super().__init__(**kwargs)
+        channels = int(self.classes.in_student.numel())
+        self.token_iters = token_iters
+        self.tokens = nn.Parameter(torch.randn(tokens, channels) * 0.01)
+        self.weighting = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, tokens, 1),
+            nn.Softmax(dim=1),
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        stages = {"tokens": node.TOKENS, "token_iters": node.TOKEN_ITERS}
+        return {**super().from_config(cfg, student, teacher), **stages}
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        s, t = self.logits(student, teacher)
+        none = connected_zero(s, parameters=self.parameters())
+        if current_iteration() >= self.token_iters:
+            return {"tokens": none, "masks": maskd(s, t, receptive_masks(self.tokens, t))}
+        labels = cell_labels(student.batch.sem_seg, *t.shape[2:])
+        return {"tokens": self.token_loss(t, labels), "masks": none}
+
+    def token_loss(self, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The first stage's.
+
+        Args:
+            teacher: (N, K', H, W) logits.
+            labels: (N, H, W) in the student's classes, anything else is ignored.
+        """
+        masks = receptive_masks(self.tokens, teacher)
+        shares = self.weighting(teacher)[:, :, 0, 0]
+        masked = teacher * torch.einsum("nt,nthw->nhw", shares.float(), masks)[:, None]
+        target = self.classes.shared_labels(labels)
+        task = F.cross_entropy(masked.float(), target, ignore_index=-1, reduction="sum")
+        return task / reduce_mean((target >= 0).sum()) + dice_overlap(masks)
