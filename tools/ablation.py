@@ -44,12 +44,30 @@ class Study:
         distilled: the student with the method.
         teacher: "" for self-distillation.
         switches: KEY VALUE overrides of ``distilled`` by the name of the variant.
+        metric: that is compared.
     """
 
     baseline: str
     distilled: str
     teacher: str
     switches: dict[str, tuple[Any, ...]]
+    metric: str = "AP"
+
+    @property
+    def layout(self) -> str:
+        """Of the rendered data."""
+        return "cityscapes" if self.metric == "mIoU" else "coco"
+
+
+def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Overrides by which one head replaces all others, by its name, with values of its keys."""
+    return {
+        name: (
+            *(f"{HEADS}.HEADS", (name,)),
+            *(x for key, value in keys.items() for x in (f"{HEADS}.{name.upper()}.{key}", value)),
+        )
+        for name, keys in heads.items()
+    }
 
 
 def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -117,6 +135,32 @@ STUDIES = {
             gamma_1={"GAMMA": 1.0},
         ),
     ),
+    "mask": Study(
+        "demo_mask_student.yaml",
+        "demo_mask_ima.yaml",
+        "demo_mask_teacher.yaml",
+        methods(MaskKD={}, MKD={"WEIGHT": 20.0, "IN_FEATURES": ("p2",)}),
+        "mask AP",
+    ),
+    "semantic": Study(
+        "demo_semantic_student.yaml",
+        "demo_semantic_ima.yaml",
+        "demo_semantic_teacher.yaml",
+        {
+            **switches("IMA", scope_image={"SCOPE": "image", "WEIGHT": 20.0}),
+            **methods(
+                MKD={"IN_FEATURES": ("sem_seg_head",), "WEIGHT": 10.0},
+                CWD={"IN_FEATURES": ("sem_seg_head",)},
+                CWDLogits={},
+                PixelKD={"WEIGHT": 5.0},
+                SKD={},
+                IFVD={},
+                CIRKD={"PIXELS": 2000, "REGIONS": 500},
+                MasKD={"TOKEN_ITERS": 100},
+            ),
+        },
+        "mIoU",
+    ),
     "mssd_retinanet": Study(
         "demo_retinanet_pafpn_student.yaml", "demo_retinanet_mssd.yaml", "", {}
     ),
@@ -138,12 +182,12 @@ class Runner:
         self.opts = tuple(opts)
 
     def study(self, study: Study, seeds: list[int], variants: list[str] | None) -> dict[str, Any]:
-        """Box AP of every seed by variant, the teacher's and the baseline's included."""
+        """The metric of every seed by variant, the teacher's and the baseline's included."""
         results: dict[str, Any] = {}
         teacher: tuple[Any, ...] = ()
         if study.teacher:
             stage = self.demo.stage("teacher", self.teacher_seed, study.teacher)
-            results["teacher"] = [self.demo.run(stage)["AP"]]
+            results["teacher"] = [self.demo.run(stage)[study.metric]]
             teacher = (
                 *(f"{HEADS}.TEACHER.CONFIG_FILE", str(ROOT / "configs/quick" / study.teacher)),
                 *(f"{HEADS}.TEACHER.WEIGHTS", str(stage.weights)),
@@ -155,7 +199,7 @@ class Runner:
             stages = [self.demo.stage("baseline", seed, study.baseline)]
             stages += [self._variant(study, k, seed, teacher, v) for k, v in chosen.items()]
             for stage in stages:
-                results.setdefault(stage.name, []).append(self.demo.run(stage)["AP"])
+                results.setdefault(stage.name, []).append(self.demo.run(stage)[study.metric])
         return results
 
     def _variant(
@@ -169,9 +213,9 @@ def gains(results: dict[str, Any], name: str) -> list[float | None]:
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
-def print_table(console: Console, title: str, results: dict[str, Any]) -> None:
-    table = Table(title=f"{title}: box AP on the shapes data", box=box.SIMPLE)
-    for column in ("", "AP", "- baseline, paired"):
+def print_table(console: Console, title: str, metric: str, results: dict[str, Any]) -> None:
+    table = Table(title=f"{title}: {metric} on the shapes data", box=box.SIMPLE)
+    for column in ("", metric, "- baseline, paired"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in results.items():
         gain = "" if name in ("teacher", "baseline") else mean_std(gains(results, name))
@@ -214,15 +258,16 @@ def main(argv: list[str] | None = None) -> int:
     data_seed, seeds = replicates(args.tune, args.seeds)
     for name in args.studies:
         with progress_bars(console) as progress:
-            demo = Demo(out, data_seed, progress)
+            demo = Demo(out, data_seed, progress, STUDIES[name].layout)
             demo.render()
             runner = Runner(demo, seeds[0], args.opts)
             results = runner.study(STUDIES[name], seeds, args.variants)
-        print_table(console, name, results)
+        metric = STUDIES[name].metric
+        print_table(console, name, metric, results)
         facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": seeds[0]}
         facts |= {"opts": args.opts, "command": " ".join(["python", *sys.argv]), "commit": commit()}
         path = out / f"{name}{result_suffix(args)}.json"
-        write_json(path, {"AP": results, **facts, "versions": versions()})
+        write_json(path, {metric: results, **facts, "versions": versions()})
         console.print(f"wrote {path}")
     return 0
 

@@ -41,8 +41,9 @@ from torch import nn
 
 import distill
 from distill.config import student_config
+from distill.data.cityscapes import register_cityscapes_semantic
 from distill.data.shapes import SCENES_VERSION, SceneConfig
-from distill.data.shapes_io import write_coco
+from distill.data.shapes_io import LAYOUTS
 from distill.engine import Trainer, setup_config
 from distill.errors import DistillError
 from distill.weights import load_strictly
@@ -91,13 +92,16 @@ class Demo:
     Args:
         out: folder of everything that the demo writes.
         data_seed: of the rendered scenes; tuning uses another one than reporting.
+        layout: of the data on disk: coco, for detection, or cityscapes, for semantic segmentation.
     """
 
-    def __init__(self, out: Path, data_seed: int, progress: Progress):
+    def __init__(self, out: Path, data_seed: int, progress: Progress, layout: str = "coco"):
         self.out = out
         self.data_seed = data_seed
+        self.layout = layout
         scenes = hashlib.sha256(f"{SCENES}{SCENE}{SCENES_VERSION}".encode()).hexdigest()[:8]
-        self.data = out / f"shapes-{data_seed}-{scenes}"
+        kind = "shapes" if layout == "coco" else layout
+        self.data = out / f"{kind}-{data_seed}-{scenes}"
         self.progress = progress
         self.code = code_digest()
 
@@ -105,7 +109,7 @@ class Demo:
         """Write the shapes data set; a finished split is kept."""
         for split, count in SCENES.items():
             task = self.progress.add_task(f"render {split}", total=count)
-            write_coco(
+            LAYOUTS[self.layout](
                 self.data,
                 split,
                 count,
@@ -117,20 +121,9 @@ class Demo:
 
     def stage(self, name: str, seed: int, config: str, *opts: Any) -> Stage:
         """Describe a run; its folder is keyed by a hash of config, data and code."""
-        sets = [
-            (
-                f"demo_{self.data.name}_{split}",
-                str(self.data / "annotations" / f"instances_{split}.json"),
-                str(self.data / "images" / split),
-            )
-            for split in SCENES
-        ]
         cfg = setup_config(
             str(ROOT / "configs" / "quick" / config),
-            [
-                *("DATASETS.COCO_FORMAT", sets, "DATASETS.TRAIN", (sets[0][0],)),
-                *("DATASETS.TEST", (sets[1][0],), "SEED", seed, "OUTPUT_DIR", ".", *opts),
-            ],
+            [*self._sets(), "SEED", seed, "OUTPUT_DIR", ".", *opts],
         ).clone()
         described = cfg.dump().replace(str(self.out), "OUT")
         digest = hashlib.sha256(f"{described}{self.code}".encode()).hexdigest()[:12]
@@ -138,6 +131,24 @@ class Demo:
         folder = self.out / "stages" / f"{name}-{seed}-{digest}"
         cfg.OUTPUT_DIR = str(folder)
         return Stage(name, seed, cfg, folder)
+
+    def _sets(self) -> list[Any]:
+        """KEY VALUE overrides that name the rendered data."""
+        train, test = (f"demo_{self.data.name}_{split}" for split in SCENES)
+        named = ["DATASETS.TRAIN", (train,), "DATASETS.TEST", (test,)]
+        if self.layout == "cityscapes":
+            for name, split in zip((train, test), SCENES):
+                register_cityscapes_semantic(name, str(self.data), split)
+            return named
+        sets = [
+            (
+                name,
+                str(self.data / "annotations" / f"instances_{split}.json"),
+                str(self.data / "images" / split),
+            )
+            for name, split in zip((train, test), SCENES)
+        ]
+        return [*named, "DATASETS.COCO_FORMAT", sets]
 
     def run(self, stage: Stage) -> dict[str, float | None]:
         """Train and evaluate a stage, or read what an earlier run has measured."""
@@ -174,7 +185,15 @@ class Demo:
         task = self.progress.add_task(f"{stage.title}: evaluate", total=len(loader))
         watched = WatchedLoader(loader, self.progress, task)
         results = inference_on_dataset(model, watched, Trainer.build_evaluator(cfg, name))
-        return {**finite(results["bbox"]), **cost(model, loader)}
+        return {**scores(results), **cost(model, loader)}
+
+
+def scores(results: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    """The metrics of an evaluation: COCO's of boxes, those of masks as "mask AP", ..., or mIoU."""
+    if "sem_seg" in results:
+        return {"mIoU": results["sem_seg"]["mIoU_present"]}
+    masks = finite(results["segm"]) if "segm" in results else {}
+    return {**finite(results["bbox"]), **{f"mask {k}": v for k, v in masks.items()}}
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -34,7 +34,8 @@ from distill.engine import setup_config
 from distill.engine.trainer import train_mapper
 from distill.errors import ConfigError, DataError, DistillError, WeightsError
 from distill.heads import IMA, MKD, MSSD, TID, DistillHead
-from distill.heads.ima import CROPPED, cell_labels
+from distill.heads.fpn import cell_labels
+from distill.heads.ima import CROPPED
 from distill.losses import joint_attention, tid_mask
 from distill.losses.frequency import frequency_filtered
 from distill.losses.tid import tid_areas
