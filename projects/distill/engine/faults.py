@@ -61,6 +61,9 @@ class FiniteGuard:
         self.seed = seed
         self.skips = 0
         self._state = StudentState(student)
+        modules = list(model.modules())
+        self._undoable = [x for x in modules if isinstance(x, Undoable)]
+        self._copied = [x for x in modules if not isinstance(x, Undoable)]
         self._numbers: dict[str, float] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._batch: list[dict[str, Any]] = []
@@ -69,13 +72,13 @@ class FiniteGuard:
         """Remember what the forward may change."""
         self._batch = batch
         self._numbers = self._state.state_dict()
-        self._buffers = []
-        for module in self.model.modules():
-            if isinstance(module, Undoable):
-                module.mark()
-            else:
-                own = module.named_buffers(recurse=False)
-                self._buffers += [(module, name, x, x.clone()) for name, x in own]
+        for module in self._undoable:
+            module.mark()
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in self._copied
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
 
     def allows(
         self, losses: Losses, scaler: torch.amp.GradScaler, again: Callable[[], Losses]
@@ -125,9 +128,8 @@ class FiniteGuard:
     def _restore(self) -> None:
         for module, name, buffer, content in self._buffers:
             setattr(module, name, buffer.copy_(content))
-        for module in self.model.modules():
-            if isinstance(module, Undoable):
-                module.undo()
+        for module in self._undoable:
+            module.undo()
         self._state.load_state_dict(self._numbers)
 
     def _refuse(self, losses: dict[str, float], again: Callable[[], Losses]) -> None:
