@@ -150,7 +150,7 @@ STUDIES = {
             **switches("IMA", scope_image={"SCOPE": "image", "WEIGHT": 20.0}),
             **methods(
                 MKD={"IN_FEATURES": ("sem_seg_head",), "WEIGHT": 10.0},
-                CWD={"IN_FEATURES": ("sem_seg_head",)},
+                CWD={"IN_FEATURES": ("sem_seg_head",), "WEIGHT": 50.0, "TEMPERATURE": 4.0},
                 CWDLogits={},
                 PixelKD={"WEIGHT": 5.0},
                 SKD={},

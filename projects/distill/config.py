@@ -92,10 +92,10 @@ add_head_section(
     BOX_WEIGHT=1.0,  # of the L1 between box deltas on foreground; 0 leaves it out
 )
 add_head_section("MaskKD", TEMPERATURE=1.0)  # T > 0
-add_head_section("CWD", WEIGHT=50.0, IN_FEATURES=(), TEMPERATURE=4.0)  # 𝒯 > 0
+add_head_section("CWD", WEIGHT=10.0, IN_FEATURES=(), TEMPERATURE=1.0)  # 𝒯 > 0
 add_head_section("CWDLogits", WEIGHT=3.0, TEMPERATURE=4.0)  # 𝒯 > 0
 add_head_section("PixelKD", TEMPERATURE=1.0)  # T > 0
-# IN_FEATURES: of SKD and IFVD, empty: the features of the semantic head ("sem_seg_head").
+# IN_FEATURES: of SKD and IFVD, empty: the features of the semantic head, "sem_seg_head", if any.
 add_head_section("SKD", IN_FEATURES=(), SCALE=0.5)  # side of a pooled cell over the map's, (0, 1]
 add_head_section("IFVD", WEIGHT=200.0, IN_FEATURES=())
 add_head_section(

@@ -116,9 +116,9 @@ def net_specs(
     cfg: CfgNode, student: Probe, teacher: Probe | None
 ) -> tuple[NetSpec, NetSpec | None]:
     """What heads may know of the two networks, class names included."""
-    names = class_names(cfg, _semantic(student)) or tuple(
-        f"class {i}" for i in range(student.num_classes)
-    )
+    names = class_names(cfg, _semantic(student))
+    if names is None or len(names) != student.num_classes:
+        names = tuple(f"class {i}" for i in range(student.num_classes))
     own = _spec("student", student, names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
@@ -153,8 +153,10 @@ def _semantic_classes(
         return classes if _semantic(probe) else ()
     number = probe.model.sem_seg_head.predictor.out_channels
     named = class_names(cfg, semantic=True), student
+    unknown = "unknown teacher class" if student else "class"
     return next(
-        (x for x in named if x and len(x) == number), tuple(f"class {i}" for i in range(number))
+        (x for x in named if x and len(x) == number),
+        tuple(f"{unknown} {i}" for i in range(number)),
     )
 
 

@@ -4,6 +4,7 @@ detectron2 checks few of its own values, and some of those in the middle of a tr
 """
 
 import difflib
+import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -354,6 +355,17 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         ),
         "TEST.SLIDING_WINDOW.STRIDE is {c.TEST.SLIDING_WINDOW.STRIDE}; it must be at most its "
         "CROP_SIZE {c.TEST.SLIDING_WINDOW.CROP_SIZE}, or pixels would lie between the windows.",
+    ),
+    (
+        lambda c: (
+            "MasKD" not in c.MODEL.DISTILL.HEADS
+            or (
+                (c.MODEL.DISTILL.MASKD.STOP_ITER or math.inf) > c.MODEL.DISTILL.MASKD.TOKEN_ITERS
+                and c.MODEL.DISTILL.MASKD.TOKEN_ITERS < c.SOLVER.MAX_ITER
+            )
+        ),
+        "MODEL.DISTILL.MASKD.TOKEN_ITERS is {c.MODEL.DISTILL.MASKD.TOKEN_ITERS}, and the masks "
+        "distil from there on; lower it below SOLVER.MAX_ITER {c.SOLVER.MAX_ITER} and STOP_ITER.",
     ),
     (
         lambda c: (

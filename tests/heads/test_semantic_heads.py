@@ -73,10 +73,18 @@ def test_a_network_without_a_semantic_head_has_no_such_features() -> None:
         FitNet(cfg, net_spec("student", teacher), net_spec("teacher", student))
 
 
-@pytest.mark.parametrize("name", EVERY)
+def test_similarities_of_detectors() -> None:
+    losses = kd_losses(distilled("retinanet", ["SKD"]), pictures())
+    assert set(losses) == {f"loss_skd/p{k}" for k in range(2, 7)}
+
+
+def test_one_picture_a_process_is_too_few_for_relations(caplog: Any) -> None:
+    built_head(CIRKD, "semantic", "SOLVER.IMS_PER_BATCH", 1)
+    assert "no other to compare it with" in caplog.text
+
+
+@pytest.mark.parametrize("name", [x for x in EVERY if x not in ("CWD", "SKD")])
 def test_detectors_are_refused(name: str) -> None:
-    if name == "CWD":  # of feature maps, which detectors have
-        return
     cfg = tiny_cfg("retinanet", "MODEL.DISTILL.HEADS", (name,))
     spec = net_spec("student", tiny_model("retinanet"))
     with pytest.raises(ConfigError, match=f"{name} does not work here .* sem_seg"):
@@ -137,7 +145,7 @@ def test_channel_distributions_of_features_and_logits() -> None:
         head.register_forward_pre_hook(lambda _, args, name=name: heard.update({name: args}))
     losses = kd_losses(model, pictures())
     student, teacher = heard["CWD"]
-    expected = cwd(student.sem_seg.features, teacher.sem_seg.features, 4.0)
+    expected = cwd(student.sem_seg.features, teacher.sem_seg.features, 1.0)
     assert torch.equal(losses[f"loss_cwd/{SEM_SEG_HEAD}"], expected)
     expected = cwd(student.sem_seg.logits, teacher.sem_seg.logits, 4.0)
     assert torch.equal(losses["loss_cwdlogits"], expected)
@@ -226,6 +234,22 @@ def test_tokens_are_learned_first_and_then_distil() -> None:
     sum(then.values()).backward()
     assert all(p.grad.abs().sum() == 0 for p in head.parameters())
     assert sum(float(p.grad.abs().sum()) for p in model.student.parameters()) > 0
+
+
+def test_masks_stay_as_they_were_learned() -> None:
+    """Weight decay and momentum move parameters whose gradient is zero."""
+    model = distilled("semantic", ["MasKD"], "MODEL.DISTILL.MASKD.TOKEN_ITERS", 2)
+    head: MasKD = model.heads["MasKD"]
+    optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    learned = []
+    for iteration in range(5):
+        optimizer.zero_grad()
+        sum(kd_losses(model, pictures(), iteration).values()).backward()
+        optimizer.step()
+        learned.append(head.learned.clone())
+    assert not torch.equal(learned[0], learned[1])
+    assert torch.equal(learned[1], learned[4]) and not torch.equal(head.tokens, learned[4])
+    assert "learned" in head.state_dict()
 
 
 def test_tokens_learn_masks_that_differ() -> None:

@@ -274,10 +274,11 @@ def _replace_loaders() -> None:
         "cityscapes_instance": load_cityscapes_instances,
         "cityscapes_sem_seg": load_cityscapes_semantic,
     }
-    for name in [x for x in DatasetCatalog.list() if x.startswith("cityscapes_fine_")]:
+    kinds = ("instance_seg", "sem_seg")
+    for name in [f"cityscapes_fine_{k}_{s}" for k in kinds for s in ("train", "val", "test")]:
         metadata = MetadataCatalog.get(name)
         load = loaders.get(metadata.get("evaluator_type"))
-        if load:  # not the panoptic sets
+        if load and metadata.get("image_dir"):
             DatasetCatalog.remove(name)
             DatasetCatalog.register(name, partial(load, metadata.image_dir, metadata.gt_dir))
 

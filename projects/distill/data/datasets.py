@@ -176,7 +176,7 @@ def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
                 f"('{key}'), on which {architecture} trains; choose another set or "
                 "MODEL.META_ARCHITECTURE."
             )
-    if architecture == "SemanticSegmentor":
+    if architecture in ("PanopticFPN", "SemanticSegmentor"):
         _check_semantic_classes(cfg)
 
 

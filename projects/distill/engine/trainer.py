@@ -236,9 +236,10 @@ class Trainer(DefaultTrainer):
 
 def train_mapper(cfg: CfgNode) -> DatasetMapper:
     """detectron2's mapper, that for semantic labels, or the one that knows ignored regions."""
-    if student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor":
-        return SemanticMapper(cfg, is_train=True)
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
+    semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
+    if semantic or student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
 
@@ -260,8 +261,8 @@ def scale_to_workers(cfg: CfgNode) -> CfgNode:
     scaled.defrost()
     for head in scaled.MODEL.DISTILL.HEADS:
         section = scaled.MODEL.DISTILL[head.upper()]
-        section.WARMUP_ITERS = round(section.WARMUP_ITERS * factor)
-        section.STOP_ITER = round(section.STOP_ITER * factor)
+        for key in [key for key in section if key.endswith(("_ITER", "_ITERS"))]:
+            section[key] = round(section[key] * factor)
     scaled.freeze()
     return scaled
 

@@ -1,11 +1,14 @@
 """Heads of semantic segmentation, where every pixel has a class."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import get_norm
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..losses import (
@@ -27,6 +30,8 @@ from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, RandomState, current_iteration, gather, reduce_mean
 from .classes import PredictionDistillHead
 from .fpn import FPNDistillHead, cell_labels, on_grid
+
+logger = logging.getLogger(__name__)
 
 
 class SemSegDistillHead(PredictionDistillHead):
@@ -93,15 +98,15 @@ class CWDLogits(SemSegDistillHead):
 class RelationDistillHead(FPNDistillHead):
     """Relations inside of each network's maps: channels may differ, there are no adapters.
 
-    By default of the features of the semantic head.
+    By default of the features of the semantic head, where there is one.
     """
 
-    needs = frozenset({"features", "sem_seg"})
     adapts = False
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
-        return super().level_names(cfg, student) or (SEM_SEG_HEAD,)
+        default = (SEM_SEG_HEAD,) if student.sem_seg else ()
+        return super().level_names(cfg, student) or default
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -133,6 +138,8 @@ class IFVD(RelationDistillHead):
         num_classes: of the semantic labels.
     """
 
+    needs = frozenset({"features", "sem_seg"})
+
     @configurable
     def __init__(self, *, num_classes: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -150,7 +157,7 @@ class IFVD(RelationDistillHead):
 
 @DISTILL_HEAD_REGISTRY.register()
 class CIRKD(RelationDistillHead):
-    """Similarities with pixels of other pictures: of the batch, and of a memory of the past.
+    """Similarities with pixels of other pictures: of the process's batch, and of the past.
 
     See :func:`distill.losses.cross_image_relation` and :func:`distill.losses.memory_contrast`.
     The memory holds the teacher's features of labelled pixels (``pixel``) and of the regions of a
@@ -163,9 +170,11 @@ class CIRKD(RelationDistillHead):
         pixels, regions: slots a class of the two memories.
         pixel_keys, region_keys: of all classes together, drawn for a step; at least one a class.
         new_pixels: stored of each class and picture.
+        norm: of the projection of the student's features.
         seed: of all that is drawn.
     """
 
+    needs = frozenset({"features", "sem_seg"})
     parts = ("minibatch", "pixel", "region")
 
     @configurable
@@ -180,6 +189,7 @@ class CIRKD(RelationDistillHead):
         pixel_keys: int = 4096,
         region_keys: int = 1024,
         new_pixels: int = 16,
+        norm: str = "BN",
         seed: int = 0,
         **kwargs: Any,
     ):
@@ -195,7 +205,7 @@ class CIRKD(RelationDistillHead):
         self.random = RandomState(seed)
         self.projection = nn.Sequential(
             nn.Conv2d(inside, outside, 1, bias=False),
-            nn.BatchNorm2d(outside),
+            get_norm(norm, outside),
             nn.ReLU(),
             nn.Conv2d(outside, outside, 1, bias=False),
         )
@@ -204,7 +214,9 @@ class CIRKD(RelationDistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        node = cls.section(cfg)
+        node, world = cls.section(cfg), comm.get_world_size()
+        if cfg.SOLVER.IMS_PER_BATCH // world < 2:
+            logger.warning("CIRKD has one picture a process, and no other to compare it with.")
         return {
             **super().from_config(cfg, student, teacher),
             "num_classes": len(student.sem_seg_classes),
@@ -215,6 +227,7 @@ class CIRKD(RelationDistillHead):
             "pixel_keys": node.PIXEL_KEYS,
             "region_keys": node.REGION_KEYS,
             "new_pixels": node.NEW_PIXELS,
+            "norm": "SyncBN" if world > 1 and cfg.MODEL.DEVICE != "cpu" else "BN",
             "seed": cfg.SEED,
         }
 
@@ -252,7 +265,9 @@ class MasKD(SemSegDistillHead):
 
     As in the paper the tokens are learned first, by the teacher's task on its own masked logits
     and by their difference from each other (``tokens``), then they distil (``masks``). There it
-    takes a training of its own, here the first iterations of the student's.
+    takes a training of its own, here the first iterations of the student's. What they are then
+    stays in a buffer: weight decay and momentum go on to move the parameters. The head's weight
+    scales both parts.
 
     Args:
         tokens: number of masks.
@@ -260,6 +275,7 @@ class MasKD(SemSegDistillHead):
     """
 
     parts = ("tokens", "masks")
+    learned: Tensor
 
     @configurable
     def __init__(self, *, tokens: int = 8, token_iters: int = 2000, **kwargs: Any):
@@ -267,6 +283,7 @@ class MasKD(SemSegDistillHead):
         channels = int(self.classes.in_student.numel())
         self.token_iters = token_iters
         self.tokens = nn.Parameter(torch.randn(tokens, channels) * 0.01)
+        self.register_buffer("learned", self.tokens.detach().clone())
         self.weighting = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.AdaptiveAvgPool2d(1),
@@ -284,7 +301,8 @@ class MasKD(SemSegDistillHead):
         s, t = self.logits(student, teacher)
         none = connected_zero(s, parameters=self.parameters())
         if current_iteration() >= self.token_iters:
-            return {"tokens": none, "masks": maskd(s, t, receptive_masks(self.tokens, t))}
+            return {"tokens": none, "masks": maskd(s, t, receptive_masks(self.learned, t))}
+        self.learned.copy_(self.tokens.detach())
         labels = cell_labels(student.batch.sem_seg, *t.shape[2:])
         return {"tokens": self.token_loss(t, labels), "masks": none}
 

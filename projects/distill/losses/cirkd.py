@@ -15,7 +15,8 @@ from .ifvd import class_members, class_sums, unit
 from .reduce import full_precision, same_shape
 from .skd import same_cells
 
-CHUNK = 128  # rows whose similarities are held at once
+CHUNK = 128  # rows whose similarities are held at once, or more if there are few keys:
+HELD = 2**21  # similarities
 UNFILLED = -1e9  # logit of an empty slot: no weight, and finite where all slots are empty
 
 
@@ -124,8 +125,9 @@ class _RowKL(torch.autograd.Function):
         total = student.new_zeros(())
         row_grad, key_grad = torch.zeros_like(student), torch.zeros_like(student_keys)
         with torch.autocast(student.device.type, enabled=False):  # it would halve matrix products
-            for start in range(0, len(student), CHUNK):
-                rows = slice(start, start + CHUNK)
+            chunk = max(CHUNK, HELD // max(student_keys.shape[:2].numel(), 1))
+            for start in range(0, len(student), chunk):
+                rows = slice(start, start + chunk)
                 log_q = _log_relation(student[rows], student_keys, filled, temperature)
                 log_p = _log_relation(teacher[rows], teacher_keys, filled, temperature)
                 p = log_p.exp()
@@ -187,7 +189,7 @@ def class_pixels(
         features: (N, C, H, W) of the teacher.
         labels: (N, H, W) integers; pixels outside [0, num_classes) are never drawn.
         num_classes: K.
-        number: m >= 1; at most H·W.
+        number: m >= 1.
         generator: source of randomness, on the device of the features.
 
     Returns:
@@ -200,9 +202,11 @@ def class_pixels(
     member = class_members(labels, features, num_classes)
     batch, _, size = member.shape
     draw = torch.rand((batch, 1, size), generator=generator, device=features.device)
-    drawn = draw.where(member, -1).topk(min(number, size), dim=2)
+    # As many on every map: processes with smaller ones send keys of the same shape.
+    drawn = F.pad(draw.where(member, -1), (0, max(number - size, 0)), value=-1).topk(number, dim=2)
     cells = unit(full_precision(features).flatten(2).transpose(1, 2), 2)
-    keys = _take(cells, drawn.indices.flatten(1)).unflatten(1, drawn.indices.shape[1:])
+    index = drawn.indices.clamp(max=size - 1)
+    keys = _take(cells, index.flatten(1)).unflatten(1, index.shape[1:])
     return keys, drawn.values >= 0
 
 
