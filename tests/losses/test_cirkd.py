@@ -109,8 +109,7 @@ def test_gradient_of_the_relation(pool, monkeypatch):
     )
 
 
-def test_relation_never_holds_all_similarities(monkeypatch):
-    monkeypatch.setattr(cirkd, "HELD", 0)
+def test_relation_never_holds_all_similarities():
     student, teacher = maps((2, 16, 24, 32))
     cells = 2 * 24 * 32
     with Recorder() as recorder:

@@ -15,8 +15,7 @@ from .ifvd import class_members, class_sums, unit
 from .reduce import full_precision, same_shape
 from .skd import same_cells
 
-CHUNK = 128  # rows whose similarities are held at once, or more if there are few keys:
-HELD = 2**21  # similarities
+CHUNK = 128  # rows whose similarities are held at once, at least
 UNFILLED = -1e9  # logit of an empty slot: no weight, and finite where all slots are empty
 
 
@@ -100,7 +99,7 @@ def memory_contrast(
 class _RowKL(torch.autograd.Function):
     """Σ_r w_r Σ_j KL(P_rj || Q_rj), Q_rj = softmax_m(s_r · k_jm / τ), P_rj so for the teacher.
 
-    The gradient is found along with the value, CHUNK rows at a time: the R × J·M similarities of a
+    The gradient is found along with the value, some rows at a time: the R × J·M similarities of a
     batch (8192² for two maps of 64 × 64 cells) are never held, nor computed twice.
 
     Args:
@@ -125,7 +124,8 @@ class _RowKL(torch.autograd.Function):
         total = student.new_zeros(())
         row_grad, key_grad = torch.zeros_like(student), torch.zeros_like(student_keys)
         with torch.autocast(student.device.type, enabled=False):  # it would halve matrix products
-            chunk = max(CHUNK, HELD // max(student_keys.shape[:2].numel(), 1))
+            keys = max(student_keys.shape[:2].numel(), 1)
+            chunk = max(CHUNK, student.numel() // keys)  # as much as the rows themselves
             for start in range(0, len(student), chunk):
                 rows = slice(start, start + chunk)
                 log_q = _log_relation(student[rows], student_keys, filled, temperature)
