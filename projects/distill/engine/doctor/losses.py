@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 import torch
-from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ...errors import DistillError, NumericalError
@@ -15,8 +14,6 @@ from ..health import cosine_warning, dead_warning, ratio_warning
 from ..telemetry import dot, head_of
 from .patient import Inputs, Patient, full_weight
 from .report import LossRow, shortened
-
-LATE = 10**9  # an iteration after the warm-up of every head
 
 Gradient = list[Tensor | None]
 TASK = "task"
@@ -81,8 +78,7 @@ def losses_of(patient: Patient, batch: Inputs, seed: int) -> dict[str, Tensor]:
     """
     torch.manual_seed(seed)  # of the proposals that the student samples
     pictures = file_names(batch)
-    # Far on in the training, where heads that learn something of their own first are done with it.
-    with EventStorage(LATE), full_weight(patient.heads), patient.autocast():
+    with full_weight(patient.heads), patient.autocast():
         try:
             return patient.model(batch)
         except DistillError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ...checkpoint import StudentState
@@ -19,6 +20,8 @@ from ...structures import NetSpec
 from ...teacher import Teacher
 from ..trainer import Trainer
 from .report import Weights
+
+LATE = 10**9  # an iteration after all schedules of the heads
 
 Inputs = list[dict[str, Any]]
 UNTOUCHED = -77777.0  # no weight is that: what still is after the loading was not in the file
@@ -139,12 +142,13 @@ def _on_cpu(value: Any) -> Any:
 
 @contextmanager
 def full_weight(heads: dict[str, DistillHead]) -> Iterator[None]:
-    """Heads at their weight whatever the iteration: no warm-up, no stop."""
-    saved = [(head, head.warmup_iters, head.stop_iter) for head in heads.values()]
+    """Late in the training: all heads are warm, done with what they learn first, and none stops."""
+    saved = [(head, head.stop_iter) for head in heads.values()]
     for head in heads.values():
-        head.warmup_iters = head.stop_iter = 0
+        head.stop_iter = 0
     try:
-        yield
+        with EventStorage(LATE):
+            yield
     finally:
-        for head, warmup, stop in saved:
-            head.warmup_iters, head.stop_iter = warmup, stop
+        for head, stop in saved:
+            head.stop_iter = stop
