@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..losses import ima, ima_classes
 from ..losses.ima import Alignment, class_moments, deflation, instance_moments
-from ..losses.reduce import connected_zero, same_shape
+from ..losses.reduce import class_members, connected_zero, same_shape
 from ..structures import Batch, NetSpec, Signals
 from .base import DISTILL_HEAD_REGISTRY, reduce_mean
 from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
@@ -79,7 +79,7 @@ class IMA(FPNDistillHead):
                 f"but theirs are {strides}; set IN_FEATURES to such levels or SCOPE image."
             )
         if scope == "class":
-            ret["num_classes"] = student.model.sem_seg_head.predictor.out_channels
+            ret["num_classes"] = len(student.sem_seg_classes)
         return {
             **ret,
             "scope": scope,
@@ -171,8 +171,8 @@ class IMA(FPNDistillHead):
     def class_scales(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """(N, K): α of each class of (N, H, W) ``labels``; NaN for those without a cell."""
         student, teacher = same_shape(student, teacher)
-        mask = self.masks(student)
-        moments, present = class_moments(student, teacher, labels, self.num_classes, mask)
+        member = class_members(labels, student, self.num_classes)
+        moments, present = class_moments(student, teacher, member, self.masks(student))
         scale = deflation(moments, Alignment(**self.options))[1][:, 0]
         return scale.where(present > 0, torch.nan).view(len(student), self.num_classes)
 

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ifvd import class_members, class_sums, unit
-from .reduce import full_precision, same_shape
-from .skd import same_cells
+from .ifvd import class_sums
+from .reduce import class_members, full_precision, same_cells, same_shape, unit
 
 CHUNK = 128  # rows whose similarities are held at once, at least
 UNFILLED = -1e9  # logit of an empty slot: no weight, and finite where all slots are empty

@@ -4,8 +4,7 @@ distillation for semantic segmentation")."""
 import torch
 from torch import Tensor
 
-from .reduce import mean_square
-from .skd import length, same_cells
+from .reduce import class_members, mean_square, same_cells, unit
 
 
 def ifvd(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -32,30 +31,10 @@ def ifvd(student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int) -> 
     return mean_square(_variation(student, member) - _variation(teacher.detach(), member))
 
 
-def class_members(labels: Tensor, maps: Tensor, num_classes: int) -> Tensor:
-    """(N, K, H·W) bool: the cells of each class; none has those outside [0, num_classes).
-
-    Raises:
-        ValueError: the labels have another size than the maps.
-    """
-    if labels.shape != (len(maps), *maps.shape[2:]):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} do not fit maps {tuple(maps.shape)}: "
-            "they must be (N, H, W)"
-        )
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    return labels.flatten(1)[:, None] == classes
-
-
 def class_sums(cells: Tensor, member: Tensor) -> Tensor:
     """(N, K, C) sums of the ``cells`` (N, C, H·W) of each class."""
     with torch.autocast(cells.device.type, enabled=False):  # it would halve matrix products
         return torch.einsum("nkx,ncx->nkc", member.to(cells.dtype), cells)
-
-
-def unit(x: Tensor, dim: int) -> Tensor:
-    """``x`` at length 1 along ``dim``; zeros stay zeros."""
-    return x / length(x, dim)
 
 
 def _variation(features: Tensor, member: Tensor) -> Tensor:

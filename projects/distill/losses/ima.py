@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .frequency import frequency_filtered, half_spectrum, half_spectrum_weight
-from .reduce import full_precision, same_shape
+from .reduce import class_members, full_precision, same_shape
 
 EPS = 1e-5  # added to the variances of Eq. 6; the paper is silent
 
@@ -111,14 +111,10 @@ def ima_classes(
         ValueError: as :func:`ima`, or the labels have another size than the maps.
     """
     student, teacher = same_shape(student, teacher)
-    if labels.shape != (len(student), *student.shape[2:]):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} do not fit maps {tuple(student.shape)}: "
-            "they must be (N, H, W)"
-        )
+    member = class_members(labels, student, num_classes)
     if len(student) == 0:
         return student.sum(), student.new_zeros(())
-    moments, present = class_moments(student, teacher, labels, num_classes, mask)
+    moments, present = class_moments(student, teacher, member, mask)
     align = Alignment(standardize, standardize_teacher, deflate, scale_on, scale_floor)
     # The moments of a class without cells are 0, and so is its loss.
     return _aligned(moments, align).sum(), present.sum()
@@ -134,16 +130,18 @@ def instance_moments(
 
 
 def class_moments(
-    student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None
+    student: Tensor, teacher: Tensor, member: Tensor, mask: Tensor | None
 ) -> tuple[Moments, Tensor]:
     """Moments of the instances of :func:`ima_classes`, whose float32 arguments these are.
+
+    Args:
+        member: (N, K, H·W) bool, the cells of each class.
 
     Returns:
         Moments of N·K instances, and (N·K,) 1 for those that have a cell, else 0.
     """
     student = frequency_filtered(student, mask)
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    member = (labels.flatten(1)[:, None] == classes).to(student.dtype)
+    member = member.to(student.dtype)
     with torch.autocast(student.device.type, enabled=False):  # it would halve matrix products
         moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
     return moments, member.amax(2).flatten()

@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reduce import full_precision, mean_square
-
-EPS = 1e-6  # the norm up to which a vector counts as zero
+from .reduce import length, mean_square, same_cells
 
 
 def pairwise_affinity(student: Tensor, teacher: Tensor, scale: float = 0.5) -> Tensor:
@@ -34,30 +32,6 @@ def pairwise_affinity(student: Tensor, teacher: Tensor, scale: float = 0.5) -> T
     patch = [max(int(scale * side), 1) for side in student.shape[2:]]
     gap = _affinity(teacher.detach(), patch) - _affinity(student, patch)
     return mean_square(gap)
-
-
-def same_cells(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps in full precision; of the shapes all but the channels must agree.
-
-    Raises:
-        ValueError: N, H or W differ.
-    """
-    if student.shape[:1] + student.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in batch "
-            "or size"
-        )
-    return full_precision(student), full_precision(teacher)
-
-
-def length(x: Tensor, dim: int) -> Tensor:
-    """|x| along ``dim``, which is kept; ∞ for zeros.
-
-    Over it, a cell of zeros (after a ReLU) has the direction 0 and no gradient. Over a small
-    constant its gradient would drown all others, and overflow in half precision.
-    """
-    norm = x.norm(dim=dim, keepdim=True)
-    return norm.where(norm > EPS, torch.inf)
 
 
 def _affinity(features: Tensor, patch: list[int]) -> Tensor:
