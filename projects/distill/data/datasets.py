@@ -191,8 +191,13 @@ def _check_semantic_classes(cfg: CfgNode) -> None:
             )
 
 
+def is_own_set(cfg: CfgNode, name: str) -> bool:
+    """Whether a data set is one of ``DATASETS.COCO_FORMAT``."""
+    return name in {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
+
+
 def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
-    own = name in {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
+    own = is_own_set(cfg, name)
     # Of detectron2's own sets only what it has read is looked at: COCO's files are large and right.
     on_disk = _faults_on_disk(cfg, name, _coco_file(name) if own else None)
     fatal = [fault for fault in on_disk if fault.fatal]

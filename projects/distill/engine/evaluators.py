@@ -12,21 +12,30 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from ..data.datasets import check_test_set
+from ..data.datasets import check_test_set, is_own_set
 from ..errors import ConfigError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 
 
-def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]]:
+def evaluator_builders(cfg: CfgNode, dataset_name: str, folder: str) -> list[Callable[[], Any]]:
     """Functions that build the evaluators of a data set, which read its annotations.
+
+    Args:
+        cfg: of the model; ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE`` are read.
+        dataset_name: of a registered data set.
+        folder: for the files that evaluators write.
 
     Raises:
         ConfigError: the data set's ``evaluator_type`` is none or unknown.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     builders: dict[str, list[Callable[[], Any]]] = {
-        "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder)],
+        "coco": [
+            lambda: COCOEvaluator(
+                dataset_name, output_dir=folder, max_dets_per_image=_max_dets(cfg, dataset_name)
+            )
+        ],
         "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name, folder)],
         "cityscapes_sem_seg": [lambda: CityscapesSemanticEvaluator(dataset_name, folder)],
         "kitti": [
@@ -49,6 +58,15 @@ def evaluator_builders(dataset_name: str, folder: str) -> list[Callable[[], Any]
     return builders[kind]
 
 
+def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
+    """How many detections of a picture COCO's measures look at; None: COCO's 100.
+
+    A user's own set may have more objects than that in a picture.
+    """
+    own = is_own_set(cfg, dataset_name)
+    return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None
+
+
 def check_test_sets(cfg: CfgNode) -> None:
     """Find before the training what would stop the evaluation after it.
 
@@ -56,5 +74,5 @@ def check_test_sets(cfg: CfgNode) -> None:
         ConfigError, DataError: a test set has no evaluator, no pictures or unreadable annotations.
     """
     for name in cfg.DATASETS.TEST:
-        evaluator_builders(name, cfg.OUTPUT_DIR)
+        evaluator_builders(cfg, name, cfg.OUTPUT_DIR)
         check_test_set(cfg, name)

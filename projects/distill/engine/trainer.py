@@ -226,7 +226,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         """The evaluators of a data set, by its ``evaluator_type``."""
-        builders = evaluator_builders(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        builders = evaluator_builders(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
         return DatasetEvaluators([build() for build in builders])
 
     @classmethod

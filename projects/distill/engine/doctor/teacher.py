@@ -170,7 +170,7 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetSpec, pictures: int) -> 
             "MODEL.DISTILL.TEACHER.CLASSES for --teacher-ap."
         )
     mapper = DatasetMapper(teacher_config(cfg), is_train=False)
-    evaluator = evaluator_builders(name, cfg.OUTPUT_DIR)[0]()
+    evaluator = evaluator_builders(cfg, name, cfg.OUTPUT_DIR)[0]()
     evaluator.reset()
     teacher.model.to(cfg.MODEL.DEVICE)
     for inputs in build_detection_test_loader(chosen, mapper=mapper):

@@ -1,0 +1,84 @@
+"""Pictures with more objects than COCO's measures look at."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_cfg
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from distill.data.datasets import register_coco_format
+from distill.engine.evaluators import evaluator_builders
+
+OBJECTS = 144
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """A set of one picture with a grid of boxes."""
+    folder = tmp_path_factory.mktemp("crowded")
+    Image.fromarray(np.zeros((240, 240, 3), np.uint8)).save(folder / "1.png")
+    annotations = [
+        {
+            "id": i + 1,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [20 * (i % 12), 20 * (i // 12), 16, 16],
+            "area": 256,
+            "iscrowd": 0,
+        }
+        for i in range(OBJECTS)
+    ]
+    content = {
+        "info": {},
+        "images": [{"id": 1, "file_name": "1.png", "width": 240, "height": 240}],
+        "categories": [{"id": 1, "name": "nucleus"}],
+        "annotations": annotations,
+    }
+    (folder / "a.json").write_text(json.dumps(content))
+    return "crowded", str(folder / "a.json"), str(folder)
+
+
+def evaluated(cfg: CfgNode, name: str, folder: str) -> float:
+    """AP of detections that are the ground truth itself."""
+    DatasetCatalog.get(name)  # as the loader has: the evaluator needs what it learns of the classes
+    (build,) = evaluator_builders(cfg, name, folder)
+    evaluator = build()
+    evaluator.reset()
+    at = torch.arange(OBJECTS)
+    corner = torch.stack([20 * (at % 12), 20 * (at // 12)], 1).float()
+    found = Instances((240, 240))
+    found.pred_boxes = Boxes(torch.cat([corner, corner + 16], 1))
+    found.scores = torch.linspace(0.9, 0.1, OBJECTS)
+    found.pred_classes = torch.zeros(OBJECTS, dtype=torch.long)
+    evaluator.process([{"image_id": 1, "height": 240, "width": 240}], [{"instances": found}])
+    return float(evaluator.evaluate()["bbox"]["AP"])
+
+
+def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
+    crowded: tuple[str, str, str], tmp_path: Path
+) -> None:
+    cfg = tiny_cfg("faster")
+    cfg.DATASETS.COCO_FORMAT = (crowded,)
+    register_coco_format(cfg)
+    cfg.TEST.DETECTIONS_PER_IMAGE = 200
+    assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100)
+    # 100 of 144 objects: precision is 1 up to recall 0.69, 70 of COCO's 101 recalls.
+    for limit in (50, 100):
+        cfg.TEST.DETECTIONS_PER_IMAGE = limit
+        assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100 * 70 / 101)
+
+
+def test_the_measures_of_other_sets_stay_those_of_coco(
+    crowded: tuple[str, str, str], tmp_path: Path
+) -> None:
+    register_coco_instances("crowded_elsewhere", {}, *crowded[1:])
+    cfg = tiny_cfg("faster")
+    cfg.TEST.DETECTIONS_PER_IMAGE = 200
+    assert evaluated(cfg, "crowded_elsewhere", str(tmp_path)) == pytest.approx(100 * 70 / 101)
