@@ -1,15 +1,21 @@
 """Evaluation by overlapping windows, against loops over single pixels."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import outspoken_model, tiny_cfg, trainable_cfg
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from distill.config import student_config, validate_config
-from distill.engine import Trainer
+from distill.data.shapes import SceneConfig
+from distill.data.shapes_io import LAYOUTS
+from distill.engine import Trainer, setup_config
 from distill.errors import ConfigError
 from distill.evaluation.sliding_window import SlidingWindow, starts, with_sliding_window
 
@@ -154,3 +160,42 @@ def test_wrong_values(opts: list[Any], word: str) -> None:
 def test_detectors_have_no_windows() -> None:
     with pytest.raises(ConfigError, match=r"SLIDING_WINDOW.*SemanticSegmentor"):
         validate_config(tiny_cfg("faster", "TEST.SLIDING_WINDOW.ENABLED", True), training=False)
+
+
+ROOT = Path(__file__).parents[2]
+PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18_40k.yaml")
+# Runs a script and prints the peak memory of the process in KiB. getrusage would count that of the
+# process that started it, too.
+PEAK = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    with open("/proc/self/status") as f:
+        print(next(line for line in f if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_of_the_evaluation_of_cityscapes(tmp_path: Path) -> None:
+    """PSPNet-R18 on a picture of 1024x2048, the whole command with Cityscapes' own script."""
+    scene = SceneConfig(height=1024, width=2048)
+    LAYOUTS["cityscapes"](tmp_path / "cityscapes", "val", 1, 0, scene)
+    cpu = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]
+    model = build_model(setup_config(PSPNET, cpu))
+    torch.save({"model": model.state_dict()}, tmp_path / "random.pth")
+    opts = [*cpu, "MODEL.WEIGHTS", str(tmp_path / "random.pth"), "OUTPUT_DIR", str(tmp_path)]
+    opts += ["TEST.SLIDING_WINDOW.ENABLED", "True"]
+    train_net = [str(ROOT / "tools/train_net.py"), "--eval-only", "--config-file", PSPNET]
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, *train_net, *opts],
+        env=os.environ | {"DETECTRON2_DATASETS": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "mIoU_present" in result.stdout
+    peak = int(result.stdout.split("VmHWM:")[1].split()[0])
+    assert peak < 3 * 1024**2
