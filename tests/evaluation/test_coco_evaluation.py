@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_cfg
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
@@ -75,10 +75,11 @@ def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
         assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100 * 70 / 101)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 def test_the_measures_of_other_sets_stay_those_of_coco(
-    crowded: tuple[str, str, str], tmp_path: Path
+    crowded: tuple[str, str, str], tmp_path: Path, plain: bool
 ) -> None:
-    register_coco_instances("crowded_elsewhere", {}, *crowded[1:])
-    cfg = tiny_cfg("faster")
+    register_coco_instances(f"crowded_elsewhere_{plain}", {}, *crowded[1:])
+    cfg = get_cfg() if plain else tiny_cfg("faster")
     cfg.TEST.DETECTIONS_PER_IMAGE = 200
-    assert evaluated(cfg, "crowded_elsewhere", str(tmp_path)) == pytest.approx(100 * 70 / 101)
+    assert evaluated(cfg, f"crowded_elsewhere_{plain}", str(tmp_path)) == pytest.approx(100 * 70 / 101)

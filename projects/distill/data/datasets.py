@@ -192,8 +192,8 @@ def _check_semantic_classes(cfg: CfgNode) -> None:
 
 
 def is_own_set(cfg: CfgNode, name: str) -> bool:
-    """Whether a data set is one of ``DATASETS.COCO_FORMAT``."""
-    return name in {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
+    """Whether a data set is one of ``DATASETS.COCO_FORMAT``, which a plain config lacks."""
+    return name in {entry[0] for entry in cfg.DATASETS.get("COCO_FORMAT", ())}
 
 
 def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
