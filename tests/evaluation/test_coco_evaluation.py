@@ -79,7 +79,8 @@ def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
 def test_the_measures_of_other_sets_stay_those_of_coco(
     crowded: tuple[str, str, str], tmp_path: Path, plain: bool
 ) -> None:
-    register_coco_instances(f"crowded_elsewhere_{plain}", {}, *crowded[1:])
+    name = f"crowded_elsewhere_{plain}"
+    register_coco_instances(name, {}, *crowded[1:])
     cfg = get_cfg() if plain else tiny_cfg("faster")
     cfg.TEST.DETECTIONS_PER_IMAGE = 200
-    assert evaluated(cfg, f"crowded_elsewhere_{plain}", str(tmp_path)) == pytest.approx(100 * 70 / 101)
+    assert evaluated(cfg, name, str(tmp_path)) == pytest.approx(100 * 70 / 101)
