@@ -1,6 +1,7 @@
 """Batches are functions of the run's seed and the iteration, whoever loads them."""
 
 import random
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -16,7 +17,14 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from PIL import Image
 
-from distill.data.loader import Batches, Sample, Samples, TrainLoader, build_train_loader
+from distill.data.loader import (
+    Batches,
+    Sample,
+    Samples,
+    TrainLoader,
+    _start_worker,
+    build_train_loader,
+)
 from distill.errors import DataError
 
 SEED = 7
@@ -207,3 +215,13 @@ def test_a_worker_that_hangs_is_an_error(tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match="timed out"):
         next(iter(loader))
+
+
+def test_a_worker_says_nothing_of_a_parent_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing's thread that hands over a batch shows its errors by this hook."""
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: shown.append(kind))
+    _start_worker(0)
+    for kind in (ConnectionResetError, BrokenPipeError, EOFError, ValueError):
+        sys.excepthook(kind, kind(), None)
+    assert shown == [ValueError]

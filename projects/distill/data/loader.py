@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ class TrainLoader:
             collate_fn=trivial_batch_collator,
             timeout=timeout if workers else 0,
             generator=torch.Generator(),  # or it would draw from the global one
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_start_worker,
         )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -157,7 +158,7 @@ class EvaluationLoader:
     def __init__(self, cfg: CfgNode, name: str):
         mapper = GuardedMapper(DatasetMapper(cfg, is_train=False))
         self.loader = build_detection_test_loader(cfg, name, mapper=mapper)
-        self.loader.worker_init_fn = _end_with_parent
+        self.loader.worker_init_fn = _start_worker
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -188,11 +189,18 @@ def _unusable(picture: BadPicture, remedy: str) -> DataError:
     )
 
 
-def _end_with_parent(worker: int) -> None:
-    """End a data worker whose parent was killed while it started; torch notices later kills."""
+def _start_worker(worker: int) -> None:
+    """End a data worker whose parent was killed while it started; torch notices later kills.
+
+    If the parent ends while a batch is on its way, the thread that sends it loses the connection,
+    and would print a traceback below the parent's own last words.
+    """
     parent = multiprocessing.parent_process()
     if multiprocessing.get_start_method() != "forkserver" and parent and parent.pid != os.getppid():
         os._exit(1)
+    show = sys.excepthook  # of threads' errors: those of the worker itself reach the parent
+    lost = (ConnectionError, EOFError)
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, lost) else show(kind, *rest)
 
 
 def build_train_loader(
