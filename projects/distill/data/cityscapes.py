@@ -109,7 +109,7 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict[str, Any]
     """The pictures of a split with semantic labels, as detectron2 dataset dicts.
 
     Labels are those of ``createTrainIdLabelImgs`` where they have been made, and otherwise the
-    label ids of the download, which :class:`CityscapesMapper` maps.
+    label ids of the download, which :class:`SemanticMapper` maps.
 
     Args:
         image_dir, gt_dir: folders of a split, with one folder a city.
