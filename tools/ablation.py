@@ -59,25 +59,22 @@ class Study:
         return "cityscapes" if self.metric == "mIoU" else "coco"
 
 
+def overrides(head: str, keys: dict[str, Any]) -> tuple[Any, ...]:
+    """KEY VALUE of one head's section."""
+    return tuple(x for key, value in keys.items() for x in (f"{HEADS}.{head}.{key}", value))
+
+
 def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Overrides by which one head replaces all others, by its name, with values of its keys."""
     return {
-        name: (
-            *(f"{HEADS}.HEADS", (name,)),
-            *(x for key, value in keys.items() for x in (f"{HEADS}.{name.upper()}.{key}", value)),
-        )
+        name: (f"{HEADS}.HEADS", (name,), *overrides(name.upper(), keys))
         for name, keys in heads.items()
     }
 
 
 def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Overrides of one head's keys, by variant; underscores of the names become spaces."""
-    return {
-        name.replace("_", " "): tuple(
-            x for key, value in keys.items() for x in (f"{HEADS}.{head}.{key}", value)
-        )
-        for name, keys in variants.items()
-    }
+    return {name.replace("_", " "): overrides(head, keys) for name, keys in variants.items()}
 
 
 IMA_OFF = {"MASK_RATIO": 0.0, "STANDARDIZE": False, "DEFLATE": False}
