@@ -47,13 +47,16 @@ def has_loopback() -> bool:
 
 needs_loopback = pytest.mark.skipif(not has_loopback(), reason="gloo needs a loopback interface")
 
-FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", "semantic")
+DENSE = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}
+FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE, "semantic")
 ARCHITECTURES = {
+    **DENSE,
     "retinanet": "RetinaNet",
     "semantic": "SemanticSegmentor",
     "panoptic": "PanopticFPN",
 }
 DISTILL_ARCHITECTURES = {
+    **dict.fromkeys(DENSE, "DistillRetinaNet"),
     "retinanet": "DistillRetinaNet",
     "semantic": "DistillSemanticSegmentor",
 }
@@ -64,7 +67,7 @@ HEADS = {
     "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
     "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
     "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
-    "retinanet": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
+    **dict.fromkeys(("retinanet", *DENSE), ("FitNet", "IMA", "MKD", "TID", "DenseKD")),
     "semantic": (
         *("FitNet", "IMA", "MKD", "CWD", "CWDLogits", "PixelKD"),
         *("SKD", "IFVD", "CIRKD", "MasKD"),
@@ -90,6 +93,11 @@ PREDICTORS = (
     "anchor_deltas",
     "head.cls_score",
     "head.bbox_pred",
+    "head.cls_conv",
+    "head.init_conv",
+    "head.init_points",
+    "head.refine_conv",
+    "head.refine_points",
 )
 
 
@@ -131,9 +139,12 @@ def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> 
     cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
     cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
     cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 7
-    cfg.MODEL.RETINANET.NUM_CLASSES = NUM_CLASSES
-    cfg.MODEL.RETINANET.IN_FEATURES = levels
-    cfg.MODEL.RETINANET.NUM_CONVS = 1
+    for name in ("RetinaNet", *DENSE.values()):
+        section = cfg.MODEL[name.upper()]
+        section.NUM_CLASSES = NUM_CLASSES
+        section.IN_FEATURES = levels
+        section.NUM_CONVS = 1
+        section.NORM = ""
     cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
     cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = levels[:4]
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = NUM_CLASSES + 1

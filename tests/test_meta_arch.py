@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     CLASSES,
+    DENSE,
     FAMILIES,
     HEADS,
     STOCK_P3_P7,
@@ -63,7 +64,7 @@ IMA_SCOPES = {
     "mask": ("image", "box", "mask"),
     "cascade": ("image", "box", "mask"),
     "panoptic": ("image", "box", "mask", "class"),
-    "retinanet": ("image", "box"),
+    **dict.fromkeys(("retinanet", *DENSE), ("image", "box")),
     "semantic": ("image", "class"),
 }
 HEAD_CASES = [(f, h, "auto") for f in FAMILIES for h in HEADS[f] if h != "IMA"]

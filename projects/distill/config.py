@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from .errors import ConfigError, DistillError
 from .heads import DISTILL_HEAD_REGISTRY, teacher_needed
-from .nets import add_segmentation_config, reads_segmentation_config
+from .nets import add_config_read_by, add_nets_config
 from .rules import check_choice, check_values, leaves, nearest
 
 with warnings.catch_warnings():
@@ -120,7 +120,7 @@ add_head_section("DenseKD", TEMPERATURE=1.0)  # T > 0
 
 def add_distill_config(cfg: CfgNode) -> None:
     """Add this package's keys with their defaults to a detectron2 config."""
-    add_segmentation_config(cfg)  # of dilated ResNets, PSPNet, DeepLab and the poly schedule
+    add_nets_config(cfg)
     cfg.MODEL.DISTILL = CN()
     # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
     cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
@@ -293,12 +293,13 @@ def student_config(cfg: CfgNode) -> CfgNode:
     """The plain detectron2 config of the student: what ``student.yaml`` holds.
 
     It has no key that stock detectron2 does not know, but for networks that read those of
-    :func:`distill.nets.add_segmentation_config`.
+    :func:`distill.nets.add_nets_config`. Weights of a timm backbone are in the checkpoint.
     """
     student = get_cfg()
-    if reads_segmentation_config(cfg):
-        add_segmentation_config(student)
+    add_config_read_by(cfg, student)
     _copy_known(cfg, student)
+    if "TIMM" in student.MODEL:
+        student.MODEL.TIMM.PRETRAINED, student.MODEL.TIMM.WEIGHTS = False, ""
     if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         student.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE
     return student

@@ -58,7 +58,7 @@ class Dense:
 
     Attributes:
         logits: one (N, R, K) tensor a level, finest first.
-        deltas: one (N, R, 4) tensor a level.
+        deltas: one (N, R, D) tensor a level: D is 4, or 4 times the bins of GFL's distributions.
         sizes: (Hi, Wi) of each level in cells.
     """
 

@@ -14,7 +14,8 @@ from torch import nn
 from distill.config import get_distill_cfg
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads
-from distill.heads.base import RandomState, reduce_mean
+from distill.distributed import reduce_mean
+from distill.heads.base import RandomState
 from distill.structures import Batch, NetSpec, Signals
 
 CPU = torch.device("cpu")

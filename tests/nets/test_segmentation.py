@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.config import building, student_config, validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
-from distill.nets import add_segmentation_config
+from distill.nets import add_nets_config
 from distill.nets.segmentation import mean_cross_entropy
 from distill.probes import build_probe
 from distill.rules import check_values
@@ -314,7 +314,7 @@ def test_a_teachers_head_is_asked_up_to_its_predictor(name, kind):
 
 def test_detectron2s_deeplab_keys_have_its_defaults():
     plain, ours = get_cfg(), tiny_cfg("semantic")
-    add_segmentation_config(plain)
+    add_nets_config(plain)
     for key in ("LOSS_TYPE", "ASPP_CHANNELS", "ASPP_DILATIONS", "PROJECT_CHANNELS", "AUX_WEIGHT"):
         assert ours.MODEL.SEM_SEG_HEAD[key] == plain.MODEL.SEM_SEG_HEAD[key]
     assert "AUX_WEIGHT" not in get_cfg().MODEL.SEM_SEG_HEAD
@@ -325,7 +325,7 @@ def test_the_students_config_has_the_keys_that_it_reads(name, tmp_path):
     cfg = student_config(tiny_cfg("semantic", *OPTS[name]))
     (tmp_path / "student.yaml").write_text(cfg.dump())
     plain = get_cfg()
-    add_segmentation_config(plain)
+    add_nets_config(plain)
     plain.merge_from_file(str(tmp_path / "student.yaml"))
     assert build_model(plain).state_dict().keys() == build_model(cfg).state_dict().keys()
 

@@ -141,19 +141,6 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts).to(x.dtype)
 
 
-def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:
-    """Mean of ``count`` over all processes, at least ``minimum`` over the whole batch.
-
-    DistributedDataParallel averages gradients; a sum divided by this mean therefore has the
-    gradient of one process with the joint batch.
-    """
-    count = count.detach().clone().float()
-    world = comm.get_world_size()
-    if world > 1:
-        dist.all_reduce(count)
-    return count.clamp(min=minimum) / world
-
-
 class RandomState(nn.Module):
     """A head's private source of randomness; it leaves the global state alone.
 

@@ -6,9 +6,10 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
+from ..distributed import reduce_mean
 from ..losses import dense_kd
 from ..structures import NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 
 

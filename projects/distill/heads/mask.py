@@ -3,9 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import reduce_mean
 from ..losses import binary_kl
 from ..structures import Signals
-from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 
 

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..distributed import reduce_mean
 from ..losses import categorical_kl
 from ..losses.reduce import full_precision
 from ..structures import NetSpec, ROIs, Signals
-from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 
 

@@ -11,6 +11,7 @@ from detectron2.layers import get_norm
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..distributed import reduce_mean
 from ..losses import (
     ClassQueues,
     class_pixels,
@@ -27,7 +28,7 @@ from ..losses import (
 )
 from ..losses.reduce import connected_zero
 from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, RandomState, current_iteration, gather, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY, RandomState, current_iteration, gather
 from .classes import PredictionDistillHead
 from .fpn import FPNDistillHead, cell_labels, on_grid
 

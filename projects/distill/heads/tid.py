@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
+from ..distributed import reduce_mean
 from ..losses import (
     matched_iou,
     tid,
@@ -17,7 +18,7 @@ from ..losses import (
     tid_value,
 )
 from ..structures import NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
 from .dense import DenseLayout, dense_classes, grid_problem
 from .fpn import FPNDistillHead

@@ -1,34 +1,35 @@
 """Networks that detectron2 lacks, as ordinary registered components.
 
 A checkpoint of a student that uses one needs only ``import distill.nets`` beside detectron2, and
-``distill.nets.add_segmentation_config(cfg)`` if it has a dilated backbone or one of the heads here.
+``distill.nets.add_nets_config(cfg)`` if its ``student.yaml`` has keys of this package: those of
+dense detectors, timm backbones, dilated backbones and the semantic heads here.
 """
 
-from .config import add_segmentation_config, reads_segmentation_config
+from . import necks
+from .atss import ATSS
+from .config import add_config_read_by, add_nets_config
 from .deeplabv3 import ASPPHead
-from .pafpn import (
-    PAFPN,
-    build_resnet_pafpn_backbone,
-    build_retinanet_resnet_pafpn_backbone,
-    build_shallow_resnet_pafpn_backbone,
-)
+from .fcos import FCOS
+from .gfl import GFL
+from .pafpn import PAFPN
 from .pspnet import PSPHead
-from .resnet import (
-    build_dilated_resnet_backbone,
-    build_shallow_resnet_backbone,
-    build_shallow_resnet_fpn_backbone,
-)
+from .reppoints import RepPoints
+from .resnet import build_dilated_resnet_backbone, build_shallow_resnet_backbone
+from .timm import TimmBackbone, build_timm_backbone
 
 __all__ = [
+    "ATSS",
+    "FCOS",
+    "GFL",
     "PAFPN",
     "ASPPHead",
     "PSPHead",
-    "add_segmentation_config",
+    "RepPoints",
+    "TimmBackbone",
+    "add_config_read_by",
+    "add_nets_config",
     "build_dilated_resnet_backbone",
-    "build_resnet_pafpn_backbone",
-    "build_retinanet_resnet_pafpn_backbone",
     "build_shallow_resnet_backbone",
-    "build_shallow_resnet_fpn_backbone",
-    "build_shallow_resnet_pafpn_backbone",
-    "reads_segmentation_config",
+    "build_timm_backbone",
+    "necks",
 ]

@@ -1,15 +1,10 @@
 """FPN + PAN: a top-down and then a bottom-up pathway (Liu et al., "Path aggregation network")."""
 
 import torch.nn.functional as F
-from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.layers import Conv2d, get_norm
+from detectron2.modeling.backbone import FPN, Backbone
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
-
-from .resnet import build_shallow_resnet_backbone
 
 
 class PAFPN(Backbone):
@@ -88,34 +83,3 @@ def _conv(channels: int, norm: str, stride: int = 1) -> Conv2d:
     )
     c2_xavier_fill(conv)
     return conv
-
-
-def _build(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> PAFPN:
-    fpn = FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-    return PAFPN(fpn, top_block, cfg.MODEL.FPN.NORM)
-
-
-@BACKBONE_REGISTRY.register()
-def build_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet with FPN and PAN for R-CNN: P2-P5, and P6 by subsampling."""
-    return _build(cfg, build_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
-
-
-@BACKBONE_REGISTRY.register()
-def build_shallow_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """As :func:`build_resnet_pafpn_backbone` on :func:`build_shallow_resnet_backbone`."""
-    return _build(cfg, build_shallow_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_resnet_pafpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet with FPN and PAN for dense detectors: P3-P5, and P6, P7 by strided convolutions."""
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
-    return _build(cfg, build_resnet_backbone(cfg, input_shape), top_block)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, Backbone, ResNet
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone import Backbone, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.projects.deeplab.resnet import DeepLabStem
 
@@ -37,19 +36,6 @@ def build_shallow_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backb
     stages = list(_basic_stages(node, _steps(1, 1)))
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=freeze_at)
-
-
-@BACKBONE_REGISTRY.register()
-def build_shallow_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """:func:`build_shallow_resnet_backbone` with an FPN, P2-P6."""
-    return FPN(
-        bottom_up=build_shallow_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
 
 
 class DilatedBasicBlock(BasicBlock):

@@ -1,6 +1,6 @@
-"""Dense detectors: backbone, then one head on every level (RetinaNet, FCOS)."""
+"""Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,17 @@ from ..taps import Calls
 from .base import Probe
 
 
-def dense_signal(output: tuple[Any, ...], num_classes: int, student: Dense | None = None) -> Dense:
+def dense_signal(
+    output: Sequence[Any], num_classes: int, student: Dense | None = None, box_dim: int = 4
+) -> Dense:
     """A head's (logits, deltas) lists of (N, Ai x K, Hi, Wi) maps as a :class:`Dense`.
 
-    With ``student``, the maps are cut to the cells that both networks share: a teacher may have
-    padded its canvas further.
+    Args:
+        output: of the head; further entries are left out.
+        num_classes: K of the logits.
+        student: cut the maps to the cells that both networks share: a teacher may have padded its
+            canvas further.
+        box_dim: numbers a box is regressed by.
     """
     logits, deltas = output[:2]
     if student is not None:
@@ -26,7 +32,7 @@ def dense_signal(output: tuple[Any, ...], num_classes: int, student: Dense | Non
         )
     return Dense(
         [permute_to_N_HWA_K(x, num_classes) for x in logits],
-        [permute_to_N_HWA_K(x, 4) for x in deltas],
+        [permute_to_N_HWA_K(x, box_dim) for x in deltas],
         [tuple(x.shape[-2:]) for x in logits],
     )
 
@@ -45,7 +51,7 @@ def decode_dense(detector: Any, signals: Signals, needs: Collection[str]) -> Non
         deltas = deltas.detach().float()  # FCOS would decode in half precision
         repeated = anchors.repeat(len(deltas), 1)
         boxes = detector.box2box_transform.apply_deltas(deltas.flatten(0, 1), repeated)
-        signals.dense_boxes.append(boxes.view(deltas.shape))
+        signals.dense_boxes.append(boxes.view(*deltas.shape[:2], 4))
 
 
 def level_anchors(generator: DefaultAnchorGenerator, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -79,7 +85,7 @@ class DenseProbe(Probe):
     def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
         signals = super().read(calls, batch, needs)
         if "dense" in needs:
-            signals.dense = dense_signal(calls["head"].output, self.model.num_classes)
+            signals.dense = self._dense(calls["head"].output)
         decode_dense(self.model, signals, needs)
         return signals
 
@@ -87,7 +93,10 @@ class DenseProbe(Probe):
         signals = super().ask(images, student, needs)
         if "dense" in needs:
             maps = [signals.features[f] for f in self.model.head_in_features]
-            output = self.model.head(maps)
-            signals.dense = dense_signal(output, self.model.num_classes, student.dense)
+            signals.dense = self._dense(self.model.head(maps), student.dense)
         decode_dense(self.model, signals, needs)
         return signals
+
+    def _dense(self, output: Sequence[Any], student: Dense | None = None) -> Dense:
+        box_dim = getattr(self.model, "box_dim", 4)  # detectron2's have 4
+        return dense_signal(output, self.model.num_classes, student, box_dim)

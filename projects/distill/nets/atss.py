@@ -1,0 +1,131 @@
+"""ATSS (Zhang et al., "Bridging the gap between anchor-based and anchor-free detection")."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.structures import Boxes, Instances
+from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
+from torch import Tensor, nn
+
+from ..distributed import reduce_mean
+from .assign import atss_assign
+from .dense import PriorDetector, Scale, detector_arguments, head_arguments
+
+
+@META_ARCH_REGISTRY.register()
+class ATSS(PriorDetector):
+    """One anchor a cell, assigned by :func:`~distill.nets.assign.atss_assign`; with centerness.
+
+    Losses: focal on all anchors over their positive number; 2 · GIoU of the positives weighted by
+    their centerness target, over the sum of those; binary cross entropy of the centerness over
+    the positive number. Numbers and sums are means over processes. A box is scored by
+    √(class · centerness), as detectron2's FCOS does.
+
+    Args:
+        candidates: of a box on each level.
+        focal_loss_alpha, focal_loss_gamma: of the classification.
+        box_loss_weight, centerness_loss_weight: factors of the losses.
+    """
+
+    score_maps = 1
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        candidates: int = 9,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        box_loss_weight: float = 2.0,
+        centerness_loss_weight: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.candidates = candidates
+        self.focal = {"alpha": focal_loss_alpha, "gamma": focal_loss_gamma}
+        self.box_loss_weight = box_loss_weight
+        self.centerness_loss_weight = centerness_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.ATSS
+        arguments = detector_arguments(cfg, node)
+        shapes = arguments["backbone"].output_shape()
+        inputs = [shapes[name] for name in arguments["head_in_features"]]
+        return {
+            **arguments,
+            "head": ATSSHead(**head_arguments(node, inputs)),
+            "prior_size": node.ANCHOR_SIZE,
+            "box2box_transform": Box2BoxTransform(weights=tuple(node.BBOX_REG_WEIGHTS)),
+            "candidates": node.CANDIDATES,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "centerness_loss_weight": node.CENTERNESS_LOSS_WEIGHT,
+        }
+
+    def assign(self, priors: list[Tensor], gt: Tensor) -> Tensor:
+        return atss_assign(priors, gt, self.candidates)
+
+    def losses(
+        self, priors: list[Boxes], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        logits, deltas, centerness = (
+            self.flat(maps, width) for maps, width in zip(predictions, (self.num_classes, 4, 1))
+        )
+        targets = self.targets(priors, gt_instances)
+        positive = targets.positive(self.num_classes)
+        number = reduce_mean(positive.sum())
+        anchors = Boxes.cat(priors).tensor.expand_as(deltas)[positive]
+        boxes = self.decoded(deltas[positive], anchors)
+        truth = targets.boxes[positive]
+        closeness = centerness_of(anchors, truth)
+        mass = reduce_mean(closeness.sum(), minimum=1e-6)
+        classes = F.one_hot(targets.labels, self.num_classes + 1)[..., :-1].to(logits.dtype)
+        box = (giou_loss(boxes, truth) * closeness).sum() / mass
+        centre = F.binary_cross_entropy_with_logits(
+            centerness[positive][:, 0], closeness, reduction="sum"
+        )
+        return {
+            "loss_cls": sigmoid_focal_loss_jit(logits, classes, reduction="sum", **self.focal)
+            / number,
+            "loss_box_reg": box * self.box_loss_weight,
+            "loss_centerness": centre / number * self.centerness_loss_weight,
+        }
+
+    def scores(self, logits: Tensor, *others: Tensor) -> Tensor:
+        (centerness,) = others
+        return (logits.sigmoid() * centerness.sigmoid()).sqrt()
+
+
+class ATSSHead(FCOSHead):
+    """detectron2's FCOS head with a learned :class:`~distill.nets.dense.Scale` of each level.
+
+    The arguments are those of detectron2's.
+    """
+
+    def __init__(self, *, input_shape: list[ShapeSpec], **kwargs: Any):
+        super().__init__(input_shape=input_shape, **kwargs)
+        self.scales = nn.ModuleList(Scale() for _ in input_shape)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """(N, K, Hi, Wi) logits, (N, 4, Hi, Wi) deltas and (N, 1, Hi, Wi) centerness logits."""
+        logits, deltas, centerness = super().forward(features)
+        return logits, [scale(x) for scale, x in zip(self.scales, deltas)], centerness
+
+
+def centerness_of(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """(P,) in [0, 1]: √(min(l, r) / max(l, r) · min(t, b) / max(t, b)) of the anchors' centres.
+
+    l, t, r, b are the distances to the sides of the (P, 4) boxes that hold the centres.
+    """
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres]).clamp(min=0)
+    ratio = sides.amin(0) / sides.amax(0).clamp(min=1e-6)
+    return ratio.prod(1).sqrt()

@@ -1,0 +1,208 @@
+"""What the dense detectors here share: priors, targets, normalisers, inference."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+
+class Targets(NamedTuple):
+    """What the priors of a batch are trained on.
+
+    Attributes:
+        labels: (N, R) in [0, K]; K is background, -1 is not trained.
+        boxes: (N, R, 4) XYXY of the matched objects, anything where there is none.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+
+    def positive(self, num_classes: int) -> Tensor:
+        """(N, R) bool: the priors that are matched with an object."""
+        return (self.labels >= 0) & (self.labels < num_classes)
+
+
+class PriorDetector(DenseDetector):
+    """A dense detector with one square prior on every cell, centred on it.
+
+    A subclass assigns priors to objects (:meth:`assign`), computes its losses
+    (:meth:`losses`) and scores (:meth:`scores`). The head returns at least (logits, regression),
+    lists of (N, K, Hi, Wi) and (N, ``box_dim``, Hi, Wi) maps.
+
+    Args:
+        prior_size: side of a prior in units of its level's stride.
+        box2box_transform: turns regressions (P, ``box_dim``) and priors (P, 4) into boxes (P, 4).
+        num_classes: K, background excluded.
+        test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as of
+            detectron2's RetinaNet.
+    """
+
+    box_dim = 4
+    score_maps = 0
+    """Number of the head's maps after the regression that :meth:`scores` reads."""
+
+    def __init__(
+        self,
+        *,
+        prior_size: float,
+        box2box_transform: Any,
+        num_classes: int,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        shapes = self.backbone.output_shape()
+        self.strides = [shapes[name].stride for name in self.head_in_features]
+        self.anchor_generator = DefaultAnchorGenerator(
+            sizes=[[prior_size * stride] for stride in self.strides],
+            aspect_ratios=[1.0],
+            strides=self.strides,
+            offset=0.5,
+        )
+        self.prior_size = prior_size
+        self.box2box_transform = box2box_transform
+        self.num_classes = num_classes
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: Sequence[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        priors = self.anchor_generator(features)
+        return self.losses(priors, predictions, gt_instances)
+
+    def losses(
+        self,
+        priors: list[Boxes],
+        predictions: Sequence[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """Losses by name, given the head's output and the priors of each level."""
+        raise NotImplementedError
+
+    def assign(self, priors: list[Tensor], gt: Tensor) -> Tensor:
+        """(R,) of each prior the index of its ground-truth box, or -1."""
+        raise NotImplementedError
+
+    def scores(self, logits: Tensor, *others: Tensor) -> Tensor:
+        """(P, K) in [0, 1] of one picture and level, from what the head returns beside boxes."""
+        return logits.sigmoid()
+
+    @torch.no_grad()
+    def targets(self, priors: list[Boxes], gt_instances: list[Instances]) -> Targets:
+        """The labels and boxes that :meth:`assign` gives each picture's priors."""
+        tensors = [x.tensor for x in priors]
+        matched = [self.assign(tensors, x.gt_boxes.tensor) for x in gt_instances]
+        pairs = [labelled(x, m, self.num_classes) for x, m in zip(gt_instances, matched)]
+        return Targets(*(torch.stack(x) for x in zip(*pairs)))
+
+    def flat(self, maps: list[Tensor], width: int) -> Tensor:
+        """(N, R, width) in full precision of a head's (N, width, Hi, Wi) maps."""
+        return torch.cat([permute_to_N_HWA_K(x, width) for x in maps], 1).float()
+
+    def decoded(self, regression: Tensor, priors: Tensor) -> Tensor:
+        """Boxes of (..., box_dim) regressions at (..., 4) priors."""
+        flat = self.box2box_transform.apply_deltas(
+            regression.reshape(-1, regression.shape[-1]), priors.reshape(-1, 4)
+        )
+        return flat.view(*regression.shape[:-1], 4)
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: Sequence[list[Tensor]]
+    ) -> list[Instances]:
+        priors = self.anchor_generator(features)
+        widths = [self.num_classes, self.box_dim, *([1] * self.score_maps)]
+        logits, regression, *others = self._transpose_dense_predictions(
+            predictions[: len(widths)], widths
+        )
+        results = []
+        for i, size in enumerate(images.image_sizes):
+            scores = [self.scores(*(x[i].float() for x in xs)) for xs in zip(logits, *others)]
+            boxes = [x[i].float() for x in regression]
+            results.append(self.inference_single_image(priors, scores, boxes, size))
+        return results
+
+    def inference_single_image(
+        self,
+        priors: list[Boxes],
+        scores: list[Tensor],
+        regression: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """The detections of one picture, best first."""
+        found = self._decode_multi_level_predictions(
+            priors,
+            scores,
+            regression,
+            self.test_score_thresh,
+            self.test_topk_candidates,
+            image_size,
+        )
+        keep = batched_nms(
+            found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
+        )
+        return found[keep[: self.max_detections_per_image]]
+
+
+class Scale(nn.Module):
+    """A learned factor, one a level: levels share the convolutions, not the range of sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def labelled(truth: Instances, matched: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(R,) labels and (R, 4) boxes of the objects that (R,) ``matched`` names; -1: background."""
+    if len(truth) == 0:
+        return torch.full_like(matched, num_classes), truth.gt_boxes.tensor.new_zeros(
+            len(matched), 4
+        )
+    index = matched.clamp(min=0)
+    labels = truth.gt_classes[index].where(matched >= 0, num_classes)
+    return labels, truth.gt_boxes.tensor[index]
+
+
+def detector_arguments(cfg: CfgNode, section: CfgNode) -> dict[str, Any]:
+    """Arguments that every dense detector here takes, the head excepted."""
+    return {
+        "backbone": build_backbone(cfg),
+        "head_in_features": list(section.IN_FEATURES),
+        "num_classes": section.NUM_CLASSES,
+        "test_score_thresh": section.SCORE_THRESH_TEST,
+        "test_topk_candidates": section.TOPK_CANDIDATES_TEST,
+        "test_nms_thresh": section.NMS_THRESH_TEST,
+        "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+    }
+
+
+def head_arguments(section: CfgNode, shapes: list[ShapeSpec]) -> dict[str, Any]:
+    """Arguments of detectron2's RetinaNetHead and FCOSHead."""
+    return {
+        "input_shape": shapes,
+        "num_classes": section.NUM_CLASSES,
+        "conv_dims": [shapes[0].channels] * section.NUM_CONVS,
+        "norm": section.NORM,
+        "prior_prob": section.PRIOR_PROB,
+    }

@@ -1,0 +1,37 @@
+"""detectron2's FCOS, usable from a config file."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch import fcos
+from torch import nn
+
+from .dense import detector_arguments, head_arguments
+
+
+@META_ARCH_REGISTRY.register()
+class FCOS(fcos.FCOS):
+    """detectron2's FCOS (:paper:`fcos`), which it builds from Python alone; ``MODEL.FCOS`` here.
+
+    Centre sampling, GIoU, centerness on the regression tower, and regressions in units of the
+    level's stride, as detectron2 has them.
+    """
+
+    @configurable
+    def __init__(self, *, head: nn.Module, **kwargs: Any):
+        super().__init__(head=head, **kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.FCOS
+        arguments = detector_arguments(cfg, node)
+        shapes = arguments["backbone"].output_shape()
+        inputs = [shapes[name] for name in arguments["head_in_features"]]
+        return {
+            **arguments,
+            "head": fcos.FCOSHead(**head_arguments(node, inputs)),
+            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+        }

@@ -1,0 +1,190 @@
+"""Generalized focal loss (Li et al., "Generalized focal loss: learning qualified and distributed
+bounding boxes for dense object detection")."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, Instances
+from fvcore.nn import giou_loss
+from torch import Tensor, nn
+
+from ..distributed import reduce_mean
+from .assign import atss_assign
+from .dense import PriorDetector, Scale, detector_arguments, head_arguments
+
+NEAR_END = 0.1  # distance, in strides, that a target keeps from the last bin
+
+
+@META_ARCH_REGISTRY.register()
+class GFL(PriorDetector):
+    """Classes as localization quality (QFL), sides of boxes as distributions (DFL).
+
+    Priors are assigned as in ATSS. A side's distance from the prior's centre is the expectation of
+    a softmax over bins 0 ... ``reg_max``, in units of the level's stride. Losses: QFL of all
+    priors over the positive number; 2 · GIoU and 0.25 · DFL (mean of the four sides) of the
+    positives weighted by their largest class probability (detached), over the sum of those
+    weights. Numbers and sums are means over processes, at least 1.
+
+    Args:
+        prior_size: as of the base.
+        reg_max: the last bin.
+        candidates: of a box on each level.
+        beta: exponent of QFL.
+        box_loss_weight, dfl_loss_weight: factors of the losses.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        prior_size: float = 8.0,
+        reg_max: int = 16,
+        candidates: int = 9,
+        beta: float = 2.0,
+        box_loss_weight: float = 2.0,
+        dfl_loss_weight: float = 0.25,
+        **kwargs: Any,
+    ):
+        transform = Integral(reg_max, prior_size)
+        super().__init__(prior_size=prior_size, box2box_transform=transform, **kwargs)
+        self.reg_max = reg_max
+        self.box_dim = 4 * (reg_max + 1)
+        self.candidates = candidates
+        self.beta = beta
+        self.box_loss_weight = box_loss_weight
+        self.dfl_loss_weight = dfl_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.GFL
+        arguments = detector_arguments(cfg, node)
+        shapes = arguments["backbone"].output_shape()
+        inputs = [shapes[name] for name in arguments["head_in_features"]]
+        return {
+            **arguments,
+            "head": GFLHead(reg_max=node.REG_MAX, **head_arguments(node, inputs)),
+            "prior_size": node.ANCHOR_SIZE,
+            "reg_max": node.REG_MAX,
+            "candidates": node.CANDIDATES,
+            "beta": node.QFL_BETA,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "dfl_loss_weight": node.DFL_LOSS_WEIGHT,
+        }
+
+    def assign(self, priors: list[Tensor], gt: Tensor) -> Tensor:
+        return atss_assign(priors, gt, self.candidates)
+
+    def losses(
+        self, priors: list[Boxes], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        logits = self.flat(predictions[0], self.num_classes)
+        sides = self.flat(predictions[1], self.box_dim)
+        targets = self.targets(priors, gt_instances)
+        positive = targets.positive(self.num_classes)
+        number = reduce_mean(positive.sum())
+        anchors = Boxes.cat(priors).tensor.expand(*positive.shape, 4)[positive]
+        boxes, truth = self.decoded(sides[positive], anchors), targets.boxes[positive]
+
+        quality = torch.zeros_like(logits)
+        overlap = paired_iou(boxes.detach(), truth)
+        quality[positive] = quality[positive].scatter(
+            1, targets.labels[positive][:, None], overlap[:, None]
+        )
+        weight = logits.detach()[positive].sigmoid().amax(1)
+        mass = reduce_mean(weight.sum())
+        distances = self.box2box_transform.get_deltas(anchors, truth)
+        dfl = distribution_focal(sides[positive], distances, self.reg_max)
+        return {
+            "loss_qfl": quality_focal(logits, quality, self.beta).sum() / number,
+            "loss_box_reg": (giou_loss(boxes, truth) * weight).sum() / mass * self.box_loss_weight,
+            "loss_dfl": (dfl * weight).sum() / mass * self.dfl_loss_weight,
+        }
+
+
+class GFLHead(RetinaNetHead):
+    """detectron2's RetinaNet head, its regression a distribution, with a scale of each level.
+
+    Args:
+        reg_max: the last bin of a side's distribution.
+        kwargs: as of detectron2's.
+    """
+
+    def __init__(self, *, input_shape: list[ShapeSpec], reg_max: int, **kwargs: Any):
+        super().__init__(input_shape=input_shape, num_anchors=1, **kwargs)
+        channels = self.bbox_pred.in_channels
+        self.bbox_pred = nn.Conv2d(channels, 4 * (reg_max + 1), kernel_size=3, padding=1)
+        nn.init.normal_(self.bbox_pred.weight, std=0.01)
+        nn.init.zeros_(self.bbox_pred.bias)
+        self.scales = nn.ModuleList(Scale() for _ in input_shape)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(N, K, Hi, Wi) logits and (N, 4 · (reg_max + 1), Hi, Wi) logits of the sides' bins."""
+        logits, sides = super().forward(features)
+        return logits, [scale(x) for scale, x in zip(self.scales, sides)]
+
+
+class Integral:
+    """detectron2's interface of a box transform, for distributions of the sides' distances.
+
+    Args:
+        reg_max: the last bin.
+        prior_size: side of a prior in units of its level's stride.
+    """
+
+    def __init__(self, reg_max: int, prior_size: float):
+        self.reg_max = reg_max
+        self.prior_size = prior_size
+        self.linear = Box2BoxTransformLinear(normalize_by_size=True)
+
+    def expectation(self, sides: Tensor) -> Tensor:
+        """(P, 4) distances in strides, in [0, reg_max], of (P, 4 · (reg_max + 1)) logits."""
+        bins = torch.arange(self.reg_max + 1, device=sides.device, dtype=sides.dtype)
+        return sides.view(len(sides), 4, self.reg_max + 1).softmax(2) @ bins
+
+    def get_deltas(self, priors: Tensor, boxes: Tensor) -> Tensor:
+        """(P, 4) distances in strides from the priors' centres to the sides of (P, 4) boxes."""
+        return self.linear.get_deltas(priors, boxes) * self.prior_size
+
+    def apply_deltas(self, sides: Tensor, priors: Tensor) -> Tensor:
+        """(P, 4) XYXY of (P, 4 · (reg_max + 1)) logits and (P, 4) priors."""
+        return self.linear.apply_deltas(self.expectation(sides) / self.prior_size, priors)
+
+
+def quality_focal(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
+    """QFL (Eq. 5) of each element: |q − σ|^β times the binary cross entropy with q in [0, 1]."""
+    entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    return entropy * (quality - logits.sigmoid()).abs() ** beta
+
+
+def distribution_focal(sides: Tensor, distances: Tensor, reg_max: int) -> Tensor:
+    """DFL (Eq. 6), mean over the four sides.
+
+    Args:
+        sides: (P, 4 · (reg_max + 1)) logits.
+        distances: (P, 4) in strides, clamped to [0, reg_max − 0.1].
+        reg_max: the last bin.
+
+    Returns:
+        (P,) cross entropy with the two bins around each distance, weighted by nearness.
+    """
+    target = distances.clamp(0, reg_max - NEAR_END)
+    left = target.floor()
+    log_prob = sides.view(len(sides), 4, reg_max + 1).log_softmax(2)
+    at_left, at_right = (
+        log_prob.gather(2, index.long()[..., None])[..., 0] for index in (left, left + 1)
+    )
+    return -(at_left * (left + 1 - target) + at_right * (target - left)).mean(1)
+
+
+def paired_iou(boxes: Tensor, truth: Tensor) -> Tensor:
+    """(P,) IoU of (P, 4) boxes with as many others."""
+    corner = torch.maximum(boxes[:, :2], truth[:, :2])
+    sides = (torch.minimum(boxes[:, 2:], truth[:, 2:]) - corner).clamp(min=0)
+    area, own = sides.prod(1), (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+    return area / (own + (truth[:, 2:] - truth[:, :2]).prod(1) - area).clamp(min=1e-6)

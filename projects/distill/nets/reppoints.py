@@ -1,0 +1,233 @@
+"""RepPoints (Yang et al., "RepPoints: point set representation for object detection")."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+from ..distributed import reduce_mean
+from .assign import nearest_point_assign
+from .dense import PriorDetector, Targets, detector_arguments, head_arguments, labelled
+
+KERNEL = 3  # side of the deformable convolutions, which read one cell at each of their points
+POINTS = KERNEL**2
+TRAINED = 0.1  # share of the classification's gradient that reaches the first points
+MOMENT_TRAINED = 0.01  # share of the gradient that reaches the factors of the boxes' sizes
+SMOOTH_L1_BETA = 0.11
+
+
+@META_ARCH_REGISTRY.register()
+class RepPoints(PriorDetector):
+    """Nine points of an object, their moments its box; found, then refined.
+
+    The first points are trained on the objects whose nearest point this is
+    (:func:`~distill.nets.assign.nearest_point_assign`), the refined ones and the classes on those
+    that the box of the first points overlaps (``iou_thresholds``, low-quality matches allowed).
+    Losses over the number of positives, a mean over processes: focal, and smooth L1 (β = 0.11) of
+    both boxes in units of ``point_scale`` · stride.
+
+    Args:
+        point_scale: side of a box in units of the stride of its level.
+        points_per_object: of the first assignment.
+        iou_thresholds: below the first a prior is background, from the second on an object.
+        focal_loss_alpha, focal_loss_gamma: of the classification.
+        init_loss_weight, refine_loss_weight: factors of the two boxes' losses.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        point_scale: float = 4.0,
+        points_per_object: int = 1,
+        iou_thresholds: tuple[float, float] = (0.4, 0.5),
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        init_loss_weight: float = 0.5,
+        refine_loss_weight: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(prior_size=1.0, box2box_transform=CellTransform(), **kwargs)
+        self.point_scale = point_scale
+        self.points_per_object = points_per_object
+        self.anchor_matcher = Matcher(
+            list(iou_thresholds), [0, -1, 1], allow_low_quality_matches=True
+        )
+        self.focal = {"alpha": focal_loss_alpha, "gamma": focal_loss_gamma}
+        self.init_loss_weight = init_loss_weight
+        self.refine_loss_weight = refine_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.REPPOINTS
+        arguments = detector_arguments(cfg, node)
+        shapes = arguments["backbone"].output_shape()
+        inputs = [shapes[name] for name in arguments["head_in_features"]]
+        return {
+            **arguments,
+            "head": RepPointsHead(**head_arguments(node, inputs)),
+            "point_scale": node.POINT_SCALE,
+            "points_per_object": node.POINTS_PER_OBJECT,
+            "iou_thresholds": tuple(node.IOU_THRESHOLDS),
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "init_loss_weight": node.INIT_LOSS_WEIGHT,
+            "refine_loss_weight": node.REFINE_LOSS_WEIGHT,
+        }
+
+    def assign(self, priors: list[Tensor], gt: Tensor) -> Tensor:
+        points, strides = self._points(priors)
+        return nearest_point_assign(points, strides, gt, self.point_scale, self.points_per_object)
+
+    def losses(
+        self, priors: list[Boxes], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        logits = self.flat(predictions[0], self.num_classes)
+        refined, first = (self.flat(maps, 4) for maps in predictions[1:])
+        anchors = Boxes.cat(priors).tensor
+        near = self.targets(priors, gt_instances)
+        overlapping = self.refine_targets(self.decoded(first, anchors.expand_as(first)), gt_instances)
+        trained = overlapping.labels >= 0
+        classes = F.one_hot(overlapping.labels.clamp(min=0), self.num_classes + 1)[..., :-1]
+        number = reduce_mean(overlapping.positive(self.num_classes).sum())
+        focal = sigmoid_focal_loss_jit(
+            logits[trained], classes[trained].to(logits.dtype), reduction="sum", **self.focal
+        )
+        return {
+            "loss_cls": focal / number,
+            "loss_points_init": self._box_loss(first, anchors, near) * self.init_loss_weight,
+            "loss_points_refine": self._box_loss(refined, anchors, overlapping)
+            * self.refine_loss_weight,
+        }
+
+    def _box_loss(self, regression: Tensor, anchors: Tensor, targets: Targets) -> Tensor:
+        positive = targets.positive(self.num_classes)
+        at = anchors.expand(*positive.shape, 4)[positive]
+        unit = (at[:, 2:3] - at[:, :1]) * self.point_scale
+        boxes, truth = self.decoded(regression[positive], at), targets.boxes[positive]
+        loss = smooth_l1_loss(boxes / unit, truth / unit, SMOOTH_L1_BETA, reduction="sum")
+        return loss / reduce_mean(positive.sum())
+
+    @torch.no_grad()
+    def refine_targets(self, boxes: Tensor, gt_instances: list[Instances]) -> Targets:
+        """Targets of the refined points, by the (N, R, 4) boxes of the first."""
+        pairs = []
+        for found, truth in zip(boxes, gt_instances):
+            iou = pairwise_iou(truth.gt_boxes, Boxes(found))
+            index, label = self.anchor_matcher(iou)
+            labels, matched = labelled(truth, index.where(label == 1, -1), self.num_classes)
+            pairs.append((labels.where(label >= 0, -1), matched))
+        return Targets(*(torch.stack(x) for x in zip(*pairs)))
+
+    def _points(self, priors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(R, 2) points and (R,) strides of the priors, which are cells."""
+        cells = torch.cat(priors)
+        return (cells[:, :2] + cells[:, 2:]) / 2, cells[:, 2] - cells[:, 0]
+
+
+class CellTransform:
+    """detectron2's interface of a box transform: corners relative to a cell's centre, in cells."""
+
+    def get_deltas(self, cells: Tensor, boxes: Tensor) -> Tensor:
+        """(P, 4) of (P, 4) XYXY boxes and the cells."""
+        centres, size = _centres_and_size(cells)
+        return (boxes - centres) / size
+
+    def apply_deltas(self, deltas: Tensor, cells: Tensor) -> Tensor:
+        """(P, 4) XYXY of (P, 4) deltas and the cells."""
+        centres, size = _centres_and_size(cells)
+        return deltas * size + centres
+
+
+def _centres_and_size(cells: Tensor) -> tuple[Tensor, Tensor]:
+    centres = (cells[:, :2] + cells[:, 2:]) / 2
+    return centres.repeat(1, 2), cells[:, 2:3] - cells[:, :1]
+
+
+class RepPointsHead(nn.Module):
+    """Two towers; points from the second, then classes and refined points read at the points.
+
+    Args:
+        input_shape: of each level.
+        num_classes: K.
+        conv_dims: channels of the towers' convolutions; also those of the deformable ones.
+        norm: of the towers, as :func:`detectron2.layers.get_norm` names it.
+        prior_prob: of a class at the start.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: list[ShapeSpec],
+        num_classes: int,
+        conv_dims: list[int],
+        norm: str = "GN",
+        prior_prob: float = 0.01,
+    ):
+        super().__init__()
+        channels = input_shape[0].channels
+        width = conv_dims[-1]
+        self.cls_subnet = _tower(channels, conv_dims, norm)
+        self.points_subnet = _tower(channels, conv_dims, norm)
+        self.init_conv = nn.Conv2d(width, width, KERNEL, padding=1)
+        self.init_points = nn.Conv2d(width, 2 * POINTS, 1)
+        self.refine_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
+        self.refine_points = nn.Conv2d(width, 2 * POINTS, 1)
+        self.cls_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
+        self.cls_score = nn.Conv2d(width, num_classes, 1)
+        # Logarithms of the factors from the points' standard deviation to half a side, y and x.
+        self.moment = nn.Parameter(torch.zeros(2))
+        y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
+        kernel = torch.stack([y, x], -1).view(1, 2 * POINTS, 1, 1)
+        self.register_buffer("kernel", kernel, persistent=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | DeformConv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.cls_score.bias, -torch.tensor(1 / prior_prob - 1).log().item())
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Logits (N, K, Hi, Wi), refined and first boxes (N, 4, Hi, Wi).
+
+        Boxes are corners relative to the cell's centre, in cells.
+        """
+        levels = [self._level(x) for x in features]
+        logits, refined, first = map(list, zip(*levels))
+        return logits, refined, first
+
+    def _level(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        classes, located = self.cls_subnet(x), self.points_subnet(x)
+        first = self.init_points(F.relu(self.init_conv(located)))
+        offset = (1 - TRAINED) * first.detach() + TRAINED * first - self.kernel
+        refined = self.refine_points(F.relu(self.refine_conv(located, offset))) + first.detach()
+        logits = self.cls_score(F.relu(self.cls_conv(classes, offset)))
+        return logits, self.boxes(refined), self.boxes(first)
+
+    def boxes(self, points: Tensor) -> Tensor:
+        """(N, 4, H, W) XYXY of (N, 2 · 9, H, W) points y, x, ...: centre and size by moments.
+
+        Half a side is the standard deviation (unbiased) of the points times a learned factor.
+        """
+        moment = MOMENT_TRAINED * self.moment + (1 - MOMENT_TRAINED) * self.moment.detach()
+        spread, centre = torch.std_mean(points.float().unflatten(1, (POINTS, 2)), dim=1)
+        half = spread * moment.exp()[:, None, None]
+        y1x1, y2x2 = centre - half, centre + half
+        return torch.cat([y1x1.flip(1), y2x2.flip(1)], 1)
+
+
+def _tower(channels: int, dims: list[int], norm: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in zip([channels, *dims], dims):
+        normed = get_norm(norm, after)
+        layers.append(nn.Conv2d(before, after, KERNEL, padding=1, bias=normed is None))
+        layers += [x for x in (normed, nn.ReLU(inplace=True)) if x is not None]
+    return nn.Sequential(*layers)

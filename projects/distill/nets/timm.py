@@ -1,0 +1,105 @@
+"""Every backbone of timm as a bottom-up of detectron2's necks."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class TimmBackbone(Backbone):
+    """A timm model's maps under detectron2's names, by stride: "res2" (4) to "res5" (32).
+
+    Args:
+        features: a timm model built with ``features_only=True``.
+        norm_eval: batch norms keep the statistics that they were loaded with.
+    """
+
+    def __init__(self, features: nn.Module, norm_eval: bool = False):
+        super().__init__()
+        self.features = features
+        self.norm_eval = norm_eval
+        info: Any = features.feature_info
+        strides, channels = info.reduction(), info.channels()
+        self._out_features = [f"res{stride.bit_length() - 1}" for stride in strides]
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+        self._out_feature_channels = dict(zip(self._out_features, channels))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps (N, C, H / stride, W / stride) by name for (N, 3, H, W) pictures."""
+        return dict(zip(self._out_features, self.features(x)))
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        super().train(mode)
+        for module in self.modules() if self.norm_eval else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """``MODEL.TIMM.NAME`` with maps of stride 4 and more, or those of ``OUT_INDICES``.
+
+    ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.RESNETS`` are not read. The pictures' mean and
+    standard deviation are ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``, as of every backbone: most of
+    timm's weights were trained on RGB with 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375.
+
+    Raises:
+        ValueError: timm has no such model, it has no such maps, there is no file ``WEIGHTS``, or
+            the file lacks weights of the model.
+    """
+    node = cfg.MODEL.TIMM
+    if node.NAME not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{node.NAME[:6]}*")[:8]) or "timm.list_models()"
+        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is no model of timm; it has: {near}")
+    if node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
+        raise ValueError(f"MODEL.TIMM.WEIGHTS: there is no file '{node.WEIGHTS}'")
+    indices = tuple(node.OUT_INDICES) or _from_stride_4(node.NAME, input_shape.channels)
+    features = timm.create_model(
+        node.NAME,
+        features_only=True,
+        out_indices=indices,
+        in_chans=input_shape.channels,
+        pretrained=node.PRETRAINED or bool(node.WEIGHTS),
+        pretrained_cfg_overlay={"file": node.WEIGHTS} if node.WEIGHTS else None,
+    )
+    if node.WEIGHTS:
+        _check_loaded(features, node.WEIGHTS)
+    return TimmBackbone(features, node.NORM_EVAL)
+
+
+def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
+    """Indices of the maps of stride 4 and more."""
+    model = timm.create_model(name, features_only=True, in_chans=channels)
+    strides = model.feature_info.reduction()
+    return tuple(i for i, stride in enumerate(strides) if stride >= 4)
+
+
+def _check_loaded(features: nn.Module, path: str) -> None:
+    """timm leaves weights that a file lacks as they are initialised, and only logs it.
+
+    It renames and reshapes what it loads: values are compared, not names.
+
+    Raises:
+        ValueError: a weight has none of the file's values.
+    """
+    known = set(_digests(load_state_dict(path).values()))
+    state = {k: v for k, v in features.state_dict().items() if v.is_floating_point()}
+    missing = [name for name, digest in zip(state, _digests(state.values())) if digest not in known]
+    if missing:
+        raise ValueError(
+            f"MODEL.TIMM.WEIGHTS '{path}' lacks {len(missing)} of {len(state)} weights of the "
+            f"model, such as {missing[0]}; name the file that belongs to MODEL.TIMM.NAME"
+        )
+
+
+def _digests(tensors: Iterable[Tensor]) -> list[int]:
+    return [hash(x.detach().cpu().float().contiguous().numpy().tobytes()) for x in tensors]
