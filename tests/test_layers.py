@@ -24,13 +24,14 @@ ALLOWED = {
     ".weights": "* .errors",
     ".checkpoint": "* .errors .weights",
     ".rules": "* .errors .heads .losses",
-    ".config": "* .errors .heads .nets .rules",
+    ".inherit": "torch .errors",
+    ".config": "* .errors .heads .nets .rules .inherit",
     ".data": "* .errors .config .seeding",
     ".evaluation": "* .errors .data",
     ".teacher": "* .errors .config .weights .probes .structures",
     ".meta_arch": "* .errors .config .weights .data.datasets .heads .probes .structures .teacher",
     ".engine": "* .errors .config .checkpoint .weights .seeding .data .evaluation .heads .probes"
-    " .structures .teacher .meta_arch",
+    " .structures .teacher .inherit .meta_arch",
     "": ".nets .config .data.cityscapes .data.kitti .heads .meta_arch",  # distill/__init__.py
 }
 

@@ -7,8 +7,8 @@ go in, so that ``torch.load(..., weights_only=True)`` reads it.
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 import torch
@@ -21,7 +21,21 @@ PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of checkpoints 
 
 
 class StudentCheckpointer(SafeCheckpointer):
-    """Writes so that no crash harms an earlier checkpoint, and finds the newest intact one."""
+    """Writes so that no crash harms an earlier checkpoint, and finds the newest intact one.
+
+    Args:
+        weights_in_place: the context in which the student has the weights to write.
+        args, kwargs: as of :class:`SafeCheckpointer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weights_in_place: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.weights_in_place = weights_in_place
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``save_dir/<name>.pth``, its checksum beside it, and tag it as the last one.
@@ -31,16 +45,18 @@ class StudentCheckpointer(SafeCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
-        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
-        data.update(kwargs)
-        self._write(name, data)
+        with self.weights_in_place():
+            data = {"model": self.model.state_dict()}
+            data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+            data.update(kwargs)
+            self._write(name, data)
         self.tag_last_checkpoint(f"{name}.pth")
 
     def save_best(self, iteration: int, metric: str, value: float) -> None:
         """Write ``model_best.pth``: the student alone, not to resume from."""
-        student = {"model": self.model.state_dict()}
-        self._write("model_best", {**student, "iteration": iteration, metric: value})
+        with self.weights_in_place():
+            student = {"model": self.model.state_dict()}
+            self._write("model_best", {**student, "iteration": iteration, metric: value})
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = os.path.join(self.save_dir, f"{name}.pth")

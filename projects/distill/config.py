@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from .errors import ConfigError, DistillError
 from .heads import DISTILL_HEAD_REGISTRY, teacher_needed
+from .inherit import INHERITED_PARTS
 from .nets import add_config_read_by, add_nets_config
 from .rules import check_choice, check_values, leaves, nearest
 
@@ -125,6 +126,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
     cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.DISTILL.HEADS = ()  # names in DISTILL_HEAD_REGISTRY; empty: train the student alone
+    # Parts of the student that start with the teacher's weights where they fit: "neck", "head".
+    cfg.MODEL.DISTILL.INHERIT = ()
 
     cfg.MODEL.DISTILL.TEACHER = CN()
     # Any detectron2 config: a yaml path, or a name of detectron2's model zoo.
@@ -150,6 +153,11 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.ON_BAD_IMAGE = "stop"
     cfg.DATALOADER.TIMEOUT = 600  # seconds >= 0 to wait for a data worker; 0: forever
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD (detectron2's) | ADAMW
+    # Moving average of the student's weights, which is then evaluated and kept as "model".
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.DECAY = 0.0  # in [0, 1), such as 0.9998; 0: none
+    cfg.SOLVER.EMA.WARMUP_ITERS = 2000  # time constant of the decay's rise from 0; 0: none
+    cfg.SOLVER.FLAT_FRACTION = 0.5  # WarmupFlatCosineLR: share of MAX_ITER before the cosine
     # Periodic checkpoints to keep, the newest ones; 0: all. model_final and model_best stay.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
     # A loss or gradient that is not finite: stop | skip the iteration. Both save a reproducer.
@@ -410,6 +418,13 @@ def _validate_distill(cfg: CfgNode) -> None:
                 f"add_head_section('{name}') where it is registered."
             )
         _validate_terms(name.upper(), node[name.upper()])
+    for part in node.INHERIT:
+        check_choice("MODEL.DISTILL.INHERIT", part, INHERITED_PARTS)
+    if node.INHERIT and not teacher_needed(cfg):
+        raise ConfigError(
+            f"MODEL.DISTILL.INHERIT is {tuple(node.INHERIT)}, but no head of MODEL.DISTILL.HEADS "
+            "has a teacher; name one that has, or empty it."
+        )
     if "IMA" in node.HEADS and node.IMA.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
         raise ConfigError(
             "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "

@@ -209,6 +209,8 @@ _RULES: dict[str, Rule] = {
     "SOLVER.CHECKPOINT_PERIOD": _at_least(1),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": _POSITIVE,
+    "SOLVER.EMA.DECAY": _BELOW_1,
+    "SOLVER.FLAT_FRACTION": _BELOW_1,
     "SOLVER.GAMMA": _at_least(0),
     "SOLVER.IMS_PER_BATCH": _at_least(1),
     "SOLVER.KEEP_CHECKPOINTS": _at_least(0),
@@ -261,6 +263,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "SOLVER.LR_SCHEDULER_NAME": (
         "WarmupMultiStepLR",
         "WarmupCosineLR",
+        "WarmupFlatCosineLR",
         "WarmupStepWithFixedGammaLR",
         "WarmupPolyLR",
     ),
@@ -281,10 +284,10 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
     ),
     (
         lambda c: (
-            c.SOLVER.LR_SCHEDULER_NAME != "WarmupCosineLR"
+            c.SOLVER.LR_SCHEDULER_NAME not in ("WarmupCosineLR", "WarmupFlatCosineLR")
             or c.SOLVER.BASE_LR_END <= c.SOLVER.BASE_LR != 0
         ),
-        "SOLVER.BASE_LR_END is {c.SOLVER.BASE_LR_END}; SOLVER.LR_SCHEDULER_NAME WarmupCosineLR "
+        "SOLVER.BASE_LR_END is {c.SOLVER.BASE_LR_END}; {c.SOLVER.LR_SCHEDULER_NAME} "
         "needs it to be at most SOLVER.BASE_LR {c.SOLVER.BASE_LR}, and that to be above 0.",
     ),
     (

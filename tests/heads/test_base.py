@@ -12,9 +12,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from distill.config import get_distill_cfg
+from distill.distributed import reduce_mean
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads
-from distill.distributed import reduce_mean
 from distill.heads.base import RandomState
 from distill.structures import Batch, NetSpec, Signals
 

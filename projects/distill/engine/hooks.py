@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -40,15 +41,30 @@ class Evaluation(EvalHook):
     """detectron2's, but the last one comes in the last iteration, before the final checkpoint.
 
     So a run that is killed after its final checkpoint lacks nothing.
+
+    Args:
+        period: iterations between two evaluations; 0: at the end alone.
+        evaluate: returns the metrics.
+        weights_in_place: the context of an evaluation.
     """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], Any],
+        weights_in_place: Callable[[], AbstractContextManager[None]],
+    ):
+        super().__init__(period, evaluate)
+        self.weights_in_place = weights_in_place
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self._period and done % self._period == 0):
-            self._do_eval()
+            with self.weights_in_place():
+                self._do_eval()
 
     def after_train(self) -> None:
-        del self._func  # it refers to the trainer
+        del self._func, self.weights_in_place  # they refer to the trainer
 
 
 class Checkpoints(HookBase):

@@ -4,8 +4,14 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.projects.deeplab.lr_scheduler import WarmupPolyLR
-from detectron2.solver import LRScheduler
+from detectron2.solver import LRMultiplier, LRScheduler, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2s
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    ParamScheduler,
+)
 from torch.optim import Optimizer
 
 
@@ -26,8 +32,14 @@ class ResumablePolyLR(WarmupPolyLR):
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-    """The schedule that ``SOLVER.LR_SCHEDULER_NAME`` names, ``WarmupPolyLR`` included."""
+    """The schedule that ``SOLVER.LR_SCHEDULER_NAME`` names; two are not detectron2's own.
+
+    ``WarmupPolyLR`` is its DeepLab's. ``WarmupFlatCosineLR`` stays at ``BASE_LR`` for
+    ``FLAT_FRACTION`` of the training, then falls to ``BASE_LR_END`` along half a cosine.
+    """
     node = cfg.SOLVER
+    if node.LR_SCHEDULER_NAME == "WarmupFlatCosineLR":
+        return LRMultiplier(optimizer, multiplier=_flat_cosine(cfg), max_iter=node.MAX_ITER)
     if node.LR_SCHEDULER_NAME != "WarmupPolyLR":
         return build_detectron2s(cfg, optimizer)
     return ResumablePolyLR(
@@ -38,4 +50,23 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         warmup_method=node.WARMUP_METHOD,
         power=node.POLY_LR_POWER,
         constant_ending=node.POLY_LR_CONSTANT_ENDING,
+    )
+
+
+def _flat_cosine(cfg: CfgNode) -> ParamScheduler:
+    node = cfg.SOLVER
+    cosine = CosineParamScheduler(1.0, node.BASE_LR_END / node.BASE_LR)
+    flat = ConstantParamScheduler(1.0)
+    shares = [node.FLAT_FRACTION, 1 - node.FLAT_FRACTION]
+    schedule = (
+        CompositeParamScheduler([flat, cosine], shares, ["rescaled", "rescaled"])
+        if node.FLAT_FRACTION
+        else cosine
+    )
+    return WarmupParamScheduler(
+        schedule,
+        node.WARMUP_FACTOR,
+        min(node.WARMUP_ITERS / node.MAX_ITER, 1.0),
+        node.WARMUP_METHOD,
+        node.RESCALE_INTERVAL,
     )

@@ -37,8 +37,11 @@ from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
 from ..evaluation.sliding_window import with_sliding_window
+from ..inherit import inherit
 from ..meta_arch import DistillModel
+from ..teacher import Teacher
 from ..weights import load_strictly, readable
+from .ema import WeightsEMA
 from .evaluators import check_test_sets, evaluator_builders
 from .faults import FiniteGuard
 from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Evaluation, Telemetry
@@ -80,6 +83,7 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = getattr(model, "heads", {})
+        self.teacher: Teacher | None = getattr(model, "teacher", None)
         # Not the local rank, as detectron2 has it: SLURM may show each task its own GPU alone.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
@@ -94,6 +98,8 @@ class Trainer(DefaultTrainer):
             cosine_period=cfg.MODEL.DISTILL.COSINE_PERIOD,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        ema = cfg.SOLVER.EMA
+        self.ema = WeightsEMA(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
         checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
         if isinstance(model, DistillModel):
             checkpointables["distill"] = model.heads
@@ -102,12 +108,17 @@ class Trainer(DefaultTrainer):
             self.student,
             cfg.OUTPUT_DIR,
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
+            weights_in_place=self.averaged,
             **checkpointables,
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
         if comm.is_main_process():
             write_student_yaml(cfg)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the student has the weights that are evaluated and kept."""
+        return self.ema.applied() if self.ema else contextlib.nullcontext()
 
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """The training data from iteration ``start`` on."""
@@ -129,7 +140,7 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, PeriodicWriter):
                 writers.append(hook)
             elif isinstance(hook, EvalHook):
-                before.append(Evaluation(cfg.TEST.EVAL_PERIOD, hook._func))
+                before.append(Evaluation(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -137,6 +148,8 @@ class Trainer(DefaultTrainer):
         before.append(Telemetry(cfg.SOLVER.IMS_PER_BATCH, left_out))
         if self.heads:
             before.insert(0, DistillRatio(tuple(self.heads)))
+        if self.ema:
+            before.insert(0, self.ema)
         before.append(Alarms(self.heads))
         if cfg.TEST.BEST_METRIC:
             best = BestCheckpoint(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
@@ -149,7 +162,7 @@ class Trainer(DefaultTrainer):
         """Load the newest intact checkpoint of ``OUTPUT_DIR`` if ``resume``, else the weights.
 
         A resumed run ends as an uninterrupted one. Without any checkpoint in ``OUTPUT_DIR``, it
-        starts from ``MODEL.WEIGHTS`` too.
+        starts from ``MODEL.WEIGHTS`` too, and with what ``MODEL.DISTILL.INHERIT`` names.
 
         Raises:
             WeightsError: the file is missing or unreadable, or every checkpoint is damaged.
@@ -160,6 +173,8 @@ class Trainer(DefaultTrainer):
             weights = self.cfg.MODEL.WEIGHTS
             with readable(weights, "MODEL.WEIGHTS") if weights else contextlib.nullcontext():
                 self.checkpointer.load(weights, checkpointables=[])
+            if self.teacher and self.cfg.MODEL.DISTILL.INHERIT:
+                inherit(self.student, self.teacher.model, self.cfg.MODEL.DISTILL.INHERIT)
             return
         with readable(last, "--resume"):
             self.checkpointer.load(last)

@@ -1,11 +1,13 @@
 """detectron2's FCOS, usable from a config file."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
-from torch import nn
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
 
 from .dense import detector_arguments, head_arguments
 
@@ -35,3 +37,14 @@ class FCOS(fcos.FCOS):
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
         }
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: Sequence[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        # detectron2's GIoU fails on the halved boxes of autocast.
+        full = [[x.float() for x in maps] for maps in predictions]
+        return super().forward_training(images, features, full, gt_instances)

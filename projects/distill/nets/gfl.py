@@ -117,8 +117,8 @@ class GFLHead(RetinaNetHead):
 
     def __init__(self, *, input_shape: list[ShapeSpec], reg_max: int, **kwargs: Any):
         super().__init__(input_shape=input_shape, num_anchors=1, **kwargs)
-        channels = self.bbox_pred.in_channels
-        self.bbox_pred = nn.Conv2d(channels, 4 * (reg_max + 1), kernel_size=3, padding=1)
+        channels = self.cls_score.in_channels
+        self.bbox_pred: Any = nn.Conv2d(channels, 4 * (reg_max + 1), kernel_size=3, padding=1)
         nn.init.normal_(self.bbox_pred.weight, std=0.01)
         nn.init.zeros_(self.bbox_pred.bias)
         self.scales = nn.ModuleList(Scale() for _ in input_shape)
@@ -145,7 +145,7 @@ class Integral:
     def expectation(self, sides: Tensor) -> Tensor:
         """(P, 4) distances in strides, in [0, reg_max], of (P, 4 · (reg_max + 1)) logits."""
         bins = torch.arange(self.reg_max + 1, device=sides.device, dtype=sides.dtype)
-        return sides.view(len(sides), 4, self.reg_max + 1).softmax(2) @ bins
+        return (sides.view(len(sides), 4, self.reg_max + 1).softmax(2) * bins).sum(2)
 
     def get_deltas(self, priors: Tensor, boxes: Tensor) -> Tensor:
         """(P, 4) distances in strides from the priors' centres to the sides of (P, 4) boxes."""

@@ -94,7 +94,8 @@ class RepPoints(PriorDetector):
         refined, first = (self.flat(maps, 4) for maps in predictions[1:])
         anchors = Boxes.cat(priors).tensor
         near = self.targets(priors, gt_instances)
-        overlapping = self.refine_targets(self.decoded(first, anchors.expand_as(first)), gt_instances)
+        boxes = self.decoded(first, anchors.expand_as(first))
+        overlapping = self.refine_targets(boxes, gt_instances)
         trained = overlapping.labels >= 0
         classes = F.one_hot(overlapping.labels.clamp(min=0), self.num_classes + 1)[..., :-1]
         number = reduce_mean(overlapping.positive(self.num_classes).sum())
@@ -182,12 +183,13 @@ class RepPointsHead(nn.Module):
         self.refine_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
         self.refine_points = nn.Conv2d(width, 2 * POINTS, 1)
         self.cls_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
-        self.cls_score = nn.Conv2d(width, num_classes, 1)
+        self.cls_score: Any = nn.Conv2d(width, num_classes, 1)
         # Logarithms of the factors from the points' standard deviation to half a side, y and x.
         self.moment = nn.Parameter(torch.zeros(2))
         y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
         kernel = torch.stack([y, x], -1).view(1, 2 * POINTS, 1, 1)
         self.register_buffer("kernel", kernel, persistent=False)
+        layer: Any
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | DeformConv2d):
                 nn.init.normal_(layer.weight, std=0.01)
@@ -208,8 +210,9 @@ class RepPointsHead(nn.Module):
         classes, located = self.cls_subnet(x), self.points_subnet(x)
         first = self.init_points(F.relu(self.init_conv(located)))
         offset = (1 - TRAINED) * first.detach() + TRAINED * first - self.kernel
-        refined = self.refine_points(F.relu(self.refine_conv(located, offset))) + first.detach()
-        logits = self.cls_score(F.relu(self.cls_conv(classes, offset)))
+        at_points = F.relu(_deformed(self.refine_conv, located, offset))
+        refined = self.refine_points(at_points) + first.detach()
+        logits = self.cls_score(F.relu(_deformed(self.cls_conv, classes, offset)))
         return logits, self.boxes(refined), self.boxes(first)
 
     def boxes(self, points: Tensor) -> Tensor:
@@ -222,6 +225,12 @@ class RepPointsHead(nn.Module):
         half = spread * moment.exp()[:, None, None]
         y1x1, y2x2 = centre - half, centre + half
         return torch.cat([y1x1.flip(1), y2x2.flip(1)], 1)
+
+
+def _deformed(conv: DeformConv2d, x: Tensor, offset: Tensor) -> Tensor:
+    """torchvision has no half precision of it on a CPU, and positions would be too coarse."""
+    with torch.autocast(x.device.type, enabled=False):
+        return conv(x.float(), offset.float())
 
 
 def _tower(channels: int, dims: list[int], norm: str) -> nn.Sequential:

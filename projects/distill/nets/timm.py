@@ -78,7 +78,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
     """Indices of the maps of stride 4 and more."""
-    model = timm.create_model(name, features_only=True, in_chans=channels)
+    model: Any = timm.create_model(name, features_only=True, in_chans=channels)
     strides = model.feature_info.reduction()
     return tuple(i for i, stride in enumerate(strides) if stride >= 4)
 

@@ -1,4 +1,4 @@
-"""Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
+"""Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, GFL, ...)."""
 
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,0 +1,163 @@
+"""Assigners against hand-made cases and loops over boxes and priors."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distill.nets.assign import atss_assign, nearest_point_assign
+
+CANVAS = 128
+STRIDES = (8, 16, 32, 64)
+
+
+def centres(stride: int) -> Tensor:
+    """(H·W, 2) centres of the cells of a level, row by row."""
+    at = torch.arange(0, CANVAS, stride) + stride / 2
+    return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).flatten(0, 1)
+
+
+def squares(size: float) -> list[Tensor]:
+    """The priors of each level, ``size`` strides wide."""
+    levels = []
+    for stride in STRIDES:
+        half = size * stride / 2
+        levels.append(torch.cat([centres(stride) - half, centres(stride) + half], 1))
+    return levels
+
+
+def random_boxes(number: int, generator: torch.Generator) -> Tensor:
+    corner = torch.rand(number, 2, generator=generator) * 100
+    size = torch.rand(number, 2, generator=generator) ** 2 * 100 + 3
+    return torch.cat([corner, corner + size], 1)
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (area - width * height)
+
+
+def slow_atss(levels: list[Tensor], gt: Tensor, candidates: int) -> list[int]:
+    anchors = torch.cat(levels).double().tolist()
+    middle = [((a[0] + a[2]) / 2, (a[1] + a[3]) / 2) for a in anchors]
+    assigned, best = [-1] * len(anchors), [-1.0] * len(anchors)
+    for number, box in enumerate(gt.double().tolist()):
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        chosen, first = [], 0
+        for level in levels:
+            indices = range(first, first + len(level))
+            chosen += sorted(indices, key=lambda i: math.dist(middle[i], (x, y)))[:candidates]
+            first += len(level)
+        ious = [iou(anchors[i], box) for i in chosen]
+        threshold = np.mean(ious) + np.std(ious, ddof=1)
+        for i, overlap in zip(chosen, ious):
+            depth = min(
+                *(middle[i][0] - box[0], middle[i][1] - box[1]),
+                *(box[2] - middle[i][0], box[3] - middle[i][1]),
+            )
+            if overlap >= threshold and depth > 0.01 and overlap > best[i]:
+                assigned[i], best[i] = number, overlap
+    return assigned
+
+
+def slow_nearest(points: Tensor, strides: Tensor, gt: Tensor, scale: float) -> list[int]:
+    levels = sorted({int(math.log2(s)) for s in strides.tolist()})
+    assigned, best = [-1] * len(points), [math.inf] * len(points)
+    for number, (x1, y1, x2, y2) in enumerate(gt.double().tolist()):
+        width, height = x2 - x1, y2 - y1
+        level = math.floor((math.log2(width / scale) + math.log2(height / scale)) / 2)
+        level = min(max(level, levels[0]), levels[-1])
+        nearest, nearest_distance = -1, math.inf
+        for i, ((x, y), stride) in enumerate(zip(points.double().tolist(), strides.tolist())):
+            away = ((x - (x1 + x2) / 2) / width, (y - (y1 + y2) / 2) / height)
+            if stride == 2**level and math.hypot(*away) < nearest_distance:
+                nearest, nearest_distance = i, math.hypot(*away)
+        if nearest_distance < best[nearest]:
+            assigned[nearest], best[nearest] = number, nearest_distance
+    return assigned
+
+
+def boxes_of(assigned: Tensor | Sequence[int], gt: Tensor) -> list[list[float] | None]:
+    """What each prior is trained on: identical boxes are one."""
+    return [None if i < 0 else gt[i].tolist() for i in assigned]
+
+
+def scenes() -> list[Tensor]:
+    """50 pictures: none, one, 300, identical boxes, and a few."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = [0, 1, 300, *torch.randint(1, 8, (46,), generator=generator).tolist()]
+    boxes = [random_boxes(n, generator) for n in numbers]
+    return [*boxes, random_boxes(1, generator).repeat(3, 1)]
+
+
+@pytest.mark.parametrize("candidates", [9, 3])
+def test_atss_against_loops(candidates: int) -> None:
+    levels = squares(8)
+    for gt in scenes():
+        got = atss_assign(levels, gt, candidates)
+        assert boxes_of(got, gt) == boxes_of(slow_atss(levels, gt, candidates), gt)
+
+
+def points() -> tuple[Tensor, Tensor]:
+    at = [centres(stride) for stride in STRIDES]
+    return torch.cat(at), torch.cat([torch.full((len(x),), float(s)) for x, s in zip(at, STRIDES)])
+
+
+def test_the_nearest_point_against_loops() -> None:
+    at, strides = points()
+    for gt in scenes():
+        got = nearest_point_assign(at, strides, gt)
+        assert boxes_of(got, gt) == boxes_of(slow_nearest(at, strides, gt, 4.0), gt)
+
+
+def test_atss_by_hand() -> None:
+    """Two anchors of one level are candidates; the one that is the box itself passes.
+
+    IoUs 1 and 1/3: mean 2/3, unbiased deviation √2/3, so the threshold is 1.14 and none passes;
+    with a third candidate of IoU 0 it is 4/9 + 0.51 and the first passes.
+    """
+    anchors = torch.tensor([[0.0, 0, 8, 8], [4, 0, 12, 8], [40, 0, 48, 8]])
+    gt = anchors[:1]
+    assert atss_assign([anchors], gt, 2).tolist() == [-1, -1, -1]
+    assert atss_assign([anchors], gt, 3).tolist() == [0, -1, -1]
+    assert atss_assign([anchors], gt, 9).tolist() == [0, -1, -1]  # there are no more
+
+
+def test_atss_needs_the_centre_inside() -> None:
+    """A box between the anchors' centres: all overlap alike, no centre is in it."""
+    anchors = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])
+    assert atss_assign([anchors], torch.tensor([[5.0, 0, 11, 8]]), 2).tolist() == [-1, -1]
+
+
+def test_atss_gives_an_anchor_to_the_box_that_it_overlaps_most() -> None:
+    anchors = torch.tensor([[0.0, 0, 8, 8], [40, 0, 48, 8], [80, 0, 88, 8]])
+    gt = torch.tensor([[0.0, 0, 8, 6], [0, 0, 8, 7.5], [1, 1, 8, 8]])
+    assert atss_assign([anchors], gt, 3).tolist() == [1, -1, -1]
+
+
+def test_the_level_of_a_box() -> None:
+    at, strides = points()
+    for side, stride in [(4, 8), (31, 8), (63, 8), (65, 16), (127, 16), (129, 32), (4000, 64)]:
+        gt = torch.tensor([[64.0, 64, 64, 64]]) + torch.tensor([-1, -1, 1, 1]) * side / 2
+        chosen = nearest_point_assign(at, strides, gt + 0.1) >= 0
+        assert strides[chosen].tolist() == [stride], side
+
+
+def test_a_point_goes_to_the_nearer_box() -> None:
+    at, strides = torch.tensor([[4.0, 4], [100, 100]]), torch.tensor([8.0, 8])
+    gt = torch.tensor([[0.0, 0, 30, 30], [0, 0, 16, 16]])  # centres 15 and 8
+    # In units of the boxes 11/30·√2 and 4/16·√2.
+    assert nearest_point_assign(at, strides, gt).tolist() == [1, -1]
+    assert nearest_point_assign(at, strides, gt[:1], number=2).tolist() == [0, 0]
+
+
+def test_nothing_to_find() -> None:
+    at, strides = points()
+    empty = torch.zeros(0, 4)
+    assert (nearest_point_assign(at, strides, empty) == -1).all()
+    assert (atss_assign(squares(8), empty) == -1).all()
