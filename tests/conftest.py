@@ -351,7 +351,9 @@ def trainable_cfg(
 ) -> CfgNode:
     """:func:`tiny_cfg` with the data of :func:`shapes`, registered, and a short schedule."""
     cfg = tiny_cfg(family, **kw)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 8
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
+    for name in ("RetinaNet", *DENSE.values()):
+        cfg.MODEL[name.upper()].NUM_CLASSES = 8
     cfg.DATASETS.COCO_FORMAT = (shapes,)
     cfg.DATASETS.TRAIN = (shapes[0],)
     cfg.INPUT.MIN_SIZE_TRAIN = (64, 80)

@@ -82,6 +82,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "retinanet": ("retinanet", ()),
     "mixed precision": ("faster", ("SOLVER.AMP.ENABLED", True)),
     "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
+    "average": ("faster", ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 3)),
+    "flat cosine": ("faster", ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR")),
     "crops": ("faster", ("INPUT.CROP.ENABLED", True)),
     "no seed": ("faster", ("SEED", -1)),
     "deterministic": ("faster", ("DETERMINISTIC", True)),

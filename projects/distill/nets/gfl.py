@@ -118,9 +118,10 @@ class GFLHead(RetinaNetHead):
     def __init__(self, *, input_shape: list[ShapeSpec], reg_max: int, **kwargs: Any):
         super().__init__(input_shape=input_shape, num_anchors=1, **kwargs)
         channels = self.cls_score.in_channels
-        self.bbox_pred: Any = nn.Conv2d(channels, 4 * (reg_max + 1), kernel_size=3, padding=1)
-        nn.init.normal_(self.bbox_pred.weight, std=0.01)
-        nn.init.zeros_(self.bbox_pred.bias)
+        predictor: Any = nn.Conv2d(channels, 4 * (reg_max + 1), kernel_size=3, padding=1)
+        nn.init.normal_(predictor.weight, std=0.01)
+        nn.init.zeros_(predictor.bias)
+        self.bbox_pred = predictor
         self.scales = nn.ModuleList(Scale() for _ in input_shape)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

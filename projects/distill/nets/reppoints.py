@@ -183,7 +183,7 @@ class RepPointsHead(nn.Module):
         self.refine_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
         self.refine_points = nn.Conv2d(width, 2 * POINTS, 1)
         self.cls_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
-        self.cls_score: Any = nn.Conv2d(width, num_classes, 1)
+        self.cls_score = nn.Conv2d(width, num_classes, 1)
         # Logarithms of the factors from the points' standard deviation to half a side, y and x.
         self.moment = nn.Parameter(torch.zeros(2))
         y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
@@ -195,7 +195,8 @@ class RepPointsHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.cls_score.bias, -torch.tensor(1 / prior_prob - 1).log().item())
+        predictor: Any = self.cls_score
+        nn.init.constant_(predictor.bias, -torch.tensor(1 / prior_prob - 1).log().item())
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Logits (N, K, Hi, Wi), refined and first boxes (N, 4, Hi, Wi).

@@ -1,0 +1,100 @@
+"""The moving average of the weights: its formula, where it is used, what a checkpoint has."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import trainable_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from distill.config import student_config
+from distill.engine import Trainer
+from distill.engine.ema import WeightsEMA
+from distill.weights import load_strictly
+
+Shapes = tuple[str, str, str]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+def shift(model: nn.Module) -> None:
+    """Every number of the network one larger, the count of batches too."""
+    for x in model.state_dict().values():
+        x += 1
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_the_average_against_a_loop(warmup: int) -> None:
+    model = network()
+    ema = WeightsEMA(model, 0.9, warmup)
+    expected = {k: v.double().clone() for k, v in model.state_dict().items()}
+    for step in range(1, 8):
+        shift(model)
+        ema.trainer = SimpleNamespace(iter=step - 1)  # type: ignore[assignment]
+        ema.after_step()
+        decay = 0.9 * (1 - math.exp(-step / warmup)) if warmup else 0.9
+        for name, x in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * x.double()
+    trained = {k: v.clone() for k, v in model.state_dict().items()}
+    with ema.applied():
+        for name, x in model.state_dict().items():
+            if name == "1.num_batches_tracked":
+                assert x == 7  # counted, not averaged
+            else:
+                torch.testing.assert_close(x.double(), expected[name])
+    assert all(torch.equal(x, trained[name]) for name, x in model.state_dict().items())
+
+
+def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
+    """``model`` is the average and a stock checkpoint; training goes on with the other."""
+    opts = ("SOLVER.MAX_ITER", 3, "SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 0)
+    seen: list[dict[str, torch.Tensor]] = []
+    cfg = trainable_cfg("faster", shapes, tmp_path, *opts, norm="BN")
+
+    class Watching(Trainer):
+        @classmethod
+        def test(cls, cfg: Any, model: nn.Module, evaluators: Any = None) -> Any:
+            seen.append({k: v.clone() for k, v in model.state_dict().items()})
+            return {}
+
+    seed_all_rng(0)
+    trainer = Watching(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    average, trained = saved["model"], saved["trainer"]["hooks"]["WeightsEMA"]
+    own = trainer.student.state_dict()
+    assert all(torch.equal(trained[name], own[name]) for name in trained)
+    assert not torch.equal(
+        average["backbone.bottom_up.stem.conv1.weight"], own["backbone.bottom_up.stem.conv1.weight"]
+    )
+    assert average.keys() == own.keys()
+    load_strictly(build_model(student_config(cfg)), str(tmp_path / "model_final.pth"), "it")
+    (evaluated,) = seen  # the average is what is evaluated
+    assert all(torch.equal(evaluated[name], average[name]) for name in average)
+
+
+def test_switched_on_when_resumed(shapes: Shapes, tmp_path: Path) -> None:
+    """It then starts with the weights of the checkpoint."""
+    cfg = trainable_cfg("faster", shapes, tmp_path, "SOLVER.MAX_ITER", 2, norm="BN")
+    cfg.DATASETS.TEST = ()
+    seed_all_rng(0)
+    Trainer(cfg).train()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.EMA.DECAY, cfg.SOLVER.EMA.WARMUP_ITERS = 3, 0.9, 0
+    before = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    trained = saved["trainer"]["hooks"]["WeightsEMA"]
+    for name, x in trained.items():
+        expected = 0.9 * before[name] + 0.1 * x
+        torch.testing.assert_close(saved["model"][name], expected)

@@ -1,0 +1,92 @@
+"""Students that start with the teacher's weights where they fit."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import distill_opts, tiny_model, trainable_cfg, write_teacher
+
+from distill.config import validate_config
+from distill.engine import Trainer
+from distill.errors import ConfigError
+from distill.inherit import inherit
+
+STATE = "backbone.bottom_up.", "backbone."
+
+
+def part_of(name: str) -> str:
+    return (
+        "bottom-up"
+        if name.startswith(STATE[0])
+        else "neck"
+        if name.startswith(STATE[1])
+        else "head"
+    )
+
+
+@pytest.mark.parametrize("family", ["faster", "retinanet", "gfl", "panoptic"])
+@pytest.mark.parametrize("parts", [("neck",), ("head",), ("neck", "head")])
+def test_parts(family: str, parts: tuple[str, ...]) -> None:
+    student, teacher = tiny_model(family, seed=0), tiny_model(family, seed=1)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    copied = inherit(student, teacher, parts)
+    for name, x in student.state_dict().items():
+        expected = teacher.state_dict()[name] if part_of(name) in parts else before[name]
+        assert torch.equal(x, expected), name
+        assert (name in copied) == (part_of(name) in parts)
+
+
+def test_what_does_not_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Other classes: the towers fit, the class predictor does not."""
+    student = tiny_model("retinanet", seed=0)
+    teacher = tiny_model("retinanet", "MODEL.RETINANET.NUM_CLASSES", 5, seed=1)
+    own = student.state_dict()["head.cls_score.weight"].clone()
+    with caplog.at_level(logging.WARNING):
+        copied = inherit(student, teacher, ["head"])
+    assert "head.cls_score.weight" not in copied and "head.bbox_pred.weight" in copied
+    assert torch.equal(student.state_dict()["head.cls_score.weight"], own)
+    assert "2 that do not fit: head.cls_score.weight, head.cls_score.bias" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "student, teacher, part",
+    [("retinanet", "faster", "head"), ("semantic_plain", "faster", "neck")],
+)
+def test_nothing_fits(student: str, teacher: str, part: str) -> None:
+    plain = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_backbone")
+    opts = (*plain, "MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res2"])
+    model = tiny_model("semantic", *opts) if student == "semantic" else tiny_model(student)
+    with pytest.raises(ConfigError, match=f"nothing of the student's {part}"):
+        inherit(model, tiny_model(teacher), [part])
+
+
+def test_a_training_starts_with_it(shapes: tuple[str, str, str], tmp_path: Path) -> None:
+    taught = write_teacher(tmp_path, "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8)
+    opts: list[Any] = [*distill_opts("faster", ("IMA",)), *taught]
+    opts += ["MODEL.DISTILL.INHERIT", ("neck", "head"), "SOLVER.MAX_ITER", 1]
+    cfg = trainable_cfg("faster", shapes, tmp_path / "out", *opts)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert trainer.teacher is not None
+    teacher = trainer.teacher.model.state_dict()
+    for name, x in trainer.student.state_dict().items():
+        assert part_of(name) == "bottom-up" or torch.equal(x, teacher[name])
+    trainer.train()
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)  # with what was trained
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert not torch.equal(resumed.student.state_dict()[name], teacher[name])
+
+
+def test_without_a_teacher_there_is_nothing_to_inherit(
+    shapes: tuple[str, str, str], tmp_path: Path
+) -> None:
+    pafpn = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_pafpn_backbone")
+    opts = (*distill_opts("faster", ("MSSD",)), *pafpn, "MODEL.DISTILL.INHERIT", ("neck",))
+    with pytest.raises(ConfigError, match="has a teacher; name one"):
+        validate_config(trainable_cfg("faster", shapes, tmp_path, *opts))
+    opts = (*distill_opts("faster", ("IMA",)), "MODEL.DISTILL.INHERIT", ("necks",))
+    with pytest.raises(ConfigError, match="unknown value 'necks'; did you mean neck"):
+        validate_config(trainable_cfg("faster", shapes, tmp_path, *opts))
