@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     "student, teacher, part",
-    [("retinanet", "faster", "head"), ("semantic_plain", "faster", "neck")],
+    [("retinanet", "faster", "head"), ("semantic", "faster", "neck")],
 )
 def test_nothing_fits(student: str, teacher: str, part: str) -> None:
     plain = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_backbone")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -58,21 +59,16 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """
     node = cfg.MODEL.TIMM
     if node.NAME not in timm.list_models():
-        near = ", ".join(timm.list_models(f"*{node.NAME[:6]}*")[:8]) or "timm.list_models()"
-        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is no model of timm; it has: {near}")
+        near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
+        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is no model of timm; nearest: {near}")
     if node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
         raise ValueError(f"MODEL.TIMM.WEIGHTS: there is no file '{node.WEIGHTS}'")
     indices = tuple(node.OUT_INDICES) or _from_stride_4(node.NAME, input_shape.channels)
-    features = timm.create_model(
-        node.NAME,
-        features_only=True,
-        out_indices=indices,
-        in_chans=input_shape.channels,
-        pretrained=node.PRETRAINED or bool(node.WEIGHTS),
-        pretrained_cfg_overlay={"file": node.WEIGHTS} if node.WEIGHTS else None,
-    )
+    options = {"features_only": True, "out_indices": indices, "in_chans": input_shape.channels}
     if node.WEIGHTS:
-        _check_loaded(features, node.WEIGHTS)
+        features = _from_file(node.NAME, node.WEIGHTS, options)
+    else:
+        features = timm.create_model(node.NAME, pretrained=node.PRETRAINED, **options)
     return TimmBackbone(features, node.NORM_EVAL)
 
 
@@ -83,22 +79,31 @@ def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
     return tuple(i for i, stride in enumerate(strides) if stride >= 4)
 
 
-def _check_loaded(features: nn.Module, path: str) -> None:
-    """timm leaves weights that a file lacks as they are initialised, and only logs it.
+def _from_file(name: str, path: str, options: dict[str, Any]) -> nn.Module:
+    """A model with the weights of a file; nothing that the file says is executed.
 
-    It renames and reshapes what it loads: values are compared, not names.
+    timm leaves weights that a file lacks as they are initialised, and only logs it. It renames and
+    reshapes what it loads: so values are compared, not names.
 
     Raises:
-        ValueError: a weight has none of the file's values.
+        ValueError: the file is none of this model.
     """
-    known = set(_digests(load_state_dict(path).values()))
-    state = {k: v for k, v in features.state_dict().items() if v.is_floating_point()}
-    missing = [name for name, digest in zip(state, _digests(state.values())) if digest not in known]
+    named = f"MODEL.TIMM.WEIGHTS '{path}'"
+    try:
+        known = set(_digests(load_state_dict(path).values()))
+        overlay = {"file": path}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as e:  # on broken bytes, the readers raise nearly anything
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{named} is no file of weights of {name} ({reason})") from e
+    state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+    missing = [k for k, digest in zip(state, _digests(state.values())) if digest not in known]
     if missing:
         raise ValueError(
-            f"MODEL.TIMM.WEIGHTS '{path}' lacks {len(missing)} of {len(state)} weights of the "
-            f"model, such as {missing[0]}; name the file that belongs to MODEL.TIMM.NAME"
+            f"{named} lacks {len(missing)} of {len(state)} weights of {name}, such as "
+            f"{missing[0]}; name the file that belongs to MODEL.TIMM.NAME"
         )
+    return model
 
 
 def _digests(tensors: Iterable[Tensor]) -> list[int]:

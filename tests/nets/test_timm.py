@@ -1,0 +1,131 @@
+"""timm's backbones below detectron2's necks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import STOCK_P3_P7, tiny_cfg
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+from safetensors.torch import save_file
+from torch import nn
+
+from distill.config import building, student_config
+from distill.errors import ConfigError
+from distill.nets.necks import BOTTOM_UPS
+
+MODELS = ("resnet18", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "cspdarknet53")
+
+
+def config(name: str, builder: str = "build_timm_fpn_backbone", *opts: Any) -> CfgNode:
+    return tiny_cfg("faster", "MODEL.BACKBONE.NAME", builder, "MODEL.TIMM.NAME", name, *opts)
+
+
+def built(cfg: CfgNode) -> Any:
+    with building("student"):
+        return build_backbone(cfg)
+
+
+def bottom_up_state(backbone: Any) -> dict[str, torch.Tensor]:
+    return backbone.bottom_up.features.state_dict()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_fpn_on_top(name: str) -> None:
+    backbone = built(config(name)).eval()
+    shapes = backbone.output_shape()
+    assert {k: v.stride for k, v in shapes.items()} == {f"p{k}": 2**k for k in range(2, 7)}
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    for k, v in shapes.items():
+        assert maps[k].shape == (1, 16, 64 // v.stride, -(-96 // v.stride))
+
+
+P3_P7 = ("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"])
+
+
+@pytest.mark.parametrize("bottom_up", BOTTOM_UPS)
+@pytest.mark.parametrize("neck", ["fpn", "pafpn"])
+@pytest.mark.parametrize("family", ["", "retinanet_", "fcos_"])
+def test_every_neck(bottom_up: str, neck: str, family: str) -> None:
+    if (family, neck) == ("fcos_", "pafpn"):
+        pytest.skip("a dense PAFPN always has P6 of P5")
+    opts = (*STOCK_P3_P7, *P3_P7) if bottom_up == "resnet" else P3_P7 if family else ()
+    opts = opts if family or bottom_up != "resnet" else STOCK_P3_P7[:6]
+    cfg = tiny_cfg("faster", *opts)
+    builder = BACKBONE_REGISTRY.get(f"build_{family}{bottom_up}_{neck}_backbone")
+    backbone = builder(cfg, ShapeSpec(channels=3)).eval()
+    levels = range(3, 8) if family else range(2, 7)
+    strides = {k: v.stride for k, v in backbone.output_shape().items() if k.startswith("p")}
+    assert strides == {f"p{k}": 2**k for k in levels}
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 128, 128))
+    assert all(maps[k].shape == (1, 16, 128 // s, 128 // s) for k, s in strides.items())
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_a_local_file(name: str, suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    whole = timm.create_model(name)
+    path = str(tmp_path / f"weights.{suffix}")
+    save_file(whole.state_dict(), path) if suffix == "safetensors" else torch.save(
+        whole.state_dict(), path
+    )
+    torch.manual_seed(2)
+    backbone = built(config(name, "build_timm_fpn_backbone", "MODEL.TIMM.WEIGHTS", path)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.eval().forward_features(x)
+        torch.testing.assert_close(backbone.bottom_up(x)["res5"], expected)
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    missing = ("MODEL.TIMM.WEIGHTS", str(tmp_path / "gone.pth"))
+    with pytest.raises(ConfigError, match=r"there is no file '.*gone.pth'"):
+        built(config("resnet18", "build_timm_fpn_backbone", *missing))
+    other = timm.create_model("resnet10t")
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"is no file of weights of resnet18 .*size mismatch"):
+        _loaded(tmp_path / "other.pth")
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="is no file of weights of resnet18"):
+        _loaded(tmp_path / "torn.pth")
+    state = timm.create_model("resnet18").state_dict()
+    del state["layer3.0.conv1.weight"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(ConfigError, match=r"lacks 1 of .* such as layer3.0.conv1.weight"):
+        _loaded(tmp_path / "part.pth")
+
+
+def _loaded(path: Path) -> Any:
+    return built(config("resnet18", "build_timm_fpn_backbone", "MODEL.TIMM.WEIGHTS", str(path)))
+
+
+def test_an_unknown_model() -> None:
+    with pytest.raises(ConfigError, match=r"'resnet81' is no model of timm; nearest: .*resnet18"):
+        built(config("resnet81"))
+
+
+def test_norms_that_keep_their_statistics() -> None:
+    for keep in (False, True):
+        opts = ("MODEL.TIMM.NORM_EVAL", keep)
+        backbone = built(config("resnet18", "build_timm_fpn_backbone", *opts)).train()
+        norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms and all(m.training != keep for m in norms)
+
+
+def test_other_maps() -> None:
+    opts = ("MODEL.TIMM.OUT_INDICES", (2, 3, 4), "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"])
+    backbone = built(config("resnet18", "build_retinanet_timm_fpn_backbone", *opts))
+    assert sorted(backbone.bottom_up.output_shape()) == ["res3", "res4", "res5"]
+
+
+def test_a_students_yaml_asks_for_no_download() -> None:
+    opts = ("MODEL.TIMM.PRETRAINED", True, "MODEL.TIMM.WEIGHTS", "somewhere.pth")
+    node = student_config(config("resnet18", "build_timm_fpn_backbone", *opts)).MODEL.TIMM
+    assert (node.NAME, node.PRETRAINED, node.WEIGHTS) == ("resnet18", False, "")
+    assert "TIMM" not in student_config(tiny_cfg("faster")).MODEL
