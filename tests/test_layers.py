@@ -26,7 +26,7 @@ ALLOWED = {
     ".rules": "* .errors .heads .losses",
     ".inherit": "torch .errors",
     ".config": "* .errors .heads .nets .rules .inherit",
-    ".data": "* .errors .config .seeding",
+    ".data": "* .errors .config .nets .seeding",
     ".evaluation": "* .errors .data",
     ".teacher": "* .errors .config .weights .probes .structures",
     ".meta_arch": "* .errors .config .weights .data.datasets .heads .probes .structures .teacher",

@@ -31,6 +31,7 @@ from distill.data.shapes_io import LAYOUTS
 from distill.errors import DataError
 
 WIDTH, HEIGHT = 20, 10
+KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 Shapes = tuple[str, str, str]
 Content = dict[str, Any]
 
@@ -159,16 +160,18 @@ def test_masks_judged_as_pycocotools_reads_them() -> None:
 
 
 def test_what_the_config_cannot_train() -> None:
-    assert found(config_faults(entry(category_id=3), 3)) == [
+    assert found(config_faults(entry(category_id=3), 3, KEY)) == [
         ("class beyond the config's number", True, False)
     ]
-    assert found(config_faults(entry(), 3, "polygon")) == [("object without a mask", True, True)]
-    assert found(config_faults(entry(segmentation=RLE), 3, "polygon")) == [
+    assert found(config_faults(entry(), 3, KEY, "polygon")) == [
+        ("object without a mask", True, True)
+    ]
+    assert found(config_faults(entry(segmentation=RLE), 3, KEY, "polygon")) == [
         ("mask of another format", True, False)
     ]
-    assert not list(config_faults(entry(segmentation=RLE), 3, "bitmask"))
-    assert not list(config_faults(entry(iscrowd=1), 3, "polygon"))
-    assert not list(config_faults(entry(category_id=99), None))
+    assert not list(config_faults(entry(segmentation=RLE), 3, KEY, "bitmask"))
+    assert not list(config_faults(entry(iscrowd=1), 3, KEY, "polygon"))
+    assert not list(config_faults(entry(category_id=99), None, KEY))
 
 
 # ------------------------------------------------------------------------------------------ paths

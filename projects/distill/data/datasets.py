@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import student_config
 from ..errors import DataError
+from ..nets import DENSE_DETECTORS
 from .cityscapes import check_ground_truth
 from .coco_file import CocoFile
 from .faults import (
@@ -40,7 +41,10 @@ _LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names t
 _CITYSCAPES = ("cityscapes_instance", "cityscapes_sem_seg")
 # Keys of the dataset dicts from which detectron2's mapper makes what its networks train on.
 _TRAINED_ON = (
-    ("annotations", "objects", ("GeneralizedRCNN", "RetinaNet", "PanopticFPN", "ProposalNetwork")),
+    (
+        *("annotations", "objects"),
+        ("GeneralizedRCNN", "RetinaNet", *DENSE_DETECTORS, "PanopticFPN", "ProposalNetwork"),
+    ),
     ("sem_seg_file_name", "semantic labels", ("PanopticFPN", "SemanticSegmentor")),
 )
 _SAMPLE = 100  # pictures of which one has to be there, if bad ones are dropped
@@ -249,13 +253,13 @@ def _faults_as_read(
     metadata = MetadataCatalog.get(name)
     roots, classes = metadata_roots(metadata), metadata.get("thing_classes")
     mask_format = cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else ""
-    predicted = number_of_classes(cfg)
+    key, predicted = number_of_classes(cfg)
     for entry in dicts:
         if not file_judged:
             known = len(classes) if classes else None
             yield from entry_faults(entry, roots, known, cfg.MODEL.MASK_ON)
         if name in cfg.DATASETS.TRAIN:
-            yield from config_faults(entry, predicted, mask_format)
+            yield from config_faults(entry, predicted, key, mask_format)
 
 
 def _stop(name: str, faults: Sequence[Fault]) -> DataError:
@@ -323,12 +327,9 @@ def _evaluation_faults(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterat
     """What would stop COCO's evaluation of a set that can be read."""
     if file is None:
         return
-    predicted, known = number_of_classes(cfg), len(MetadataCatalog.get(name).thing_classes)
+    (key, predicted), known = number_of_classes(cfg), len(MetadataCatalog.get(name).thing_classes)
     if predicted is not None and predicted > known:
-        detail = (
-            f"the model predicts {predicted} classes, of which the set has {known}; set "
-            "MODEL.ROI_HEADS.NUM_CLASSES (of a RetinaNet: MODEL.RETINANET.NUM_CLASSES)"
-        )
+        detail = f"the model predicts {predicted} classes, of which the set has {known}; set {key}"
         yield Fault("more classes predicted than known", name, detail, True)
     yield from file.evaluation_faults(cfg.MODEL.MASK_ON)
 
@@ -363,11 +364,13 @@ def find_faults(cfg: CfgNode, name: str) -> tuple[list[Fault], list[dict[str, An
     return faults, [entry for entry in dicts if name_of(entry) not in escaping]
 
 
-def number_of_classes(cfg: CfgNode) -> int | None:
-    """Instance classes that the configured student predicts; None if it has none."""
+def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
+    """Instance classes that the configured student predicts, and their key; None if it has none."""
     architecture = student_config(cfg).MODEL.META_ARCHITECTURE
-    if architecture == "RetinaNet":
-        return cfg.MODEL.RETINANET.NUM_CLASSES
     if architecture in ("GeneralizedRCNN", "PanopticFPN"):
-        return cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    return None
+        section = "ROI_HEADS"
+    elif architecture in ("RetinaNet", *DENSE_DETECTORS):
+        section = architecture.upper()
+    else:
+        return "", None
+    return f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES

@@ -357,13 +357,14 @@ def entry_faults(
 
 
 def config_faults(
-    entry: Mapping[str, Any], num_classes: int | None, mask_format: str = ""
+    entry: Mapping[str, Any], num_classes: int | None, key: str, mask_format: str = ""
 ) -> Iterator[Fault]:
     """Annotations of one picture that the config cannot train on.
 
     Args:
         entry: detectron2's dataset dict.
         num_classes: that the config predicts; None: no instances.
+        key: of the config that says so.
         mask_format: ``INPUT.MASK_FORMAT``; "": masks are not trained.
     """
     picture = name_of(entry)
@@ -372,8 +373,7 @@ def config_faults(
         label, problem, remedy = annotation.get("category_id"), None, ""
         if isinstance(label, (int, np.integer)) and label >= limit:
             detail = (
-                f"class index {label}, but the config predicts {limit} classes; set "
-                "MODEL.ROI_HEADS.NUM_CLASSES (of a RetinaNet: MODEL.RETINANET.NUM_CLASSES) to the "
+                f"class index {label}, but the config predicts {limit} classes; set {key} to the "
                 "data set's number"
             )
             problem = Problem("class beyond the config's number", detail)

@@ -7,7 +7,7 @@ dense detectors, timm backbones, dilated backbones and the semantic heads here.
 
 from . import necks
 from .atss import ATSS
-from .config import add_config_read_by, add_nets_config
+from .config import DENSE_DETECTORS, add_config_read_by, add_nets_config
 from .deeplabv3 import ASPPHead
 from .fcos import FCOS
 from .gfl import GFL
@@ -19,6 +19,7 @@ from .timm import TimmBackbone, build_timm_backbone
 
 __all__ = [
     "ATSS",
+    "DENSE_DETECTORS",
     "FCOS",
     "GFL",
     "PAFPN",

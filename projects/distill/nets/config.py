@@ -46,6 +46,8 @@ _DETECTORS: dict[str, dict[str, Any]] = {
         "REFINE_LOSS_WEIGHT": 1.0,
     },
 }
+DENSE_DETECTORS = tuple(_DETECTORS)
+"""Meta-architectures of this package, with a section of keys each."""
 
 
 def add_dense_config(cfg: CfgNode) -> None:
