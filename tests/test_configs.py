@@ -35,6 +35,7 @@ QUICK = [p for p in RUNNABLE if p.parent.name == "quick"]
 DISTILLED = [p for p in RUNNABLE if "META_ARCHITECTURE: Distill" in p.read_text()]
 BASELINES = [p for p in RUNNABLE if p not in QUICK + DISTILLED]
 SEMANTIC = [p for p in BASELINES if p.parent.name.endswith("-SemanticSegmentation")]
+DENSE = [p for p in BASELINES if p.stem.split("_")[0] in ("fcos", "atss", "gfl", "reppoints")]
 METHODS = [p for p in DISTILLED if p not in QUICK]  # <data>/<method>/<teacher>-<student>.yaml
 INITIALISATION = {  # what Base-R-18.yaml sets
     "INPUT.FORMAT",
@@ -162,7 +163,7 @@ def backbone_settings(backbone: str) -> dict[str, Any]:
     return settings(f"{detector}_{backbone}_FPN_3x", f"{detector}_R_50_FPN_3x")
 
 
-@pytest.mark.parametrize("path", [p for p in BASELINES if p not in SEMANTIC], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in BASELINES if p not in SEMANTIC + DENSE], ids=name_of)
 def test_a_baseline_is_detectron2s(path: Path) -> None:
     name = re.fullmatch(r"(\w+?)_([RX]_\w+?)(_FPN|_PAFPN)?(_[12]x)?", path.stem)
     assert name is not None
@@ -180,6 +181,27 @@ def test_a_baseline_is_detectron2s(path: Path) -> None:
         expected["MODEL.BACKBONE.NAME"] = plain.replace("_fpn_", "_pafpn_")
     expected["OUTPUT_DIR"] = f"output/{name_of(path)}"
     assert leaves(load(path)) == expected
+
+
+@pytest.mark.parametrize("path", DENSE, ids=name_of)
+def test_a_dense_baseline_trains_as_retinanet(path: Path) -> None:
+    """On the same pictures, with the same schedule; P6 and P7 are made of P5."""
+    detector, backbone, neck, schedule = re.fullmatch(  # type: ignore[union-attr]
+        r"([a-z]+)_([RX]_\w+?)_(FPN|PAFPN)_([12]x)", path.stem
+    ).groups()
+    expected = leaves(load(ROOT / f"configs/COCO-Detection/retinanet_R_50_{neck}_1x.yaml"))
+    expected |= backbone_settings(backbone)
+    if schedule == "2x":
+        expected |= {"SOLVER.STEPS": [120_000, 160_000], "SOLVER.MAX_ITER": 180_000}
+    if neck == "FPN":
+        expected["MODEL.BACKBONE.NAME"] = "build_fcos_resnet_fpn_backbone"
+    names = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}
+    expected["MODEL.META_ARCHITECTURE"] = names[detector]
+    if detector == "reppoints":
+        expected["MODEL.FPN.NORM"] = "GN"
+    expected["OUTPUT_DIR"] = f"output/{name_of(path)}"
+    changed = {k for k, v in leaves(load(path)).items() if v != expected[k]}
+    assert changed <= {"MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA"}
 
 
 @pytest.mark.parametrize("path", SEMANTIC, ids=name_of)

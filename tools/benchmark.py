@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     height, width = (int(x) for x in args.size.split("x"))
     cfg = setup_config(args.config_file, args.opts)
     inputs = synthetic_batch(
-        args.batch, height, width, number_of_classes(cfg) or 1, args.objects, seed=0
+        args.batch, height, width, number_of_classes(cfg)[1] or 1, args.objects, seed=0
     )
     measured = measure_heads if args.heads_only else measure
     with EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))):

@@ -1,5 +1,6 @@
 """RepPoints (Yang et al., "RepPoints: point set representation for object detection")."""
 
+import math
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ class RepPointsHead(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         predictor: Any = self.cls_score
-        nn.init.constant_(predictor.bias, -torch.tensor(1 / prior_prob - 1).log().item())
+        nn.init.constant_(predictor.bias, -math.log(1 / prior_prob - 1))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Logits (N, K, Hi, Wi), refined and first boxes (N, 4, Hi, Wi).
