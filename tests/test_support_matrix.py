@@ -1,0 +1,18 @@
+"""The table of what works with what is that of this code."""
+
+from pathlib import Path
+
+from support_matrix import NETWORKS, main
+
+MATRIX = Path(__file__).parents[1] / "docs" / "support-matrix.md"
+
+
+def test_the_matrix_is_not_stale() -> None:
+    assert main(["--check"]) == 0, "run `python tools/support_matrix.py`"
+
+
+def test_it_has_every_pair_and_no_failure() -> None:
+    text = MATRIX.read_text()
+    assert "FAILS" not in text
+    assert all(f"## Student: {name}" in text for name in NETWORKS)
+    assert text.count("✓") > 500
