@@ -1,10 +1,14 @@
 """The table of what works with what is that of this code."""
 
+import sys
 from pathlib import Path
 
-from support_matrix import NETWORKS, main
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 
-MATRIX = Path(__file__).parents[1] / "docs" / "support-matrix.md"
+from support_matrix import NETWORKS, main  # noqa: E402
+
+MATRIX = ROOT / "docs" / "support-matrix.md"
 
 
 def test_the_matrix_is_not_stale() -> None:

@@ -35,6 +35,9 @@ PANOPTIC: list[Any] = [
     *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 9, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32),
 ]
 R_CNN, DENSE = "build_shallow_resnet_{}_backbone", "build_retinanet_shallow_resnet_{}_backbone"
+P3_TO_P7: list[Any] = [
+    *("MODEL.REPPOINTS.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], "MODEL.REPPOINTS.NORM", "")
+]
 # Config in configs/quick, overrides, and the backbone of a neck; "" where there is none.
 NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
     "Faster R-CNN": ("faster_rcnn_student", (), R_CNN),
@@ -45,7 +48,7 @@ NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
     "FCOS": ("demo_fcos_student", (), DENSE),
     "ATSS": ("demo_atss_student", (), DENSE),
     "GFL": ("demo_gfl_student", (), DENSE),
-    "RepPoints": ("demo_reppoints_student", (), DENSE),
+    "RepPoints": ("demo_reppoints_student", P3_TO_P7, DENSE),
     "Semantic FPN": ("semantic_student", (), R_CNN),
     "PSPNet": ("demo_semantic_student", (), ""),
     "DeepLabV3": ("demo_semantic_teacher", (), ""),
