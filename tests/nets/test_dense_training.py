@@ -1,0 +1,124 @@
+"""FCOS, ATSS, GFL and RepPoints in a training: checkpoints, processes, precision, compilation."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    DENSE,
+    distill_opts,
+    distilled,
+    needs_loopback,
+    outspoken_model,
+    picture,
+    trainable_cfg,
+    write_teacher,
+)
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from distill.engine import Trainer
+from distill.nets import add_nets_config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_ddp import WORLD, spawn
+
+Shapes = tuple[str, str, str]
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_stock_checkpoint(family: str, shapes: Shapes, tmp_path: Path) -> None:
+    """Stock detectron2 with these networks and their keys loads and predicts the same bits."""
+    name = DENSE[family]
+    classes = (f"MODEL.{name.upper()}.NUM_CLASSES", 8)
+    threshold = (f"MODEL.{name.upper()}.SCORE_THRESH_TEST", 0.0)
+    opts = [*distill_opts(family, ("IMA", "TID")), *write_teacher(tmp_path, family, *classes)]
+    opts += ["SOLVER.MAX_ITER", 2, "SOLVER.BASE_LR", 0.001, *threshold]
+    seed_all_rng(3)
+    trainer = Trainer(trainable_cfg(family, shapes, tmp_path / "out", *opts, norm="BN"))
+    trainer.train()
+
+    cfg = get_cfg()
+    add_nets_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "out" / "student.yaml"))
+    assert name == cfg.MODEL.META_ARCHITECTURE
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    inputs = [{k: v for k, v in picture(i, 64, 96).items() if k != "instances"} for i in (0, 1)]
+    with torch.no_grad():
+        both = zip(trainer.student.eval()(inputs), model(inputs))
+    for ours, theirs in both:
+        ours, theirs = ours["instances"].get_fields(), theirs["instances"].get_fields()
+        assert len(theirs["scores"]) > 0
+        for key, value in ours.items():
+            value, other = (x.tensor if isinstance(x, Boxes) else x for x in (value, theirs[key]))
+            assert torch.equal(value, other), key
+
+
+# ---- Two processes. FCOS, detectron2's own, averages its normaliser over time in each process.
+
+JOINT = [family for family in DENSE if family != "fcos"]
+OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # by rank
+
+
+def gradients(family: str, pictures: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Of the network's own losses."""
+    model = outspoken_model(family)
+    with EventStorage():
+        sum(model(pictures).values()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def batch(objects: str) -> list[dict[str, Any]]:
+    return [picture(seed, objects=n) for seed, n in zip((5, 6), OBJECTS[objects])]
+
+
+def write_gradients(rank: int, folder: Path) -> None:
+    results = {}
+    for objects in OBJECTS:
+        for family in JOINT:
+            gathered = comm.all_gather(gradients(family, [batch(objects)[rank]]))
+            results[family, objects] = {k: sum(x[k] for x in gathered) / WORLD for k in gathered[0]}
+    if rank == 0:
+        torch.save(results, folder / "gradients.pth")
+
+
+@needs_loopback
+def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> None:
+    spawn(write_gradients, tmp_path)
+    averaged = torch.load(tmp_path / "gradients.pth", weights_only=True)
+    for (family, objects), divided in averaged.items():
+        joint = gradients(family, batch(objects))
+        assert joint.keys() == divided.keys()
+        largest = max(float(x.abs().max()) for x in joint.values())
+        gaps = {name: float((divided[name] - x).abs().max()) for name, x in joint.items()}
+        assert largest > 1e-6 and max(gaps.values()) <= 1e-5 * largest, (family, objects)
+
+
+# ---- Compilation
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_compiled_backbone_keeps_the_losses(family: str) -> None:
+    inputs = [picture(0, 64, 64)]
+    losses = []
+    for compiled in (False, True):
+        model = distilled(family, ("IMA", "TID", "DenseKD"))
+        if compiled:
+            backbone: Any = model.student.backbone
+            backbone.compile(backend="aot_eager")
+        torch.manual_seed(0)
+        with EventStorage():
+            losses.append(model(inputs))
+        sum(losses[-1].values()).backward()
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-4, atol=1e-5)
