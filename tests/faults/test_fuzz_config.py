@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import PAFPN, distill_opts, trainable_cfg, write_teacher
+from conftest import DENSE, PAFPN, distill_opts, trainable_cfg, write_teacher
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -34,6 +34,10 @@ SET = "shapes_fuzzed"
 SETUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "rcnn": ("faster", ("IMA", "ROIKD"), "RPN|ROI_HEADS|BOX_HEAD|IMA|ROIKD"),
     "retinanet": ("retinanet", ("TID", "DenseKD"), "RETINANET|TID|DENSEKD"),
+    "fcos": ("fcos", ("IMA",), "FCOS|EMA"),
+    "atss": ("atss", ("TID",), "ATSS|INHERIT"),
+    "gfl": ("gfl", ("DenseKD",), "GFL"),
+    "reppoints": ("reppoints", ("IMA",), "REPPOINTS"),
     "features": ("faster", ("FitNet", "MKD", "TID"), "FITNET|MKD|TID|RPN"),
     "masks": ("mask", ("MaskKD",), "MASK"),
     "cascade": ("cascade", ("FitNet",), "CASCADE"),
@@ -67,7 +71,7 @@ SMALL = st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 8])
 BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "IMS_PER_BATCH|MAX_ITER|NUM_WORKERS|NUM_ITER|INPUT.MAX_SIZE|AUG.MAX_SIZE|DEPTH": SMALL,
     "CHANNELS|_DIM$|NUM_CONVS?$|NUM_FC|NUM_GROUPS|WIDTH_PER_GROUP|STRIDE$": SMALL,
-    "NUM_CLASSES|NUM_KEYPOINTS|RESOLUTION|SAMPLING_RATIO": SMALL,
+    "CANDIDATES|POINTS_PER_OBJECT|REG_MAX|NUM_CLASSES|NUM_KEYPOINTS|RESOLUTION|SAMPLING_RATIO": SMALL,
     "CONV_DIMS": st.lists(SMALL, max_size=3),
     "OUTPUT_DIR": st.sampled_from(["", "é" * 300, "a\0b", "/dev/null/x", "case.yaml", "new/er"]),
 }
@@ -106,7 +110,8 @@ class Ground:
     def _write(self, name: str) -> dict[str, Any]:
         """A config file of what differs from the defaults; returns all values by key."""
         family, heads, _ = SETUPS[name]
-        classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
+        sections = ("ROI_HEADS", "RETINANET", *map(str.upper, DENSE.values()))
+        classes = [x for name in sections for x in (f"MODEL.{name}.NUM_CLASSES", 8)]
         opts = [
             *write_teacher(self.folder / family, family, *classes),
             *distill_opts(family, heads),

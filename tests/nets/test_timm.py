@@ -105,6 +105,15 @@ def _loaded(path: Path) -> Any:
     return built(config("resnet18", "build_timm_fpn_backbone", "MODEL.TIMM.WEIGHTS", str(path)))
 
 
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(ConfigError, match=r"of resnet18 cannot be had \(no route to host\)"):
+        built(config("resnet18", "build_timm_fpn_backbone", "MODEL.TIMM.PRETRAINED", True))
+
+
 def test_an_unknown_model() -> None:
     with pytest.raises(ConfigError, match=r"'resnet81' is no model of timm; nearest: .*resnet18"):
         built(config("resnet81"))

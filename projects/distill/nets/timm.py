@@ -68,7 +68,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     if node.WEIGHTS:
         features = _from_file(node.NAME, node.WEIGHTS, options)
     else:
-        features = timm.create_model(node.NAME, pretrained=node.PRETRAINED, **options)
+        features = _of_timm(node.NAME, node.PRETRAINED, options)
     return TimmBackbone(features, node.NORM_EVAL)
 
 
@@ -77,6 +77,19 @@ def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
     model: Any = timm.create_model(name, features_only=True, in_chans=channels)
     strides = model.feature_info.reduction()
     return tuple(i for i, stride in enumerate(strides) if stride >= 4)
+
+
+def _of_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as e:
+        if not pretrained:
+            raise
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(
+            f"MODEL.TIMM.PRETRAINED: the weights of {name} cannot be had ({reason}); set it False, "
+            "or MODEL.TIMM.WEIGHTS to a file of them"
+        ) from e
 
 
 def _from_file(name: str, path: str, options: dict[str, Any]) -> nn.Module:
