@@ -81,6 +81,7 @@ IMA_OFF = {"MASK_RATIO": 0.0, "STANDARDIZE": False, "DEFLATE": False}
 MKD_OFF = {f"{term}_WEIGHT": 0.0 for term in ("FEA", "MULTISCALE", "FDMD", "FAD")}
 FRCNN = ("demo_student.yaml", "demo_teacher.yaml")
 RETINANET = ("demo_retinanet_student.yaml", "demo_retinanet_teacher.yaml")
+DENSE = (("tid", "gfl"), ("tid", "atss"), ("ima", "fcos"), ("ima", "reppoints"))
 TID_SWITCHES = switches(
     "TID",
     cls_only={"SCORE": "cls"},
@@ -161,6 +162,16 @@ STUDIES = {
     "mssd_retinanet": Study(
         "demo_retinanet_pafpn_student.yaml", "demo_retinanet_mssd.yaml", "", {}
     ),
+    **{
+        f"{method}_{detector}": Study(
+            f"demo_{detector}_student.yaml",
+            f"demo_{detector}_{method}.yaml",
+            f"demo_{detector}_teacher.yaml",
+            {},
+        )
+        for method, detector in DENSE
+    },
+    "mssd_fcos": Study("demo_fcos_pafpn_student.yaml", "demo_fcos_mssd.yaml", "", {}),
 }
 
 

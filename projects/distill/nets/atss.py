@@ -56,11 +56,9 @@ class ATSS(PriorDetector):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.ATSS
         arguments = detector_arguments(cfg, node)
-        shapes = arguments["backbone"].output_shape()
-        inputs = [shapes[name] for name in arguments["head_in_features"]]
         return {
             **arguments,
-            "head": ATSSHead(**head_arguments(node, inputs)),
+            "head": ATSSHead(**head_arguments(node, arguments)),
             "prior_size": node.ANCHOR_SIZE,
             "box2box_transform": Box2BoxTransform(weights=tuple(node.BBOX_REG_WEIGHTS)),
             "candidates": node.CANDIDATES,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.layers import batched_nms
 from detectron2.modeling import build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
@@ -197,12 +197,19 @@ def detector_arguments(cfg: CfgNode, section: CfgNode) -> dict[str, Any]:
     }
 
 
-def head_arguments(section: CfgNode, shapes: list[ShapeSpec]) -> dict[str, Any]:
-    """Arguments of detectron2's RetinaNetHead and FCOSHead."""
+def head_arguments(section: CfgNode, detector: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of detectron2's RetinaNetHead and FCOSHead.
+
+    Args:
+        section: of the detector.
+        detector: what :func:`detector_arguments` returned.
+    """
+    shapes = detector["backbone"].output_shape()
+    inputs = [shapes[name] for name in detector["head_in_features"]]
     return {
-        "input_shape": shapes,
+        "input_shape": inputs,
         "num_classes": section.NUM_CLASSES,
-        "conv_dims": [shapes[0].channels] * section.NUM_CONVS,
+        "conv_dims": [inputs[0].channels] * section.NUM_CONVS,
         "norm": section.NORM,
         "prior_prob": section.PRIOR_PROB,
     }

@@ -28,11 +28,9 @@ class FCOS(fcos.FCOS):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.FCOS
         arguments = detector_arguments(cfg, node)
-        shapes = arguments["backbone"].output_shape()
-        inputs = [shapes[name] for name in arguments["head_in_features"]]
         return {
             **arguments,
-            "head": fcos.FCOSHead(**head_arguments(node, inputs)),
+            "head": fcos.FCOSHead(**head_arguments(node, arguments)),
             "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,

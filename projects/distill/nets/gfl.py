@@ -64,11 +64,9 @@ class GFL(PriorDetector):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.GFL
         arguments = detector_arguments(cfg, node)
-        shapes = arguments["backbone"].output_shape()
-        inputs = [shapes[name] for name in arguments["head_in_features"]]
         return {
             **arguments,
-            "head": GFLHead(reg_max=node.REG_MAX, **head_arguments(node, inputs)),
+            "head": GFLHead(reg_max=node.REG_MAX, **head_arguments(node, arguments)),
             "prior_size": node.ANCHOR_SIZE,
             "reg_max": node.REG_MAX,
             "candidates": node.CANDIDATES,

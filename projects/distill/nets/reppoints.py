@@ -70,11 +70,9 @@ class RepPoints(PriorDetector):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.REPPOINTS
         arguments = detector_arguments(cfg, node)
-        shapes = arguments["backbone"].output_shape()
-        inputs = [shapes[name] for name in arguments["head_in_features"]]
         return {
             **arguments,
-            "head": RepPointsHead(**head_arguments(node, inputs)),
+            "head": RepPointsHead(**head_arguments(node, arguments)),
             "point_scale": node.POINT_SCALE,
             "points_per_object": node.POINTS_PER_OBJECT,
             "iou_thresholds": tuple(node.IOU_THRESHOLDS),
