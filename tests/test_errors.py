@@ -75,7 +75,7 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "key below a value": (["SEED.X", "3"], ["'SEED.X'", "no key below it"]),
     "no value": (["SOLVER.MAX_ITER"], ["'SOLVER.MAX_ITER' has no value"]),
     "wrong type": (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER many", "int"]),
-    "value for a section": (["SOLVER", "3"], ["'SOLVER'", "section", "MAX_ITER"]),
+    "value for a section": (["SOLVER", "3"], ["'SOLVER'", "section", "BASE_LR"]),
     "misspelt head": (["MODEL.DISTILL.HEADS", "('IMAA',)"], ["MODEL.DISTILL.HEADS", "mean IMA?"]),
     "heads as a string": (["MODEL.DISTILL.HEADS", "IMA"], ["MODEL.DISTILL.HEADS IMA", "tuple"]),
     "head of another family": (["MODEL.DISTILL.HEADS", "('MaskKD',)"], ["HEADS: MaskKD", "FitNet"]),

@@ -357,7 +357,7 @@ def entry_faults(
 
 
 def config_faults(
-    entry: Mapping[str, Any], num_classes: int | None, key: str, mask_format: str = ""
+    entry: Mapping[str, Any], num_classes: int | None = None, key: str = "", mask_format: str = ""
 ) -> Iterator[Fault]:
     """Annotations of one picture that the config cannot train on.
 

@@ -80,7 +80,7 @@ class GuardedMapper:
         for fault in chain(
             file_faults(entry),
             entry_faults(entry, masks=masks),
-            config_faults(entry, None, mask_format),
+            config_faults(entry, mask_format=mask_format),
         ):
             if fault.fatal:
                 return _reason(fault)
