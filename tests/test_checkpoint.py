@@ -27,7 +27,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from distill.checkpoint import StudentCheckpointer, StudentState
+from distill.checkpoint import StudentCheckpointer, StudentState, resumable
 from distill.engine import Trainer, main
 from distill.errors import CheckpointError, WeightsError
 
@@ -399,7 +399,7 @@ def test_pruning_keeps_the_newest_and_the_named(three: StudentCheckpointer, tmp_
     assert names == kept
     assert {x.name for x in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in kept}
     # The best one is none to resume from.
-    assert [Path(x).name for x in three.candidates()] == [
+    assert [Path(x).name for x in resumable(three.save_dir)] == [
         *("model_final.pth", "model_0000003.pth", "model_0000002.pth")
     ]
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)

@@ -16,6 +16,13 @@ from distill.inherit import inherit
 STATE = "backbone.bottom_up.", "backbone."
 
 
+FEWER: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(["faster", "mask", "cascade"], ("MODEL.ROI_HEADS.NUM_CLASSES", 2)),
+    "gfl": ("MODEL.GFL.NUM_CLASSES", 2),
+    "panoptic": ("MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2),
+}
+
+
 def part_of(name: str) -> str:
     return (
         "bottom-up"
@@ -50,6 +57,18 @@ def test_what_does_not_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "2 that do not fit: head.cls_score.weight, head.cls_score.bias" in caplog.text
 
 
+@pytest.mark.parametrize("family", ["faster", "mask", "cascade", "gfl", "panoptic"])
+def test_predictors_of_other_classes(family: str) -> None:
+    """As many classes in another order: every other tensor of the head is copied."""
+    student, teacher = tiny_model(family, seed=0), tiny_model(family, seed=1)
+    own = {k for k in student.state_dict() if part_of(k) == "head"}
+    left = own - set(inherit(student, teacher, ["head"], same_classes=False))
+    number = tiny_model(family, *FEWER[family], seed=1).state_dict()
+    shape = {k: v.shape for k, v in student.state_dict().items()}
+    expected = {k for k in own if number[k].shape != shape[k]}
+    assert expected <= left and all("pred" in k or "cls_score" in k for k in left)
+
+
 @pytest.mark.parametrize(
     "student, teacher, part",
     [("retinanet", "faster", "head"), ("semantic", "faster", "neck")],
@@ -78,6 +97,24 @@ def test_a_training_starts_with_it(shapes: tuple[str, str, str], tmp_path: Path)
     resumed.resume_or_load(resume=True)  # with what was trained
     name = "roi_heads.box_predictor.cls_score.weight"
     assert not torch.equal(resumed.student.state_dict()[name], teacher[name])
+
+
+def test_a_training_leaves_predictors_of_other_classes(
+    shapes: tuple[str, str, str], tmp_path: Path
+) -> None:
+    taught = write_teacher(tmp_path, "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8)
+    names = tuple(f"animal {k}" for k in range(8))
+    opts: list[Any] = [*distill_opts("faster", ("IMA",)), *taught]
+    opts += ["MODEL.DISTILL.INHERIT", ("head",), "MODEL.DISTILL.TEACHER.CLASSES", names]
+    trainer = Trainer(trainable_cfg("faster", shapes, tmp_path / "out", *opts))
+    trainer.resume_or_load(resume=False)
+    assert trainer.teacher is not None
+    own, teacher = trainer.student.state_dict(), trainer.teacher.model.state_dict()
+    same = {key for key, x in own.items() if torch.equal(x, teacher[key])}
+    assert "roi_heads.box_head.fc1.weight" in same
+    assert not any(
+        f"roi_heads.box_predictor.{x}.weight" in same for x in ("cls_score", "bbox_pred")
+    )
 
 
 def test_without_a_teacher_there_is_nothing_to_inherit(

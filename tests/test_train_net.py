@@ -1,6 +1,7 @@
 """The training step and the command line: mixed precision, several processes, evaluation."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from distill.config import get_distill_cfg, teacher_config
 from distill.data.datasets import class_names
 from distill.engine import Trainer, main
 from distill.engine.faults import FiniteGuard
-from distill.engine.launch import finished_checkpoint
+from distill.engine.launch import argument_parser, configure, finished_checkpoint
 from distill.engine.loop import TrainLoop
 from distill.engine.trainer import scale_to_workers
 from distill.errors import WeightsError
@@ -29,14 +30,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_heads_schedules_scale_with_the_workers() -> None:
-    """As the iterations do when a schedule for 8 GPUs runs on one."""
+    """And the average's decay, as the iterations do when a schedule for 8 GPUs runs on one."""
     opts = ("MODEL.DISTILL.FITNET.WARMUP_ITERS", 10, "MODEL.DISTILL.FITNET.STOP_ITER", 60)
     cfg = tiny_cfg("faster", *distill_opts("faster", ["FitNet"]), *opts)
+    cfg.SOLVER.EMA.DECAY = 0.99
     cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 8, 16, 90
     scaled = scale_to_workers(cfg)
     assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.IMS_PER_BATCH) == (720, 2)
     assert scaled.MODEL.DISTILL.FITNET.WARMUP_ITERS == 80
     assert scaled.MODEL.DISTILL.FITNET.STOP_ITER == 480
+    assert scaled.SOLVER.EMA.WARMUP_ITERS == 16_000
+    assert math.isclose(scaled.SOLVER.EMA.DECAY, 0.99 ** (1 / 8))
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 1
     assert scale_to_workers(cfg).MODEL.DISTILL.FITNET.STOP_ITER == 60
 
@@ -177,3 +181,27 @@ def test_a_final_checkpoint_of_something_else_is_an_error(tmp_path: Path) -> Non
     torch.save([1, 2], tmp_path / "model_final.pth")
     with pytest.raises(WeightsError, match=r"--resume.*model_final\.pth"):
         finished_checkpoint(cfg)
+
+
+def test_a_resumed_run_needs_no_weights_of_timm(
+    shapes: tuple[str, str, str], tmp_path: Path
+) -> None:
+    """The checkpoint has them; their file or the network may be gone."""
+    timm = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.WEIGHTS", "r18.pth")
+    cfg = trainable_cfg("faster", shapes, tmp_path / "out", *timm)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    args = argument_parser().parse_args(
+        [
+            "--resume",
+            "--config-file",
+            str(tmp_path / "config.yaml"),
+            "MODEL.TIMM.PRETRAINED",
+            "True",
+        ]
+    )
+    node = configure(args)[0].MODEL.TIMM
+    assert (node.PRETRAINED, node.WEIGHTS) == (True, "r18.pth")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model_0000009.pth").touch()
+    node = configure(args)[0].MODEL.TIMM
+    assert (node.PRETRAINED, node.WEIGHTS) == (False, "")

@@ -69,28 +69,15 @@ class StudentCheckpointer(SafeCheckpointer):
             if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):
                 raise cause from None  # not the file's fault: a data worker died meanwhile
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            before = len(resumable(self.save_dir))
             raise CheckpointError(
-                f"Checkpoint '{path}' cannot be written ({reason}); the {len(self.candidates())} "
+                f"Checkpoint '{path}' cannot be written ({reason}); the {before} "
                 "before it are intact: mend that and continue with --resume."
             ) from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
             f.write(last_filename_basename.encode())
-
-    def candidates(self) -> list[str]:
-        """Checkpoints to resume from: the tagged one, then the periodic ones, newest first."""
-        if not os.path.isdir(self.save_dir):
-            return []
-        names = self._periodic()
-        tag = os.path.join(self.save_dir, "last_checkpoint")
-        if os.path.isfile(tag):
-            with open(tag, errors="replace") as f:
-                last = f.read().strip()
-            # Only a name: the file may hold anything.
-            if last == os.path.basename(last) and last in os.listdir(self.save_dir):
-                names = [last] + [x for x in names if x != last]
-        return [os.path.join(self.save_dir, x) for x in names]
 
     def newest_intact(self) -> str | None:
         """The checkpoint to resume from; None if there is none at all.
@@ -99,7 +86,7 @@ class StudentCheckpointer(SafeCheckpointer):
             WeightsError: there are some, and all are damaged.
         """
         damaged = []
-        for path in self.candidates():
+        for path in resumable(self.save_dir):
             reason = damage(path)
             if reason is None:
                 return path
@@ -112,23 +99,39 @@ class StudentCheckpointer(SafeCheckpointer):
             )
         return None
 
-    def _periodic(self) -> list[str]:
-        """Names of the periodic checkpoints, the last one written first.
-
-        That of a higher iteration may be older: damaged, or of another run in the same folder.
-        """
-        names = filter(PERIODIC.fullmatch, os.listdir(self.save_dir))
-        written = {x: os.path.getmtime(os.path.join(self.save_dir, x)) for x in names}
-        return sorted(written, key=lambda x: (written[x], x), reverse=True)
-
     def prune(self, keep: int) -> None:
         """Remove all periodic checkpoints but the newest ``keep``."""
-        for name in self._periodic()[keep:]:
+        for name in _periodic(self.save_dir)[keep:]:
             path = os.path.join(self.save_dir, name)
             # The checksum first: alone, it would stay forever after a crash between the two.
             if os.path.isfile(checksum_file(path)):
                 os.remove(checksum_file(path))
             os.remove(path)
+
+
+def resumable(folder: str) -> list[str]:
+    """Checkpoints to resume from: the tagged one, then the periodic ones, newest first."""
+    if not os.path.isdir(folder):
+        return []
+    names = _periodic(folder)
+    tag = os.path.join(folder, "last_checkpoint")
+    if os.path.isfile(tag):
+        with open(tag, errors="replace") as f:
+            last = f.read().strip()
+        # Only a name: the file may hold anything.
+        if last == os.path.basename(last) and last in os.listdir(folder):
+            names = [last] + [x for x in names if x != last]
+    return [os.path.join(folder, x) for x in names]
+
+
+def _periodic(folder: str) -> list[str]:
+    """Names of the periodic checkpoints, the last one written first.
+
+    That of a higher iteration may be older: damaged, or of another run in the same folder.
+    """
+    names = filter(PERIODIC.fullmatch, os.listdir(folder))
+    written = {x: os.path.getmtime(os.path.join(folder, x)) for x in names}
+    return sorted(written, key=lambda x: (written[x], x), reverse=True)
 
 
 class StudentState:

@@ -123,7 +123,8 @@ def add_distill_config(cfg: CfgNode) -> None:
     """Add this package's keys with their defaults to a detectron2 config."""
     add_nets_config(cfg)
     cfg.MODEL.DISTILL = CN()
-    # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
+    # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, SemanticSegmentor, RetinaNet,
+    # FCOS, ATSS, GFL, RepPoints
     cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.DISTILL.HEADS = ()  # names in DISTILL_HEAD_REGISTRY; empty: train the student alone
     # Parts of the student that start with the teacher's weights where they fit: "neck", "head".
@@ -155,7 +156,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD (detectron2's) | ADAMW
     # Moving average of the student's weights, which is then evaluated and kept as "model".
     cfg.SOLVER.EMA = CN()
-    cfg.SOLVER.EMA.DECAY = 0.0  # in [0, 1), such as 0.9998; 0: none
+    cfg.SOLVER.EMA.DECAY = 0.0  # of an iteration, in [0, 1), such as 0.9998; 0: none
     cfg.SOLVER.EMA.WARMUP_ITERS = 2000  # time constant of the decay's rise from 0; 0: none
     cfg.SOLVER.FLAT_FRACTION = 0.5  # WarmupFlatCosineLR: share of MAX_ITER before the cosine
     # Periodic checkpoints to keep, the newest ones; 0: all. model_final and model_best stay.

@@ -1,6 +1,7 @@
 """A student that starts with the teacher's neck and head (as in FGD and MGD)."""
 
 import logging
+import re
 from collections.abc import Iterable
 
 import torch
@@ -11,11 +12,15 @@ from .errors import ConfigError
 logger = logging.getLogger(__name__)
 
 INHERITED_PARTS = ("neck", "head")
+# Predictors with an output a class, of detectron2's heads and of those here.
+_OF_CLASSES = re.compile(r"cls_score\.|box_predictor(\.\d+)?\.bbox_pred\.|\.predictor\.")
 _BOTTOM_UP = ("backbone.bottom_up.", "backbone.fpn.bottom_up.")  # of detectron2's FPN, of PAFPN
 
 
 @torch.no_grad()
-def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> list[str]:
+def inherit(
+    student: nn.Module, teacher: nn.Module, parts: Iterable[str], same_classes: bool = True
+) -> list[str]:
     """Copy the teacher's weights and statistics into the student where name and shape agree.
 
     The neck is what a backbone has beside its bottom-up, the head all that is no backbone. What
@@ -25,6 +30,8 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> lis
     Args:
         student, teacher: detectron2 networks.
         parts: of :data:`INHERITED_PARTS`.
+        same_classes: both predict the same classes in the same order. If not, predictors of
+            classes do not fit, whatever their shape.
 
     Returns:
         Names of the tensors that were copied.
@@ -36,7 +43,8 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> lis
     source = teacher.state_dict()
     for part in parts:
         own = _tensors(student, part)
-        fits = [name for name, x in own.items() if _fits(x, source.get(name))]
+        comparable = [k for k in own if same_classes or not _OF_CLASSES.search(k)]
+        fits = [name for name in comparable if _fits(own[name], source.get(name))]
         if not fits:
             raise ConfigError(
                 f"MODEL.DISTILL.INHERIT: nothing of the student's {part} ({len(own)} tensors) has "

@@ -100,7 +100,7 @@ class DistillRCNN(DistillModel):
 
 @META_ARCH_REGISTRY.register()
 class DistillRetinaNet(DistillModel):
-    """Students: every ``DenseDetector`` (RetinaNet)."""
+    """Students: every ``DenseDetector`` (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
 
     probe_type = DenseProbe
 
@@ -119,15 +119,25 @@ def net_specs(
     names = class_names(cfg, _semantic(student))
     if names is None or len(names) != student.num_classes:
         names = tuple(f"class {i}" for i in range(student.num_classes))
-    own = _spec("student", student, names, _semantic_classes(cfg, student, names))
+    own = net_spec("student", student, names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
     taught = _teacher_classes(cfg, names, teacher)
     semantic = _semantic_classes(teacher_config(cfg), teacher, taught, own.sem_seg_classes)
-    return own, _spec("teacher", teacher, taught, semantic)
+    return own, net_spec("teacher", teacher, taught, semantic)
 
 
-def _spec(name: str, probe: Probe, classes: tuple[str, ...], semantic: tuple[str, ...]) -> NetSpec:
+def net_spec(
+    name: str, probe: Probe, classes: tuple[str, ...], semantic: tuple[str, ...] = ()
+) -> NetSpec:
+    """What heads may know of one network.
+
+    Args:
+        name: "student" or "teacher".
+        probe: of it.
+        classes: names of its classes.
+        semantic: likewise of its semantic head's.
+    """
     return NetSpec(
         name,
         probe.model,

@@ -290,6 +290,11 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "SOLVER.REFERENCE_WORLD_SIZE {c.SOLVER.REFERENCE_WORLD_SIZE}.",
     ),
     (
+        lambda c: not (c.TEST.PRECISE_BN.ENABLED and c.SOLVER.EMA.DECAY),
+        "TEST.PRECISE_BN.ENABLED is True, which corrects the trained weights' statistics, but "
+        "SOLVER.EMA.DECAY is {c.SOLVER.EMA.DECAY} and their average is evaluated; switch one off.",
+    ),
+    (
         lambda c: c.SOLVER.MAX_ITER not in c.SOLVER.STEPS,
         "SOLVER.STEPS is {c.SOLVER.STEPS}; no step may be at SOLVER.MAX_ITER {c.SOLVER.MAX_ITER}.",
     ),

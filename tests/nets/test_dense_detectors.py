@@ -17,6 +17,7 @@ from test_assign import iou, random_boxes, slow_atss, slow_nearest
 from torch import Tensor, nn
 
 from distill.nets import add_nets_config
+from distill.nets.gfl import distribution_focal, quality_focal
 
 Array = Any
 Row = Sequence[float]
@@ -43,9 +44,9 @@ def resnet_50() -> int:
     return total
 
 
-def fpn() -> int:
+def fpn(below_p6: int) -> int:
     lateral = sum(conv(channels, 256, 1) for channels in (512, 1024, 2048))
-    return lateral + 3 * conv(256, 256, 3) + 2 * conv(256, 256, 3)  # outputs; P6 and P7
+    return lateral + 3 * conv(256, 256, 3) + conv(below_p6, 256, 3) + conv(256, 256, 3)
 
 
 def tower(convolutions: int, bias: bool) -> int:
@@ -71,10 +72,11 @@ def test_parameters_with_r50(family: str) -> None:
     cfg = get_cfg()
     add_nets_config(cfg)
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = DENSE[family], "cpu"
-    cfg.MODEL.BACKBONE.NAME = "build_fcos_resnet_fpn_backbone"
+    of_c5 = family == "reppoints"
+    cfg.MODEL.BACKBONE.NAME = f"build_{'retinanet' if of_c5 else 'fcos'}_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     parameters = sum(p.numel() for p in build_model(cfg).parameters())
-    assert parameters == resnet_50() + fpn() + HEADS[family]
+    assert parameters == resnet_50() + fpn(2048 if of_c5 else 256) + HEADS[family]
 
 
 # ---- Losses, slowly
@@ -263,7 +265,8 @@ def slow_reppoints_losses(scene: Scene) -> dict[str, float]:
     for r in range(len(scene.priors) if len(scene.gt) else 0):
         i = int(overlaps[:, r].argmax())
         # The priors that overlap a box most are its own, however little that is.
-        if overlaps[i, r] >= 0.5 or (overlaps[:, r] == overlaps.max(1)).any():
+        most = (overlaps[:, r] == overlaps.max(1)) & (overlaps[:, r] > 0)
+        if overlaps[i, r] >= 0.5 or most.any():
             overlapping[r], labels[r] = i, int(scene.classes[i])
         elif overlaps[i, r] >= 0.4:
             labels[r] = -1
@@ -300,6 +303,62 @@ def test_losses_against_loops(family: str) -> None:
         assert scene.losses.keys() == expected.keys()
         for name, value in expected.items():
             assert scene.losses[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (number, name)
+
+
+def test_a_picture_without_positives_counts_one_in_gfl() -> None:
+    """As its authors have it; the classes of the joint batch are normalised by 1 more."""
+    model = decided_model("gfl")
+    full, empty = Scene(model, 2), Scene(model, 0)
+    with torch.no_grad(), EventStorage():
+        joint = model(full.inputs + empty.inputs)["loss_qfl"].item()
+    number = len(full.matched(slow_atss(full.levels, full.gt, 9)))
+    both = full.losses["loss_qfl"] * number + empty.losses["loss_qfl"]
+    assert number and joint == pytest.approx(both / (number + 1), rel=1e-4)
+
+
+def test_an_object_that_no_box_meets_takes_no_points() -> None:
+    """RepPoints' boxes are predicted: none need be where an object is."""
+    model = decided_model("reppoints")
+    found = torch.tensor([[[0.0, 0, 40, 40], [30, 30, 60, 60], [80, 80, 90, 90]]])
+    gt = torch.tensor([[0.0, 0, 50, 50], [100, 100, 104, 104]])
+    truth = Instances((SIZE, SIZE), gt_boxes=Boxes(gt), gt_classes=torch.tensor([2, 1]))
+    targets = model.refine_targets(found, [truth])
+    assert targets.labels.tolist() == [[2, NUM_CLASSES, NUM_CLASSES]]
+    assert torch.equal(targets.boxes[0, 0], gt[0])
+    nothing = model.refine_targets(found, [truth[1:]])
+    assert nothing.labels.eq(NUM_CLASSES).all()
+
+
+def test_quality_focal_by_hand() -> None:
+    """At logit 0, σ = ½ and the cross entropy log 2, whatever the quality."""
+    loss = quality_focal(torch.zeros(3), torch.tensor([0.0, 0.5, 0.9]))
+    torch.testing.assert_close(loss, torch.tensor([0.25, 0.0, 0.16]) * math.log(2))
+    linear = quality_focal(torch.zeros(1), torch.ones(1), beta=1.0)
+    assert linear.item() == pytest.approx(math.log(2) / 2)
+
+
+def test_distribution_focal_by_hand() -> None:
+    """Uniform over 5 bins: log 5 everywhere; what is beyond the last bin counts as 3.9."""
+    uniform, distances = torch.zeros(2, 20), torch.tensor([[0.0, 1, 2.5, 9], [-1, 3.9, 4, 1]])
+    torch.testing.assert_close(
+        distribution_focal(uniform, distances, 4), torch.full((2,), 5.0).log()
+    )
+    sides = torch.zeros(1, 4, 5)
+    sides[..., 3] = 2.0  # its share is e² / (e² + 4)
+    expected = math.log(math.exp(2) + 4) - 2 * 0.25  # a quarter of 2.25 is at bin 3 where it ends
+    loss = distribution_focal(sides.flatten(1), torch.full((1, 4), 2.25), 4)
+    assert loss.item() == pytest.approx(expected)
+    assert distribution_focal(uniform[:0], distances[:0], 4).shape == (0,)
+
+
+def test_gradients_of_gfls_losses() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    quality = torch.rand(4, 3, generator=g, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: quality_focal(x, quality), logits)
+    sides = torch.randn(3, 4 * 9, generator=g, dtype=torch.float64, requires_grad=True)
+    distances = 9 * torch.rand(3, 4, generator=g, dtype=torch.float64) - 0.5
+    assert torch.autograd.gradcheck(lambda x: distribution_focal(x, distances, 8), sides)
 
 
 # ---- Boxes

@@ -1,6 +1,7 @@
 """timm's backbones below detectron2's necks."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from distill.config import building, student_config
 from distill.errors import ConfigError
 from distill.nets.necks import BOTTOM_UPS
+from distill.nets.timm import build_timm_backbone
 
 MODELS = ("resnet18", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "cspdarknet53")
 
@@ -117,6 +119,55 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unknown_model() -> None:
     with pytest.raises(ConfigError, match=r"'resnet81' is no model of timm; nearest: .*resnet18"):
         built(config("resnet81"))
+
+
+def test_a_name_with_the_tag_of_its_weights() -> None:
+    assert built(config("resnet18.a1_in1k")).bottom_up.output_shape()["res5"].stride == 32
+
+
+def test_pictures_of_one_channel(tmp_path: Path) -> None:
+    """timm adapts the first convolution; what else a file lacks is found all the same."""
+    path = str(tmp_path / "weights.pth")
+    state = timm.create_model("resnet18").state_dict()
+    torch.save(state, path)
+    cfg = config("resnet18", "build_timm_fpn_backbone", "MODEL.TIMM.WEIGHTS", path)
+    features: Any = build_timm_backbone(cfg, ShapeSpec(channels=1)).features
+    colours = state["conv1.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(features.conv1.weight.detach(), colours)
+    del state["layer1.0.conv1.weight"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"lacks 1 of .* such as layer1.0.conv1.weight"):
+        build_timm_backbone(cfg, ShapeSpec(channels=1))
+
+
+def test_a_model_for_pictures_of_one_size() -> None:
+    with pytest.raises(
+        ConfigError, match=r"swin_tiny.* is for pictures of one size \(Input height"
+    ):
+        built(config("swin_tiny_patch4_window7_224"))
+
+
+@pytest.mark.parametrize(
+    "strides, channels_last, message",
+    [
+        ([16, 16], False, r"maps of strides \[16, 16\], not 4, 8"),
+        ([4, 12], False, r"maps of strides \[4, 12\], not 4, 8"),
+        ([4, 8], True, r"no maps \(channels, height, width\): \[\(32, 48, 5\)"),
+    ],
+)
+def test_maps_that_no_neck_takes(
+    strides: list[int], channels_last: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Features(nn.Module):
+        feature_info = SimpleNamespace(reduction=lambda: strides, channels=lambda: [5, 5])
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            maps = [torch.zeros(1, 5, x.shape[2] // s, x.shape[3] // s) for s in strides]
+            return [m.permute(0, 2, 3, 1) if channels_last else m for m in maps]
+
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: Features())
+    with pytest.raises(ConfigError, match=message):
+        built(config("resnet18"))
 
 
 def test_norms_that_keep_their_statistics() -> None:

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, start_processes
 
-from ..checkpoint import damage
+from ..checkpoint import damage, resumable
 from ..config import validate_config
 from ..data.datasets import register_coco_format
 from ..errors import ConfigError, DistillError
@@ -76,6 +76,10 @@ def configure(args: Namespace) -> tuple[CfgNode, str | None]:
     if not args.eval_only and not finished:
         register_coco_format(cfg)
         validate_config(cfg)
+    if args.resume and resumable(cfg.OUTPUT_DIR):  # of which each has the backbone's weights
+        cfg.defrost()
+        cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
+        cfg.freeze()
     return cfg, finished
 
 

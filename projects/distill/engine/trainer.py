@@ -38,7 +38,8 @@ from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
 from ..evaluation.sliding_window import with_sliding_window
 from ..inherit import inherit
-from ..meta_arch import DistillModel
+from ..meta_arch import DistillModel, net_specs
+from ..probes import build_probe
 from ..teacher import Teacher
 from ..weights import load_strictly, readable
 from .ema import WeightsEMA
@@ -174,13 +175,18 @@ class Trainer(DefaultTrainer):
             with readable(weights, "MODEL.WEIGHTS") if weights else contextlib.nullcontext():
                 self.checkpointer.load(weights, checkpointables=[])
             if self.teacher and self.cfg.MODEL.DISTILL.INHERIT:
-                inherit(self.student, self.teacher.model, self.cfg.MODEL.DISTILL.INHERIT)
+                self._inherit(self.teacher)
             return
         with readable(last, "--resume"):
             self.checkpointer.load(last)
         self.start_iter = self.iter + 1
         self._trainer.seed = self._trainer.guard.seed = self.seed
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
+
+    def _inherit(self, teacher: Teacher) -> None:
+        specs = net_specs(self.cfg, build_probe(self.student), teacher.probe)
+        own, taught = ((x.classes, x.sem_seg_classes) for x in specs if x)
+        inherit(self.student, teacher.model, self.cfg.MODEL.DISTILL.INHERIT, own == taught)
 
     def train(self) -> Any:
         try:
@@ -267,14 +273,18 @@ def be_deterministic() -> None:
 
 
 def scale_to_workers(cfg: CfgNode) -> CfgNode:
-    """detectron2's ``auto_scale_workers``, the schedules of the heads included."""
+    """detectron2's ``auto_scale_workers``, the average and the heads' schedules included."""
     scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
-    if factor == 1 or cfg.MODEL.META_ARCHITECTURE not in distill_architectures():
+    if factor == 1:
         return scaled
     scaled = scaled.clone()
     scaled.defrost()
-    for head in scaled.MODEL.DISTILL.HEADS:
+    ema = scaled.SOLVER.EMA
+    ema.DECAY **= 1 / factor  # as much of the average is forgotten in as many pictures
+    ema.WARMUP_ITERS = round(ema.WARMUP_ITERS * factor)
+    distilled = cfg.MODEL.META_ARCHITECTURE in distill_architectures()
+    for head in scaled.MODEL.DISTILL.HEADS if distilled else ():
         section = scaled.MODEL.DISTILL[head.upper()]
         for key in [key for key in section if key.endswith(("_ITER", "_ITERS"))]:
             section[key] = round(section[key] * factor)

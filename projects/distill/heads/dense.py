@@ -63,11 +63,18 @@ def anchor_problem(student: NetSpec, teacher: NetSpec) -> str | None:
     """Why dense outputs at the same index speak of different boxes, or None."""
     s, t = DenseLayout.of(student), DenseLayout.of(teacher)
     for level, (a, b) in enumerate(zip(s.anchors, t.anchors)):
-        if a.shape != b.shape or not torch.allclose(a, b, atol=1e-3):
+        if len(a) != len(b):
             return (
-                f"the anchors of level {level} differ (student {len(a)}, teacher {len(b)} a cell)"
+                f"level {level} has {len(a)} anchors a cell in the student, {len(b)} in the teacher"
             )
+        if not torch.allclose(a, b, atol=1e-3):
+            return f"the anchors of level {level} differ (student {_sizes(a)}, teacher {_sizes(b)})"
     return None
+
+
+def _sizes(anchors: Tensor) -> str:
+    sides = anchors[:, 2:] - anchors[:, :2]
+    return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in sides.tolist()) + " pixels"
 
 
 class DenseDistillHead(PredictionDistillHead):

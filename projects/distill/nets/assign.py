@@ -7,7 +7,7 @@ Ri those of one level. Every function returns, for each prior, the index of its 
 from collections.abc import Sequence
 
 import torch
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, pairwise_iou, pairwise_point_box_distance
 from torch import Tensor
 
 NO_BOX = -1
@@ -15,7 +15,7 @@ NO_BOX = -1
 
 @torch.no_grad()
 def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> Tensor:
-    """Adaptive training sample selection (ATSS, Sec. 3.3, Algorithm 1).
+    """Adaptive training sample selection (ATSS, Algorithm 1).
 
     The candidates of a box are, on each level, the anchors whose centres are nearest to its own.
     Of them those are positive whose IoU with it reaches the mean plus the standard deviation
@@ -34,8 +34,10 @@ def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> T
     boxes = torch.cat(list(anchors))
     if len(gt) == 0:
         return boxes.new_full((len(boxes),), NO_BOX, dtype=torch.long)
-    centres = _centres(boxes)
-    distance = torch.cdist(_centres(gt), centres, compute_mode="donot_use_mm_for_euclid_dist")
+    centres = Boxes(boxes).get_centers()
+    distance = torch.cdist(
+        Boxes(gt).get_centers(), centres, compute_mode="donot_use_mm_for_euclid_dist"
+    )
     chosen = []  # (M, up to candidates) a level, indices of all levels' anchors
     for level, first in zip(distance.split([len(x) for x in anchors], 1), _starts(anchors)):
         nearest = level.topk(min(candidates, level.shape[1]), dim=1, largest=False).indices
@@ -45,7 +47,7 @@ def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> T
     threshold = iou.mean(1, keepdim=True)
     if iou.shape[1] > 1:
         threshold = threshold + iou.std(1, keepdim=True)
-    depth = _depth(centres, gt).gather(1, index)
+    depth = pairwise_point_box_distance(centres, Boxes(gt)).amin(2).T.gather(1, index)
     quality = torch.where((iou >= threshold) & (depth > 0.01), iou, -1.0)
     return _best(boxes.new_full((len(gt), len(boxes)), -1.0).scatter_(1, index, quality))
 
@@ -54,7 +56,7 @@ def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> T
 def nearest_point_assign(
     points: Tensor, strides: Tensor, gt: Tensor, scale: float = 4.0, number: int = 1
 ) -> Tensor:
-    """The points of a box's level that are nearest to its centre (RepPoints, Sec. 4.1).
+    """The points of a box's level that are nearest to its centre (RepPoints, Sec. 4).
 
     A box belongs to the level of stride 2^l with l = ⌊½ (log₂(w / scale) + log₂(h / scale))⌋,
     clamped to the levels there are. Distances are measured in units of the box: by its width in x
@@ -75,7 +77,8 @@ def nearest_point_assign(
     size = (gt[:, 2:] - gt[:, :2]).clamp(min=1e-6)
     level = strides.log2().round()
     own = (size / scale).log2().mean(1).floor().clamp(level.min(), level.max())
-    distance = ((points - _centres(gt)[:, None]) / size[:, None]).norm(dim=2)
+    centres = Boxes(gt).get_centers()[:, None]
+    distance = ((points - centres) / size[:, None]).norm(dim=2)
     distance = distance.masked_fill(level != own[:, None], torch.inf)
     nearest = distance.topk(min(number, len(points)), dim=1, largest=False)
     closeness = torch.full_like(distance, -torch.inf).scatter_(1, nearest.indices, -nearest.values)
@@ -86,17 +89,6 @@ def _best(quality: Tensor, none: float = -1.0) -> Tensor:
     """(R,): of the (M, R) ``quality`` the box with the highest; NO_BOX where all are ``none``."""
     best, index = quality.max(0)
     return index.where(best > none, NO_BOX)
-
-
-def _centres(boxes: Tensor) -> Tensor:
-    return (boxes[:, :2] + boxes[:, 2:]) / 2
-
-
-def _depth(points: Tensor, gt: Tensor) -> Tensor:
-    """(M, R): how far points are inside boxes, in pixels; negative outside."""
-    after = points - gt[:, None, :2]
-    before = gt[:, None, 2:] - points
-    return torch.minimum(after, before).amin(2)
 
 
 def _starts(levels: Sequence[Tensor]) -> list[int]:

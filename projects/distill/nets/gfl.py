@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss
 from torch import Tensor, nn
 
@@ -27,9 +28,9 @@ class GFL(PriorDetector):
 
     Priors are assigned as in ATSS. A side's distance from the prior's centre is the expectation of
     a softmax over bins 0 ... ``reg_max``, in units of the level's stride. Losses: QFL of all
-    priors over the positive number; 2 · GIoU and 0.25 · DFL (mean of the four sides) of the
-    positives weighted by their largest class probability (detached), over the sum of those
-    weights. Numbers and sums are means over processes, at least 1.
+    priors over the number of positives, at least 1 a picture; 2 · GIoU and 0.25 · DFL (mean of the
+    four sides) of the positives weighted by their largest class probability (detached), over the
+    sum of those weights. Number and sum are means over processes; the sum's is at least 1.
 
     Args:
         prior_size: as of the base.
@@ -85,17 +86,17 @@ class GFL(PriorDetector):
         sides = self.flat(predictions[1], self.box_dim)
         targets = self.targets(priors, gt_instances)
         positive = targets.positive(self.num_classes)
-        number = reduce_mean(positive.sum())
+        number = reduce_mean(positive.sum(1).clamp(min=1).sum())
         anchors = Boxes.cat(priors).tensor.expand(*positive.shape, 4)[positive]
         boxes, truth = self.decoded(sides[positive], anchors), targets.boxes[positive]
 
         quality = torch.zeros_like(logits)
-        overlap = paired_iou(boxes.detach(), truth)
+        overlap = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(truth))
         quality[positive] = quality[positive].scatter(
             1, targets.labels[positive][:, None], overlap[:, None]
         )
         weight = logits.detach()[positive].sigmoid().amax(1)
-        mass = reduce_mean(weight.sum())
+        mass = reduce_mean(weight.sum()).clamp(min=1)
         distances = self.box2box_transform.get_deltas(anchors, truth)
         dfl = distribution_focal(sides[positive], distances, self.reg_max)
         return {
@@ -142,7 +143,7 @@ class Integral:
         self.linear = Box2BoxTransformLinear(normalize_by_size=True)
 
     def expectation(self, sides: Tensor) -> Tensor:
-        """(P, 4) distances in strides, in [0, reg_max], of (P, 4 · (reg_max + 1)) logits."""
+        """(P, 4) distances (Eq. 5) in strides, from 0, of (P, 4 · (reg_max + 1)) logits."""
         bins = torch.arange(self.reg_max + 1, device=sides.device, dtype=sides.dtype)
         return (sides.view(len(sides), 4, self.reg_max + 1).softmax(2) * bins).sum(2)
 
@@ -156,7 +157,16 @@ class Integral:
 
 
 def quality_focal(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
-    """QFL (Eq. 5) of each element: |q − σ|^β times the binary cross entropy with q in [0, 1]."""
+    """QFL (Eq. 2): |q − σ|^β times the binary cross entropy.
+
+    Args:
+        logits: of any shape.
+        quality: q of the same shape, in [0, 1].
+        beta: at least 0.
+
+    Returns:
+        Of each element.
+    """
     entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     return entropy * (quality - logits.sigmoid()).abs() ** beta
 
@@ -179,11 +189,3 @@ def distribution_focal(sides: Tensor, distances: Tensor, reg_max: int) -> Tensor
         log_prob.gather(2, index.long()[..., None])[..., 0] for index in (left, left + 1)
     )
     return -(at_left * (left + 1 - target) + at_right * (target - left)).mean(1)
-
-
-def paired_iou(boxes: Tensor, truth: Tensor) -> Tensor:
-    """(P,) IoU of (P, 4) boxes with as many others."""
-    corner = torch.maximum(boxes[:, :2], truth[:, :2])
-    sides = (torch.minimum(boxes[:, 2:], truth[:, 2:]) - corner).clamp(min=0)
-    area, own = sides.prod(1), (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
-    return area / (own + (truth[:, 2:] - truth[:, :2]).prod(1) - area).clamp(min=1e-6)

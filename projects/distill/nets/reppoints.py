@@ -31,7 +31,8 @@ class RepPoints(PriorDetector):
 
     The first points are trained on the objects whose nearest point this is
     (:func:`~distill.nets.assign.nearest_point_assign`), the refined ones and the classes on those
-    that the box of the first points overlaps (``iou_thresholds``, low-quality matches allowed).
+    that the box of the first points overlaps (``iou_thresholds``; of objects that are overlapped
+    less, the boxes that do so most).
     Losses over the number of positives, a mean over processes: focal, and smooth L1 (β = 0.11) of
     both boxes in units of ``point_scale`` · stride.
 
@@ -122,8 +123,9 @@ class RepPoints(PriorDetector):
         pairs = []
         for found, truth in zip(boxes, gt_instances):
             iou = pairwise_iou(truth.gt_boxes, Boxes(found))
-            index, label = self.anchor_matcher(iou)
-            labels, matched = labelled(truth, index.where(label == 1, -1), self.num_classes)
+            met = iou.amax(1) > 0  # as the best of a row of zeros, the matcher takes all of them
+            index, label = self.anchor_matcher(iou[met])
+            labels, matched = labelled(truth[met], index.where(label == 1, -1), self.num_classes)
             pairs.append((labels.where(label >= 0, -1), matched))
         return Targets(*(torch.stack(x) for x in zip(*pairs)))
 

@@ -1,4 +1,4 @@
-"""Every backbone of timm as a bottom-up of detectron2's necks."""
+"""timm's backbones with maps of several strides as bottom-ups of detectron2's necks."""
 
 import os
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -54,11 +55,12 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     timm's weights were trained on RGB with 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375.
 
     Raises:
-        ValueError: timm has no such model, it has no such maps, there is no file ``WEIGHTS``, or
-            the file lacks weights of the model.
+        ValueError: timm has no such model, it has no such maps (transformers of one stride, of a
+            fixed size of pictures, or with channels last have not), there is no file ``WEIGHTS``,
+            or the file lacks weights of the model.
     """
     node = cfg.MODEL.TIMM
-    if node.NAME not in timm.list_models():
+    if not timm.is_model(node.NAME):
         near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
         raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is no model of timm; nearest: {near}")
     if node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
@@ -69,7 +71,28 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         features = _from_file(node.NAME, node.WEIGHTS, options)
     else:
         features = _of_timm(node.NAME, node.PRETRAINED, options)
+    _check_maps(node.NAME, features, input_shape.channels)
     return TimmBackbone(features, node.NORM_EVAL)
+
+
+@torch.no_grad()
+def _check_maps(name: str, features: nn.Module, channels: int) -> None:
+    """Refuse a model whose maps are not (N, C, H / stride, W / stride) of rising powers of 2."""
+    height, width = 128, 192
+    try:
+        maps = features.eval()(torch.zeros(1, channels, height, width))
+    except (AssertionError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"MODEL.TIMM.NAME '{name}' is for pictures of one size ({reason})") from e
+    finally:
+        features.train()
+    info: Any = features.feature_info
+    strides = info.reduction()
+    given = [tuple(x.shape[1:]) for x in maps]
+    if given != [(c, height // s, width // s) for c, s in zip(info.channels(), strides)]:
+        raise ValueError(f"MODEL.TIMM.NAME '{name}' has no maps (channels, height, width): {given}")
+    if any(s.bit_count() != 1 for s in strides) or sorted(set(strides)) != strides:
+        raise ValueError(f"MODEL.TIMM.NAME '{name}' has maps of strides {strides}, not 4, 8, ...")
 
 
 def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
@@ -92,11 +115,12 @@ def _of_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         ) from e
 
 
-def _from_file(name: str, path: str, options: dict[str, Any]) -> nn.Module:
+def _from_file(name: str, path: str, options: dict[str, Any]) -> Any:
     """A model with the weights of a file; nothing that the file says is executed.
 
     timm leaves weights that a file lacks as they are initialised, and only logs it. It renames and
-    reshapes what it loads: so values are compared, not names.
+    reshapes what it loads: so values are compared, not names. Only the first convolution's may
+    differ, which timm adapts to pictures that have not three channels.
 
     Raises:
         ValueError: the file is none of this model.
@@ -105,11 +129,16 @@ def _from_file(name: str, path: str, options: dict[str, Any]) -> nn.Module:
     try:
         known = set(_digests(load_state_dict(path).values()))
         overlay = {"file": path}
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        model: Any = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, **options
+        )
     except Exception as e:  # on broken bytes, the readers raise nearly anything
         reason = " ".join(str(e).split())[:300]
         raise ValueError(f"{named} is no file of weights of {name} ({reason})") from e
     state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+    if options["in_chans"] != 3:
+        first = model.pretrained_cfg["first_conv"].replace(".", "_")
+        state = {k: v for k, v in state.items() if not k.replace(".", "_").startswith(first)}
     missing = [k for k, digest in zip(state, _digests(state.values())) if digest not in known]
     if missing:
         raise ValueError(
