@@ -12,9 +12,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from distill.config import student_config
+from distill.config import student_config, validate_config
 from distill.engine import Trainer
 from distill.engine.ema import WeightsEMA
+from distill.errors import ConfigError
 from distill.weights import load_strictly
 
 Shapes = tuple[str, str, str]
@@ -98,3 +99,9 @@ def test_switched_on_when_resumed(shapes: Shapes, tmp_path: Path) -> None:
     for name, x in trained.items():
         expected = 0.9 * before[name] + 0.1 * x
         torch.testing.assert_close(saved["model"][name], expected)
+
+
+def test_precise_statistics_would_go_to_other_weights(shapes: Shapes, tmp_path: Path) -> None:
+    opts = ("SOLVER.EMA.DECAY", 0.9, "TEST.PRECISE_BN.ENABLED", True)
+    with pytest.raises(ConfigError, match=r"PRECISE_BN.ENABLED is True.* switch one off"):
+        validate_config(trainable_cfg("faster", shapes, tmp_path, *opts))
