@@ -35,14 +35,22 @@ from test_ddp import WORLD, spawn
 Shapes = tuple[str, str, str]
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_a_stock_checkpoint(family: str, shapes: Shapes, tmp_path: Path) -> None:
+MOBILE = "build_timm_fpn_backbone", "mobilenetv3_small_050"
+PAIRS = [*((family, family, ()) for family in DENSE), ("gfl", "fcos", MOBILE)]
+
+
+@pytest.mark.parametrize("taught_by, family, backbone", PAIRS)
+def test_a_stock_checkpoint(
+    taught_by: str, family: str, backbone: tuple[str, ...], shapes: Shapes, tmp_path: Path
+) -> None:
     """Stock detectron2 with these networks and their keys loads and predicts the same bits."""
     name = DENSE[family]
-    classes = (f"MODEL.{name.upper()}.NUM_CLASSES", 8)
+    classes = (f"MODEL.{DENSE[taught_by].upper()}.NUM_CLASSES", 8)
     threshold = (f"MODEL.{name.upper()}.SCORE_THRESH_TEST", 0.0)
-    opts = [*distill_opts(family, ("IMA", "TID")), *write_teacher(tmp_path, family, *classes)]
+    opts = [*distill_opts(family, ("IMA", "TID")), *write_teacher(tmp_path, taught_by, *classes)]
     opts += ["SOLVER.MAX_ITER", 2, "SOLVER.BASE_LR", 0.001, *threshold]
+    for key, value in zip(("MODEL.BACKBONE.NAME", "MODEL.TIMM.NAME"), backbone):
+        opts += [key, value]
     seed_all_rng(3)
     trainer = Trainer(trainable_cfg(family, shapes, tmp_path / "out", *opts, norm="BN"))
     trainer.train()
