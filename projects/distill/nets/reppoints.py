@@ -190,12 +190,13 @@ class RepPointsHead(nn.Module):
         y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
         kernel = torch.stack([y, x], -1).view(1, 2 * POINTS, 1, 1)
         self.register_buffer("kernel", kernel, persistent=False)
-        layer: Any
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | DeformConv2d):
+            if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+            elif isinstance(layer, DeformConv2d):  # as those of its authors' framework
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
         predictor: Any = self.cls_score
         nn.init.constant_(predictor.bias, -math.log(1 / prior_prob - 1))
 
