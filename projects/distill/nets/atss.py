@@ -78,11 +78,9 @@ class ATSS(PriorDetector):
             self.flat(maps, width) for maps, width in zip(predictions, (self.num_classes, 4, 1))
         )
         targets = self.targets(priors, gt_instances)
-        positive = targets.positive(self.num_classes)
+        every = Boxes.cat(priors).tensor
+        positive, anchors, boxes, truth = self.positives(deltas, every, targets)
         number = reduce_mean(positive.sum())
-        anchors = Boxes.cat(priors).tensor.expand_as(deltas)[positive]
-        boxes = self.decoded(deltas[positive], anchors)
-        truth = targets.boxes[positive]
         closeness = centerness_of(anchors, truth)
         mass = reduce_mean(closeness.sum(), minimum=1e-6)
         classes = F.one_hot(targets.labels, self.num_classes + 1)[..., :-1].to(logits.dtype)

@@ -29,6 +29,20 @@ class Targets(NamedTuple):
         return (self.labels >= 0) & (self.labels < num_classes)
 
 
+class Positives(NamedTuple):
+    """The priors of a batch that are matched with an object.
+
+    Attributes:
+        mask: (N, R) bool, which they are; P of them.
+        priors, boxes, truth: (P, 4) XYXY of them, of what they predict, and of their objects.
+    """
+
+    mask: Tensor
+    priors: Tensor
+    boxes: Tensor
+    truth: Tensor
+
+
 class PriorDetector(DenseDetector):
     """A dense detector with one square prior on every cell, centred on it.
 
@@ -122,6 +136,14 @@ class PriorDetector(DenseDetector):
             regression.reshape(-1, regression.shape[-1]), priors.reshape(-1, 4)
         )
         return flat.view(*regression.shape[:-1], 4)
+
+    def positives(self, regression: Tensor, priors: Tensor, targets: Targets) -> Positives:
+        """The matched priors, of (N, R, ``box_dim``) regressions at (R, 4) priors."""
+        mask = targets.positive(self.num_classes)
+        matched = priors.expand(*mask.shape, 4)[mask]
+        return Positives(
+            mask, matched, self.decoded(regression[mask], matched), targets.boxes[mask]
+        )
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: Sequence[list[Tensor]]

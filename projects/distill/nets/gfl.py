@@ -85,10 +85,9 @@ class GFL(PriorDetector):
         logits = self.flat(predictions[0], self.num_classes)
         sides = self.flat(predictions[1], self.box_dim)
         targets = self.targets(priors, gt_instances)
-        positive = targets.positive(self.num_classes)
+        every = Boxes.cat(priors).tensor
+        positive, anchors, boxes, truth = self.positives(sides, every, targets)
         number = reduce_mean(positive.sum(1).clamp(min=1).sum())
-        anchors = Boxes.cat(priors).tensor.expand(*positive.shape, 4)[positive]
-        boxes, truth = self.decoded(sides[positive], anchors), targets.boxes[positive]
 
         quality = torch.zeros_like(logits)
         overlap = matched_pairwise_iou(Boxes(boxes.detach()), Boxes(truth))

@@ -110,10 +110,8 @@ class RepPoints(PriorDetector):
         }
 
     def _box_loss(self, regression: Tensor, anchors: Tensor, targets: Targets) -> Tensor:
-        positive = targets.positive(self.num_classes)
-        at = anchors.expand(*positive.shape, 4)[positive]
+        positive, at, boxes, truth = self.positives(regression, anchors, targets)
         unit = (at[:, 2:3] - at[:, :1]) * self.point_scale
-        boxes, truth = self.decoded(regression[positive], at), targets.boxes[positive]
         loss = smooth_l1_loss(boxes / unit, truth / unit, SMOOTH_L1_BETA, reduction="sum")
         return loss / reduce_mean(positive.sum())
 
