@@ -121,7 +121,7 @@ def centerness_of(anchors: Tensor, boxes: Tensor) -> Tensor:
 
     l, t, r, b are the distances to the sides of the (P, 4) boxes that hold the centres.
     """
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centres = Boxes(anchors).get_centers()
     sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres]).clamp(min=0)
     ratio = sides.amin(0) / sides.amax(0).clamp(min=1e-6)
     return ratio.prod(1).sqrt()

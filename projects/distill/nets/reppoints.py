@@ -130,7 +130,7 @@ class RepPoints(PriorDetector):
     def _points(self, priors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(R, 2) points and (R,) strides of the priors, which are cells."""
         cells = torch.cat(priors)
-        return (cells[:, :2] + cells[:, 2:]) / 2, cells[:, 2] - cells[:, 0]
+        return Boxes(cells).get_centers(), cells[:, 2] - cells[:, 0]
 
 
 class CellTransform:
@@ -148,8 +148,7 @@ class CellTransform:
 
 
 def _centres_and_size(cells: Tensor) -> tuple[Tensor, Tensor]:
-    centres = (cells[:, :2] + cells[:, 2:]) / 2
-    return centres.repeat(1, 2), cells[:, 2:3] - cells[:, :1]
+    return Boxes(cells).get_centers().repeat(1, 2), cells[:, 2:3] - cells[:, :1]
 
 
 class RepPointsHead(nn.Module):
