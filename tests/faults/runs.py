@@ -240,15 +240,21 @@ class Reference:
                 changed = differences(read(output / name), self.checkpoints[name])
                 assert not changed, f"{name}: {len(changed)} values such as {changed[0]}"
 
-    def check_recovered(self, output: Path) -> None:
+    def check_recovered(self, output: Path, written: Collection[int] = ()) -> None:
         """:meth:`check_checkpoints`, and all losses and evaluations are in metrics.json.
+
+        Args:
+            output: OUTPUT_DIR of a finished run.
+            written: iterations whose losses were there before it went on, see :func:`metrics`; a
+                run that ends early writes those of its last iteration, too.
 
         Raises:
             AssertionError: it is not so.
         """
         self.check_checkpoints(output)
-        found = metrics(output)
-        assert found == self.metrics, f"metrics {found} instead of {self.metrics}"
+        losses, evaluations = self.metrics
+        found, expected = metrics(output), (losses.union(written), evaluations)
+        assert found == expected, f"metrics {found} instead of {expected}"
 
 
 # By kind of step and file; the first that fits. A step is not yet taken when the kill comes.

@@ -10,7 +10,17 @@ import pytest
 
 from .child import Place, kill, kill_a_worker
 from .ledger import Ledger
-from .runs import CHECKPOINT_PERIOD, STAGES, Child, Reference, Training, places_by_stage, survivors
+from .runs import (
+    CHECKPOINT_PERIOD,
+    ITERATIONS,
+    STAGES,
+    Child,
+    Reference,
+    Training,
+    metrics,
+    places_by_stage,
+    survivors,
+)
 
 SEED = 0
 WORKERS = {0: 12, 2: 6, 3: 6}  # kills at random moments, by number of data workers
@@ -107,8 +117,11 @@ def test_data_workers(
         sentence = training.start(output, *opts, place=place, act=kill_a_worker).sentence()
         assert re.match(r"error: a data worker (?:\(pid \d+\) )?was killed.*--resume\.$", sentence)
         reference.check_intact(output)
+        # Where the training is when it learns of the death differs by a step.
+        written, _ = metrics(output)
+        assert len(written - reference.metrics[0]) <= 1 and max(written, default=0) < ITERATIONS
         training.finish(output, *opts, resume=True)
-        reference.check_recovered(output)
+        reference.check_recovered(output, written)
 
     found = places_by_stage(reference.steps)
     stages = ("inside torch.save", "while metrics.json is written")
