@@ -24,31 +24,62 @@ def labels(x):
     return cells.where(cells < 3, 255).view(1, *x.shape[2:]).expand(len(x), -1, -1)
 
 
+def cells(x):
+    """1 of every other cell."""
+    return torch.ones(len(x), *x.shape[2:]).cumsum(2) % 2
+
+
+def objects(x):
+    """One box in each picture of 32 x 40 pixels."""
+    return [torch.tensor([[4.0, 8.0, 20.0, 30.0]])] * len(x)
+
+
 LOSSES = {
     "binary_kl": (losses.binary_kl, ROWS),
     "categorical_kl": (losses.categorical_kl, ROWS),
     "channel_alignment": (losses.channel_alignment, MAP),
     "cross_image_relation": (lambda s, t: losses.cross_image_relation(s, t, pool=2), MAP),
+    "crosskd_classes": (lambda s, t: losses.crosskd_classes(s, t, 1.0), ROWS),
     "cwd": (losses.cwd, MAP),
+    "defeat": (lambda s, t: losses.defeat(s, t, cells(s)), MAP),
     "dense_kd": (losses.dense_kd, MAP),
+    "dkd": (lambda s, t: losses.dkd(s, t, torch.arange(len(s)) % 4, 1.0, 0.25, 1.0), ROWS),
+    "fgd": (lambda s, t: losses.fgd(s, t, objects(s), (32, 40)), MAP),
+    "fgfi": (lambda s, t: losses.fgfi(s, t, cells(s) > 0), MAP),
     "fitnet": (losses.fitnet, MAP),
+    "fkd": (lambda s, t: losses.fkd(s, t, cells(s)), MAP),
     "frequency_masked_mse": (lambda s, t: losses.frequency_masked_mse(s, t, all_pass(s)), MAP),
+    "frs": (lambda s, t: losses.frs(s, t, cells(s)), MAP),
+    "frs_classes": (lambda s, t: losses.frs_classes(s, t, cells(s)), MAP),
+    "gid_feature": (losses.gid_feature, MAP),
+    "gid_relation": (losses.gid_relation, ROWS),
+    "hcl": (lambda s, t: losses.hcl([s], [t]), MAP),
     "ifvd": (lambda s, t: losses.ifvd(s, t, labels(s), 19), MAP),
     "ima": (losses.ima, MAP),
     "ima_classes": (lambda s, t: losses.ima_classes(s, t, labels(s), 19), MAP),
     "kd": (losses.kd, ROWS),
+    "ld": (lambda s, t: losses.ld(s, t, torch.ones(len(s)), 10.0), ROWS),
+    "length_of_gap": (losses.length_of_gap, MAP),
+    "lgd": (lambda s, t: losses.lgd([s], [t]), MAP),
     "maskd": (lambda s, t: losses.maskd(s, t, torch.ones(len(s), 6, *s.shape[2:])), MAP),
     "memory_contrast": (lambda s, t: losses.memory_contrast(s, t, torch.eye(s.shape[1])), ROWS),
+    "mgd": (lambda s, t: losses.mgd(s, t, torch.nn.Identity(), cells(s)[:, None]), MAP),
     "mkd": (lambda s, t: sum(losses.mkd(s, t, all_pass(s)).values()), MAP),
     "mssd": (losses.mssd, MAP),
     "multi_scale": (losses.multi_scale, MAP),
     "pairwise_affinity": (losses.pairwise_affinity, MAP),
     "pixel_kd": (losses.pixel_kd, MAP),
+    "pkd": (losses.pkd, MAP),
     "tid": (lambda s, t: losses.tid(s, t, torch.ones(len(s), *s.shape[2:])), MAP),
 }
 NO_LOSSES = {"MKD_TERMS", "TID_AREAS", "TID_SCORES", "frequency_mask", "gaussian_mask"}
 NO_LOSSES |= {"joint_attention", "matched_iou", "tid_by_value", "tid_information", "tid_mask"}
 NO_LOSSES |= {"tid_score", "tid_value"}
+NO_LOSSES |= {"DeFeatTerms", "FGDTerms", "defeat_masks", "feature_richness", "fgd_attention"}
+NO_LOSSES |= {"fgfi_mask", "fgfi_masks", "fkd_mask", "general_instances", "padded"}
+NO_LOSSES |= {"lgd_labels", "lgd_masks", "lgd_pooled", "lgd_rendered", "crosskd_aligned"}
+# Of boxes, of rows, and of more than two tensors: test_methods.py has them.
+NO_LOSSES |= {"crosskd_bins", "crosskd_boxes", "dkd_rows", "gid_response"}
 NO_LOSSES |= {"ClassQueues", "class_pixels", "class_regions", "dice_overlap", "receptive_masks"}
 every_loss = pytest.mark.parametrize("loss, shape", LOSSES.values(), ids=LOSSES)
 

@@ -1,0 +1,95 @@
+"""LGD (Zhang et al., "LGD: Label-guided self-distillation for object detection")."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cells import covered
+from .reduce import full_precision, same_shape
+
+LGD_EPS = 1e-5  # added to a channel's variance
+
+
+def lgd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of instance-normalized maps, over all levels together.
+
+    mean (IN(S) − IN(sg(T)))², IN: each channel of each picture at mean 0 and (biased) variance 1.
+    The mean is over the cells of all levels, so that fine levels weigh most.
+
+    Args:
+        student, teacher: one (N, C, H, W) map a level; the student's are adapted. No gradient
+            reaches the teacher.
+
+    Returns:
+        A scalar >= 0 in float32; a connected zero for an empty batch.
+
+    Raises:
+        ValueError: shapes or the numbers of levels differ.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(f"student has {len(student)} levels and teacher {len(teacher)}")
+    pairs = [same_shape(s, t.detach()) for s, t in zip(student, teacher)]
+    gaps = [instance_normalized(s) - instance_normalized(t) for s, t in pairs]
+    squares = torch.stack([gap.square().sum() for gap in gaps]).sum()
+    return squares / max(sum(gap.numel() for gap in gaps), 1)
+
+
+def instance_normalized(x: Tensor) -> Tensor:
+    """(N, C, H, W) with mean 0 and variance 1 over the cells; a map of one cell becomes 0."""
+    centred = x - x.mean((2, 3), keepdim=True)
+    return centred * (centred.square().mean((2, 3), keepdim=True) + LGD_EPS).rsqrt()
+
+
+def lgd_labels(boxes: Tensor, classes: Tensor, canvas: tuple[int, int], num_classes: int) -> Tensor:
+    """Descriptors of the objects: corners over the canvas and the class, in [−1, 1] (Sec. 3.2).
+
+    Args:
+        boxes: (N, M, 4) XYXY in canvas pixels; NaN where a picture has fewer than M objects.
+        classes: (N, M) in [0, K).
+        canvas: (height, width).
+        num_classes: K.
+
+    Returns:
+        (N, 1 + M, 4 + K). The first is the context: the box of the canvas, of no class.
+    """
+    height, width = canvas
+    x1, y1, x2, y2 = full_precision(boxes).nan_to_num().unbind(2)
+    corners = torch.stack([x1 / width, y1 / height, x2 / width, y2 / height], 2).clamp(0, 1)
+    one_hot = classes[..., None] == torch.arange(num_classes, device=classes.device)
+    objects = torch.cat([corners, one_hot.to(corners.dtype)], 2)
+    context = objects.new_zeros(len(objects), 1, 4 + num_classes)
+    context[..., 2:4] = 1
+    return torch.cat([context, objects], 1) * 2 - 1
+
+
+def lgd_masks(boxes: Tensor, canvas: tuple[int, int], height: int, width: int) -> Tensor:
+    """The cells of a map whose centres lie in the boxes; of a small box there may be none.
+
+    Args:
+        boxes: (N, M, 4) XYXY in canvas pixels; NaN: no cell.
+        canvas: (height, width) of what the map shows.
+        height, width: of the map in cells.
+
+    Returns:
+        (N, M, height, width) float32 in {0, 1}.
+    """
+    boxes = full_precision(boxes)
+    first, last = (
+        torch.stack([x * width / canvas[1] - 0.5, y * height / canvas[0] - 0.5], 2)
+        for x, y in (boxes[..., :2].unbind(2), boxes[..., 2:].unbind(2))
+    )
+    return covered(first, last, height, width).to(boxes.dtype)
+
+
+def lgd_pooled(maps: Tensor, masks: Tensor) -> Tensor:
+    """(N, M, C) means of (N, C, H, W) maps over (N, M, H, W) masks; 0 over an empty one."""
+    with torch.autocast(maps.device.type, enabled=False):  # sums of many cells
+        sums = torch.einsum("nchw,nmhw->nmc", full_precision(maps), masks)
+        return sums / masks.sum((2, 3)).clamp(min=1)[..., None]
+
+
+def lgd_rendered(objects: Tensor, masks: Tensor) -> Tensor:
+    """(N, C, H, W): of (N, M, C) objects the sum of those whose (N, M, H, W) masks hold a cell."""
+    with torch.autocast(objects.device.type, enabled=False):
+        return torch.einsum("nmc,nmhw->nchw", full_precision(objects), masks)
