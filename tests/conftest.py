@@ -62,15 +62,27 @@ DISTILL_ARCHITECTURES = {
 }
 NUM_CLASSES = 3
 CLASSES = ("circle", "square", "star")
+# The feature methods of others, which see no difference between families of detectors.
+FEATURE_HEADS = ("PKD", "MGD", "FGD", "FGFI", "DeFeat", "FRS", "FKD", "ReviewKD")
 HEADS = {
-    "faster": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"),
+    "faster": (
+        *("FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"),
+        *("CWD", "KD", "DKD", "MasKD", "LGD", *FEATURE_HEADS),
+    ),
     "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
     "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
     "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
-    **dict.fromkeys(("retinanet", *DENSE), ("FitNet", "IMA", "MKD", "TID", "DenseKD")),
+    "retinanet": (
+        *("FitNet", "IMA", "MKD", "TID", "DenseKD"),
+        *("CrossKD", "GID", "MasKD", "LGD", *FEATURE_HEADS),
+    ),
+    "fcos": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
+    "atss": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
+    "gfl": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD", "LD"),
+    "reppoints": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
     "semantic": (
         *("FitNet", "IMA", "MKD", "CWD", "CWDLogits", "PixelKD"),
-        *("SKD", "IFVD", "CIRKD", "MasKD"),
+        *("SKD", "IFVD", "CIRKD", "MasKDLogits", "PKD", "MGD"),
     ),
 }
 # A tiny student that can teach itself.

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from yaml import YAMLError
 
 from .errors import ConfigError, DistillError
 from .heads import DISTILL_HEAD_REGISTRY, teacher_needed
+from .heads.authors import AUTO
 from .inherit import INHERITED_PARTS
 from .nets import add_config_read_by, add_nets_config
 from .rules import check_choice, check_values, leaves, nearest
@@ -73,6 +75,13 @@ add_head_section(
     MASK="gaussian",  # gaussian (Eq. 5) | binary (σ² = ∞)
     SIGMA2=2.0,  # σ² > 0 of the Gaussian masks (the best of Table 6)
 )
+# No teacher. WEIGHT is of both losses: the detection loss of the label-guided maps, and LGD's.
+add_head_section(
+    "LGD",
+    DISTILL_WEIGHT=1.0,  # λ: of the distillation loss
+    DETACH_ITERS=30000,  # iterations in which the distillation loss trains its adapter alone
+    DETACH_APPEARANCE=False,  # the objects' appearance has no gradient to the student
+)
 add_head_section(
     "TID",
     GAMMA=0.05,  # γ in (0, 1]: share of the points in the key and weak areas (paper silent)
@@ -112,11 +121,73 @@ add_head_section(
     NEW_PIXELS=16,  # pixels of each class and picture that are remembered
 )
 add_head_section(
-    "MasKD",
+    "MasKDLogits",
     TOKENS=8,  # masks
     TOKEN_ITERS=2000,  # iterations in which the tokens are learned, before they distil
 )
 add_head_section("DenseKD", TEMPERATURE=1.0)  # T > 0
+# AUTO: what the method's authors use for the student's detector (heads/authors.py).
+add_head_section("PKD", WEIGHT=AUTO, IN_FEATURES=())
+add_head_section(
+    "MGD",
+    WEIGHT=AUTO,
+    IN_FEATURES=(),
+    MASK_RATIO=AUTO,  # λ in [0, 1): expected share of the cells that are masked out
+)
+add_head_section(
+    "FGD",
+    IN_FEATURES=(),
+    ALPHA=AUTO,  # of the foreground
+    BETA=AUTO,  # of the background
+    GAMMA=AUTO,  # of the attention
+    LAMBDA=AUTO,  # of the relation
+    TEMPERATURE=AUTO,  # 𝒯 > 0 of the attention
+)
+add_head_section("FGFI", WEIGHT=0.01, THRESHOLD=0.5)  # ψ in [0, 1]
+add_head_section("DeFeat", IN_FEATURES=(), FOREGROUND_WEIGHT=3.0, BACKGROUND_WEIGHT=12.0)
+add_head_section("FRS", WARMUP_ITERS=500, FEATURE_WEIGHT=AUTO, CLASS_WEIGHT=AUTO)
+add_head_section(
+    "FKD",
+    IN_FEATURES=(),
+    ATTENTION_WEIGHT=AUTO,  # of the attended maps
+    POOLED_WEIGHT=AUTO,  # of their means over cells and over channels
+    RELATION_WEIGHT=AUTO,  # of the relation
+    TEMPERATURE=0.5,  # 𝒯 > 0 of the attention
+)
+add_head_section(
+    "LD",
+    TEMPERATURE=10.0,  # T > 0 of the sides
+    BOX_WEIGHT=0.25,  # of the positives' sides
+    REGION_WEIGHT=0.25,  # of the sides in the valuable localization region
+    CLASS_WEIGHT=10.0,  # of the positives' classes
+    CLASS_TEMPERATURE=2.0,  # T > 0 of the classes
+    RELEASED_REGION=False,  # the larger region of the authors' code
+)
+add_head_section(
+    "CrossKD",
+    CLASS_WEIGHT=AUTO,
+    BOX_WEIGHT=AUTO,
+    REUSED_CONVS=int(AUTO),  # convolutions of the teacher's subnets that read the student
+)
+add_head_section(
+    "GID",
+    FEATURE_WEIGHT=5e-4,
+    RELATION_WEIGHT=40.0,
+    CLASS_WEIGHT=0.1,
+    BOX_WEIGHT=1.0,
+    SHARED_ADAPTER=True,  # a 3x3 convolution of the student's maps; False: as released
+)
+add_head_section(
+    "MasKD",
+    WEIGHT=AUTO,
+    IN_FEATURES=(),
+    TOKENS=6,  # masks
+    TOKEN_ITERS=2000,  # iterations in which the tokens are learned, before they distil
+    STUDENT_MASK_ITERS=5000,  # of distillation before the student's masks count, too
+)
+add_head_section("ReviewKD", IN_FEATURES=())
+add_head_section("KD", TEMPERATURE=1.0)  # T > 0
+add_head_section("DKD", TEMPERATURE=1.0, ALPHA=1.0, BETA=0.25)  # T > 0; factors of both parts
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -246,6 +317,9 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
     Raises:
         ConfigError: a key is unknown, a value is missing or of another type.
     """
+    options = [x for x in opts[0::2] if str(x).startswith("--")]
+    if options:
+        raise ConfigError(f"{options[0]} must stand before the KEY VALUE overrides.")
     if len(opts) % 2:
         raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
     for key, value in zip(opts[0::2], opts[1::2]):
@@ -253,7 +327,7 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
             try:
                 cfg.merge_from_list([key, value])
             except (ValueError, AssertionError) as e:
-                raise ConfigError(f"{key} {value}: {e}") from e
+                raise ConfigError(f"{key} {value}: {_said(e)}") from e
 
 
 def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
@@ -261,7 +335,25 @@ def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
         try:
             cfg.merge_from_other_cfg(loaded)
         except (KeyError, ValueError, AssertionError) as e:
-            raise ConfigError(f"{source}: {e.args[0] if e.args else e}") from e
+            raise ConfigError(f"{source}: {_said(e)}") from e
+
+
+def _said(error: Exception) -> str:
+    """What yacs says of a value, in words for users where it names Python's types."""
+    sentence = str(error.args[0] if error.args else error)
+    found = _MISMATCH.search(sentence)
+    if not found:
+        return sentence
+    expected, given, value, key = found.groups()
+    name = f'; write ("{value}",)' if given == "str" and expected in ("list", "tuple") else ""
+    return f"{key} must be of type {expected}; {value} is of type {given}{name}."
+
+
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(\w+)'> vs\. <class '(\w+)'>\) with values \(.* vs\. (.*)\) "
+    r"for config key: ([\w.]+)",
+    re.DOTALL,
+)
 
 
 @contextmanager
@@ -327,8 +419,12 @@ def distill_architectures() -> list[str]:
     return [name for name, _ in META_ARCH_REGISTRY if name.startswith("Distill")]
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
+def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     """The teacher's own config, resolved from ``MODEL.DISTILL.TEACHER``.
+
+    Args:
+        trained: ``MODEL.WEIGHTS`` of a model-zoo config are those that its training ended with;
+            False: those that it starts from.
 
     Raises:
         ConfigError: no config file is given, or it is neither a file nor in the model zoo.
@@ -348,7 +444,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             f"{os.getcwd()}) nor a config of detectron2's model zoo."
         )
     merge_from_file(teacher, path)
-    if not own_file and not node.WEIGHTS:
+    if trained and not own_file and not node.WEIGHTS:
         teacher.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
     merge_from_list(teacher, list(node.OPTS), "MODEL.DISTILL.TEACHER.OPTS")
     if node.WEIGHTS:
@@ -409,6 +505,9 @@ def _validate_distill(cfg: CfgNode) -> None:
     node = cfg.MODEL.DISTILL
     plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
     check_choice("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
+    student = META_ARCH_REGISTRY.get(node.STUDENT_ARCHITECTURE)
+    if isinstance(student, type):  # of a function that builds one, the network itself will tell
+        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).check_student(student)
     if len(set(node.HEADS)) < len(node.HEADS):
         raise ConfigError(f"MODEL.DISTILL.HEADS {tuple(node.HEADS)} names a head twice.")
     for name in node.HEADS:
@@ -435,6 +534,14 @@ def _validate_distill(cfg: CfgNode) -> None:
 
 # Factors of the terms of a loss: without any, adapters would get no gradient.
 _TERMS = {
+    "CROSSKD": ("CLASS_WEIGHT", "BOX_WEIGHT"),
+    "DEFEAT": ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT"),
+    "DKD": ("ALPHA", "BETA"),
+    "FGD": ("ALPHA", "BETA", "GAMMA", "LAMBDA"),
+    "FKD": ("ATTENTION_WEIGHT", "POOLED_WEIGHT", "RELATION_WEIGHT"),
+    "FRS": ("FEATURE_WEIGHT", "CLASS_WEIGHT"),
+    "GID": ("FEATURE_WEIGHT", "RELATION_WEIGHT", "CLASS_WEIGHT", "BOX_WEIGHT"),
+    "LD": ("BOX_WEIGHT", "REGION_WEIGHT", "CLASS_WEIGHT"),
     "MKD": ("FEA_WEIGHT", "MULTISCALE_WEIGHT", "FDMD_WEIGHT", "FAD_WEIGHT"),
     "MSSD": ("DISTILL_WEIGHT", "MASK_WEIGHT"),
     "TID": ("ALPHA_HIGH", "ALPHA_MED", "ALPHA_LOW"),

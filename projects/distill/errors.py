@@ -1,7 +1,7 @@
 """Errors that a user can mend: one sentence that names what to change."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class DistillError(Exception):
@@ -35,5 +35,14 @@ class TapError(DistillError, RuntimeError):
 def choices(value: str, valid: Iterable[str]) -> str:
     """The valid names for a message, nearest to ``value`` first."""
     names = sorted(valid)
-    near = difflib.get_close_matches(value, names, n=len(names), cutoff=0.5)
+    near = similar(value, names, 0.5)
     return ", ".join(near + [n for n in names if n not in near])
+
+
+def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str]:
+    """The names that are like ``value``, in capitals or not, the nearest first."""
+    capitals: dict[str, list[str]] = {}
+    for name in names:
+        capitals.setdefault(name.upper(), []).append(name)
+    found = difflib.get_close_matches(value.upper(), capitals, len(names) or 1, likeness)
+    return [name for x in found for name in capitals[x]]

@@ -38,14 +38,19 @@ class DistillModel(nn.Module):
         super().__init__()
         self.student = student
         self.probe = build_probe(student)
-        if not isinstance(self.probe, self.probe_type):
-            raise ConfigError(
-                f"MODEL.META_ARCHITECTURE {type(self).__name__} distils "
-                f"{self.probe_type.family.__name__} students, not {type(student).__name__}; "
-                "change it or MODEL.DISTILL.STUDENT_ARCHITECTURE."
-            )
+        self.check_student(type(student))
         self.heads = heads
         self.teacher = teacher  # no nn.Module: stays outside parameters() and state_dict()
+
+    @classmethod
+    def check_student(cls, architecture: type[nn.Module]) -> None:
+        """Raises ConfigError if this class distils no students of such an architecture."""
+        family = cls.probe_type.family
+        if not issubclass(architecture, family):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE {cls.__name__} distils {family.__name__} students, not "
+                f"{architecture.__name__}; change it or MODEL.DISTILL.STUDENT_ARCHITECTURE."
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 detectron2 checks few of its own values, and some of those in the middle of a training.
 """
 
-import difflib
 import math
 import os
 import stat
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode
 
-from .errors import ConfigError, choices
+from .errors import ConfigError, choices, similar
+from .heads.authors import AUTO, VALUES
 from .heads.ima import IMA_SCOPES
 from .heads.mssd import MSSD_MASKS
 from .losses import TID_AREAS, TID_SCORES
@@ -86,7 +86,7 @@ def _is_anchors(value: Any) -> bool:
     return all(map(_list_of(_POSITIVE).allows, levels))
 
 
-def _is_writable(folder: str) -> bool:
+def is_writable(folder: str) -> bool:
     """Whether files can be written to a folder, which is made if it is missing."""
     path = os.path.abspath(folder)
     while folder:
@@ -127,7 +127,7 @@ _TEXTS = Rule(lambda x: all(isinstance(k, str) for k in x), "a list of texts")
 
 # By patterns of keys. Every rule whose pattern fits a key has to hold.
 _RULES: dict[str, Rule] = {
-    "OUTPUT_DIR": Rule(_is_writable, "a folder that can be written to"),
+    "OUTPUT_DIR": Rule(is_writable, "a folder that can be written to"),
     "SEED": Rule(lambda x: x < 2**31, "below 2^31"),
     "VIS_PERIOD": _at_least(0),
     "DATALOADER.NUM_WORKERS": _at_least(0),
@@ -171,15 +171,23 @@ _RULES: dict[str, Rule] = {
     "MODEL.DISTILL.*_ITER": _at_least(0),
     "MODEL.DISTILL.*_ITERS": _at_least(0),
     "MODEL.DISTILL.*.MASK_RATIO": _BELOW_1,
-    "MODEL.DISTILL.*.TEMPERATURE": _POSITIVE,
+    "MODEL.DISTILL.*TEMPERATURE": _POSITIVE,
+    "MODEL.DISTILL.*.THRESHOLD": _FRACTION,
     "MODEL.DISTILL.*.WEIGHT": _at_least(0),
     "MODEL.DISTILL.CIRKD.*KEYS": _at_least(1),
     "MODEL.DISTILL.CIRKD.*PIXELS": _at_least(1),
     "MODEL.DISTILL.CIRKD.*_WEIGHT": _at_least(0),
     "MODEL.DISTILL.CIRKD.POOL": _at_least(1),
     "MODEL.DISTILL.CIRKD.REGIONS": _at_least(1),
+    "MODEL.DISTILL.CROSSKD.REUSED_CONVS": _WHOLE,
+    "MODEL.DISTILL.DKD.ALPHA": _at_least(0),
+    "MODEL.DISTILL.DKD.BETA": _at_least(0),
+    "MODEL.DISTILL.FGD.ALPHA": _at_least(0),
+    "MODEL.DISTILL.FGD.BETA": _at_least(0),
+    "MODEL.DISTILL.FGD.GAMMA": _at_least(0),
+    "MODEL.DISTILL.FGD.LAMBDA": _at_least(0),
     "MODEL.DISTILL.IMA.SCALE_FLOOR": _FRACTION,
-    "MODEL.DISTILL.MASKD.TOKENS": _at_least(1),
+    "MODEL.DISTILL.MASKD*.TOKENS": _at_least(1),
     "MODEL.DISTILL.MKD.SCALES": _CELLS,
     "MODEL.DISTILL.MSSD.GAMMA": _SHARE,
     "MODEL.DISTILL.MSSD.SIGMA2": _POSITIVE,
@@ -248,6 +256,9 @@ _RULES: dict[str, Rule] = {
     "TEST.PRECISE_BN.NUM_ITER": _at_least(1),
     "TEST.SLIDING_WINDOW.CROP_SIZE": _PIXELS,
     "TEST.SLIDING_WINDOW.STRIDE": _PIXELS,
+}
+_BY_AUTHORS = {
+    f"MODEL.DISTILL.{head.upper()}.{key}" for head, keys in VALUES.items() for key in keys
 }
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest entry is a norm
 _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
@@ -375,16 +386,14 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "TEST.SLIDING_WINDOW.STRIDE is {c.TEST.SLIDING_WINDOW.STRIDE}; it must be at most its "
         "CROP_SIZE {c.TEST.SLIDING_WINDOW.CROP_SIZE}, or pixels would lie between the windows.",
     ),
-    (
-        lambda c: (
-            "MasKD" not in c.MODEL.DISTILL.HEADS
-            or (
-                (c.MODEL.DISTILL.MASKD.STOP_ITER or math.inf) > c.MODEL.DISTILL.MASKD.TOKEN_ITERS
-                and c.MODEL.DISTILL.MASKD.TOKEN_ITERS < c.SOLVER.MAX_ITER
-            )
-        ),
-        "MODEL.DISTILL.MASKD.TOKEN_ITERS is {c.MODEL.DISTILL.MASKD.TOKEN_ITERS}, and the masks "
-        "distil from there on; lower it below SOLVER.MAX_ITER {c.SOLVER.MAX_ITER} and STOP_ITER.",
+    *(
+        (
+            lambda c, head=head: head not in c.MODEL.DISTILL.HEADS or _masks_distil(c, head),
+            f"MODEL.DISTILL.{head.upper()}.TOKEN_ITERS is "
+            f"{{c.MODEL.DISTILL.{head.upper()}.TOKEN_ITERS}}, and the masks distil from there on; "
+            "lower it below SOLVER.MAX_ITER {c.SOLVER.MAX_ITER} and STOP_ITER.",
+        )
+        for head in ("MasKD", "MasKDLogits")
     ),
     (
         lambda c: (
@@ -405,6 +414,13 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "detectron2's deformable convolution needs a GPU, but MODEL.DEVICE is cpu.",
     ),
 )
+
+
+def _masks_distil(cfg: CfgNode, head: str) -> bool:
+    """Whether iterations are left after the tokens were learned."""
+    section = cfg.MODEL.DISTILL[head.upper()]
+    last = min(section.STOP_ITER or math.inf, cfg.SOLVER.MAX_ITER)
+    return last > section.TOKEN_ITERS
 
 
 def _has_output_stride(cfg: CfgNode) -> bool:
@@ -433,8 +449,9 @@ def check_values(cfg: CfgNode) -> None:
         if key in _CHOICES:
             check_choice(key, value, _CHOICES[key])
         for rule in _rules(key):
-            if not rule.allows(value):
-                raise ConfigError(f"{key} is {value!r:.200}; it must be {rule.text}.")
+            if not rule.allows(value) and not (key in _BY_AUTHORS and value == AUTO):
+                authors = f", or {AUTO:g} for the authors' value" * (key in _BY_AUTHORS)
+                raise ConfigError(f"{key} is {value!r:.200}; it must be {rule.text}{authors}.")
     for fit, sentence in _TOGETHER:
         if not fit(cfg):
             raise ConfigError(sentence.format(c=cfg))
@@ -459,7 +476,7 @@ def check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
     """Raises ConfigError if a value is none of the valid names, which it lists, nearest first."""
     names = list(valid)
     if value not in names:
-        near = difflib.get_close_matches(str(value), names, n=1)
+        near = similar(str(value), names)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(f"{key}: unknown value '{value}'{hint} Valid: {nearest(value, names)}.")
 

@@ -68,6 +68,31 @@ class Dense:
 
 
 @dataclass
+class Towers:
+    """Maps inside a dense head, before activations.
+
+    Attributes:
+        classes, boxes: of the subnets of both tasks; by convolution, then by level, (N, C, Hi, Wi).
+    """
+
+    classes: list[list[Tensor]]
+    boxes: list[list[Tensor]]
+
+
+@dataclass
+class Targets:
+    """What the student trains its dense outputs on.
+
+    Attributes:
+        labels: (N, R) of all levels, in [0, K]; K is background, -1 is not trained.
+        boxes: (N, R, 4) XYXY of the matched objects, anything where there is none.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+
+
+@dataclass
 class ROIs:
     """Outputs of one box stage on the boxes that the *student* sampled, in the student's order.
 
@@ -122,6 +147,7 @@ class Signals:
         shallow: of an FPN+PAN neck, the FPN's map of each level by the name of its deep map.
         dense_boxes: one (N, R, 4) tensor a level: the boxes that ``dense`` predicts, in pixels of
             the canvas, without gradient.
+        targets: of the student alone.
     """
 
     batch: Batch
@@ -129,6 +155,8 @@ class Signals:
     shallow: dict[str, Tensor] = field(default_factory=dict)
     dense: Dense | None = None
     dense_boxes: list[Tensor] = field(default_factory=list)
+    towers: Towers | None = None
+    targets: Targets | None = None
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
     sem_seg: SemSeg | None = None
@@ -146,7 +174,7 @@ class NetSpec:
 
     Attributes:
         name: "student" or "teacher", for messages.
-        model: the detectron2 network itself; read its attributes, never run it.
+        model: the detectron2 network itself; read its attributes, never run its ``forward``.
         features: channels and stride of each of ``Signals.features``.
         signals: names of the :class:`Signals` fields that the family produces.
         classes: class names in the order of the network's outputs, background excluded.

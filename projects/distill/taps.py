@@ -1,11 +1,12 @@
-"""Taps: forward hooks that live for one forward and record what crosses module boundaries.
+"""Taps: hooks that live for one forward and record what crosses module boundaries.
 
 Only boundaries that detectron2 documents by name are safe: inside a module, later in-place
 operations rewrite what a hook has seen.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,14 +15,14 @@ from .errors import TapError
 
 
 class Call(NamedTuple):
-    """One call of a tapped module."""
+    """One call of a tapped module or method."""
 
     args: tuple[Any, ...]
     output: Any
 
 
 class Calls:
-    """The recorded calls of one forward, by module name."""
+    """The recorded calls of one forward, by the tap's name."""
 
     def __init__(self, names: Sequence[str]):
         self._calls: dict[str, list[Call]] = {name: [] for name in names}
@@ -51,20 +52,40 @@ class Calls:
 
 @contextmanager
 def listen(model: nn.Module, names: Sequence[str]) -> Iterator[Calls]:
-    """Record the calls of the submodules ``names`` of ``model`` while the context is open.
+    """Record the calls of submodules and methods of ``model`` while the context is open.
+
+    Args:
+        names: of submodules, such as "backbone", or of methods, such as "label_anchors()".
 
     Raises:
-        TapError: ``model`` has no such submodule.
+        TapError: ``model`` has no such submodule or method.
     """
     calls = Calls(names)
-    handles = []
-    try:
+    with ExitStack() as taps:
         for name in names:
-            handles.append(_module(model, name).register_forward_hook(_recorder(calls, name)))
+            if name.endswith("()"):
+                taps.callback(_tap_method(model, name, calls))
+            else:
+                handle = _module(model, name).register_forward_hook(_recorder(calls, name))
+                taps.callback(handle.remove)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _tap_method(model: nn.Module, name: str, calls: Calls) -> Callable[[], None]:
+    """Record a method's calls; what is returned takes the tap away."""
+    attribute = name[:-2]
+    method = getattr(model, attribute, None)
+    if not inspect.isroutine(method):
+        raise TapError(f"{type(model).__name__} has no method '{name}' to tap.")
+    own = vars(model).get(attribute)  # of the instance: an outer tap, or what a user has set
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = method(*args, **kwargs)
+        calls.record(name, Call(args, output))
+        return output
+
+    setattr(model, attribute, recorded)  # of the instance; the class keeps its own
+    return lambda: setattr(model, attribute, own) if own else delattr(model, attribute)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -64,8 +64,11 @@ class Teacher:
         return self  # a copy of the student (an average of its weights, say) shares the teacher
 
 
-def build_teacher(cfg: CfgNode) -> Teacher:
+def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
     """Build the teacher that ``cfg.MODEL.DISTILL.TEACHER`` describes and load its weights.
+
+    Args:
+        trained: False: of random weights, to learn what could be distilled from it.
 
     Raises:
         ConfigError, WeightsError: the description or the file cannot work.
@@ -75,13 +78,14 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     config.MODEL.DEVICE = "cpu"  # it follows the student's features
     with building("teacher"):
         model = build_model(config)
-    load_strictly(
-        model,
-        config.MODEL.WEIGHTS,
-        "MODEL.DISTILL.TEACHER.WEIGHTS",
-        allow_pickle=cfg.MODEL.ALLOW_PICKLE,
-    )
-    logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
+    if trained:
+        load_strictly(
+            model,
+            config.MODEL.WEIGHTS,
+            "MODEL.DISTILL.TEACHER.WEIGHTS",
+            allow_pickle=cfg.MODEL.ALLOW_PICKLE,
+        )
+        logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
     return Teacher(
         build_probe(model),
         input_format=config.INPUT.FORMAT,

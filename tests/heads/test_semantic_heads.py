@@ -20,12 +20,12 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from distill.errors import ConfigError
-from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKD, PixelKD, build_heads
+from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKDLogits, PixelKD, build_heads
 from distill.heads.fpn import cell_labels
 from distill.losses import cwd, pixel_kd
 from distill.structures import SEM_SEG_HEAD, Batch, SemSeg, Signals
 
-EVERY = ("CWD", "CWDLogits", "PixelKD", "SKD", "IFVD", "CIRKD", "MasKD")
+EVERY = ("CWD", "CWDLogits", "PixelKD", "SKD", "IFVD", "CIRKD", "MasKDLogits")
 NAMES = (*CLASSES, "background")
 
 
@@ -216,50 +216,54 @@ def test_memory_of_a_student_that_is_its_teacher_teaches_once_the_projection_dif
     assert float(losses["loss_cirkd/pixel"].detach()) > 0
 
 
-# ---- MasKD.
+# ---- MasKDLogits.
 
 
 def test_tokens_are_learned_first_and_then_distil() -> None:
-    model = distilled("semantic", ["MasKD"], "MODEL.DISTILL.MASKD.TOKEN_ITERS", 3)
-    head: MasKD = model.heads["MasKD"]
+    model = distilled("semantic", ["MasKDLogits"], "MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 3)
+    head: MasKDLogits = model.heads["MasKDLogits"]
     first = kd_losses(model, pictures(), iteration=2)
-    assert float(first["loss_maskd/masks"].detach()) == 0
+    assert float(first["loss_maskdlogits/masks"].detach()) == 0
     sum(first.values()).backward()
-    assert head.tokens.grad.abs().sum() > 0
-    assert all(p.grad.abs().sum() > 0 for p in head.weighting.parameters())
+    assert head.drawn.tokens.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in head.drawn.weighting.parameters())
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.student.parameters())
     model.zero_grad()
     then = kd_losses(model, pictures(), iteration=3)
-    assert float(then["loss_maskd/tokens"].detach()) == 0 < float(then["loss_maskd/masks"].detach())
+    assert (
+        float(then["loss_maskdlogits/tokens"].detach())
+        == 0
+        < float(then["loss_maskdlogits/masks"].detach())
+    )
     sum(then.values()).backward()
-    assert all(p.grad.abs().sum() == 0 for p in head.parameters())
+    assert all(p.grad.abs().sum() == 0 for p in head.drawn.parameters())
     assert sum(float(p.grad.abs().sum()) for p in model.student.parameters()) > 0
 
 
 def test_masks_stay_as_they_were_learned() -> None:
     """Weight decay and momentum move parameters whose gradient is zero."""
-    model = distilled("semantic", ["MasKD"], "MODEL.DISTILL.MASKD.TOKEN_ITERS", 2)
-    head: MasKD = model.heads["MasKD"]
-    optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    model = distilled("semantic", ["MasKDLogits"], "MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 2)
+    head: MasKDLogits = model.heads["MasKDLogits"]
+    optimizer = torch.optim.SGD(head.drawn.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
     learned = []
     for iteration in range(5):
         optimizer.zero_grad()
         sum(kd_losses(model, pictures(), iteration).values()).backward()
         optimizer.step()
-        learned.append(head.learned.clone())
+        learned.append(head.learned.tokens.clone())
     assert not torch.equal(learned[0], learned[1])
-    assert torch.equal(learned[1], learned[4]) and not torch.equal(head.tokens, learned[4])
-    assert "learned" in head.state_dict()
+    assert torch.equal(learned[1], learned[4]) and not torch.equal(head.drawn.tokens, learned[4])
+    assert "learned.tokens" in head.state_dict()
 
 
 def test_tokens_learn_masks_that_differ() -> None:
-    model = distilled("semantic", ["MasKD"])
-    head: MasKD = model.heads["MasKD"]
-    optimizer = torch.optim.Adam(head.parameters(), 0.05)
+    model = distilled("semantic", ["MasKDLogits"])
+    head: MasKDLogits = model.heads["MasKDLogits"]
+    optimizer = torch.optim.Adam(head.drawn.parameters(), 0.05)
     batch, values = pictures(), []
     for _ in range(30):
         with EventStorage(0):
-            loss = model(batch)["loss_maskd/tokens"]
+            loss = model(batch)["loss_maskdlogits/tokens"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -229,6 +229,11 @@ def _evaluation_problems(annotation: Mapping[str, Any], masks: bool) -> Iterator
     if not is_number(annotation.get("area")):
         detail = f"area is {reprlib.repr(annotation.get('area'))}, no number; {remedy}"
         yield Problem(NOT_EVALUABLE, detail)
+    if isinstance(annotation.get("id"), str):
+        yield Problem(NOT_EVALUABLE, "its id is a text; COCO's evaluation needs numbers")
+    elif annotation.get("id") == 0:
+        detail = "its id is 0, so COCO's evaluation counts it as missed; number them from 1"
+        yield Problem(NOT_EVALUABLE, detail, False)
     if annotation.get("iscrowd") not in (0, 1):
         detail = f"iscrowd is {reprlib.repr(annotation.get('iscrowd'))}, not 0 or 1; {remedy}"
         yield Problem(NOT_EVALUABLE, detail)

@@ -27,30 +27,34 @@ class EchoError(DistillError):
     """The end of a process because another one ended, whose own sentence is the better one."""
 
 
-_RESUME = "continue with --resume."
+RESUME = "continue with --resume."
 _WORKER = (
     "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS if memory is "
     "short, give /dev/shm more room if shared memory is (docker run --shm-size 8g), and "
-    f"{_RESUME}"
+    f"{RESUME}"
 )
 _SLOW_DATA = (
     "no batch came for {0} seconds (DATALOADER.TIMEOUT): the disk is slow or a data worker hangs; "
-    f"raise DATALOADER.TIMEOUT or DATALOADER.NUM_WORKERS and {_RESUME}"
+    f"raise DATALOADER.TIMEOUT or DATALOADER.NUM_WORKERS and {RESUME}"
 )
-_FILES = f"too many files are open: raise `ulimit -n` or lower DATALOADER.NUM_WORKERS and {_RESUME}"
+_FILES = f"too many files are open: raise `ulimit -n` or lower DATALOADER.NUM_WORKERS and {RESUME}"
 _SHARED = (
     "shared memory is full: give /dev/shm more room (docker run --shm-size 8g) or lower "
-    f"DATALOADER.NUM_WORKERS, and {_RESUME}"
+    f"DATALOADER.NUM_WORKERS, and {RESUME}"
 )
 _GPU_MEMORY = (
     "the GPU's memory does not suffice: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or "
-    f"INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True, and {_RESUME}"
+    f"INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True, and {RESUME}"
 )
 _MEMORY = (
     "the machine's memory does not suffice: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN, "
-    f"INPUT.MAX_SIZE_TRAIN or DATALOADER.NUM_WORKERS and {_RESUME}"
+    f"INPUT.MAX_SIZE_TRAIN or DATALOADER.NUM_WORKERS and {RESUME}"
 )
-_DISK = f"there is no space left on the device{{0}}; free some and {_RESUME}"
+_DISK = f"there is no space left on the device{{0}}; free some and {RESUME}"
+_TEMPORARY = (
+    "no folder for temporary files can be written ({0}): free some space there, or name another "
+    f"one by the environment variable TMPDIR, and {RESUME}"
+)
 _SHARED_GPU = (
     "two processes use one GPU: start as many as there are GPUs (--num-gpus, --nproc-per-node or "
     "--ntasks-per-node)."
@@ -65,11 +69,11 @@ _ABSENT = (
 )
 _HANGS = (
     "another process did not answer for {0} s (--dist-timeout): it hangs, is stopped, or needs "
-    f"longer; find out which, or raise --dist-timeout, and {_RESUME}"
+    f"longer; find out which, or raise --dist-timeout, and {RESUME}"
 )
 _LOST = (
     "lost the connection to another process: it ended, was killed, or its machine is out of reach "
-    f"(its own last lines say why); {_RESUME}"
+    f"(its own last lines say why); {RESUME}"
 )
 _ECHOES = (_WORKER, _HANGS, _LOST)
 
@@ -86,6 +90,7 @@ _EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
     (MemoryError, "", _MEMORY),
     ((RuntimeError, OSError), "annot allocate memory|can't allocate memory", _MEMORY),
     (OSError, rf"\[Errno (?:{errno.ENOSPC}|{errno.EDQUOT})\][^:\n]*(: '.*')?", _DISK),
+    (OSError, r"No usable temporary directory found in \[(.*)\]", _TEMPORARY),
     (RuntimeError, "inline_container.*(?:unexpected pos|failed writing)()", _DISK),
     (RuntimeError, "Duplicate GPU detected", _SHARED_GPU),
     (RuntimeError, r"failed to listen .* port: (\d+).*EADDRINUSE", PORT_TAKEN),
@@ -232,4 +237,4 @@ def resume_hint(folder: str) -> str:
             last = os.path.join(folder, f.read().strip())
     except OSError:
         return f"there is no checkpoint in {folder} yet."
-    return f"the last checkpoint is {last}; {_RESUME}"
+    return f"the last checkpoint is {last}; {RESUME}"

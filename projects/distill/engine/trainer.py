@@ -328,6 +328,8 @@ def setup_config(config_file: str, opts: Sequence[Any] = (), *, training: bool =
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE.startswith("cuda:"):  # where memory is measured and waited for, too
+        torch.cuda.set_device(cfg.MODEL.DEVICE)
     register_coco_format(cfg, None if training else cfg.DATASETS.TEST)
     validate_config(cfg, training=training)
     cfg.freeze()
@@ -341,10 +343,18 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
         cfg: of the training or plain.
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
     """
-    plain = student_config(cfg)
-    check_test_sets(plain)
+    check_test_sets(cfg)
+    return Trainer.test(cfg, load_student(cfg, weights or cfg.MODEL.WEIGHTS))
+
+
+def load_student(cfg: CfgNode, weights: str) -> nn.Module:
+    """The student alone, a plain detectron2 network.
+
+    Args:
+        cfg: of the training or plain.
+        weights: checkpoint that fits it.
+    """
     with building("student"):
-        model = build_model(plain)
-    path = weights or plain.MODEL.WEIGHTS
-    load_strictly(model, path, "MODEL.WEIGHTS", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
-    return Trainer.test(plain, with_sliding_window(cfg, model))
+        model = build_model(student_config(cfg))
+    load_strictly(model, weights, "MODEL.WEIGHTS", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    return model

@@ -1,5 +1,6 @@
 """The contract of a distillation head."""
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, choices
 from ..losses.reduce import connected_zero
 from ..structures import NetSpec, Signals
+
+logger = logging.getLogger(__name__)
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
@@ -124,6 +127,16 @@ class DistillHead(nn.Module):
         return {name: losses[part] * factor for part, name in names.items()}
 
 
+class Outside:
+    """What a head refers to and does not own: no submodule of it, and shared by its copies."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Outside":
+        return self
+
+
 def current_iteration() -> int:
     """Of the training; 0 outside of one."""
     return get_event_storage().iter if has_event_storage() else 0
@@ -191,4 +204,22 @@ def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec | None) -> nn.M
                 f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}{others}."
             )
         heads[name] = cls(cfg, student, teacher)
+    for sentence in outlasting_phases(cfg):
+        logger.warning(sentence)
     return heads
+
+
+def outlasting_phases(cfg: CfgNode) -> list[str]:
+    """A sentence for each first phase of a head, a key ``*_ITERS``, that fills the training."""
+    node, last = cfg.MODEL.DISTILL, cfg.SOLVER.MAX_ITER
+    phases = {
+        f"MODEL.DISTILL.{head.upper()}.{key}": value
+        for head in node.HEADS
+        for key, value in node[head.upper()].items()
+        if key.endswith("_ITERS")
+    }
+    return [
+        f"{key} is {value} and SOLVER.MAX_ITER {last}: what follows this phase is never reached."
+        for key, value in phases.items()
+        if value >= last
+    ]

@@ -1,10 +1,11 @@
 """Heads that compare dense predictions anchor by anchor."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import reduce_mean
 from ..losses import dense_kd
@@ -19,7 +20,8 @@ class DenseLayout(NamedTuple):
     objectness: bool  # an RPN's, which knows no classes
     levels: list[str]  # the features it reads, finest first
     strides: list[int]
-    anchors: list[Tensor]  # (A, 4) a level, relative to the cell
+    anchors: list[Tensor]  # (A, 4) a level, relative to the cell's origin
+    offset: float  # of the cells' origins from the picture's, in strides
     thresholds: tuple[float, float]  # IoU below which an anchor is negative, from which positive
 
     @classmethod
@@ -33,6 +35,7 @@ class DenseLayout(NamedTuple):
             names,
             [net.features[name].stride for name in names],
             [x.detach().cpu() for x in detector.anchor_generator.cell_anchors],
+            detector.anchor_generator.offset,
             _thresholds(detector),
         )
 
@@ -75,6 +78,30 @@ def anchor_problem(student: NetSpec, teacher: NetSpec) -> str | None:
 def _sizes(anchors: Tensor) -> str:
     sides = anchors[:, 2:] - anchors[:, :2]
     return ", ".join(f"{w:.3g} x {h:.3g}" for w, h in sides.tolist()) + " pixels"
+
+
+class AnchorGrids(nn.Module):
+    """The anchors of a dense head on maps of any size.
+
+    Args:
+        layout: of the head.
+    """
+
+    def __init__(self, layout: DenseLayout):
+        super().__init__()
+        self.strides = layout.strides
+        for k, (anchors, stride) in enumerate(zip(layout.anchors, layout.strides)):
+            self.register_buffer(f"level{k}", anchors + layout.offset * stride, persistent=False)
+
+    def forward(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """(H, W, A, 4) XYXY a level of (H, W) cells."""
+        grids = []
+        for k, ((height, width), stride) in enumerate(zip(sizes, self.strides)):
+            anchors: Tensor = self.get_buffer(f"level{k}")
+            y, x = (torch.arange(n, device=anchors.device) * stride for n in (height, width))
+            corner = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+            grids.append(anchors + corner.repeat(1, 1, 2)[:, :, None])
+        return grids
 
 
 class DenseDistillHead(PredictionDistillHead):

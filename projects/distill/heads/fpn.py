@@ -79,7 +79,8 @@ def _partner(name: str, student: dict[str, ShapeSpec], teacher: dict[str, ShapeS
 class FPNDistillHead(DistillHead):
     """Feature distillation: levels matched by stride, channels by 1x1 adapters, sizes by resizing.
 
-    A subclass writes :meth:`loss` for one level. Levels are averaged.
+    A subclass writes :meth:`loss` for one level, or :meth:`level_loss` where a level has modules of
+    its own. Levels are averaged, or added up if ``summed``.
 
     Args:
         levels: pairs from :func:`match_levels`.
@@ -88,6 +89,7 @@ class FPNDistillHead(DistillHead):
 
     needs = frozenset({"features"})
     adapts: ClassVar[bool] = True  # False: the loss takes maps of different channels
+    summed: ClassVar[bool] = False  # what the authors of a method do, whose weights apply then
 
     @configurable
     def __init__(self, *, levels: list[Level], channels: list[tuple[int, int]], **kwargs: Any):
@@ -95,15 +97,19 @@ class FPNDistillHead(DistillHead):
         if any(level.student == SEM_SEG_HEAD for level in levels):
             self.needs = self.needs | {"sem_seg"}
         self.levels = levels
+        self.channels = channels
         self.parts = tuple(level.student for level in levels)
         self.adapters = nn.ModuleDict(
             {
-                level.student: nn.Conv2d(s, t, kernel_size=1)
-                if self.adapts and s != t
-                else nn.Identity()
+                level.student: self.adapter(s, t) if self.adapts else nn.Identity()
                 for level, (s, t) in zip(levels, channels)
             }
         )
+
+    @staticmethod
+    def adapter(student: int, teacher: int) -> nn.Module:
+        """What makes a student's map of ``student`` channels one of the teacher's."""
+        return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, kernel_size=1)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
@@ -135,10 +141,15 @@ class FPNDistillHead(DistillHead):
 
     def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
         maps = self.maps(student, teacher)
+        share = 1 if self.summed else 1 / len(maps)
         return {
-            level.student: self.loss(s, t, level.stride, student.batch) / len(maps)
+            level.student: self.level_loss(level, s, t, student.batch) * share
             for level, (s, t) in zip(self.levels, maps)
         }
+
+    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss of one level; both maps (N, C, H, W)."""
+        return self.loss(student, teacher, level.stride, batch)
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         """Scalar loss of one level; both maps (N, C, H, W), ``stride`` in pixels a cell."""
@@ -161,6 +172,18 @@ def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tens
     if teacher.shape[-2:] == student.shape[-2:]:
         return teacher
     return F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """torch's; the only cell of the only picture, which has no deviation and stops torch's, is
+    normalised by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) of the same."""
+        if x.numel() > x.shape[1]:
+            return super().forward(x)
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
 
 
 def cell_labels(labels: Tensor, height: int, width: int) -> Tensor:
@@ -201,9 +224,13 @@ class FitNet(FPNDistillHead):
 class CWD(FPNDistillHead):
     """Where each channel is active; see :func:`distill.losses.cwd`.
 
+    Levels are summed, as in the detectors of MMRazor whose weight is the default.
+
     Args:
         temperature: 𝒯 > 0.
     """
+
+    summed = True
 
     @configurable
     def __init__(self, *, temperature: float = 1.0, **kwargs: Any):

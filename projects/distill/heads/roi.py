@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..distributed import reduce_mean
-from ..losses import categorical_kl
+from ..losses import categorical_kl, dkd_rows
 from ..losses.reduce import full_precision
 from ..structures import NetSpec, ROIs, Signals
 from .base import DISTILL_HEAD_REGISTRY
@@ -19,6 +19,7 @@ class ROIPair(NamedTuple):
     Attributes:
         student_logits, teacher_logits: (ΣRi, K' + 1), background last.
         student_deltas, teacher_deltas: (ΣRi, 4) at the box's class.
+        labels: (ΣRi,) in [0, K'], K' is background; -1: a class that the teacher lacks.
         foreground, background: (ΣRi,) bool; boxes of a class the teacher lacks are neither.
     """
 
@@ -26,6 +27,7 @@ class ROIPair(NamedTuple):
     teacher_logits: Tensor
     student_deltas: Tensor
     teacher_deltas: Tensor
+    labels: Tensor
     foreground: Tensor
     background: Tensor
 
@@ -52,11 +54,13 @@ class ROIDistillHead(PredictionDistillHead):
 
     def pair(self, student: ROIs, teacher: ROIs) -> ROIPair:
         labels = student.labels
+        shared = self.classes.position[labels]
         background = labels == len(self.classes.position) - 1
         return ROIPair(
             *self.classes.select_with_background(student.logits, teacher.logits),
             *self.classes.at_label(student.deltas, teacher.deltas, labels),
-            self.classes.known(labels) & ~background,
+            shared,
+            (shared >= 0) & ~background,
             background,
         )
 
@@ -125,3 +129,53 @@ class ROIKD(ROIDistillHead):
             * (foreground * gap.sum(dim=1)).sum()
             / reduce_mean(foreground.sum()),
         }
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class KD(ROIDistillHead):
+    """Hinton's divergence of the class logits, see :func:`distill.losses.kd`.
+
+    The mean over all boxes that the student sampled, those of classes that the teacher lacks
+    excepted.
+    """
+
+    parts = ("",)
+
+    def loss(self, rois: ROIPair) -> dict[str, Tensor]:
+        return {"": _mean(self.divergence(rois), rois.labels >= 0)}
+
+    def divergence(self, rois: ROIPair) -> Tensor:
+        """(ΣRi,) of the boxes."""
+        return categorical_kl(rois.student_logits, rois.teacher_logits, self.temperature)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class DKD(KD):
+    """Target and other classes apart, see :func:`distill.losses.dkd`.
+
+    Args:
+        alpha, beta: factors of both parts.
+    """
+
+    @configurable
+    def __init__(self, *, alpha: float, beta: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.alpha = alpha
+        self.beta = beta
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "alpha": node.ALPHA, "beta": node.BETA}
+
+    def divergence(self, rois: ROIPair) -> Tensor:
+        target = rois.labels.clamp(min=0)
+        logits = rois.student_logits, rois.teacher_logits
+        return dkd_rows(*logits, target, self.alpha, self.beta, self.temperature)
+
+
+def _mean(values: Tensor, of: Tensor) -> Tensor:
+    """Mean of those values that are chosen, over all processes."""
+    chosen = of.to(values.dtype)
+    return (chosen * values).sum() / reduce_mean(chosen.sum())

@@ -4,8 +4,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import get_norm
 from detectron2.utils import comm
@@ -18,17 +16,13 @@ from ..losses import (
     class_regions,
     cross_image_relation,
     cwd,
-    dice_overlap,
     ifvd,
-    maskd,
     memory_contrast,
     pairwise_affinity,
     pixel_kd,
-    receptive_masks,
 )
-from ..losses.reduce import connected_zero
 from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
-from .base import DISTILL_HEAD_REGISTRY, RandomState, current_iteration, gather
+from .base import DISTILL_HEAD_REGISTRY, RandomState, gather
 from .classes import PredictionDistillHead
 from .fpn import FPNDistillHead, cell_labels, on_grid
 
@@ -258,65 +252,3 @@ class CIRKD(RelationDistillHead):
         pixels, valid = (gather(x).transpose(0, 1).flatten(1, 2) for x in drawn)
         self.region_memory.push(gather(regions).transpose(0, 1), gather(present).T)
         self.pixel_memory.push(pixels, valid)
-
-
-@DISTILL_HEAD_REGISTRY.register()
-class MasKD(SemSegDistillHead):
-    """Logits under masks that learned tokens draw; see :func:`distill.losses.maskd`.
-
-    As in the paper the tokens are learned first, by the teacher's task on its own masked logits
-    and by their difference from each other (``tokens``), then they distil (``masks``). There it
-    takes a training of its own, here the first iterations of the student's. What they are then
-    stays in a buffer: weight decay and momentum go on to move the parameters. The head's weight
-    scales both parts.
-
-    Args:
-        tokens: number of masks.
-        token_iters: iterations of the first stage.
-    """
-
-    parts = ("tokens", "masks")
-    learned: Tensor
-
-    @configurable
-    def __init__(self, *, tokens: int = 8, token_iters: int = 2000, **kwargs: Any):
-        super().__init__(**kwargs)
-        channels = int(self.classes.in_student.numel())
-        self.token_iters = token_iters
-        self.tokens = nn.Parameter(torch.randn(tokens, channels) * 0.01)
-        self.register_buffer("learned", self.tokens.detach().clone())
-        self.weighting = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, tokens, 1),
-            nn.Softmax(dim=1),
-        )
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
-        node = cls.section(cfg)
-        stages = {"tokens": node.TOKENS, "token_iters": node.TOKEN_ITERS}
-        return {**super().from_config(cfg, student, teacher), **stages}
-
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
-        s, t = self.logits(student, teacher)
-        none = connected_zero(s, parameters=self.parameters())
-        if current_iteration() >= self.token_iters:
-            return {"tokens": none, "masks": maskd(s, t, receptive_masks(self.learned, t))}
-        self.learned.copy_(self.tokens.detach())
-        labels = cell_labels(student.batch.sem_seg, *t.shape[2:])
-        return {"tokens": self.token_loss(t, labels), "masks": none}
-
-    def token_loss(self, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The first stage's.
-
-        Args:
-            teacher: (N, K', H, W) logits.
-            labels: (N, H, W) in the student's classes, anything else is ignored.
-        """
-        masks = receptive_masks(self.tokens, teacher)
-        shares = self.weighting(teacher)[:, :, 0, 0]
-        masked = teacher * torch.einsum("nt,nthw->nhw", shares.float(), masks)[:, None]
-        target = self.classes.shared_labels(labels)
-        task = F.cross_entropy(masked.float(), target, ignore_index=-1, reduction="sum")
-        return task / reduce_mean((target >= 0).sum()) + dice_overlap(masks)

@@ -23,7 +23,7 @@ class Probe:
     (``sigmoid_``), training mode updates statistics, and both compute what nobody reads.
     """
 
-    family: ClassVar[type[nn.Module]]
+    family: ClassVar[type[nn.Module]] = nn.Module
 
     def __init__(self, model: nn.Module):
         self.model: Any = model

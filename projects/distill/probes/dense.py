@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..structures import Batch, Dense, Signals
-from ..taps import Calls
+from ..structures import Batch, Dense, Signals, Targets, Towers
+from ..taps import Calls, listen
 from .base import Probe
 
 
@@ -70,22 +70,59 @@ def level_anchors(generator: DefaultAnchorGenerator, sizes: list[tuple[int, int]
     return anchors
 
 
+SUBNETS = ("cls_subnet", "bbox_subnet")  # of detectron2's RetinaNetHead and those made of it
+
+
+def before_activations(subnet: nn.Sequential) -> list[int]:
+    """Indices of the modules that an activation follows: convolutions, or their norms."""
+    return [k - 1 for k, module in enumerate(subnet) if isinstance(module, nn.ReLU)]
+
+
 class DenseProbe(Probe):
     """A ``DenseDetector`` whose head returns per-level logits first and box deltas second."""
 
     family = DenseDetector
 
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        # RepPoints assigns twice: its classes by the second.
+        methods = ("refine_targets", "label_anchors", "targets")
+        self.assignment = next((f"{k}()" for k in methods if hasattr(model, k)), None)
+        subnets = (getattr(self.model.head, name, None) for name in SUBNETS)
+        self.subnets = {
+            f"head.{name}": before_activations(subnet)
+            for name, subnet in zip(SUBNETS, subnets)
+            if isinstance(subnet, nn.Sequential)
+        }
+
     @property
     def signals(self) -> frozenset[str]:
-        return super().signals | {"dense", "dense_boxes"}
+        signals = {*super().signals, "dense", "dense_boxes"}
+        if self.assignment:
+            signals.add("targets")
+        if len(self.subnets) == len(SUBNETS):
+            signals.add("towers")
+        return frozenset(signals)
 
     def taps(self, needs: Collection[str]) -> list[str]:
-        return super().taps(needs) + (["head"] if "dense" in needs else [])
+        names = super().taps(needs) + (["head"] if "dense" in needs else [])
+        if "targets" in needs and self.assignment:
+            names.append(self.assignment)
+        return names + (self._tower_taps() if "towers" in needs else [])
+
+    def _tower_taps(self) -> list[str]:
+        return [f"{name}.{k}" for name, indices in self.subnets.items() for k in indices]
 
     def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
         signals = super().read(calls, batch, needs)
         if "dense" in needs:
             signals.dense = self._dense(calls["head"].output)
+        if "towers" in needs:
+            signals.towers = self._towers(calls)
+        if "targets" in needs and self.assignment:
+            assigned = calls[self.assignment].output  # detectron2's are lists, one entry a picture
+            labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
+            signals.targets = Targets(labels, boxes)
         decode_dense(self.model, signals, needs)
         return signals
 
@@ -93,9 +130,22 @@ class DenseProbe(Probe):
         signals = super().ask(images, student, needs)
         if "dense" in needs:
             maps = [signals.features[f] for f in self.model.head_in_features]
-            signals.dense = self._dense(self.model.head(maps), student.dense)
+            with listen(self.model, self._tower_taps() if "towers" in needs else []) as calls:
+                signals.dense = self._dense(self.model.head(maps), student.dense)
+            if "towers" in needs:
+                signals.towers = self._towers(calls, student.dense)
         decode_dense(self.model, signals, needs)
         return signals
+
+    def _towers(self, calls: Calls, student: Dense | None = None) -> Towers:
+        """Of the recorded calls, cut to the cells of the student."""
+        subnets = []
+        for name, indices in self.subnets.items():
+            maps = [[call.output for call in calls.all(f"{name}.{k}")] for k in indices]
+            if student is not None:
+                maps = [[x[..., :h, :w] for x, (h, w) in zip(row, student.sizes)] for row in maps]
+            subnets.append(maps)
+        return Towers(*subnets)
 
     def _dense(self, output: Sequence[Any], student: Dense | None = None) -> Dense:
         box_dim = getattr(self.model, "box_dim", 4)  # detectron2's have 4

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...config import building, student_config, teacher_config, validate_config
 from ...data.datasets import register_coco_format
 from ...errors import ConfigError
+from ...heads import outlasting_phases
 from ...heads.classes import ClassMap
 from ...meta_arch import DistillModel, net_specs
 from ...probes import build_probe
@@ -66,6 +67,7 @@ def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Repor
         say("the teacher's predictions")
         add_teacher(report, patient, batches, teacher_pictures)
     report.errors += errors
+    report.warnings += outlasting_phases(cfg)
     report.warnings += loss_warnings(report.losses, patient.heads)
     report.warnings += filter(None, [batch_norm_warning(patient, cfg.SOLVER.IMS_PER_BATCH)])
     return report

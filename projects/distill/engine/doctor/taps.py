@@ -88,9 +88,15 @@ def places(signals: Signals, net: NetSpec) -> dict[Place, Said]:
             ("dense logits", signals.dense.logits),
             ("dense deltas", signals.dense.deltas),
             ("dense_boxes", signals.dense_boxes),
+            # Of the last convolution: those before it are alike.
+            ("towers classes", signals.towers.classes[-1] if signals.towers else ()),
+            ("towers boxes", signals.towers.boxes[-1] if signals.towers else ()),
         ):
             for k, (x, name, cell) in enumerate(zip(levels, layout.levels, layout.strides)):
                 add(signal, str(k), x, name, cell)
+    if signals.targets:
+        add("targets labels", "0", signals.targets.labels, "all levels")
+        add("targets boxes", "0", signals.targets.boxes, "all levels")
     for k, rois in enumerate(signals.rois):
         add("rois logits", str(k), rois.logits, f"stage {k}")
         add("rois deltas", str(k), rois.deltas, f"stage {k}")

@@ -1,0 +1,143 @@
+"""General instances: the boxes about which student and teacher differ most."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, pairwise_iou
+from torch import Tensor, nn
+
+from ..distributed import reduce_mean
+from ..losses import general_instances, gid_feature, gid_relation, gid_response
+from ..structures import NetSpec, Signals
+from .base import DISTILL_HEAD_REGISTRY
+from .dense import AnchorGrids, DenseLayout
+from .features import DenseFPNHead
+
+SIDE = 10  # of an instance's cropped features, in cells
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class GID(DenseFPNHead):
+    """Features, relations and predictions of general instances, see
+    :func:`distill.losses.general_instances`.
+
+    An instance's box is that of the network which is surer of the anchor. Predictions are compared
+    at the anchors that the student's matcher gives to the instances. The paper adapts the
+    student's maps by a 3x3 convolution that all levels share; the released code never applies it
+    (``shared_adapter=False``; then only differing channels are adapted, by 1x1).
+
+    Args:
+        strides: of the levels.
+        grids: the student's anchors.
+        threshold: IoU from which an anchor belongs to an instance, beside the instance's best.
+        feature_weight, relation_weight, class_weight, box_weight: factors of the parts.
+        shared_adapter: the 3x3 convolution.
+    """
+
+    needs = frozenset({"features", "dense", "dense_boxes"})
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        strides: list[int],
+        grids: AnchorGrids,
+        threshold: float,
+        feature_weight: float,
+        relation_weight: float,
+        class_weight: float,
+        box_weight: float,
+        shared_adapter: bool,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if shared_adapter:
+            (channels,) = set(self.channels)
+            shared = nn.Conv2d(*channels, kernel_size=3, padding=1)
+            self.adapters = nn.ModuleDict(dict.fromkeys(self.parts, shared))
+        self.parts = ("feature", "relation", "cls", "box")
+        self.pooler = ROIPooler(SIDE, [1 / k for k in strides], 2, "ROIAlignV2")
+        self.grids = grids
+        self.threshold = threshold
+        self.factors = dict(
+            zip(self.parts, (feature_weight, relation_weight, class_weight, box_weight))
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        layout = DenseLayout.of(student)
+        return {
+            **super().from_config(cfg, student, teacher),
+            "strides": layout.strides,
+            "grids": AnchorGrids(layout),
+            "threshold": layout.thresholds[1],
+        }
+
+    @classmethod
+    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
+        keys = ("FEATURE_WEIGHT", "RELATION_WEIGHT", "CLASS_WEIGHT", "BOX_WEIGHT", "SHARED_ADAPTER")
+        return {key.lower(): values[key] for key in keys}
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        problem = super().problem(student, teacher)
+        if problem:
+            return problem
+        if DenseLayout.of(student).objectness:
+            return "an RPN does not say how sure it is of a class"
+        encodings = [_encoding(net) for net in (student, teacher)]
+        if None in encodings:
+            return "it compares box deltas, not distributions of box sides"
+        if encodings[0] != encodings[1]:
+            return "it compares box deltas, and the networks encode boxes in different ways"
+        return None
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        assert student.dense is not None and teacher.dense is not None
+        pairs = zip(student.dense.logits, teacher.dense.logits)
+        logits = [torch.cat(x, 1) for x in zip(*(self.classes.select(*pair) for pair in pairs))]
+        deltas = [torch.cat(x.deltas, 1) for x in (student.dense, teacher.dense)]
+        boxes, valid = self.instances(student, teacher, logits)
+        found = [Boxes(x) for x in boxes]
+        crops = [self.pooler(list(x), found) for x in zip(*self.maps(student, teacher))]
+        selected = self.selected(boxes, student)
+        classes, regression = gid_response((logits[0], logits[1]), (deltas[0], deltas[1]), selected)
+        number = reduce_mean(selected.sum())
+        kept = valid.flatten()
+        losses = {
+            "feature": gid_feature(crops[0], crops[1], kept),
+            "relation": gid_relation(crops[0].flatten(1), crops[1].flatten(1), kept),
+            "cls": classes / number,
+            "box": regression / number,
+        }
+        return {part: losses[part] * factor for part, factor in self.factors.items()}
+
+    @torch.no_grad()
+    def instances(
+        self, student: Signals, teacher: Signals, logits: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(N, K, 4) boxes and (N, K) bool, which of them there are."""
+        ours, theirs = (x.float().amax(2).sigmoid() for x in logits)
+        own, other = (torch.cat(x.dense_boxes, 1) for x in (student, teacher))
+        boxes = other.where((theirs > ours)[..., None], own)
+        sizes = [x.image_size for x in student.batch.instances]
+        return general_instances((theirs - ours).abs(), boxes, sizes)
+
+    @torch.no_grad()
+    def selected(self, boxes: Tensor, student: Signals) -> Tensor:
+        """(N, R) 1 of the anchors of an instance, else 0; boxes of no size have none."""
+        assert student.dense is not None
+        anchors = torch.cat([x.flatten(0, 2) for x in self.grids(student.dense.sizes)])
+        iou = pairwise_iou(Boxes(boxes.flatten(0, 1)), Boxes(anchors))
+        best = (iou > 0) & (iou == iou.amax(1, keepdim=True))
+        return ((iou >= self.threshold) | best).view(*boxes.shape[:2], -1).any(1).float()
+
+
+def _encoding(net: NetSpec) -> Any:
+    """What two networks must share for their deltas to be compared; None: they are no four."""
+    if getattr(net.model, "box_dim", 4) != 4:
+        return None
+    transform = net.model.box2box_transform
+    return type(transform), getattr(transform, "weights", None)

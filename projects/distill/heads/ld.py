@@ -1,0 +1,122 @@
+"""Distributions of box sides: localization distillation."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from ..distributed import reduce_mean
+from ..losses import ld, padded
+from ..nets.assign import valuable_region
+from ..structures import NetSpec, Signals, Targets
+from .base import DISTILL_HEAD_REGISTRY
+from .dense import AnchorGrids, DenseDistillHead, DenseLayout
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class LD(DenseDistillHead):
+    """Distributions of box sides, and classes, see :func:`distill.losses.ld`.
+
+    ``box`` is the sum over the student's positives, weighted by their largest class probability,
+    ``region`` that over the valuable localization region
+    (:func:`~distill.nets.assign.valuable_region`), weighted by the IoU; a side counts a quarter
+    and a sixteenth. ``cls`` is the mean over the positives, of a softmax over the classes.
+
+    Args:
+        grids: the student's anchors.
+        candidates: of the student's assignment.
+        box_weight, region_weight, class_weight: factors of the parts.
+        class_temperature: T of ``cls``; ``temperature`` is that of the sides.
+        released_region: see :func:`~distill.nets.assign.valuable_region`.
+    """
+
+    needs = frozenset({"dense", "targets"})
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        grids: AnchorGrids,
+        candidates: int = 9,
+        box_weight: float,
+        region_weight: float,
+        class_weight: float,
+        class_temperature: float,
+        released_region: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.parts = ("box", "region", "cls")
+        self.grids = grids
+        self.candidates = candidates
+        self.factors = {"box": box_weight / 4, "region": region_weight / 16, "cls": class_weight}
+        self.class_temperature = class_temperature
+        self.released_region = released_region
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        return {
+            **super().from_config(cfg, student, teacher),
+            "grids": AnchorGrids(DenseLayout.of(student)),
+            "candidates": student.model.candidates,
+            "box_weight": node.BOX_WEIGHT,
+            "region_weight": node.REGION_WEIGHT,
+            "class_weight": node.CLASS_WEIGHT,
+            "class_temperature": node.CLASS_TEMPERATURE,
+            "released_region": node.RELEASED_REGION,
+        }
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        if problem := super().problem(student, teacher):
+            return problem
+        bins = []
+        for net in (student, teacher):
+            reg_max = getattr(net.model, "reg_max", None)
+            if reg_max is None:
+                kind = type(net.model).__name__
+                return f"the {net.name} ({kind}) predicts no distributions of box sides"
+            bins.append(reg_max + 1)
+        if bins[0] != bins[1]:
+            return f"the distributions have {bins[0]} bins in the student, {bins[1]} in the teacher"
+        return None
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        assert student.dense is not None and teacher.dense is not None
+        assert student.targets is not None
+        logits = torch.cat(student.dense.logits, 1).detach()
+        positive = self.positive(student.targets, logits)
+        weights = {
+            "box": logits.float().sigmoid().amax(2) * positive,
+            "region": self.region(student, logits.shape[1]),
+        }
+        sides = (torch.cat(x.deltas, 1) for x in (student.dense, teacher.dense))
+        s, t = (x.unflatten(2, (4, -1)).flatten(0, 2) for x in sides)
+        losses = {
+            part: ld(s, t, weight.flatten().repeat_interleave(4), self.temperature)
+            for part, weight in weights.items()
+        }
+        classes = zip(*self.logits(student, teacher))
+        s, t = (torch.cat(x, 1).flatten(0, 1) for x in classes)
+        share = positive.flatten() / reduce_mean(positive.sum())
+        losses["cls"] = ld(s, t, share, self.class_temperature)
+        return {part: losses[part] * factor for part, factor in self.factors.items()}
+
+    @staticmethod
+    def positive(targets: Targets, logits: Tensor) -> Tensor:
+        """(N, R) 1 where the student learns an object, else 0."""
+        inside = (targets.labels >= 0) & (targets.labels < logits.shape[2])
+        return inside.float()
+
+    def region(self, student: Signals, rows: int) -> Tensor:
+        """(N, R) weights of the valuable localization region."""
+        assert student.dense is not None
+        boxes = padded(student.batch.boxes)
+        anchors = [x.flatten(0, 2) for x in self.grids(student.dense.sizes)]
+        of_boxes = valuable_region(
+            anchors, boxes.flatten(0, 1), self.candidates, self.released_region
+        ).view(*boxes.shape[:2], rows)
+        none = of_boxes.new_zeros(len(boxes), 1, rows)  # of a batch without boxes
+        return torch.cat([of_boxes, none], 1).amax(1)

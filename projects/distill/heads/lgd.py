@@ -1,0 +1,235 @@
+"""Label-guided self-distillation."""
+
+from itertools import pairwise
+from math import gcd, inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
+from ..losses.cells import padded
+from ..losses.reduce import full_precision
+from ..structures import NetSpec, Signals
+from .again import detected_levels, detection_losses, unnoticed
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, current_iteration
+
+ATTENTION_HEADS = 8
+
+
+def perceptron(*sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes, each normalized and rectified."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        norm = nn.LayerNorm(after, elementwise_affine=False)
+        layers += [nn.Linear(before, after), norm, nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def convolution(channels: int) -> nn.Sequential:
+    """3x3, normalized over all channels and cells of a picture."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        nn.GroupNorm(1, channels, affine=False),
+    )
+
+
+class Transform(nn.Module):
+    """A vector times a matrix made of it: PointNet's T-Net, without its identity, as released.
+
+    Args:
+        size: k of the vector; the last layer has 256 k² weights.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.matrix = nn.Sequential(
+            perceptron(size, 64, 128, 1024, 512, 256), nn.Linear(256, size * size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, M, k) of the same."""
+        matrix = self.matrix(x).unflatten(2, (self.size, self.size))
+        return torch.einsum("nmi,nmij->nmj", x, matrix)
+
+
+class LabelEncoder(nn.Module):
+    """A PointNet over the objects of a picture, with layer norms (Sec. 3.2).
+
+    Args:
+        size: k of an object's descriptor.
+        channels: C of its embedding.
+    """
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.local = nn.Sequential(Transform(size), perceptron(size, 64), Transform(64))
+        self.scene = perceptron(64, 128, 1024)
+        self.fused = perceptron(64 + 1024, channels, channels)
+
+    def forward(self, labels: Tensor, absent: Tensor) -> Tensor:
+        """(N, M, C) embeddings of (N, M, k) descriptors; (N, M) ``absent`` is True of padding."""
+        local = self.local(labels)
+        scene = self.scene(local).masked_fill(absent[..., None], -inf).amax(1, keepdim=True)
+        return self.fused(torch.cat([local, scene.expand(-1, labels.shape[1], -1)], 2))
+
+
+class ImplicitTeacher(nn.Module):
+    """Maps of a picture made of its labels and of what the student's maps show of its objects.
+
+    Of each level, the appearance of an object (the mean over its cells) asks the embedded labels
+    of all objects of the picture (attention: query appearance, keys and values labels), and the
+    answers are drawn into the boxes, where they add up, over that of the context: an object of no
+    class that is the whole canvas. All modules serve every level.
+
+    Args:
+        num_classes: K of the labels.
+        channels: C of every level.
+    """
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.labels = LabelEncoder(4 + num_classes, channels)
+        self.appearance = nn.Sequential(convolution(channels), nn.ReLU())
+        heads = gcd(channels, ATTENTION_HEADS)
+        self.relation = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.object = nn.Linear(channels, channels)
+        self.drawn = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.context = nn.Linear(channels, channels)
+        self.refined = nn.Sequential(
+            nn.ReLU(),
+            *(convolution(channels), nn.ReLU(), convolution(channels), nn.ReLU()),
+            convolution(channels),
+        )
+
+    def forward(
+        self,
+        maps: list[Tensor],
+        boxes: list[Tensor],
+        classes: list[Tensor],
+        canvas: tuple[int, int],
+    ) -> list[Tensor]:
+        """One (N, C, Hi, Wi) map a level, as the given ones.
+
+        Args:
+            maps: of the student.
+            boxes: one (Ri, 4) XYXY tensor in canvas pixels a picture.
+            classes: one (Ri,) tensor in [0, K) a picture.
+            canvas: (height, width) in pixels.
+        """
+        corners = padded(boxes)
+        kinds = pad_sequence(classes, batch_first=True, padding_value=-1)
+        absent = F.pad(corners[..., 0].isnan(), (1, 0))  # the context, which is first, never is
+        labels = self.labels(lgd_labels(corners, kinds, canvas, self.num_classes), absent)
+        masks = [lgd_masks(corners, canvas, *x.shape[2:]) for x in maps]
+        queries = torch.cat([self.seen(x, mask) for x, mask in zip(maps, masks)], 1)
+        answers, _ = self.relation(queries, labels, labels, key_padding_mask=absent)
+        return [self.draw(x, mask) for x, mask in zip(answers.chunk(len(maps), 1), masks)]
+
+    def seen(self, x: Tensor, masks: Tensor) -> Tensor:
+        """(N, 1 + M, C) appearances of the context and the objects on a level."""
+        x = full_precision(self.appearance(x))
+        return torch.cat([x.mean((2, 3))[:, None], lgd_pooled(x, masks)], 1)
+
+    def draw(self, answers: Tensor, masks: Tensor) -> Tensor:
+        """(N, C, H, W) map of a level, of (N, 1 + M, C) answers and (N, M, H, W) masks."""
+        objects = self.drawn(lgd_rendered(self.object(answers[:, 1:]), masks))
+        return self.refined(objects + self.context(answers[:, 0])[..., None, None])
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class LGD(DistillHead):
+    """Maps made of the student's and the labels are trained by its own detection losses and
+    teach it; see :class:`ImplicitTeacher` and :func:`distill.losses.lgd`.
+
+    ``teacher`` is the detection losses of the student's head on these maps, whose gradient reaches
+    the head and, through the objects' appearances, the student's backbone; ``distill`` compares
+    the student's maps, adapted, with them. This second run of the head leaves the student as it is,
+    see :func:`unnoticed`; the authors' enters its loss normalizer and running statistics.
+
+    In the first iterations the distillation loss trains its adapter alone. The authors also freeze
+    the backbone below the neck for the first 10000 (1x) or 20000 iterations, from all losses: that
+    is not done here. An object has the cells whose centres lie in its box, the authors' has those
+    whose upper left corners do.
+
+    Args:
+        detector: the student. It is not a module of this one.
+        levels: names of the maps that the student's head reads, finest first.
+        channels: C of all of them.
+        num_classes: K of the student.
+        distill_weight: λ, factor of ``distill``.
+        detach_iters: iterations before ``distill`` has a gradient to the student.
+        detach_appearance: the objects' appearances have none.
+    """
+
+    needs = frozenset({"features"})
+    needs_teacher = False
+    parts = ("distill", "teacher")
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        detector: nn.Module,
+        levels: list[str],
+        channels: int,
+        num_classes: int,
+        distill_weight: float,
+        detach_iters: int,
+        detach_appearance: bool,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self._detector = (detector,)  # in a tuple: its parameters are the student's
+        self.levels = levels
+        self.distill_weight = distill_weight
+        self.detach_iters = detach_iters
+        self.detach_appearance = detach_appearance
+        self.teacher = ImplicitTeacher(num_classes, channels)
+        convs = [nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(3)]
+        self.adapter = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: Any) -> dict[str, Any]:
+        node = cls.section(cfg)
+        shapes = student.features
+        levels = sorted(detected_levels(student.model), key=lambda k: shapes[k].stride)
+        return {
+            **super().from_config(cfg, student, teacher),
+            "detector": student.model,
+            "levels": levels,
+            "channels": shapes[levels[0]].channels,
+            "num_classes": len(student.classes),
+            "distill_weight": node.DISTILL_WEIGHT,
+            "detach_iters": node.DETACH_ITERS,
+            "detach_appearance": node.DETACH_APPEARANCE,
+        }
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: Any) -> str | None:
+        if not student.has_boxes:
+            return f"a {type(student.model).__name__} has no ground-truth boxes"
+        return super().problem(student, teacher)
+
+    def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
+        batch, maps = student.batch, [student.features[k] for k in self.levels]
+        detached = [x.detach() for x in maps]
+        made = self.teacher(
+            detached if self.detach_appearance else maps,
+            batch.boxes,
+            [x.gt_classes for x in batch.instances],
+            batch.canvas,
+        )
+        (detector,) = self._detector
+        with unnoticed(detector, made[0].device):
+            detection = detection_losses(detector, dict(zip(self.levels, made)), batch)
+        taught = detached if current_iteration() < self.detach_iters else maps
+        return {
+            "distill": self.distill_weight * lgd([self.adapter(x) for x in taught], made),
+            "teacher": torch.stack([x.float() for x in detection.values()]).sum(),
+        }

@@ -1,0 +1,204 @@
+"""Masks that learned tokens draw on the teacher's maps, in which the student is compared."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from ..distributed import reduce_mean
+from ..losses import dice_overlap, maskd, receptive_masks
+from ..losses.reduce import connected_zero, full_precision
+from ..structures import Batch, NetSpec, Signals
+from .again import detection_losses, unnoticed
+from .base import DISTILL_HEAD_REGISTRY, Outside, current_iteration
+from .features import BoxedFPNHead
+from .fpn import Level, cell_labels
+from .semantic import SemSegDistillHead
+
+
+class ReceptiveTokens(nn.Module):
+    """Masks of a map by learned tokens, and the share of each.
+
+    Args:
+        tokens: T.
+        channels: C of the map.
+    """
+
+    def __init__(self, tokens: int, channels: int):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(tokens, channels) * 0.01)
+        self.weighting = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, tokens, 1),
+            nn.Softmax(dim=1),
+        )
+
+    def masks(self, x: Tensor) -> Tensor:
+        """(N, T, H, W) in [0, 1] of a (N, C, H, W) map."""
+        return receptive_masks(self.tokens, x)
+
+    def shares(self, x: Tensor) -> Tensor:
+        """(N, T), of sum 1."""
+        return full_precision(self.weighting(x)[:, :, 0, 0])
+
+    def masked(self, x: Tensor, masks: Tensor) -> Tensor:
+        """The map times the sum of its masks by their shares, on which the tokens are trained."""
+        return x * torch.einsum("nt,nthw->nhw", self.shares(x), masks)[:, None]
+
+
+def frozen(drawn: nn.Module) -> Any:
+    """A copy for what was learned: decay and momentum go on to move parameters."""
+    return copy.deepcopy(drawn).requires_grad_(False)
+
+
+@torch.no_grad()
+def remember(learned: nn.Module, drawn: nn.Module) -> None:
+    """Bring a frozen copy up to date."""
+    for kept, parameter in zip(learned.parameters(), drawn.parameters()):
+        kept.copy_(parameter)
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class MasKD(BoxedFPNHead):
+    """Levels compared under masks; see :func:`distill.losses.maskd`.
+
+    As in the paper the tokens are learned first, by the teacher's own detection losses on its
+    masked levels and by their difference from each other (``tokens``), then they distil. There it
+    takes a training of its own, here the first iterations of the student's. The authors' further
+    term on the outputs of the box regression is left out.
+
+    Args:
+        detector: the frozen teacher, which stays outside of this module.
+        tokens: number of masks.
+        token_iters: iterations of the first stage.
+        student_mask_iters: iterations of the second one before the teacher's masks are multiplied
+            by the student's.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        detector: nn.Module,
+        tokens: int,
+        token_iters: int,
+        student_mask_iters: int,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.detector = Outside(detector)
+        self.token_iters = token_iters
+        self.student_mask_iters = student_mask_iters
+        self.drawn = nn.ModuleDict(
+            {
+                level.student: ReceptiveTokens(tokens, channels)
+                for level, (_, channels) in zip(self.levels, self.channels)
+            }
+        )
+        self.learned = frozen(self.drawn)
+        self.parts = ("tokens", *self.parts)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        return {**super().from_config(cfg, student, teacher), "detector": teacher.model}
+
+    @classmethod
+    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
+        keys = ("TOKENS", "TOKEN_ITERS", "STUDENT_MASK_ITERS")
+        return {key.lower(): values[key] for key in keys}
+
+    @classmethod
+    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+        problem = super().problem(student, teacher)
+        if problem:
+            return problem
+        if not teacher.has_boxes:
+            return f"a {type(teacher.model).__name__} does not learn boxes, and so no masks"
+        if student.classes != teacher.classes:
+            return "the teacher's task, by which the masks are learned, has other classes"
+        more = ", ".join(sorted((teacher.signals - student.signals) & {"masks", "sem_seg"}))
+        if more:
+            return f"the teacher's task, by which the masks are learned, has {more}, too"
+        return None
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        none = connected_zero(*student.features.values(), parameters=self.parameters())
+        passed = current_iteration() - self.token_iters
+        if passed < 0:
+            return {**dict.fromkeys(self.parts, none), "tokens": self.token_loss(student, teacher)}
+        return {"tokens": none, **super().losses(student, teacher)}
+
+    def token_loss(self, student: Signals, teacher: Signals) -> Tensor:
+        """The first stage's: the teacher's losses on its masked levels, and the masks' overlap."""
+        remember(self.learned, self.drawn)
+        features, overlaps = dict(teacher.features), []
+        for level in self.levels:
+            drawn: Any = self.drawn[level.student]
+            masks = drawn.masks(features[level.teacher])
+            features[level.teacher] = drawn.masked(features[level.teacher], masks)
+            overlaps.append(dice_overlap(masks))
+        with unnoticed(self.detector.value, masks.device):
+            task = detection_losses(self.detector.value, features, student.batch)
+        return torch.stack([x.float() for x in task.values()]).sum() + torch.stack(overlaps).mean()
+
+    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        learned = self.learned[level.student]
+        masks = learned.masks(teacher)
+        if current_iteration() - self.token_iters >= self.student_mask_iters:
+            masks = masks * learned.masks(student.detach())
+        # maskd has the factor 1/2 of segmentation.
+        return 2 * maskd(student, teacher, masks, learned.shares(teacher))
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class MasKDLogits(SemSegDistillHead):
+    """Logits of segmentation compared under masks; see :func:`distill.losses.maskd`.
+
+    The tokens are learned as those of :class:`MasKD`, by the cross entropy of the teacher's masked
+    logits at the cells; all masks count alike. The head's weight scales both parts.
+
+    Args:
+        tokens: number of masks.
+        token_iters: iterations of the first stage.
+    """
+
+    parts = ("tokens", "masks")
+
+    @configurable
+    def __init__(self, *, tokens: int = 8, token_iters: int = 2000, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.token_iters = token_iters
+        self.drawn = ReceptiveTokens(tokens, int(self.classes.in_student.numel()))
+        self.learned = frozen(self.drawn)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+        node = cls.section(cfg)
+        stages = {"tokens": node.TOKENS, "token_iters": node.TOKEN_ITERS}
+        return {**super().from_config(cfg, student, teacher), **stages}
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        s, t = self.logits(student, teacher)
+        none = connected_zero(s, parameters=self.parameters())
+        if current_iteration() >= self.token_iters:
+            return {"tokens": none, "masks": maskd(s, t, self.learned.masks(t))}
+        labels = cell_labels(student.batch.sem_seg, *t.shape[2:])
+        return {"tokens": self.token_loss(t, labels), "masks": none}
+
+    def token_loss(self, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The first stage's.
+
+        Args:
+            teacher: (N, K', H, W) logits.
+            labels: (N, H, W) in the student's classes, anything else is ignored.
+        """
+        remember(self.learned, self.drawn)
+        masks = self.drawn.masks(teacher)
+        masked = self.drawn.masked(teacher, masks)
+        target = self.classes.shared_labels(labels)
+        task = F.cross_entropy(masked.float(), target, ignore_index=-1, reduction="sum")
+        return task / reduce_mean((target >= 0).sum()) + dice_overlap(masks)

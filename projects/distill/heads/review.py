@@ -1,0 +1,81 @@
+"""Review of knowledge: coarse levels help to say what fine ones should be."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from ..losses import hcl
+from ..structures import Signals
+from .base import DISTILL_HEAD_REGISTRY
+from .fpn import BatchNorm, FPNDistillHead
+
+MIDDLE = 256  # channels in which levels are fused
+
+
+class AttentionBasedFusion(nn.Module):
+    """A level and what is fused of the coarser ones, weighted cell by cell (ABF).
+
+    Args:
+        channels: of the student's level.
+        out_channels: of the teacher's.
+        coarsest: there is nothing to fuse.
+    """
+
+    def __init__(self, channels: int, out_channels: int, coarsest: bool):
+        super().__init__()
+        self.inside = nn.Sequential(
+            nn.Conv2d(channels, MIDDLE, kernel_size=1, bias=False), BatchNorm(MIDDLE)
+        )
+        self.outside = nn.Sequential(
+            nn.Conv2d(MIDDLE, out_channels, kernel_size=3, padding=1, bias=False),
+            BatchNorm(out_channels),
+        )
+        self.attention = None if coarsest else nn.Conv2d(2 * MIDDLE, 2, kernel_size=1)
+        for convolution in (self.inside[0], self.outside[0]):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the teacher's level is compared with, and what goes on to the next finer level.
+
+        Args:
+            x: (N, C, H, W) of the student.
+            coarser: (N, MIDDLE, h, w) of the level before.
+        """
+        x = self.inside(x)
+        if self.attention is not None and coarser is not None:
+            y = F.interpolate(coarser, x.shape[2:], mode="nearest")
+            share = self.attention(torch.cat([x, y], 1)).sigmoid()
+            x = share[:, :1] * x + share[:, 1:] * y
+        return self.outside(x), x
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class ReviewKD(FPNDistillHead):
+    """Levels fused from coarse to fine, see :func:`distill.losses.hcl`.
+
+    The levels are summed. The authors' weights go from 0.8 to 2, 1 for R-101 to R-50.
+    """
+
+    adapts = False
+
+    @configurable
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        last = len(self.levels) - 1
+        self.fusions = nn.ModuleDict(
+            {
+                level.student: AttentionBasedFusion(s, t, coarsest=k == last)
+                for k, (level, (s, t)) in enumerate(zip(self.levels, self.channels))
+            }
+        )
+
+    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        coarser = None
+        for level, (s, t) in reversed(list(zip(self.levels, self.maps(student, teacher)))):
+            fused, coarser = self.fusions[level.student](s, coarser)
+            losses[level.student] = hcl([fused], [t])
+        return losses

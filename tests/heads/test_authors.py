@@ -1,0 +1,177 @@
+"""The authors' values by the student's detector, number by number."""
+
+import pytest
+from conftest import built_head, net_spec, tiny_cfg, tiny_model
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
+from detectron2.modeling.meta_arch import fcos
+from torch import nn
+
+from distill import heads
+from distill.config import get_distill_cfg
+from distill.heads.authors import AUTO, VALUES, with_authors_values
+from distill.nets.atss import ATSS
+from distill.nets.fcos import FCOS
+from distill.nets.gfl import GFL
+from distill.nets.reppoints import RepPoints
+from distill.structures import NetSpec
+
+FGD = ("ALPHA", "BETA", "GAMMA", "LAMBDA", "TEMPERATURE")
+MGD = ("WEIGHT", "MASK_RATIO")
+FRS = ("FEATURE_WEIGHT", "CLASS_WEIGHT")
+FKD = ("ATTENTION_WEIGHT", "POOLED_WEIGHT", "RELATION_WEIGHT", "TEMPERATURE")
+CROSSKD = ("CLASS_WEIGHT", "BOX_WEIGHT", "REUSED_CONVS")
+ONE_STAGE = (RetinaNet, FCOS, ATSS, GFL, RepPoints)
+# What the authors have published: head, keys, detectors, values.
+TABLE = [
+    ("FGD", FGD, (RetinaNet, GFL), (1e-3, 5e-4, 5e-4, 5e-6, 0.5)),
+    ("FGD", FGD, (RepPoints,), (1.6e-3, 8e-4, 8e-4, 8e-6, 0.5)),
+    ("FGD", FGD, (FCOS,), (1.6e-3, 8e-4, 8e-4, 8e-6, 0.8)),
+    ("FGD", FGD, (GeneralizedRCNN,), (5e-5, 2.5e-5, 5e-5, 5e-7, 0.5)),
+    ("MGD", MGD, ONE_STAGE, (2e-5, 0.65)),
+    ("MGD", MGD, (GeneralizedRCNN,), (5e-7, 0.45)),
+    ("MGD", MGD, (SemanticSegmentor,), (2e-5, 0.75)),
+    ("MasKD", ("WEIGHT",), (RetinaNet,), (7.0,)),
+    ("MasKD", ("WEIGHT",), (FCOS, RepPoints), (10.0,)),
+    ("MasKD", ("WEIGHT",), (GeneralizedRCNN,), (1.0,)),
+    ("PKD", ("WEIGHT",), (RetinaNet, FCOS, RepPoints), (10.0,)),
+    ("PKD", ("WEIGHT",), (GeneralizedRCNN,), (6.0,)),
+    ("FRS", FRS, (RetinaNet,), (0.005, 0.02)),
+    ("FRS", FRS, (FCOS,), (0.01, 0.05)),
+    ("FRS", FRS, (GFL,), (0.1, 0.05)),
+    ("FRS", FRS, (GeneralizedRCNN,), (0.002, 0.1)),
+    ("FKD", FKD, ONE_STAGE, (4e-4, 2e-2, 4e-4, 0.5)),
+    ("FKD", FKD, (GeneralizedRCNN,), (7e-5, 4e-3, 7e-5, 0.5)),
+    ("CrossKD", CROSSKD, (GFL,), (1.0, 4.0, 1)),
+    ("CrossKD", CROSSKD, (RetinaNet, ATSS), (1.0, 1.0, 1)),
+    ("CrossKD", CROSSKD, (FCOS,), (0.4, 0.75, 2)),  # after two of four convolutions
+    ("CWD", ("WEIGHT", "TEMPERATURE"), (*ONE_STAGE, GeneralizedRCNN), (10.0, 1.0)),
+    ("FGFI", ("WEIGHT", "THRESHOLD"), (GeneralizedRCNN,), (0.01, 0.5)),
+    ("DeFeat", ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT"), (GeneralizedRCNN,), (3.0, 12.0)),
+    ("GID", ("FEATURE_WEIGHT", "RELATION_WEIGHT", *FRS[1:]), (RetinaNet,), (5e-4, 40.0, 0.1)),
+    ("GID", ("BOX_WEIGHT",), (RetinaNet,), (1.0,)),
+    ("LD", ("BOX_WEIGHT", "TEMPERATURE", "REGION_WEIGHT"), (GFL,), (0.25, 10.0, 0.25)),
+    ("LD", ("CLASS_WEIGHT", "CLASS_TEMPERATURE"), (GFL,), (10.0, 2.0)),
+    ("ReviewKD", ("WEIGHT",), (RetinaNet, GeneralizedRCNN), (1.0,)),
+    ("DKD", ("ALPHA", "BETA", "TEMPERATURE"), (GeneralizedRCNN,), (1.0, 0.25, 1.0)),
+]
+
+
+def spec(cls):
+    """Of a network of this class, which is never built."""
+    return NetSpec("student", cls.__new__(cls), {}, frozenset(), ())
+
+
+def values(head, cls, cfg=None):
+    section = (cfg or get_distill_cfg()).MODEL.DISTILL[head.upper()]
+    return with_authors_values(head, section, spec(cls))
+
+
+@pytest.mark.parametrize("head, keys, detectors, expected", TABLE)
+def test_the_quick_table(head, keys, detectors, expected):
+    for cls in detectors:
+        assert tuple(values(head, cls)[key] for key in keys) == expected
+
+
+def test_every_value_of_the_authors_is_in_the_table():
+    """By key and row, a new one fails."""
+    tested = {
+        (head, key, cls.__name__)
+        for head, keys, detectors, _ in TABLE
+        for key in keys
+        for cls in detectors
+    }
+    rows = {(h, key, row) for h, keys in VALUES.items() for key, x in keys.items() for row in x}
+    assert {x for x in rows if x[2] != "DenseDetector"} <= tested
+
+
+@pytest.mark.parametrize("head", VALUES)
+def test_what_is_left_to_the_authors_is_what_they_have_values_for(head):
+    section = get_distill_cfg().MODEL.DISTILL[head.upper()]
+    assert {k for k, v in section.items() if v == AUTO} == set(VALUES[head])
+    for cls in (*ONE_STAGE, GeneralizedRCNN, PanopticFPN, SemanticSegmentor):
+        assert AUTO not in values(head, cls).values()
+
+
+def subclass(cls):
+    return type(f"My{cls.__name__}", (cls,), {})
+
+
+@pytest.mark.parametrize("cls", [RetinaNet, FCOS, GFL, RepPoints, GeneralizedRCNN])
+@pytest.mark.parametrize("head", VALUES)
+def test_a_subclass_has_the_row_of_its_base(head, cls):
+    assert values(head, subclass(subclass(cls))) == values(head, cls)
+
+
+def test_panoptic_fpn_is_a_two_stage_detector():
+    assert values("FGD", PanopticFPN) == values("FGD", GeneralizedRCNN)
+    assert values("PKD", PanopticFPN)["WEIGHT"] == 6.0
+
+
+def test_detectron2s_own_fcos_has_the_row_of_fcos():
+    assert not issubclass(fcos.FCOS, FCOS)
+    assert values("FGD", fcos.FCOS) == values("FGD", FCOS)
+
+
+@pytest.mark.parametrize("cls", [ATSS, nn.Identity])
+def test_a_detector_that_they_did_not_try_has_the_values_of_the_dense_ones(cls):
+    assert values("FRS", cls) == values("FRS", RetinaNet)
+
+
+@pytest.mark.parametrize("head", VALUES)
+def test_a_value_in_the_config_wins(head):
+    for key in VALUES[head]:
+        for chosen in (0, 3):  # 0 is a choice, too
+            cfg = get_distill_cfg()
+            section = cfg.MODEL.DISTILL[head.upper()]
+            section[key] = type(section[key])(chosen)
+            expected = {**values(head, RetinaNet), key: chosen}
+            assert values(head, RetinaNet, cfg) == expected
+
+
+def test_nothing_is_written_to_the_config():
+    cfg = get_distill_cfg()
+    values("FGD", FCOS, cfg)
+    assert cfg.MODEL.DISTILL.FGD.ALPHA == AUTO
+
+
+# ---- In the heads that are built
+
+
+def test_the_authors_values_reach_the_heads():
+    fgd = built_head(heads.FGD, "fcos")
+    assert (*fgd.factors, fgd.lambda_, fgd.temperature) == (1.6e-3, 8e-4, 8e-4, 8e-6, 0.8)
+    assert fgd.weight == 1
+    mgd = built_head(heads.MGD, "faster")
+    assert (mgd.weight, mgd.mask_ratio) == (5e-7, 0.45)
+    assert built_head(heads.PKD, "retinanet").weight == 10
+    frs = built_head(heads.FRS, "gfl")
+    assert (frs.feature_weight, frs.class_weight) == (0.1, 0.05)
+    fkd = built_head(heads.FKD, "faster")
+    weights = fkd.attention_weight, fkd.pooled_weight, fkd.relation_weight
+    assert (*weights, fkd.temperature) == (7e-5, 4e-3, 7e-5, 0.5)
+    crosskd = built_head(heads.CrossKD, "gfl")
+    assert (crosskd.class_weight, crosskd.box_weight) == (1, 4)
+    defeat = built_head(heads.DeFeat, "faster")
+    assert (defeat.foreground_weight, defeat.background_weight) == (3, 12)
+    fgfi = built_head(heads.FGFI, "faster")
+    assert (fgfi.weight, fgfi.threshold) == (0.01, 0.5)
+    ld = built_head(heads.LD, "gfl")
+    assert ld.factors == {"box": 0.25 / 4, "region": 0.25 / 16, "cls": 10}
+    assert (ld.temperature, ld.class_temperature, ld.released_region) == (10, 2, False)
+    gid = built_head(heads.GID, "retinanet")
+    assert gid.factors == {"feature": 5e-4, "relation": 40, "cls": 0.1, "box": 1}
+    assert gid.threshold == 0.5
+
+
+@pytest.mark.parametrize("convs, expected", [(1, 0), (2, 1), (3, 2), (4, 2)])
+def test_crosskd_leaves_the_student_one_convolution_at_least(convs, expected):
+    model = tiny_model("fcos", "MODEL.FCOS.NUM_CONVS", convs)
+    nets = net_spec("student", model), net_spec("teacher", model)
+    assert heads.CrossKD(tiny_cfg("fcos"), *nets).reused_convs == expected
+
+
+def test_values_of_the_config_reach_the_heads():
+    opts = ("MODEL.DISTILL.FGD.ALPHA", 0.0, "MODEL.DISTILL.FGD.TEMPERATURE", 2.0)
+    fgd = built_head(heads.FGD, "fcos", *opts)
+    assert fgd.factors == (0.0, 8e-4, 8e-4) and fgd.temperature == 2
+    assert built_head(heads.PKD, "faster", "MODEL.DISTILL.PKD.WEIGHT", 0.25).weight == 0.25
