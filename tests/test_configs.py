@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ INITIALISATION = {  # what Base-R-18.yaml sets
     "MODEL.RESNETS.RES2_OUT_CHANNELS",
     "MODEL.WEIGHTS",
 }
-WITH = {  # heads by the method that is compared with others in their company
+WITH = {  # heads by the method that segmentation papers compare in the company of others
     "CIRKD": ["PixelKD", "CIRKD"],
     "CWD": ["CWDLogits", "CWD"],
     "IFVD": ["PixelKD", "IFVD"],
+    "MasKD": ["MasKDLogits"],
     "SKD": ["PixelKD", "SKD"],
 }
 KITTI = {  # what Base-KITTI.yaml sets: the MSSD paper's 200 epochs, 16 pictures a step
@@ -73,8 +75,13 @@ def name_of(path: Path) -> str:
 
 
 def load(path: Path | str) -> CfgNode:
+    return _loaded(str(path)).clone()
+
+
+@cache
+def _loaded(path: str) -> CfgNode:
     cfg = get_distill_cfg()
-    merge_from_file(cfg, str(path))
+    merge_from_file(cfg, path)
     return cfg
 
 
@@ -122,7 +129,8 @@ def test_a_method_is_named_by_its_path(path: Path) -> None:
     assert "(not ours)" in comment or "the paper's" in comment  # whose numbers, or that none exist
     cfg = load(path)
     heads = list(cfg.MODEL.DISTILL.HEADS)
-    assert heads == WITH.get(method, [method])
+    semantic = path.parents[1].name.endswith("-SemanticSegmentation")
+    assert heads == (WITH.get(method, [method]) if semantic else [method])
     teacher, student = path.stem.split("-")
     assert yaml.safe_load(text)["_BASE_"] == f"../{student}.yaml"
     if teacher == "self":
@@ -218,14 +226,25 @@ def test_a_semantic_baseline_is_the_papers(path: Path) -> None:
     assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
 
 
+@pytest.fixture(scope="module")
+def meta_models() -> dict[str, torch.nn.Module]:
+    """By description of their configs: many methods share a teacher."""
+    return {}
+
+
 @pytest.mark.parametrize("path", BASELINES + METHODS, ids=name_of)
-def test_a_network_is_built(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_is_built(
+    path: Path, meta_models: dict[str, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the meta device: everything but the values of the weights, and no download."""
     loaded: list[str] = []
 
     def build_teacher(config: CfgNode) -> torch.nn.Module:
         config.MODEL.DEVICE = "meta"
-        return build_model(config)
+        described = config.dump()
+        if described not in meta_models:
+            meta_models[described] = build_model(config)
+        return meta_models[described]
 
     monkeypatch.chdir(ROOT)  # teachers are named from here
     monkeypatch.setattr("distill.teacher.build_model", build_teacher)
@@ -242,7 +261,7 @@ def test_a_network_is_built(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     if path in BASELINES:
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE and not loaded
         return
-    assert isinstance(model, DistillModel) and path.parent.name in model.heads
+    assert isinstance(model, DistillModel) and list(model.heads) == list(cfg.MODEL.DISTILL.HEADS)
     if path.stem.startswith("self-"):
         assert model.teacher is None and not loaded
         return
@@ -294,23 +313,35 @@ def _register_semantic(name: str, root: Path, splits: list[str]) -> None:
     MetadataCatalog.get(name).set(stuff_classes=classes, evaluator_type="cityscapes_sem_seg")
 
 
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the teachers' checkpoints, by the names of their configs."""
+    return tmp_path_factory.mktemp("teachers")
+
+
 @pytest.mark.parametrize("path", QUICK, ids=name_of)
 def test_a_quick_config_trains_a_step(
-    path: Path, mixed: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    mixed: dict[str, list[Any]],
+    random_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)  # teachers are named from here
     opts = [
         *mixed["semantic" if "semantic" in path.stem else "coco"],
         *("DATASETS.TEST", [], "DATALOADER.ASPECT_RATIO_GROUPING", False),
         *("INPUT.MIN_SIZE_TRAIN", [64], "SOLVER.IMS_PER_BATCH", 3, "SOLVER.MAX_ITER", 1),
-        *("SOLVER.CHECKPOINT_PERIOD", 1, "OUTPUT_DIR", str(tmp_path)),
+        *("OUTPUT_DIR", str(tmp_path), "MODEL.DISTILL.COSINE_PERIOD", 0),
+        *("MODEL.DISTILL.MASKD.TOKEN_ITERS", 0),
     ]
     heads = load(path).MODEL.DISTILL.HEADS
-    if load(path).MODEL.DISTILL.TEACHER.CONFIG_FILE:
-        torch.manual_seed(1)
-        teacher = build_model(student_config(teacher_config(load(path))))
-        torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
-        opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+    if teacher := load(path).MODEL.DISTILL.TEACHER.CONFIG_FILE:
+        opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", str(random_weights / f"{Path(teacher).stem}.pth")]
+        if not Path(opts[-1]).is_file():
+            torch.manual_seed(1)
+            model = build_model(student_config(teacher_config(load(path))))
+            torch.save({"model": model.state_dict()}, opts[-1])
     trainer = Trainer(setup_config(str(path), opts))
     batch: list[dict[str, Any]] = []
     trainer.model.register_forward_pre_hook(lambda _, args: batch.extend(args[0]))
