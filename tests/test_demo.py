@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import demo  # noqa: E402
+import stages  # noqa: E402
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_an_interrupted_stage_resumes(
         if bar.trainer.iter == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.Bar, "after_step", interrupt)
+    monkeypatch.setattr(stages.Bar, "after_step", interrupt)
     with demo.Progress(disable=True) as progress:
         one = demo.Demo(tmp_path, 8, progress)
         one.render()
@@ -84,6 +85,6 @@ def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None
 
 
 def test_mean_and_sample_deviation() -> None:
-    assert demo.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
-    assert demo.mean_std([1.25], 2) == "1.25"
-    assert demo.mean_std([1.0, None]) == "-"
+    assert stages.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert stages.mean_std([1.25], 2) == "1.25"
+    assert stages.mean_std([1.0, None]) == stages.mean_std([]) == "-"

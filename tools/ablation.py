@@ -15,21 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo import (  # beside this file
+from demo import Demo  # beside this file
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from stages import (
     ROOT,
-    Demo,
     Stage,
     commit,
+    differences,
     mean_std,
     progress_bars,
     replicates,
     versions,
     write_json,
 )
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from distill.engine.endings import report
 from distill.errors import DistillError
 
 HEADS = "MODEL.DISTILL"
@@ -154,7 +156,7 @@ STUDIES = {
                 SKD={},
                 IFVD={},
                 CIRKD={"PIXELS": 2000, "REGIONS": 500},
-                MasKD={"TOKEN_ITERS": 100},
+                MasKDLogits={"TOKEN_ITERS": 100},
             ),
         },
         "mIoU",
@@ -216,17 +218,13 @@ class Runner:
         return self.demo.stage(name, seed, study.distilled, *teacher, *self.opts, *opts)
 
 
-def gains(results: dict[str, Any], name: str) -> list[float | None]:
-    pairs = zip(results[name], results["baseline"])
-    return [None if None in pair else pair[0] - pair[1] for pair in pairs]
-
-
 def print_table(console: Console, title: str, metric: str, results: dict[str, Any]) -> None:
     table = Table(title=f"{title}: {metric} on the shapes data", box=box.SIMPLE)
     for column in ("", metric, "- baseline, paired"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in results.items():
-        gain = "" if name in ("teacher", "baseline") else mean_std(gains(results, name))
+        gains = differences(values, results["baseline"])
+        gain = "" if name in ("teacher", "baseline") else mean_std(gains)
         table.add_row(name, mean_std(values), gain)
     console.print(table)
 
@@ -284,4 +282,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except DistillError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(report(e))
