@@ -43,8 +43,8 @@ CASES = {
     "PixelKD": ("semantic", ("PixelKD",), ()),
     "SKD": ("semantic", ("SKD",), ()),
     "IFVD": ("semantic", ("IFVD",), ("MODEL.DISTILL.IFVD.WEIGHT", 1.0)),
-    "MasKD, tokens": ("semantic", ("MasKD",), ()),
-    "MasKD, masks": ("semantic", ("MasKD",), ("MODEL.DISTILL.MASKD.TOKEN_ITERS", 0)),
+    "MasKD, tokens": ("semantic", ("MasKDLogits",), ()),
+    "MasKD, masks": ("semantic", ("MasKDLogits",), ("MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 0)),
     "MSSD": ("mask", ("MSSD",), (*PAFPN, "MODEL.DISTILL.MSSD.WEIGHT", 0.01)),
 }
 NEED_OBJECTS = ("MaskKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")

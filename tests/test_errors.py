@@ -74,10 +74,21 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "misspelt section": (["SOLVR.MAX_ITER", "3"], ["'SOLVR.MAX_ITER'", "SOLVER"]),
     "key below a value": (["SEED.X", "3"], ["'SEED.X'", "no key below it"]),
     "no value": (["SOLVER.MAX_ITER"], ["'SOLVER.MAX_ITER' has no value"]),
+    "option behind overrides": (["SEED", "1", "--resume"], ["--resume must stand before"]),
     "wrong type": (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER many", "int"]),
     "value for a section": (["SOLVER", "3"], ["'SOLVER'", "section", "BASE_LR"]),
     "misspelt head": (["MODEL.DISTILL.HEADS", "('IMAA',)"], ["MODEL.DISTILL.HEADS", "mean IMA?"]),
-    "heads as a string": (["MODEL.DISTILL.HEADS", "IMA"], ["MODEL.DISTILL.HEADS IMA", "tuple"]),
+    "heads as a string": (
+        ["MODEL.DISTILL.HEADS", "IMA"],
+        ["MODEL.DISTILL.HEADS IMA", "tuple", '("IMA",)'],
+    ),
+    "a head in small letters": (["MODEL.DISTILL.HEADS", "('ima',)"], ["mean IMA?"]),
+    "a section as the head is spelt": (
+        *(
+            ["MODEL.DISTILL.FitNet.WEIGHT", "1.0"],
+            ["'MODEL.DISTILL.FitNet.WEIGHT'", "has: FITNET,"],
+        ),
+    ),
     "head of another family": (["MODEL.DISTILL.HEADS", "('MaskKD',)"], ["HEADS: MaskKD", "FitNet"]),
     "misspelt architecture": (
         *(["MODEL.META_ARCHITECTURE", "DistilRCNN"],),
@@ -88,8 +99,8 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         *(["MODEL.DISTILL.STUDENT_ARCHITECTURE", "GeneralizedRCNN?"],),
     ),
     "architecture of another family": (
-        *(["MODEL.META_ARCHITECTURE", "DistillRetinaNet"],),
-        *(["MODEL.META_ARCHITECTURE", "MODEL.DISTILL.STUDENT_ARCHITECTURE"],),
+        *(["MODEL.META_ARCHITECTURE", "DistillRetinaNet", "MODEL.ROI_HEADS.NUM_CLASSES", "80"],),
+        *(["MODEL.META_ARCHITECTURE DistillRetinaNet", "MODEL.DISTILL.STUDENT_ARCHITECTURE"],),
     ),
     "misspelt optimizer": (["SOLVER.OPTIMIZER", "ADAM"], ["SOLVER.OPTIMIZER", "ADAMW"]),
     "unknown training set": (

@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -210,6 +212,11 @@ def write_to_a_full_disk() -> None:
         f.write("x")
 
 
+def find_no_temporary_folder() -> None:
+    with mock.patch("tempfile._candidate_tempdir_list", lambda: ["/dev/null"]):
+        tempfile._get_default_tempdir()  # type: ignore[attr-defined]
+
+
 def in_a_worker(fault: Callable[[], Any]) -> None:
     """The error as the data loader raises it in the process that waits for the worker."""
     try:
@@ -238,6 +245,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["no space left", "--resume"],
     ),
     "disk full in a worker": (lambda: in_a_worker(write_to_a_full_disk), ["no space left"]),
+    "no temporary folder": (find_no_temporary_folder, ["/dev/null", "TMPDIR", "--resume"]),
     "no memory": (lambda: bytearray(2**60), ["SOLVER.IMS_PER_BATCH", "INPUT.MAX_SIZE_TRAIN"]),
     "no memory in NumPy": (lambda: np.zeros(2**59), ["memory", "SOLVER.IMS_PER_BATCH"]),
     "no memory in torch": (lambda: torch.zeros(2**58), ["memory", "SOLVER.IMS_PER_BATCH"]),

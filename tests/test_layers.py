@@ -19,7 +19,7 @@ ALLOWED = {
     ".losses": "torch torchvision",
     ".distributed": "torch detectron2",
     ".nets": "torch torchvision detectron2 fvcore timm .distributed",
-    ".heads": "* .losses .structures .errors .distributed",
+    ".heads": "* .losses .structures .errors .distributed .nets",
     ".probes": "* .taps .structures .errors",
     ".weights": "* .errors",
     ".checkpoint": "* .errors .weights",

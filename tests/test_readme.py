@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
@@ -15,6 +16,7 @@ from distill.data.shapes_io import write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -72,3 +74,20 @@ def test_the_yaml_examples_load(tmp_path: Path) -> None:
 def test_named_files_exist() -> None:
     for name in re.findall(r"(?:configs|tools|projects)/[\w/.-]+\.(?:yaml|py)", README):
         assert (ROOT / name).is_file(), name
+
+
+def anchor(heading: str) -> str:
+    """The fragment that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [x for x in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in x]
+    for link in links:
+        file, _, fragment = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert fragment in map(anchor, headings), link

@@ -18,7 +18,7 @@ CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 HEADS = {
     "faster": ("IMA", "MKD", "ROIKD"),
     "retinanet": ("IMA", "DenseKD"),
-    "semantic": ("IMA", "CIRKD", "MasKD"),
+    "semantic": ("IMA", "CIRKD", "MasKDLogits"),
 }
 LAST = 6  # iterations
 Shapes = tuple[str, str, str]
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "crops": ("faster", ("INPUT.CROP.ENABLED", True)),
     "no seed": ("faster", ("SEED", -1)),
     "deterministic": ("faster", ("DETERMINISTIC", True)),
-    "memories and stages": ("semantic", ("MODEL.DISTILL.MASKD.TOKEN_ITERS", 4)),
+    "memories and stages": ("semantic", ("MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 4)),
 }
 
 

@@ -1,5 +1,8 @@
 """Taps on arithmetic toys: what is recorded, and that nothing stays behind."""
 
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -37,9 +40,31 @@ class Toy(nn.Module):
         return self.inner["times"](x, 10)["shifted"]
 
 
+class Labels(nn.Module):
+    """Assigns each number its sign, shifted."""
+
+    def __init__(self):
+        super().__init__()
+        self.add = AddOne()
+        self.number = 5
+
+    def assign(self, x, *, shift=0):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError("no tensor")
+        return x.sign() + shift
+
+    def forward(self, x):
+        return self.assign(x) + self.assign(-x, shift=3)
+
+
 @pytest.fixture
 def toy():
     return Toy()
+
+
+@pytest.fixture
+def labels():
+    return Labels()
 
 
 def hooks(model):
@@ -138,3 +163,87 @@ def test_a_module_that_is_not_tapped(toy):
 
 def test_tap_errors_are_for_users():
     assert issubclass(TapError, DistillError)
+
+
+# ---- Methods
+
+
+def test_a_method_records_positional_arguments_and_outputs_in_order(labels):
+    with listen(labels, ["assign()"]) as calls:
+        result = labels(torch.tensor(2.0))
+    assert result == 1 + (-1 + 3)
+    assert [float(c.args[0]) for c in calls.all("assign()")] == [2, -2]
+    assert [float(c.output) for c in calls.all("assign()")] == [1, 2]
+    assert calls["assign()"] is calls.all("assign()")[-1]
+
+
+def test_what_a_method_returns_is_recorded_itself(labels):
+    weight = torch.tensor(2.0, requires_grad=True)
+    with listen(labels, ["assign()"]) as calls:
+        returned = labels.assign(weight, shift=weight)
+    assert calls["assign()"].output is returned
+    returned.backward()
+    assert weight.grad == 1
+
+
+def test_methods_and_modules_are_tapped_together(labels):
+    with listen(labels, ["add", "assign()"]) as calls:
+        labels(labels.add(torch.tensor(1.0)))
+    assert (calls["add"].output, calls["assign()"].args[0]) == (2, -2)
+
+
+def test_a_method_is_the_classs_own_afterwards(labels):
+    before = vars(labels).copy()
+    with listen(labels, ["assign()"]) as calls:
+        assert "assign" in vars(labels)
+    assert vars(labels) == before
+    labels(torch.tensor(1.0))
+    with pytest.raises(TapError, match=r"'assign\(\)' did not run"):
+        calls.all("assign()")
+
+
+def test_a_method_is_the_classs_own_after_an_exception(labels):
+    with pytest.raises(TypeError, match="no tensor"), listen(labels, ["assign()"]) as calls:
+        labels.assign("no tensor")
+    assert "assign" not in vars(labels)
+    with pytest.raises(TapError):
+        calls.all("assign()")
+
+
+def test_a_method_of_the_instance_is_given_back(labels):
+    """One that a user set, say."""
+    labels.assign = own = lambda x, shift=0: x * 0
+    with listen(labels, ["assign()"]) as calls:
+        labels(torch.tensor(1.0))
+    assert labels.assign is own
+    assert [float(c.output) for c in calls.all("assign()")] == [0, 0]
+
+
+def test_nested_taps_of_a_method_record_apart(labels):
+    with listen(labels, ["assign()"]) as outer:
+        with listen(labels, ["assign()"]) as inner:
+            labels.assign(torch.tensor(-1.0))
+        labels.assign(torch.tensor(1.0))
+    assert [float(c.output) for c in outer.all("assign()")] == [-1, 1]
+    assert [float(c.output) for c in inner.all("assign()")] == [-1]
+    assert "assign" not in vars(labels)
+
+
+def test_a_method_of_another_instance_is_left_alone(labels):
+    other = Labels()
+    with listen(labels, ["assign()"]) as calls:
+        other(torch.tensor(1.0))
+        twin = copy.deepcopy(other)
+    assert vars(twin).keys() == vars(other).keys()
+    with pytest.raises(TapError):
+        calls.all("assign()")
+
+
+@pytest.mark.parametrize("name", ["nothing()", "number()", "add()"])
+def test_unknown_method(labels, name):
+    with (
+        pytest.raises(TapError, match=rf"^Labels has no method '{re.escape(name)}' to tap\.$"),
+        listen(labels, ["add", "assign()", name]),
+    ):
+        pytest.fail("the taps opened")
+    assert hooks(labels) == 0 and "assign" not in vars(labels)

@@ -8,8 +8,8 @@ and the distilled step. Reported are medians, and the ratio
 distilled / (plain + teacher).
 
 With ``--heads-only`` every round times each head's losses with their backward to the features, and
-the student's backbone forward; reported are medians, their ratio, and the largest tensor that the
-head makes, as a multiple of the largest feature map.
+the student's backbone forward; reported are medians, their ratio, the largest tensor that the head
+makes, as a multiple of the largest feature map, and the MiB that it keeps for its backward.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.config import student_config, teacher_config
 from distill.data.datasets import number_of_classes
 from distill.engine import setup_config
+from distill.engine.endings import report
 from distill.errors import DistillError
 from distill.heads import build_heads, teacher_needed
 from distill.meta_arch import DistillModel, net_specs
@@ -48,7 +50,7 @@ from distill.teacher import Teacher
 def synthetic_batch(
     batch: int, height: int, width: int, classes: int, objects: int, seed: int
 ) -> list[Any]:
-    """``batched_inputs`` of random pictures with boxes, polygons and classes."""
+    """``batched_inputs`` of random pictures with boxes, polygons, classes and those of pixels."""
     g = torch.Generator().manual_seed(seed)
     entries = []
     for _ in range(batch):
@@ -61,7 +63,9 @@ def synthetic_batch(
         corners = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
         instances.gt_masks = PolygonMasks(corners)
         image = torch.randint(0, 256, (3, height, width), generator=g).float()
-        entries.append({"image": image, "instances": instances, "height": height, "width": width})
+        labels = torch.randint(classes, (height, width), generator=g)
+        entry = {"image": image, "instances": instances, "sem_seg": labels}
+        entries.append({**entry, "height": height, "width": width})
     return entries
 
 
@@ -141,6 +145,17 @@ def _said(model: DistillModel, inputs: list[Any]) -> Signals:
     return model.probe.read(calls, model.probe.batch(calls, inputs), needs)
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors inside lists, dictionaries and structures."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | dict):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(x)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
+
+
 def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
     """The teacher's answer to what the student says of ``inputs``, as a call to be timed."""
     student, teacher, needs = _said(model, inputs), model.teacher, model.active_needs(True)
@@ -148,16 +163,17 @@ def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
 
 
 def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str, float]]:
-    """By head: median seconds of ``head`` and ``backbone``, their ``ratio``, ``largest`` tensor."""
+    """By head: median seconds of ``head`` and ``backbone``, their ``ratio``, the ``largest`` tensor
+    and the MiB ``kept``."""
     network, teacher, heads = build(cfg)
     cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     model: DistillModel = cls(student=network, teacher=teacher, heads=heads).train()
     student = _said(model, inputs)
     answer = teacher.ask(student, model.active_needs(True)) if teacher else None
-    for x in (*student.features.values(), *student.shallow.values()):
-        x.requires_grad_()
+    for x in _tensors([v for k, v in vars(student).items() if k != "batch"]):
+        x.requires_grad_(x.is_floating_point())
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    images = network.preprocess_image(inputs).tensor  # type: ignore[operator]
+    images = model.probe.preprocess([x["image"] for x in inputs], student.batch.canvas)
 
     def backward(head: nn.Module) -> None:
         sum(head(student, answer).values()).backward()
@@ -166,11 +182,12 @@ def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, di
     def forward() -> None:
         network.backbone(images)  # type: ignore[operator]
 
-    largest = {}
+    largest, kept = {}, {}
     for name, head in heads.items():
         with LargestTensor() as mode:
             backward(head)
         largest[name] = mode.numel / max(x.numel() for x in student.features.values())
+        kept[name] = mebibytes_kept(functools.partial(head, student, answer), head)
     times: dict[str, list[float]] = {name: [] for name in ("backbone", *heads)}
     for _ in track(range(repeats), "rounds"):
         times["backbone"].append(seconds(forward, cuda))
@@ -179,9 +196,31 @@ def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, di
     medians = {name: statistics.median(x) for name, x in times.items()}
     backbone = medians.pop("backbone")
     return {
-        name: {"head": x, "backbone": backbone, "ratio": x / backbone, "largest": largest[name]}
+        name: {
+            **{"head": x, "backbone": backbone, "ratio": x / backbone},
+            **{"largest": largest[name], "kept": kept[name]},
+        }
         for name, x in medians.items()
     }
+
+
+def mebibytes_kept(forward: Callable[[], Any], head: nn.Module) -> float:
+    """What autograd stores in a forward, beside the head's own parameters."""
+    own = {x.untyped_storage().data_ptr() for x in head.parameters()}
+    sizes: dict[int, int] = {}
+    stored = []  # or another tensor would get the memory of one that is gone
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        stored.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses = forward()
+    del losses
+    return sum(sizes.values()) / 2**20
 
 
 class LargestTensor(TorchDispatchMode):
@@ -241,4 +280,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except DistillError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(report(e))

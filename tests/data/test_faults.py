@@ -354,7 +354,16 @@ EVALUATION: dict[str, tuple[Callable[[Content], Any], bool]] = {
     "one polygon, then a line": (of_object(segmentation=[POLYGON, [1, 2, 3, 4]]), True),
     "box outside": (of_object(bbox=[-5, 0, 5, 5]), True),
     "box of 3 numbers": (of_object(bbox=[1, 2, 3]), False),
+    "texts as ids": (lambda x: [a.update(id=f"a{a['id']}") for a in x["annotations"]], False),
 }
+
+
+def test_an_object_that_is_never_found_is_told(tmp_path: Path) -> None:
+    content = coco(tmp_path)
+    content["annotations"][0]["id"] = 0
+    file = coco_file(tmp_path, content)
+    (fault,) = [x for x in file.evaluation_faults(masks=False) if x.kind == NOT_EVALUABLE]
+    assert not fault.fatal and "number them from 1" in fault.detail and "0)" in fault.where
 
 
 @pytest.mark.parametrize("case", EVALUATION)

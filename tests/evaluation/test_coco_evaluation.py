@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from distill.data.datasets import register_coco_format
+from distill.engine import trainer
 from distill.engine.evaluators import evaluator_builders
 
 OBJECTS = 144
@@ -73,6 +74,16 @@ def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
     for limit in (50, 100):
         cfg.TEST.DETECTIONS_PER_IMAGE = limit
         assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100 * 70 / 101)
+
+
+def test_eval_only_knows_a_users_own_sets(
+    crowded: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's plain config does not: its evaluator would stop at 100 detections."""
+    cfg = tiny_cfg("faster", "DATASETS.COCO_FORMAT", (crowded,))
+    monkeypatch.setattr(trainer, "load_student", lambda cfg, weights: None)
+    monkeypatch.setattr(trainer.Trainer, "test", lambda cfg, model: cfg.DATASETS.COCO_FORMAT)
+    assert trainer.evaluate(cfg, "model.pth") == (crowded,)
 
 
 @pytest.mark.parametrize("plain", [False, True])
