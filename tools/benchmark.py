@@ -32,6 +32,7 @@ from detectron2.utils.events import EventStorage
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from stages import commit  # beside this file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(key, *(f"{row[k]:.3f}" for k in columns))
     Console().print(table)
     if args.json:
-        facts = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts = {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         facts |= {"machine": platform.machine(), "command": " ".join(["python", *sys.argv])}
         args.json.write_text(json.dumps({**facts, "medians": medians}, indent=1) + "\n")
     return 0
