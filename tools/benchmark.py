@@ -14,7 +14,6 @@ makes, as a multiple of the largest feature map, and the MiB that it keeps for i
 
 import argparse
 import functools
-import json
 import platform
 import statistics
 import sys
@@ -32,7 +31,7 @@ from detectron2.utils.events import EventStorage
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from stages import commit  # beside this file
+from stages import commit, write_json  # beside this file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -273,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         facts = {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         facts |= {"machine": platform.machine(), "command": " ".join(["python", *sys.argv])}
-        args.json.write_text(json.dumps({**facts, "medians": medians}, indent=1) + "\n")
+        write_json(args.json, {**facts, "medians": medians})
     return 0
 
 
