@@ -27,13 +27,12 @@ from distill import DistillModel
 from distill.config import get_distill_cfg, merge_from_list, student_config
 from distill.data.datasets import register_coco_format
 from distill.data.loader import TrainLoader
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_coco
+from distill.data.shapes import SceneConfig, write_coco
+from distill.families import build_probe
 from distill.heads import build_heads, teacher_needed
 from distill.heads.fpn import Level
-from distill.probes import build_probe
+from distill.modeling.teacher import Teacher
 from distill.structures import Batch, NetSpec, Signals
-from distill.teacher import Teacher
 
 
 def has_loopback() -> bool:

@@ -27,9 +27,10 @@ from detectron2.structures import Boxes
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from distill.checkpoint import StudentCheckpointer, StudentState, resumable
-from distill.engine import Trainer, main
+from distill.checkpoint.save import StudentCheckpointer, StudentState, resumable
+from distill.engine import Trainer
 from distill.errors import CheckpointError, WeightsError
+from distill.launch.main import main
 
 EIGHT_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 FAMILIES = ("faster", "mask", "retinanet")

@@ -25,8 +25,7 @@ from distill.config import (
     teacher_config,
     validate_config,
 )
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_cityscapes, write_coco
+from distill.data.shapes import SceneConfig, write_cityscapes, write_coco
 from distill.engine import Trainer, setup_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,9 +246,9 @@ def test_a_network_is_built(
         return meta_models[described]
 
     monkeypatch.chdir(ROOT)  # teachers are named from here
-    monkeypatch.setattr("distill.teacher.build_model", build_teacher)
+    monkeypatch.setattr("distill.modeling.teacher.build_model", build_teacher)
     monkeypatch.setattr(
-        "distill.teacher.load_strictly", lambda _, url, *a, **kw: loaded.append(url)
+        "distill.modeling.teacher.load_strictly", lambda _, url, *a, **kw: loaded.append(url)
     )
     # Heads that compare anchors see their shapes; that the values agree is asserted below.
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, device="cpu"))

@@ -28,24 +28,24 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from distill.engine import Trainer
-from distill.engine.doctor import Report, examine, examine_heads, examine_taps, main
-from distill.engine.doctor.examine import measure_cost
-from distill.engine.doctor.losses import loss_warnings
-from distill.engine.doctor.patient import admit, preserved
-from distill.engine.doctor.report import LossRow, TeacherCheck
-from distill.engine.doctor.teacher import (
+from distill.doctor import Report, examine, examine_heads, examine_taps, main
+from distill.doctor.dry_run import admit, preserved
+from distill.doctor.examine import measure_cost
+from distill.doctor.losses import loss_warnings
+from distill.doctor.report import LossRow, TeacherCheck
+from distill.doctor.teacher import (
     OBJECTS,
     PIXELS,
     no_better_than_chance,
     objects_found,
     pixel_accuracy,
 )
+from distill.engine import Trainer
 from distill.engine.health import HIGHEST_RATIO, LOWEST_RATIO, cosine_warning, ratio_warning
 from distill.errors import WeightsError
 from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
 from distill.heads.classes import ClassMap
-from distill.seeding import seed_globally
+from distill.utils.seeding import seed_globally
 
 ROOT = Path(__file__).resolve().parents[1]
 Shapes = tuple[str, str, str]

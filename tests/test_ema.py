@@ -12,11 +12,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from distill.checkpoint.load import load_strictly
 from distill.config import student_config, validate_config
 from distill.engine import Trainer
-from distill.engine.ema import WeightsEMA
 from distill.errors import ConfigError
-from distill.weights import load_strictly
+from distill.solver.ema import WeightsEMA
 
 Shapes = tuple[str, str, str]
 

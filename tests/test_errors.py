@@ -14,8 +14,8 @@ import torch
 from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.utils import comm
 
-from distill.engine import main
 from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
+from distill.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = ("IMA", "ROIKD")

@@ -11,7 +11,7 @@ from conftest import distill_opts, tiny_model, trainable_cfg, write_teacher
 from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
-from distill.inherit import inherit
+from distill.modeling.init_from_teacher import inherit
 
 STATE = "backbone.bottom_up.", "backbone."
 

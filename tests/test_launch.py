@@ -24,9 +24,9 @@ from conftest import needs_loopback, trainable_cfg
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from distill.engine import main
-from distill.engine.endings import EchoError, explain, resume_hint
-from distill.engine.places import (
+from distill.errors import ConfigError, DataError, DistillError
+from distill.launch.main import main
+from distill.launch.process_group import (
     Place,
     await_first,
     first_host,
@@ -35,7 +35,7 @@ from distill.engine.places import (
     port_of,
     tasks_per_node,
 )
-from distill.errors import ConfigError, DataError, DistillError
+from distill.launch.termination import EchoError, explain, resume_hint
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = str(ROOT / "tools" / "train_net.py")

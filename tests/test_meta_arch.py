@@ -38,10 +38,10 @@ from distill import DistillModel, DistillRCNN, DistillRetinaNet, DistillSemantic
 from distill.data.datasets import load_training_set
 from distill.data.loader import build_train_loader
 from distill.engine import Trainer
-from distill.engine.loop import repeatable, seed_step
+from distill.engine.train_loop import repeatable, seed_step
 from distill.engine.trainer import train_mapper
 from distill.errors import ConfigError
-from distill.probes import build_probe
+from distill.families import build_probe
 from distill.structures import Signals
 
 # Without what a head learns beside the student.

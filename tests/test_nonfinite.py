@@ -36,14 +36,15 @@ from test_ddp import spawn
 from test_resume import Interrupted, Interruption, differences
 from torch import Tensor, nn
 
-from distill.checkpoint import StudentState
+from distill.checkpoint.save import StudentState
 from distill.config import get_distill_cfg
 from distill.data.loader import TrainLoader
-from distill.engine import Trainer, main
-from distill.engine.faults import FiniteGuard, from_plain, says_nonfinite, to_plain
-from distill.engine.loop import TrainLoop
+from distill.engine import Trainer
+from distill.engine.nonfinite import FiniteGuard, from_plain, says_nonfinite, to_plain
+from distill.engine.train_loop import TrainLoop
 from distill.errors import NumericalError
 from distill.heads.fpn import FitNet
+from distill.launch.main import main
 
 AT, LAST = 2, 4  # iteration of the fault, number of iterations
 HEADS = {

@@ -11,8 +11,7 @@ import yaml
 from detectron2.modeling import build_model
 
 from distill.config import get_distill_cfg, merge_from_file, student_config
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_coco
+from distill.data.shapes import SceneConfig, write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from conftest import distill_opts, run_train_net, tiny_cfg, train_net_rows, write_teacher
 
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import LAYOUTS
+from distill.data.shapes import LAYOUTS, SceneConfig
 
 # family, layout, folder below $DETECTRON2_DATASETS, splits, test set, a metric, further options
 CASES = {

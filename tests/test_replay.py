@@ -31,8 +31,8 @@ from test_nonfinite import (
 )
 from torch import Tensor, nn
 
+from distill.doctor.replay import Replay, _broken, _watching, replay
 from distill.engine import Trainer
-from distill.engine.replay import Replay, _broken, _watching, replay
 from distill.errors import DistillError
 from distill.heads.fpn import FitNet
 from distill.structures import Batch, Signals

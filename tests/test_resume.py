@@ -12,7 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from distill.engine import Trainer, main
+from distill.engine import Trainer
+from distill.launch.main import main
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 HEADS = {

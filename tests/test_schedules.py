@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_cfg
 from torch import nn
 
-from distill.engine.schedules import build_lr_scheduler
+from distill.solver.lr_scheduler import build_lr_scheduler
 
 
 def rates(*opts: Any) -> list[float]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill.engine.loop import seed_step
+from distill.engine.train_loop import seed_step
 from distill.heads.base import RandomState
-from distill.seeding import derived_seed, private_randomness, seed_globally
+from distill.utils.seeding import derived_seed, private_randomness, seed_globally
 
 
 def draw() -> list[float]:

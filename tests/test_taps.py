@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distill.errors import DistillError, TapError
-from distill.taps import listen
+from distill.families.recorder import listen
 
 
 class AddOne(nn.Module):

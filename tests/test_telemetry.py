@@ -18,8 +18,8 @@ from torch import Tensor
 
 from distill.engine import Trainer
 from distill.engine.hooks import DistillRatio, Telemetry, memory_mb
-from distill.engine.loop import seed_step
 from distill.engine.telemetry import gradient_cosines, head_of
+from distill.engine.train_loop import seed_step
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
 Shapes = tuple[str, str, str]

@@ -19,12 +19,12 @@ from torch import nn
 
 from distill.config import get_distill_cfg, teacher_config
 from distill.data.datasets import class_names
-from distill.engine import Trainer, main
-from distill.engine.faults import FiniteGuard
-from distill.engine.launch import argument_parser, configure, finished_checkpoint
-from distill.engine.loop import TrainLoop
+from distill.engine import Trainer
+from distill.engine.nonfinite import FiniteGuard
+from distill.engine.train_loop import TrainLoop
 from distill.engine.trainer import scale_to_workers
 from distill.errors import WeightsError
+from distill.launch.main import argument_parser, configure, finished_checkpoint, main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,9 +21,9 @@ import yaml
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from distill.checkpoint.load import SafeCheckpointer, file_hash, load_strictly, readable
 from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.errors import CheckpointError, WeightsError
-from distill.weights import SafeCheckpointer, file_hash, load_strictly, readable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -269,7 +269,7 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
     "protocol 0": lambda m: f"cposix\nsystem\n(S'{touch(m)}'\ntR.".encode(),
     "INST": lambda m: f"(S'{touch(m)}'\niposix\nsystem\n.".encode(),
     "OBJ": lambda m: f"(cposix\nsystem\nS'{touch(m)}'\no.".encode(),
-    "our own module": lambda m: by_name("distill.weights", "os.system", touch(m)),
+    "our own module": lambda m: by_name("distill.checkpoint.load", "os.system", touch(m)),
     "a module that is known": lambda m: by_name("numpy", "f2py.os.system", touch(m)),
 }
 

@@ -31,8 +31,8 @@ from stages import (
     write_json,
 )
 
-from distill.engine.endings import report
 from distill.errors import DistillError
+from distill.launch.termination import report
 
 HEADS = "MODEL.DISTILL"
 

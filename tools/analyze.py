@@ -30,10 +30,10 @@ from pycocotools.coco import COCO
 from rich.console import Console
 from rich.progress import Progress
 
-from distill.checkpoint import replacing
+from distill.checkpoint.save import replacing
 from distill.config import get_distill_cfg
+from distill.config.detectron2_rules import is_writable, nearest
 from distill.data.datasets import register_coco_format
-from distill.engine.endings import report
 from distill.errors import ConfigError, DataError, DistillError
 from distill.evaluation.coco_errors import (
     CURVES,
@@ -44,7 +44,7 @@ from distill.evaluation.coco_errors import (
     judge,
 )
 from distill.evaluation.coco_format import load_results, load_truth, read_results
-from distill.rules import is_writable, nearest
+from distill.launch.termination import report
 
 from analyze_figure import DrawnBox, draw_curves, draw_panels  # isort: skip  beside this file
 from analyze_models import WEIGHTS, Triples, detect, read_config  # isort: skip  beside this file

@@ -38,13 +38,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.config import student_config, teacher_config
 from distill.data.datasets import number_of_classes
 from distill.engine import setup_config
-from distill.engine.endings import report
 from distill.errors import DistillError
+from distill.families import build_probe
 from distill.heads import build_heads, teacher_needed
-from distill.meta_arch import DistillModel, net_specs
-from distill.probes import build_probe
+from distill.launch.termination import report
+from distill.modeling.meta_arch import DistillModel, net_specs
+from distill.modeling.teacher import Teacher
 from distill.structures import Signals
-from distill.teacher import Teacher
 
 
 def synthetic_batch(

@@ -47,19 +47,15 @@ from distill.config import (
     teacher_config,
     validate_config,
 )
+from distill.config.detectron2_rules import check_choice
 from distill.engine import setup_config
-from distill.engine.endings import RESUME, explain, report
 from distill.engine.evaluators import check_test_sets
-from distill.errors import ConfigError, choices
-from distill.heads import (
-    DISTILL_HEAD_REGISTRY,
-    build_heads,
-    outlasting_phases,
-    teacher_needed,
-)
-from distill.meta_arch import DistillModel, net_specs
-from distill.rules import check_choice
-from distill.teacher import build_teacher
+from distill.errors import ConfigError
+from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
+from distill.launch.termination import RESUME, explain, report
+from distill.modeling.meta_arch import DistillModel, net_specs
+from distill.modeling.teacher import build_teacher
+from distill.utils.text import choices
 
 # By task, the first that an evaluation has; an instance segmenter also has AP of boxes.
 METRICS = ("panoptic_seg/PQ", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/mIoU_present")

@@ -43,11 +43,10 @@ from stages import (
 from torch import nn
 
 from distill.data.cityscapes import register_cityscapes_semantic
-from distill.data.shapes import SCENES_VERSION, SceneConfig
-from distill.data.shapes_io import LAYOUTS
+from distill.data.shapes import LAYOUTS, SCENES_VERSION, SceneConfig
 from distill.engine import Trainer, setup_config
-from distill.engine.endings import report
 from distill.errors import DistillError
+from distill.launch.termination import report
 
 import demo_figure  # isort: skip  beside this file
 

@@ -5,7 +5,7 @@ python tools/doctor.py --config-file configs/quick/demo_distilled.yaml [KEY VALU
 
 import sys
 
-from distill.engine.doctor import main
+from distill.doctor import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import LAYOUTS
+from distill.data.shapes import LAYOUTS, SceneConfig
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from distill.engine.replay import Replay, replay
+from distill.doctor.replay import Replay, replay
 from distill.errors import DistillError
 
 

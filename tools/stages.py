@@ -33,11 +33,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import distill
+from distill.checkpoint.load import file_hash, load_strictly
 from distill.config import student_config, teacher_config
+from distill.config.detectron2_rules import leaves
 from distill.engine import Trainer
 from distill.evaluation.sliding_window import with_sliding_window
-from distill.rules import leaves
-from distill.weights import file_hash, load_strictly
 
 ROOT = Path(__file__).resolve().parents[1]
 

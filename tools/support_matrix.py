@@ -25,13 +25,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from distill.config import get_distill_cfg, merge_from_file, merge_from_list
-from distill.engine.endings import report
 from distill.errors import ConfigError, DistillError
+from distill.families import build_probe
 from distill.heads import DISTILL_HEAD_REGISTRY
-from distill.meta_arch import DistillModel, net_spec
-from distill.probes import build_probe
+from distill.launch.termination import report
+from distill.modeling.meta_arch import DistillModel, net_spec
+from distill.modeling.teacher import Teacher
 from distill.structures import NetSpec
-from distill.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 PANOPTIC: list[Any] = [

@@ -5,7 +5,7 @@ python tools/train_net.py --config-file configs/quick/demo_distilled.yaml [KEY V
 
 import sys
 
-from distill.engine import main
+from distill.launch.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,6 +28,7 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.checkpoint.load import load_strictly, readable
 from distill.config import building, teacher_config
 from distill.data.datasets import class_names, load_training_set
 from distill.engine import setup_config
@@ -39,9 +40,8 @@ from distill.heads.ima import CROPPED
 from distill.losses import joint_attention, tid_mask
 from distill.losses.frequency import frequency_filtered
 from distill.losses.tid import tid_areas
-from distill.meta_arch import DistillModel
+from distill.modeling.meta_arch import DistillModel
 from distill.structures import Batch, Signals
-from distill.weights import load_strictly, readable
 
 from visualize_figure import Grid, Panel, Picture, draw  # isort: skip  beside this file
 

@@ -10,7 +10,12 @@ from .data import (
     kitti,  # noqa: F401  registers kitti_train, kitti_val
 )
 from .heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
-from .meta_arch import DistillModel, DistillRCNN, DistillRetinaNet, DistillSemanticSegmentor
+from .modeling.meta_arch import (
+    DistillModel,
+    DistillRCNN,
+    DistillRetinaNet,
+    DistillSemanticSegmentor,
+)
 
 __version__ = "0.1.0"
 

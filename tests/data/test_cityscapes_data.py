@@ -16,6 +16,7 @@ from conftest import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as stock
 
+from distill.data.checks.guard import file_faults
 from distill.data.cityscapes import (
     IGNORED,
     LABEL_IDS,
@@ -29,9 +30,7 @@ from distill.data.cityscapes import (
     train_id_table,
 )
 from distill.data.datasets import check_labels, check_test_set, find_faults, load_training_set
-from distill.data.guard import file_faults
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_cityscapes
+from distill.data.shapes import SceneConfig, write_cityscapes
 from distill.errors import DataError
 from distill.structures import Batch
 

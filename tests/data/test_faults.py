@@ -22,12 +22,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from distill.data.coco_file import NOT_EVALUABLE, CocoFile
+from distill.data.checks.coco_file import NOT_EVALUABLE, CocoFile
+from distill.data.checks.guard import GuardedMapper
+from distill.data.checks.issues import Fault, as_root, config_faults, entry_faults, path_faults
 from distill.data.datasets import check_test_set, find_faults, load_training_set
-from distill.data.faults import Fault, as_root, config_faults, entry_faults, path_faults
-from distill.data.guard import GuardedMapper
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import LAYOUTS
+from distill.data.shapes import LAYOUTS, SceneConfig
 from distill.errors import DataError
 
 WIDTH, HEIGHT = 20, 10

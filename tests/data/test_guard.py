@@ -16,8 +16,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from distill.data import guard
-from distill.data.guard import BadPicture, GuardedMapper, file_faults, inspect_pictures
+from distill.data.checks import guard
+from distill.data.checks.guard import BadPicture, GuardedMapper, file_faults, inspect_pictures
 
 WIDTH, HEIGHT = 40, 30
 CASES = 60  # of broken bytes, a format

@@ -23,7 +23,7 @@ from distill.data.kitti import (
     split_ids,
 )
 from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import kitti as shapes_kitti
+from distill.data.shapes import kitti as shapes_kitti
 from distill.engine import Trainer
 from distill.engine.evaluators import check_test_sets
 from distill.errors import DataError

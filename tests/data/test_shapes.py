@@ -30,25 +30,23 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from distill.data.shapes import (
+    CITYSCAPES_THINGS,
     CLASSES,
+    KITTI_CLASSES,
+    KITTI_FOLD,
+    LAYOUTS,
     STUFF_CLASSES,
+    VOC_NAMES,
     SceneConfig,
     iter_scenes,
     make_scene,
     mask_to_box,
-)
-from distill.data.shapes_io import (
-    CITYSCAPES_THINGS,
-    KITTI_CLASSES,
-    KITTI_FOLD,
-    LAYOUTS,
-    VOC_NAMES,
     write_cityscapes,
     write_coco,
     write_kitti,
     write_voc,
 )
-from distill.data.shapes_io.polygons import mask_to_pixel_outlines, mask_to_polygons
+from distill.data.shapes.polygons import mask_to_pixel_outlines, mask_to_polygons
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_SCENES = 24

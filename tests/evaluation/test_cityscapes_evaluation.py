@@ -18,20 +18,11 @@ from detectron2.evaluation import CityscapesSemSegEvaluator as StockSemanticEval
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 
-from distill.data.cityscapes import (
-    LABEL_IDS,
-    TRAIN_IDS,
-    load_cityscapes_semantic,
-    train_id_table,
-)
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_cityscapes
+from distill.data.cityscapes import LABEL_IDS, TRAIN_IDS, load_cityscapes_semantic, train_id_table
+from distill.data.shapes import SceneConfig, write_cityscapes
 from distill.engine import Trainer, evaluate
 from distill.errors import DataError
-from distill.evaluation.cityscapes import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemanticEvaluator,
-)
+from distill.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 
 K = 19
 needs_in1d = pytest.mark.skipif(not hasattr(np, "in1d"), reason="so do detectron2's evaluators")

@@ -14,8 +14,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from distill.data.kitti import KITTI_CLASSES, Label, load_kitti, register_kitti
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_kitti
+from distill.data.shapes import SceneConfig, write_kitti
 from distill.evaluation import kitti
 from distill.evaluation.kitti import (
     Detections,

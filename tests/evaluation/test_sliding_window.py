@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from distill.config import student_config, validate_config
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import LAYOUTS
+from distill.data.shapes import LAYOUTS, SceneConfig
 from distill.engine import Trainer, setup_config
 from distill.errors import ConfigError
 from distill.evaluation.sliding_window import SlidingWindow, starts, with_sliding_window

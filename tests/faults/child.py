@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from detectron2.engine.hooks import PeriodicWriter
 
-import distill.checkpoint
-from distill.engine import main
+import distill.checkpoint.save
+from distill.launch.main import main
 
 METRICS_PERIOD = 2  # iterations; with detectron2's 20, so short a run would write a single row
 
@@ -71,7 +71,7 @@ class Steps:
             self.take("open", path)
             return _Writer(path, self)
 
-        distill.checkpoint.open = watched_open  # type: ignore[attr-defined]
+        distill.checkpoint.save.open = watched_open  # type: ignore[attr-defined]
 
     def take(self, kind: str, path: str) -> None:
         if self.reaches(kind, path):

@@ -16,8 +16,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from distill.engine import main
 from distill.errors import DistillError
+from distill.launch.main import main
 
 LOGGERS = ("detectron2", "fvcore", "distill")
 CASES: Counter[str] = Counter()

@@ -17,9 +17,8 @@ import torch
 from conftest import distill_opts, trainable_cfg, write_teacher
 from test_resume import differences
 
-from distill.checkpoint import PERIODIC, checksum_file
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_coco
+from distill.checkpoint.save import PERIODIC, checksum_file
+from distill.data.shapes import SceneConfig, write_coco
 
 from .child import Act, Place, nothing, train
 from .ledger import Hung

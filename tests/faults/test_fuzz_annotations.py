@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_errors import Run
 
+from distill.data.checks.guard import BadPicture, GuardedMapper, inspect_pictures
 from distill.data.datasets import (
     check_labels,
     check_test_set,
@@ -19,10 +20,8 @@ from distill.data.datasets import (
     load_training_set,
     register_coco_format,
 )
-from distill.data.guard import BadPicture, GuardedMapper, inspect_pictures
 from distill.data.kitti import register_kitti
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import LAYOUTS, VOC_NAMES
+from distill.data.shapes import LAYOUTS, VOC_NAMES, SceneConfig
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_errors import Run, Shapes
 from torch import Tensor, nn
 
-from distill.checkpoint import StudentCheckpointer, checksum_file, write_checked
+from distill.checkpoint.load import load_strictly
+from distill.checkpoint.save import StudentCheckpointer, checksum_file, write_checked
+from distill.doctor.replay import read_reproducer
 from distill.engine import Trainer, setup_config
-from distill.engine.replay import read_reproducer
-from distill.weights import load_strictly
 
 from .fuzzing import TEXT, VALUES, command_works, fuzz, garbled, spoilt, works
 

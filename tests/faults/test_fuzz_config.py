@@ -21,11 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import get_distill_cfg
-from distill.data.shapes import SceneConfig
-from distill.data.shapes_io import write_coco
+from distill.config.detectron2_rules import _CHOICES, leaves
+from distill.data.shapes import SceneConfig, write_coco
 from distill.engine import Trainer, setup_config
 from distill.heads import DISTILL_HEAD_REGISTRY
-from distill.rules import _CHOICES, leaves
 
 from .fuzzing import TEXT, VALUES, command_works, encoded, fuzz, garbled, like, spoilt, works
 

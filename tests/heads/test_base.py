@@ -12,12 +12,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from distill.config import get_distill_cfg
-from distill.distributed import reduce_mean
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads
 from distill.heads.authors import AUTO
 from distill.heads.base import RandomState
 from distill.structures import Batch, NetSpec, Signals
+from distill.utils.distributed import reduce_mean
 
 CPU = torch.device("cpu")
 REGISTERED = dict(iter(DISTILL_HEAD_REGISTRY))

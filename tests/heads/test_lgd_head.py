@@ -25,8 +25,8 @@ from torch import nn
 from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
+from distill.families import build_probe
 from distill.heads.lgd import ImplicitTeacher, detection_losses, unnoticed
-from distill.probes import build_probe
 
 DETECTORS = [family for family in FAMILIES if family != "semantic"]
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from conftest import distilled, kd_losses, outspoken_model, picture, tiny_fcos, 
 
 from distill import losses
 from distill.errors import ConfigError
+from distill.families import build_probe
+from distill.families.dense import decode_dense, level_anchors
 from distill.heads.tid import cell_centres
-from distill.probes import build_probe
-from distill.probes.dense import decode_dense, level_anchors
 from distill.structures import Batch, Dense, Signals
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))

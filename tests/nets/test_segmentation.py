@@ -23,12 +23,12 @@ from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import building, student_config, validate_config
+from distill.config.detectron2_rules import check_values
 from distill.engine import Trainer
 from distill.errors import ConfigError
+from distill.families import build_probe
 from distill.nets import add_nets_config
 from distill.nets.segmentation import mean_cross_entropy
-from distill.probes import build_probe
-from distill.rules import check_values
 from distill.structures import Signals
 
 HEAD = "MODEL.SEM_SEG_HEAD."

@@ -7,8 +7,8 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from distill.probes import build_probe
-from distill.teacher import Teacher
+from distill.families import build_probe
+from distill.modeling.teacher import Teacher
 
 FAMILIES = ("retinanet", *DENSE)
 SECTIONS = {"retinanet": "RETINANET", **{k: v.upper() for k, v in DENSE.items()}}

@@ -38,7 +38,7 @@ from PIL import Image
 from shapely.geometry import Polygon
 
 from ..errors import DataError
-from .faults import Problem
+from .checks.issues import Problem
 
 IGNORED = 255  # train id of what is neither trained nor evaluated
 IMAGES = "_leftImg8bit.png"

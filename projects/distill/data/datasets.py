@@ -21,9 +21,8 @@ from detectron2.utils.file_io import PathManager
 from ..config import student_config
 from ..errors import DataError
 from ..nets import DENSE_DETECTORS
-from .cityscapes import check_ground_truth
-from .coco_file import CocoFile
-from .faults import (
+from .checks.coco_file import CocoFile
+from .checks.issues import (
     ESCAPE,
     Fault,
     config_faults,
@@ -34,6 +33,7 @@ from .faults import (
     path_faults,
     voc_faults,
 )
+from .cityscapes import check_ground_truth
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError, choices
+from ..errors import DataError
+from ..utils.text import choices
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 NEIGHBOURS = {"Van": "Car", "Person_sitting": "Pedestrian"}

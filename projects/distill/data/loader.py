@@ -16,8 +16,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError
-from ..seeding import derived_seed, private_randomness
-from .guard import BadPicture, GuardedMapper
+from ..utils.seeding import derived_seed, private_randomness
+from .checks.guard import BadPicture, GuardedMapper
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Training and evaluation: detectron2's trainer for plain and distilled students alike."""
 
-from .launch import main
 from .trainer import Trainer, evaluate, load_student, setup_config
 
-__all__ = ["Trainer", "evaluate", "load_student", "main", "setup_config"]
+__all__ = ["Trainer", "evaluate", "load_student", "setup_config"]

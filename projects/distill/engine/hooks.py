@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils.events import EventStorage, get_event_storage
 
-from ..checkpoint import StudentCheckpointer
+from ..checkpoint.save import StudentCheckpointer
 from ..heads import DistillHead
 from .health import cosine_warning, dead_warning, ratio_warning
 from .telemetry import head_of

@@ -21,7 +21,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
-from ..checkpoint import StudentCheckpointer, StudentState
+from ..checkpoint.load import load_strictly, readable
+from ..checkpoint.save import StudentCheckpointer, StudentState
 from ..config import (
     building,
     distill_architectures,
@@ -37,18 +38,17 @@ from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
 from ..evaluation.sliding_window import with_sliding_window
-from ..inherit import inherit
-from ..meta_arch import DistillModel, net_specs
-from ..probes import build_probe
-from ..teacher import Teacher
-from ..weights import load_strictly, readable
-from .ema import WeightsEMA
+from ..families import build_probe
+from ..modeling.init_from_teacher import inherit
+from ..modeling.meta_arch import DistillModel, net_specs
+from ..modeling.teacher import Teacher
+from ..solver.ema import WeightsEMA
+from ..solver.lr_scheduler import build_lr_scheduler
 from .evaluators import check_test_sets, evaluator_builders
-from .faults import FiniteGuard
 from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Evaluation, Telemetry
-from .loop import TrainLoop
-from .schedules import build_lr_scheduler
+from .nonfinite import FiniteGuard
 from .telemetry import drop_torn_row
+from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from pycocotools.coco import COCO
 
-from ..data.coco_file import CocoFile
+from ..data.checks.coco_file import CocoFile
+from ..data.checks.issues import ESCAPE, is_number, one_line
 from ..data.datasets import find_faults
-from ..data.faults import ESCAPE, is_number, one_line
 from ..errors import DataError
 
 _KEYS = ("image_id", "category_id", "bbox", "score")

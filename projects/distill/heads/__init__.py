@@ -1,12 +1,6 @@
 """Distillation heads: which signals are compared, through which adapters."""
 
-from .base import (
-    DISTILL_HEAD_REGISTRY,
-    DistillHead,
-    build_heads,
-    outlasting_phases,
-    teacher_needed,
-)
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, outlasting_phases, teacher_needed
 from .crosskd import CrossKD
 from .dense import DenseDistillHead, DenseKD
 from .features import FGD, FGFI, FKD, FRS, MGD, PKD, DeFeat
@@ -21,15 +15,7 @@ from .mkd import MKD
 from .mssd import MSSD
 from .review import ReviewKD
 from .roi import DKD, KD, ROIKD, ROIDistillHead
-from .semantic import (
-    CIRKD,
-    IFVD,
-    SKD,
-    CWDLogits,
-    PixelKD,
-    RelationDistillHead,
-    SemSegDistillHead,
-)
+from .semantic import CIRKD, IFVD, SKD, CWDLogits, PixelKD, RelationDistillHead, SemSegDistillHead
 from .tid import TID
 
 __all__ = [

@@ -11,9 +11,10 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..errors import ConfigError, choices
+from ..errors import ConfigError
 from ..losses.reduce import connected_zero
 from ..structures import NetSpec, Signals
+from ..utils.text import choices
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
 from ..losses import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from ..losses.reduce import full_precision
 from ..nets.atss import centerness_of
 from ..structures import NetSpec, Signals, Towers
+from ..utils.distributed import reduce_mean
 from .authors import with_authors_values
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, Outside
 from .dense import AnchorGrids, DenseLayout, anchor_problem, grid_problem

@@ -7,9 +7,9 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
 from ..losses import dense_kd
 from ..structures import NetSpec, Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 

@@ -9,9 +9,10 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..errors import ConfigError, choices
+from ..errors import ConfigError
 from ..losses import cwd, fitnet, frequency_mask
 from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
+from ..utils.text import choices
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, RandomState
 
 logger = logging.getLogger(__name__)

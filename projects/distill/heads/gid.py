@@ -8,9 +8,9 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
 from ..structures import NetSpec, Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, DenseLayout
 from .features import DenseFPNHead

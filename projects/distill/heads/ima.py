@@ -8,12 +8,12 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from ..distributed import reduce_mean
 from ..errors import ConfigError
 from ..losses import ima, ima_classes
 from ..losses.ima import Alignment, class_moments, deflation, instance_moments
 from ..losses.reduce import class_members, connected_zero, same_shape
 from ..structures import Batch, NetSpec, Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
 

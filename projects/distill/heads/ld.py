@@ -6,10 +6,10 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..distributed import reduce_mean
 from ..losses import ld, padded
 from ..nets.assign import valuable_region
 from ..structures import NetSpec, Signals, Targets
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, DenseDistillHead, DenseLayout
 

@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import reduce_mean
 from ..losses import binary_kl
 from ..structures import Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 

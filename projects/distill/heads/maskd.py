@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
 from ..losses import dice_overlap, maskd, receptive_masks
 from ..losses.reduce import connected_zero, full_precision
 from ..structures import Batch, NetSpec, Signals
+from ..utils.distributed import reduce_mean
 from .again import detection_losses, unnoticed
 from .base import DISTILL_HEAD_REGISTRY, Outside, current_iteration
 from .features import BoxedFPNHead

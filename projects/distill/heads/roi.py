@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
 from ..losses import categorical_kl, dkd_rows
 from ..losses.reduce import full_precision
 from ..structures import NetSpec, ROIs, Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 

@@ -9,7 +9,6 @@ from detectron2.layers import get_norm
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
 from ..losses import (
     ClassQueues,
     class_pixels,
@@ -22,6 +21,7 @@ from ..losses import (
     pixel_kd,
 )
 from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY, RandomState, gather
 from .classes import PredictionDistillHead
 from .fpn import FPNDistillHead, cell_labels, on_grid

@@ -7,17 +7,9 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..distributed import reduce_mean
-from ..losses import (
-    matched_iou,
-    tid,
-    tid_by_value,
-    tid_information,
-    tid_mask,
-    tid_score,
-    tid_value,
-)
+from ..losses import matched_iou, tid, tid_by_value, tid_information, tid_mask, tid_score, tid_value
 from ..structures import NetSpec, Signals
+from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
 from .dense import DenseLayout, dense_classes, grid_problem

@@ -1,13 +1,7 @@
 """The mathematics of distillation: pure functions of tensors, one method a file."""
 
 from .cells import padded
-from .cirkd import (
-    ClassQueues,
-    class_pixels,
-    class_regions,
-    cross_image_relation,
-    memory_contrast,
-)
+from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast
 from .crosskd import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from .cwd import cwd
 from .defeat import DeFeatTerms, defeat, defeat_masks

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
+from ..utils.distributed import reduce_mean
 from .assign import atss_assign
 from .dense import PriorDetector, Scale, detector_arguments, head_arguments
 

@@ -15,7 +15,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss
 from torch import Tensor, nn
 
-from ..distributed import reduce_mean
+from ..utils.distributed import reduce_mean
 from .assign import atss_assign
 from .dense import PriorDetector, Scale, detector_arguments, head_arguments
 

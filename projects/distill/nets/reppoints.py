@@ -14,7 +14,7 @@ from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from ..distributed import reduce_mean
+from ..utils.distributed import reduce_mean
 from .assign import nearest_point_assign
 from .dense import PriorDetector, Targets, detector_arguments, head_arguments, labelled
 

@@ -1,0 +1,1 @@
+"""Training checkpoints that are stock checkpoints of the student."""

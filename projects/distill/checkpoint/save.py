@@ -1,0 +1,215 @@
+"""Training checkpoints: a stock detectron2 checkpoint of the student, and what a resume needs.
+
+``{"model": student, "distill": heads, "student_state": floats outside the state dict, "trainer":
+optimizer, scheduler, hooks and the run's seed, "iteration": int}``. Only plain types and tensors
+go in, so that ``torch.load(..., weights_only=True)`` reads it.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, WeightsError
+from .load import SafeCheckpointer, file_hash, read_torch
+
+PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of checkpoints on the way
+
+
+class StudentCheckpointer(SafeCheckpointer):
+    """Writes so that no crash harms an earlier checkpoint, and finds the newest intact one.
+
+    Args:
+        weights_in_place: the context in which the student has the weights to write.
+        args, kwargs: as of :class:`SafeCheckpointer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weights_in_place: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.weights_in_place = weights_in_place
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``save_dir/<name>.pth``, its checksum beside it, and tag it as the last one.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier ones are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        with self.weights_in_place():
+            data = {"model": self.model.state_dict()}
+            data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+            data.update(kwargs)
+            self._write(name, data)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_best(self, iteration: int, metric: str, value: float) -> None:
+        """Write ``model_best.pth``: the student alone, not to resume from."""
+        with self.weights_in_place():
+            student = {"model": self.model.state_dict()}
+            self._write("model_best", {**student, "iteration": iteration, metric: value})
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            write_checked(path, data)
+        except (OSError, RuntimeError) as e:
+            # Torch's writer raises a RuntimeError of its own after whatever stopped it.
+            cause = e if isinstance(e, OSError) else e.__context__ or e
+            if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):
+                raise cause from None  # not the file's fault: a data worker died meanwhile
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            before = len(resumable(self.save_dir))
+            raise CheckpointError(
+                f"Checkpoint '{path}' cannot be written ({reason}); the {before} "
+                "before it are intact: mend that and continue with --resume."
+            ) from e
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as f:
+            f.write(last_filename_basename.encode())
+
+    def newest_intact(self) -> str | None:
+        """The checkpoint to resume from; None if there is none at all.
+
+        Raises:
+            WeightsError: there are some, and all are damaged.
+        """
+        damaged = []
+        for path in resumable(self.save_dir):
+            reason = damage(path)
+            if reason is None:
+                return path
+            self.logger.warning("Checkpoint %s %s: taking the one before it.", path, reason)
+            damaged.append(f"'{path}' {reason}")
+        if damaged:
+            raise WeightsError(
+                f"--resume: {damaged[0]}, and no intact checkpoint is left of {len(damaged)}; "
+                "remove them to start anew, or set another OUTPUT_DIR."
+            )
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Remove all periodic checkpoints but the newest ``keep``."""
+        for name in _periodic(self.save_dir)[keep:]:
+            path = os.path.join(self.save_dir, name)
+            # The checksum first: alone, it would stay forever after a crash between the two.
+            if os.path.isfile(checksum_file(path)):
+                os.remove(checksum_file(path))
+            os.remove(path)
+
+
+def resumable(folder: str) -> list[str]:
+    """Checkpoints to resume from: the tagged one, then the periodic ones, newest first."""
+    if not os.path.isdir(folder):
+        return []
+    names = _periodic(folder)
+    tag = os.path.join(folder, "last_checkpoint")
+    if os.path.isfile(tag):
+        with open(tag, errors="replace") as f:
+            last = f.read().strip()
+        # Only a name: the file may hold anything.
+        if last == os.path.basename(last) and last in os.listdir(folder):
+            names = [last] + [x for x in names if x != last]
+    return [os.path.join(folder, x) for x in names]
+
+
+def _periodic(folder: str) -> list[str]:
+    """Names of the periodic checkpoints, the last one written first.
+
+    That of a higher iteration may be older: damaged, or of another run in the same folder.
+    """
+    names = filter(PERIODIC.fullmatch, os.listdir(folder))
+    written = {x: os.path.getmtime(os.path.join(folder, x)) for x in names}
+    return sorted(written, key=lambda x: (written[x], x), reverse=True)
+
+
+class StudentState:
+    """Python numbers of a student that its state dict lacks but an exact resume needs.
+
+    RetinaNet and FCOS keep a moving average of the number of positive anchors.
+    """
+
+    NAMES = ("loss_normalizer",)
+
+    def __init__(self, student: nn.Module):
+        self.student = student
+
+    def state_dict(self) -> dict[str, float]:
+        return {n: float(getattr(self.student, n)) for n in self.NAMES if hasattr(self.student, n)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name in self.NAMES:
+            if name in state:
+                setattr(self.student, name, state[name])
+            elif hasattr(self.student, name):  # it appears with the first step
+                delattr(self.student, name)
+
+
+def checksum_file(path: str) -> str:
+    """Where the checksum of a checkpoint stands, in the format of ``sha256sum --check``."""
+    return f"{path}.sha256"
+
+
+def write_checked(path: str, data: Any) -> None:
+    """``torch.save`` that a crash at any moment leaves with the old file or the new one, whole.
+
+    A new file may lack its checksum after a crash, never have a wrong one.
+    """
+    with replacing(path) as f:
+        torch.save(data, f)
+        f.flush()
+        os.fsync(f.fileno())
+        digest = file_hash(f.name)
+        if os.path.exists(checksum_file(path)):
+            os.remove(checksum_file(path))  # that of the old file
+    with replacing(checksum_file(path)) as f:
+        f.write(f"{digest}  {os.path.basename(path)}\n".encode())
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """Write a temporary file that takes the place of ``path`` when all of it is on the disk."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def damage(path: str) -> str | None:
+    """What is wrong with a checkpoint file, or None; nothing of it is executed.
+
+    Without a checksum beside it, those inside torch's zip format decide, and torch itself.
+    """
+    try:
+        if os.path.isfile(checksum_file(path)):
+            with open(checksum_file(path), errors="replace") as f:
+                expected = f.read().split()
+            return None if file_hash(path) in expected else "does not have its checksum"
+        read_torch(path)
+        return None
+    except Exception as e:  # on broken bytes, both readers raise nearly anything
+        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
+        return f"cannot be read ({reason})"

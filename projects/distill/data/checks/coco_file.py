@@ -1,0 +1,242 @@
+"""Annotation files in COCO's instances format, before detectron2 reads them."""
+
+import json
+import os
+import reprlib
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+from .issues import (
+    WRONG_TYPE,
+    Fault,
+    Problem,
+    annotation_problems,
+    as_root,
+    is_evaluable_mask,
+    is_number,
+    one_line,
+    path_faults,
+    picture_size,
+)
+
+NOT_EVALUABLE = "annotation that cannot be evaluated"
+
+
+class CocoFile:
+    """A file in COCO's instances format as it stands on disk, whatever it holds.
+
+    Args:
+        path: of the annotation file.
+        image_root: folder of the pictures.
+
+    Attributes:
+        content: what the file holds; empty if it cannot be read.
+        problem: why it cannot, or "".
+    """
+
+    def __init__(self, path: str, image_root: str):
+        self.path = path
+        self.image_root = image_root
+        self.content: dict[str, Any] = {}
+        self.problem = self._read()
+
+    def _read(self) -> str:
+        if not PathManager.isfile(self.path):
+            return (
+                "there is no such file (the environment variable DETECTRON2_DATASETS names the "
+                "folder of detectron2's own data sets)"
+            )
+        try:
+            with PathManager.open(self.path) as f:
+                content = json.load(f)
+        except OSError as e:
+            return f"it cannot be opened ({one_line(e)})"
+        except (ValueError, RecursionError) as e:
+            return f"it is no JSON ({one_line(e)})"
+        if not isinstance(content, dict):
+            return f"it holds a JSON {type(content).__name__}, not COCO's instances"
+        self.content = content
+        return ""
+
+    def pictures(self) -> list[dict[str, Any]]:
+        """The pictures that can be looked at, as dataset dicts without annotations."""
+        images = self.content.get("images")
+        entries = []
+        for image in images if isinstance(images, list) else []:
+            if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+                continue
+            entry = self._entry(image)
+            if not any(path_faults(entry, [as_root(self.image_root)])):
+                entries.append(entry)
+        return entries
+
+    def _entry(self, image: Mapping[str, Any]) -> dict[str, Any]:
+        size, _ = picture_size(image)
+        path = os.path.join(self.image_root, image["file_name"])
+        return {"file_name": path, **(dict(zip(("width", "height"), size)) if size else {})}
+
+    def faults(self, masks: bool = True) -> Iterator[Fault]:
+        """Every fault of the file.
+
+        Those of detectron2's reader have no ``picture``: the whole data set cannot be read.
+
+        Args:
+            masks: they are trained.
+        """
+        if self.problem:
+            yield Fault("unreadable annotation file", self.path, self.problem, True)
+            return
+        categories = yield from self._entries("categories", {"name": str})
+        images = yield from self._entries(
+            "images", {"file_name": str, "height": object, "width": object}
+        )
+        annotations = yield from self._entries(
+            "annotations", {"image_id": object, "category_id": object}
+        )
+        if not self.content.get("categories"):
+            detail = (
+                "it is not in COCO's instances format, which has images, annotations, categories"
+            )
+            yield Fault("missing list", self.path, detail, True)
+        for key, what in (("images", "pictures"), ("annotations", "annotations")):
+            if not self.content.get(key):
+                yield Fault("missing list", self.path, f"it has no {what}", key == "images")
+        yield from self._picture_faults(images)
+        sound = categories and categories == self.content["categories"]
+        known = {x["id"] for x in categories} if sound else None
+        pictures = {x["id"]: x for x in images}
+        for annotation in annotations:
+            yield from self._annotation_faults(annotation, pictures, known, masks)
+
+    def evaluation_faults(self, masks: bool) -> Iterator[Fault]:
+        """What stops COCO's evaluation, which needs more than a training and less.
+
+        Args:
+            masks: they are evaluated.
+        """
+        annotations = self.content.get("annotations")
+        for annotation in annotations if isinstance(annotations, list) else []:
+            if isinstance(annotation, dict):
+                for problem in _evaluation_problems(annotation, masks):
+                    yield problem.at(f"{self.path} (annotation {annotation.get('id')!r:.99})")
+
+    def _entries(
+        self, key: str, needed: Mapping[str, type]
+    ) -> Generator[Fault, None, list[dict[str, Any]]]:
+        """The well-formed entries of a list."""
+        entries = self.content.get(key, [])
+        if not isinstance(entries, list):
+            detail = f"'{key}' is a JSON {type(entries).__name__}, no list"
+            yield Fault(WRONG_TYPE, self.path, detail, True)
+            return []
+        good: dict[Any, dict[str, Any]] = {}
+        for place, entry in enumerate(entries):
+            where = f"{self.path} ({key}[{place}])"
+            if problem := _malformed(entry, needed):
+                yield problem.at(where)
+            elif entry["id"] in good:
+                fatal = key != "annotations" or "minival" not in self.path  # as detectron2 has it
+                detail = f"the id {entry['id']!r:.99} is taken already"
+                yield Fault(f"duplicate id in {key}", where, detail, fatal)
+            else:
+                good[entry["id"]] = entry
+        if len({isinstance(x, str) for x in good}) > 1:
+            detail = f"the ids of '{key}' are numbers and texts"
+            yield Fault(WRONG_TYPE, self.path, detail, True)
+        return list(good.values())
+
+    def _picture_faults(self, images: Sequence[Mapping[str, Any]]) -> Iterator[Fault]:
+        roots = [as_root(self.image_root)]
+        for image in images:
+            path = os.path.join(self.image_root, image["file_name"])
+            yield from path_faults({"file_name": path}, roots)
+            _, problem = picture_size(image)
+            if problem or image["width"] is None:
+                problem = problem or Problem("picture without a size", "it has no size")
+                yield problem.at(path, path)
+
+    def _annotation_faults(
+        self,
+        annotation: Mapping[str, Any],
+        pictures: Mapping[Any, Mapping[str, Any]],
+        categories: Collection[Any] | None,
+        masks: bool,
+    ) -> Iterator[Fault]:
+        image, category = annotation["image_id"], annotation["category_id"]
+        if not (_is_id(image) and _is_id(category)):
+            detail = f"image_id={image!r:.99} or category_id={category!r:.99} is no id"
+            yield Fault(WRONG_TYPE, self._place(self.path, annotation), detail, True)
+            return
+        if image not in pictures:
+            detail = f"there is no picture of image_id={image!r:.99}"
+            yield Fault("unknown picture", self._place(self.path, annotation), detail, False)
+            return
+        path = os.path.join(self.image_root, pictures[image]["file_name"])
+        size, _ = picture_size(pictures[image])
+        problems = list(
+            annotation_problems(annotation, BoxMode.XYWH_ABS, size, masks, on_disk=True)
+        )
+        problems += _reader_problems(annotation)
+        if categories is not None and category not in categories:
+            detail = f"there is no category of category_id={category!r:.99}"
+            problems.append(Problem("unknown category", detail))
+        for problem in problems:
+            droppable = problem.kind not in (WRONG_TYPE, "unknown category")
+            yield problem.at(self._place(path, annotation), path if droppable else "")
+
+    @staticmethod
+    def _place(path: str, annotation: Mapping[str, Any]) -> str:
+        return f"{path} (annotation {annotation['id']!r:.99})"
+
+
+def _is_id(x: Any) -> bool:
+    return type(x) in (int, str) or (type(x) is float and x.is_integer())
+
+
+def _malformed(entry: Any, needed: Mapping[str, type]) -> Problem | None:
+    """Why detectron2 could not read an entry of one of COCO's lists."""
+    if not isinstance(entry, dict):
+        return Problem(WRONG_TYPE, f"{reprlib.repr(entry)} is no JSON object")
+    for key, kind in needed.items():
+        if key not in entry:
+            return Problem("missing key", f"it has no {key}")
+        if not isinstance(entry[key], kind):
+            return Problem(WRONG_TYPE, f"{key} is {reprlib.repr(entry[key])}")
+    if not _is_id(entry.get("id")):
+        return Problem(WRONG_TYPE, f"its id is {reprlib.repr(entry.get('id'))}")
+    return None
+
+
+def _reader_problems(annotation: Mapping[str, Any]) -> Iterator[Problem]:
+    """What detectron2's reader of COCO stumbles over in an annotation."""
+    box, keypoints = annotation.get("bbox", [0]), annotation.get("keypoints")
+    if not isinstance(box, (list, str, dict)) or not box:
+        yield Problem(WRONG_TYPE, f"the box is {reprlib.repr(box)}")
+    if annotation.get("ignore", 0) != 0:
+        yield Problem(WRONG_TYPE, "detectron2 knows no 'ignore'; use iscrowd")
+    if keypoints and not (isinstance(keypoints, list) and all(map(is_number, keypoints))):
+        yield Problem(WRONG_TYPE, "the keypoints are no list of numbers")
+
+
+def _evaluation_problems(annotation: Mapping[str, Any], masks: bool) -> Iterator[Problem]:
+    """What pycocotools' evaluation stumbles over in an annotation."""
+    box, remedy = annotation.get("bbox"), "COCO's evaluation needs it"
+    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+        yield Problem(NOT_EVALUABLE, f"bbox is {reprlib.repr(box)}, not 4 numbers; {remedy}")
+    if not is_number(annotation.get("area")):
+        detail = f"area is {reprlib.repr(annotation.get('area'))}, no number; {remedy}"
+        yield Problem(NOT_EVALUABLE, detail)
+    if isinstance(annotation.get("id"), str):
+        yield Problem(NOT_EVALUABLE, "its id is a text; COCO's evaluation needs numbers")
+    elif annotation.get("id") == 0:
+        detail = "its id is 0, so COCO's evaluation counts it as missed; number them from 1"
+        yield Problem(NOT_EVALUABLE, detail, False)
+    if annotation.get("iscrowd") not in (0, 1):
+        detail = f"iscrowd is {reprlib.repr(annotation.get('iscrowd'))}, not 0 or 1; {remedy}"
+        yield Problem(NOT_EVALUABLE, detail)
+    if masks and not is_evaluable_mask(annotation):
+        detail = f"segmentation is {reprlib.repr(annotation.get('segmentation'))}; {remedy}"
+        yield Problem(NOT_EVALUABLE, detail)

@@ -1,0 +1,154 @@
+"""What is examined: the networks, optimizer and batches of a training, before its first step."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..checkpoint.save import StudentState
+from ..engine.trainer import Trainer
+from ..families import Probe
+from ..heads import DistillHead
+from ..modeling.meta_arch import DistillModel, net_specs
+from ..modeling.teacher import Teacher
+from ..structures import NetSpec
+from ..utils.seeding import seed_globally
+from .report import Weights
+
+LATE = 10**9  # an iteration after all schedules of the heads
+
+Inputs = list[dict[str, Any]]
+UNTOUCHED = -77777.0  # no weight is that: what still is after the loading was not in the file
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class Patient:
+    """A training at its beginning, in this one process.
+
+    Attributes:
+        cfg: scaled to one process.
+        model: what trains, in training mode: a :class:`DistillModel`, or the student itself.
+        autocast: opens the training's mixed precision.
+        batches: endless.
+        probe: None for a plain network, of which nothing is tapped.
+        teacher: None if no head needs one.
+        heads: by name; empty without distillation.
+        specs: what heads may know of student and teacher; None where there is no such network.
+    """
+
+    cfg: CfgNode
+    model: nn.Module
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager[Any]]
+    batches: Iterator[Inputs]
+    weights: Weights
+    probe: Probe | None
+    teacher: Teacher | None
+    heads: dict[str, DistillHead]
+    specs: tuple[NetSpec | None, NetSpec | None]
+
+
+def admit(cfg: CfgNode, folder: str) -> Patient:
+    """Build what ``cfg`` trains, as the trainer does, with its weights loaded.
+
+    Args:
+        folder: stands for the ``OUTPUT_DIR``, which stays as it is.
+
+    Raises:
+        DistillError: what would stop the training before its first step.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = folder
+    cfg.SEED = max(cfg.SEED, 0)
+    cfg.DATALOADER.NUM_WORKERS = 0  # two batches are not worth their start
+    cfg.freeze()
+    seed_globally(cfg.SEED)
+    trainer = Trainer(cfg)
+    weights = load_weights(trainer)
+    loop: Any = trainer._trainer
+    model: nn.Module = getattr(loop.model, "module", loop.model).train()
+    probe, teacher, heads = None, None, {}
+    specs: tuple[NetSpec | None, NetSpec | None] = (None, None)
+    if isinstance(model, DistillModel):
+        probe, teacher, heads = model.probe, model.teacher, dict(model.heads.items())
+        specs = net_specs(cfg, probe, teacher.probe if teacher else None)
+    return Patient(
+        cfg=trainer.cfg,
+        model=model,
+        student=trainer.student,
+        optimizer=loop.optimizer,
+        autocast=loop.autocast,
+        batches=iter(loop.data_loader),
+        weights=weights,
+        probe=probe,
+        teacher=teacher,
+        heads=heads,
+        specs=specs,
+    )
+
+
+def load_weights(trainer: Trainer) -> Weights:
+    """Load ``MODEL.WEIGHTS`` as the training does, and see which tensors it filled."""
+    file, student = trainer.cfg.MODEL.WEIGHTS, trainer.student
+    state = {k: v for k, v in student.state_dict().items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in state.items() if not k.endswith(STATISTICS)}
+    before = {k: v.clone() for k, v in tensors.items()}
+    for x in tensors.values():
+        x.fill_(UNTOUCHED)
+    trainer.resume_or_load(resume=False)
+    kept = [k for k, x in tensors.items() if bool((x == UNTOUCHED).all())]
+    for k in kept:
+        tensors[k].copy_(before[k])
+    groups: dict[str, int] = {}
+    for k in kept:
+        group = k.split(".")[0]
+        groups[group] = groups.get(group, 0) + 1
+    return Weights(file, len(tensors) - len(kept), len(tensors), groups)
+
+
+@contextmanager
+def preserved(patient: Patient) -> Iterator[None]:
+    """Make training steps inside of length 0, and undo what else they change."""
+    state = {k: _on_cpu(v) for k, v in patient.model.state_dict().items()}
+    numbers = StudentState(patient.student)
+    saved = numbers.state_dict()
+    groups = patient.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    try:
+        yield
+    finally:
+        patient.model.load_state_dict(state)
+        numbers.load_state_dict(saved)
+        patient.optimizer.zero_grad()
+        patient.optimizer.state.clear()
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.copy(value)
+
+
+@contextmanager
+def full_weight(heads: dict[str, DistillHead]) -> Iterator[None]:
+    """Late in the training: all heads are warm, done with what they learn first, and none stops."""
+    saved = [(head, head.stop_iter) for head in heads.values()]
+    for head in heads.values():
+        head.stop_iter = 0
+    try:
+        with EventStorage(LATE):
+            yield
+    finally:
+        for head, stop in saved:
+            head.stop_iter = stop

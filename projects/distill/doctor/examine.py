@@ -1,0 +1,305 @@
+"""The examination: two batches of a training, of which nothing stays."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers.batch_norm import NaiveSyncBatchNorm
+from detectron2.modeling import build_model
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import building, student_config, teacher_config, validate_config
+from ..data.datasets import register_coco_format
+from ..engine.hooks import memory_mb
+from ..errors import ConfigError
+from ..families import build_probe
+from ..heads import outlasting_phases
+from ..heads.classes import ClassMap
+from ..modeling.meta_arch import DistillModel, net_specs
+from ..modeling.teacher import build_teacher
+from ..structures import Signals
+from .dry_run import Inputs, Patient, admit, preserved
+from .losses import loss_table, loss_warnings, losses_of
+from .recording import head_table, listen_to_both, tap_table
+from .report import Cost, Report, Setting, TeacherCheck
+from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
+
+BATCHES = 2
+FEWEST_PICTURES = 4  # of a batch normalisation in training mode
+
+Say = Callable[[str], Any]
+
+
+def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Report:
+    """Everything about a training that two batches show; nothing of it is touched.
+
+    Args:
+        cfg: of the training.
+        teacher_pictures: of the first test set, for the teacher's AP; 0: none.
+        say: is told what comes next.
+
+    Raises:
+        DistillError: what would stop the training before its first step.
+    """
+    check_config(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        say("building the networks")
+        patient = admit(cfg, folder)
+        report = introduction(patient)
+        say("loading two batches")
+        start = time.perf_counter()
+        batches = [next(patient.batches) for _ in range(BATCHES)]
+        data_seconds = (time.perf_counter() - start) / BATCHES
+        say("training steps")
+        with preserved(patient):
+            report.cost = measure_cost(patient, batches, data_seconds, cfg.DATALOADER.NUM_WORKERS)
+        say("taps")
+        with preserved(patient):
+            add_taps(report, patient, batches[0])
+        say("the gradient of every loss")
+        with preserved(patient):
+            report.losses, errors = loss_table(patient, batches)
+        say("the teacher's predictions")
+        add_teacher(report, patient, batches, teacher_pictures)
+    report.errors += errors
+    report.warnings += outlasting_phases(cfg)
+    report.warnings += loss_warnings(report.losses, patient.heads)
+    report.warnings += filter(None, [batch_norm_warning(patient, cfg.SOLVER.IMS_PER_BATCH)])
+    return report
+
+
+def examine_taps(cfg: CfgNode, *, say: Say = str) -> Report:
+    """The taps and their pairing alone, which need one batch and no gradient."""
+    check_config(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        say("building the networks")
+        patient = admit(cfg, folder)
+        report = introduction(patient)
+        say("taps")
+        with preserved(patient):
+            add_taps(report, patient, next(patient.batches))
+    return report
+
+
+def examine_heads(cfg: CfgNode, *, say: Say = str) -> Report:
+    """Every registered head, whether it works for student and teacher or not, and why.
+
+    A teacher counts if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` names one; configured heads that do
+    not work are no error here.
+    """
+    check_config(cfg)
+    say("building the networks")
+    with building("student"):
+        student = build_model(student_config(cfg))
+    teacher = build_teacher(cfg) if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE else None
+    specs = net_specs(cfg, build_probe(student), teacher.probe if teacher else None)
+    return Report(
+        student=type(student).__name__,
+        teacher=type(teacher.model).__name__ if teacher else "",
+        teacher_weights=teacher_config(cfg).MODEL.WEIGHTS if teacher else "",
+        registered_heads=head_table(*specs, configured=tuple(cfg.MODEL.DISTILL.HEADS)),
+    )
+
+
+def check_config(cfg: CfgNode) -> None:
+    register_coco_format(cfg)
+    validate_config(cfg)
+
+
+# ---- What is there before the first batch.
+
+
+def introduction(patient: Patient) -> Report:
+    """The networks, their weights and classes."""
+    cfg, weights, (student, teacher) = patient.cfg, patient.weights, patient.specs
+    report = Report(
+        student=type(patient.student).__name__,
+        heads=list(patient.heads),
+        weights=weights,
+        notes=remarks(patient),
+    )
+    if weights.file and not weights.filled:
+        report.errors.append(
+            f"MODEL.WEIGHTS '{weights.file}' has none of the student's {weights.total} tensors; "
+            "name a file of its backbone or of the whole student."
+        )
+    if student and teacher:
+        report.teacher = type(teacher.model).__name__
+        report.teacher_weights = teacher_config(cfg).MODEL.WEIGHTS
+        report.classes = compare_classes(cfg, student, teacher)
+        if not report.classes.known:
+            report.warnings.append(
+                "The teacher's class names are unknown, those shown are assumed; set "
+                "MODEL.DISTILL.TEACHER.CLASSES."
+            )
+        if same_file(weights.file, report.teacher_weights):
+            report.warnings.append(
+                f"Teacher and student have the same weights '{weights.file}', so the teacher knows "
+                "no more than the student; change MODEL.DISTILL.TEACHER.WEIGHTS or MODEL.WEIGHTS."
+            )
+    return report
+
+
+def remarks(patient: Patient) -> list[str]:
+    """What is no fault, but good to know."""
+    cfg, found = patient.cfg, []
+    if not isinstance(patient.model, DistillModel):
+        name = cfg.MODEL.META_ARCHITECTURE
+        found.append(f"MODEL.META_ARCHITECTURE {name} trains without distillation: no taps.")
+    elif not patient.heads:
+        found.append("MODEL.DISTILL.HEADS is empty: the student trains without distillation.")
+    elif patient.teacher is None:
+        found.append("No head needs a teacher: the student teaches itself.")
+    found += [
+        f"MODEL.DISTILL.{name.upper()}.WEIGHT is 0: {name} is off."
+        for name, head in patient.heads.items()
+        if head.weight == 0
+    ]
+    if not cfg.MODEL.WEIGHTS:
+        found.append("MODEL.WEIGHTS is empty: the student starts from random weights.")
+    return found
+
+
+def same_file(a: str, b: str) -> bool:
+    return bool(a) and (a == b or os.path.realpath(a) == os.path.realpath(b))
+
+
+def batch_norm_warning(patient: Patient, total: int) -> str | None:
+    """A sentence if a batch normalisation learns from too few pictures, or None.
+
+    Args:
+        total: pictures of a batch over all processes, which synchronised layers see.
+    """
+    synchronised = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    own = patient.cfg.SOLVER.IMS_PER_BATCH
+    layers = [m for m in patient.student.modules() if isinstance(m, _BatchNorm) and m.training]
+    pictures = [total if isinstance(m, synchronised) else own for m in layers]
+    few = [n for n in pictures if n < FEWEST_PICTURES]
+    if not few:
+        return None
+    return (
+        f"{len(few)} layers of batch normalisation learn their statistics from {few[0]} pictures "
+        f"a process, fewer than {FEWEST_PICTURES}; set the NORM keys to FrozenBN or GN, or raise "
+        "SOLVER.IMS_PER_BATCH."
+    )
+
+
+# ---- What the batches show.
+
+
+def add_taps(report: Report, patient: Patient, inputs: Inputs) -> None:
+    signals = listen_to_both(patient, inputs) if patient.probe else None
+    report.taps = tap_table(patient, *signals) if signals else []
+    report.preprocessing = preprocessing(patient, signals[0] if signals else None)
+
+
+def preprocessing(patient: Patient, signals: Signals | None) -> list[Setting]:
+    """The settings that decide what a network sees of a picture.
+
+    Args:
+        signals: of the student on one batch; None if it has no probe.
+    """
+    configs, models = [patient.cfg], [patient.student]
+    canvases = ["x".join(map(str, signals.batch.canvas))] if signals else []
+    if patient.teacher and signals:
+        configs.append(teacher_config(patient.cfg))
+        models.append(patient.teacher.model)
+        seen = patient.teacher.preprocess(signals.batch)
+        canvases.append("x".join(map(str, seen.shape[-2:])))
+    rows: dict[str, list[Any]] = {"INPUT.FORMAT": [x.INPUT.FORMAT for x in configs]}
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        rows[f"MODEL.{key}"] = [[round(v, 3) for v in x.MODEL[key]] for x in configs]
+    backbones: list[Any] = [getattr(x, "backbone", None) for x in models]
+    rows["size divisibility"] = [getattr(x, "size_divisibility", 0) or "any" for x in backbones]
+    padding = [getattr(x, "padding_constraints", {}).get("square_size", 0) for x in backbones]
+    rows["square padding"] = [x or "none" for x in padding]
+    for key in ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN"):
+        rows[f"INPUT.{key}"] = [x.INPUT[key] for x in configs]
+    rows["canvas of the first batch"] = canvases
+    return [
+        Setting(name, str(values[0]), str(values[1]) if len(values) > 1 else None)
+        for name, values in rows.items()
+        if values
+    ]
+
+
+def measure_cost(
+    patient: Patient, batches: Sequence[Inputs], data_seconds: float, workers: int
+) -> Cost:
+    """Time and memory of training steps of length 0."""
+    cfg, device = patient.cfg, patient.cfg.MODEL.DEVICE
+    cuda = device.startswith("cuda")
+    finish = torch.cuda.synchronize if cuda else lambda: None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    step(patient, batches[0])  # warms up
+    finish()
+    start = time.perf_counter()
+    for batch in batches:
+        step(patient, batch)
+    finish()
+    seconds = (time.perf_counter() - start) / len(batches)
+    # Workers load while the step runs; the slower of the two decides.
+    iteration = max(seconds, data_seconds / workers) if workers else seconds + data_seconds
+    return Cost(
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        batch=len(batches[0]),
+        memory_mb=memory_mb(),
+        step_seconds=seconds,
+        data_seconds=data_seconds,
+        iterations=cfg.SOLVER.MAX_ITER,
+        hours=iteration * cfg.SOLVER.MAX_ITER / 3600,
+    )
+
+
+def step(patient: Patient, batch: Inputs) -> None:
+    try:
+        losses = losses_of(patient, batch, seed=0)
+        patient.optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        patient.optimizer.step()
+    except torch.cuda.OutOfMemoryError as e:
+        raise ConfigError(
+            f"A step of {len(batch)} pictures does not fit into the memory of "
+            f"{patient.cfg.MODEL.DEVICE}; lower SOLVER.IMS_PER_BATCH or INPUT.MAX_SIZE_TRAIN."
+        ) from e
+
+
+# ---- What the teacher knows.
+
+
+def add_teacher(report: Report, patient: Patient, batches: Sequence[Inputs], pictures: int) -> None:
+    """The teacher's share of the ground truth, and its AP on ``pictures`` of the test set."""
+    cfg, teacher, (own, theirs) = patient.cfg, patient.teacher, patient.specs
+    if not (teacher and own and theirs):
+        if pictures:
+            report.notes.append("There is no teacher whose AP could be measured.")
+        return
+    classes = ClassMap(own.classes, theirs.classes)
+    ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    check = check_teacher(teacher, classes, batches, cfg.MODEL.DEVICE, ignored)
+    report.teacher_check = check
+    if check is None:
+        report.notes.append("The batches have no labels of what the teacher predicts.")
+    elif no_better_than_chance(check):
+        report.warnings.append(chance_warning(check))
+    if pictures:
+        try:
+            report.teacher_ap = teacher_ap(cfg, teacher, theirs, pictures)
+        except ConfigError as e:
+            report.notes.append(str(e))
+
+
+def chance_warning(check: TeacherCheck) -> str:
+    pixels = check.measure == PIXELS
+    found = "of {} pixels right" if pixels else "of {} objects"
+    return (
+        f"The teacher {'labels' if pixels else 'finds'} {check.value:.1%} "
+        f"{found.format(check.count)}, no better than chance ({check.chance:.1%}); look at "
+        "MODEL.DISTILL.TEACHER: its WEIGHTS, its CLASSES, the INPUT.FORMAT of its config."
+    )

@@ -1,0 +1,161 @@
+"""What every loss does to the student: its value and its gradient beside those of the task."""
+
+import math
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..engine.health import cosine_warning, dead_warning, ratio_warning
+from ..engine.telemetry import dot, head_of
+from ..errors import DistillError, NumericalError
+from ..heads import DistillHead
+from .dry_run import Inputs, Patient, full_weight
+from .report import LossRow, shortened
+
+Gradient = list[Tensor | None]
+TASK = "task"
+SCALE = 1024.0  # without it, small float16 gradients would vanish, as they do not in training
+
+
+class Measured:
+    """Value, gradient norm and cosine of one loss in every batch."""
+
+    def __init__(self, head: str | None):
+        self.head = head
+        self.values: list[float] = []
+        self.norms: list[float] = []
+        self.cosines: list[float] = []
+
+    def add(self, value: float, gradient: Gradient, task: Gradient) -> None:
+        self.values.append(value)
+        self.norms.append(norm(gradient))
+        scale = self.norms[-1] * norm(task)
+        if scale > 0 and math.isfinite(scale):
+            self.cosines.append(dot(gradient, task) / scale)
+
+    def row(self, loss: str, task: float) -> LossRow:
+        value = mean(self.values)
+        cosine = mean(self.cosines) if self.cosines else None
+        return LossRow(loss, self.head, value, value / max(task, 1e-12), mean(self.norms), cosine)
+
+
+def loss_table(patient: Patient, batches: Sequence[Inputs]) -> tuple[list[LossRow], list[str]]:
+    """Measure every loss on the batches, with every head at its full weight.
+
+    Returns:
+        rows: the task first, then head by head.
+        errors: a sentence for each loss or gradient that is not finite.
+
+    Raises:
+        NumericalError: the student itself stopped at a number that is not finite.
+    """
+    measured: dict[str, Measured] = {}
+    errors: list[str] = []
+    for k, batch in enumerate(batches):
+        losses = losses_of(patient, batch, seed=k)
+        where = f"in batch {k + 1} ({file_names(batch)})"
+        values = {name: x.item() for name, x in losses.items()}
+        bad = {name: x for name, x in values.items() if not math.isfinite(x)}
+        errors += [f"{name} is {x} {where}" for name, x in bad.items()]
+        measure(losses, patient, measured)
+        if not bad:
+            wrong = [name for name, m in measured.items() if not math.isfinite(m.norms[-1])]
+            errors += [f"the gradient of {name} is not finite {where}" for name in wrong]
+    task = mean(measured[TASK].values)
+    advice = "check the pictures, MODEL.WEIGHTS and the head's WEIGHT"
+    rows = [m.row(name, task) for name, m in measured.items()]
+    return rows, [f"{error}; {advice}." for error in errors]
+
+
+def losses_of(patient: Patient, batch: Inputs, seed: int) -> dict[str, Tensor]:
+    """The named losses of one training forward with their graph.
+
+    Raises:
+        NumericalError, DistillError: the networks refuse the batch.
+    """
+    torch.manual_seed(seed)  # of the proposals that the student samples
+    pictures = file_names(batch)
+    with full_weight(patient.heads), patient.autocast():
+        try:
+            return patient.model(batch)
+        except DistillError:
+            raise
+        except FloatingPointError as e:  # detectron2's own check
+            raise NumericalError(
+                f"The student's forward is not finite ({one_line(e)}; pictures {pictures}); check "
+                "MODEL.WEIGHTS and the pictures."
+            ) from e
+        except (AssertionError, KeyError, ValueError) as e:
+            frame = traceback.extract_tb(e.__traceback__)[-1]
+            where = f"{os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+            raise DistillError(
+                f"The training step fails at {where} ({type(e).__name__} {one_line(e)}; pictures "
+                f"{pictures}); check that the data have what MODEL.META_ARCHITECTURE trains on."
+            ) from e
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".!")
+
+
+def measure(losses: dict[str, Tensor], patient: Patient, measured: dict[str, Measured]) -> None:
+    """Add the value and the gradient of every loss of one batch to ``measured``."""
+    parameters = [p for p in patient.student.parameters() if p.requires_grad]
+    by_head: dict[str | None, dict[str, Tensor]] = {None: {}}
+    for name, loss in losses.items():
+        by_head.setdefault(head_of(name, list(patient.heads)), {})[name] = loss
+    total = torch.stack(list(by_head.pop(None).values())).sum()
+    task = gradient_of(total, parameters)
+    measured.setdefault(TASK, Measured(None)).add(total.item(), task, task)
+    for head, parts in by_head.items():
+        name = f"loss_{str(head).lower()}"
+        whole = measured.setdefault(name, Measured(head))  # its sum stands before its parts
+        summed: Gradient = [None] * len(parameters)
+        for part, loss in parts.items():
+            own = gradient_of(loss, parameters)
+            summed = [y if x is None else x if y is None else x + y for x, y in zip(summed, own)]
+            if part != name:
+                measured.setdefault(part, Measured(head)).add(loss.item(), own, task)
+        whole.add(sum(x.item() for x in parts.values()), summed, task)
+
+
+def loss_warnings(rows: Sequence[LossRow], heads: Mapping[str, DistillHead]) -> list[str]:
+    """What a person should look at, one sentence a head and fault.
+
+    A level on which a head finds nothing to compare is no fault: the sum of its losses counts.
+    """
+    warnings: list[str | None] = []
+    for name, head in heads.items():
+        own = next(row for row in rows if row.head == name)  # the sum comes first
+        if head.weight == 0 or not math.isfinite(own.value):
+            continue
+        if own.value == 0 or own.gradient == 0:
+            warnings.append(dead_warning(own.loss, "loss" if own.value == 0 else "gradient"))
+        else:
+            warnings.append(ratio_warning(own.loss, own.ratio))
+        if own.cosine is not None:
+            warnings.append(cosine_warning(own.loss, own.cosine))
+    return [sentence for sentence in warnings if sentence]
+
+
+def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Gradient:
+    """Of one scalar in every parameter; None where it does not depend on it."""
+    if not loss.requires_grad:
+        return [None] * len(parameters)
+    scaled = torch.autograd.grad(loss * SCALE, parameters, retain_graph=True, allow_unused=True)
+    return [None if g is None else g.float() / SCALE for g in scaled]
+
+
+def norm(x: Gradient) -> float:
+    return math.sqrt(dot(x, x))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def file_names(batch: Inputs) -> str:
+    return shortened([str(x.get("file_name", "unnamed")) for x in batch], 4)

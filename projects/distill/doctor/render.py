@@ -1,0 +1,185 @@
+"""The report as text of at most 100 columns."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..engine.health import HIGHEST_RATIO, LOWEST_COSINE, LOWEST_RATIO
+from .report import Classes, Cost, HeadRow, LossRow, Report, Said, Setting, Tap, Weights, shortened
+
+WIDTH = 100
+MOST_NAMES = 8
+
+
+def render(report: Report) -> None:
+    """Print what the report has, sections in a fixed order, and the verdict last."""
+    columns = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
+    console = Console(file=sys.stdout, width=columns, highlight=False, markup=False)
+    for title, content in sections(report):
+        console.print(title, style="bold")
+        for part in content:
+            console.print(part)
+        console.print()
+    console.print(f"{plural(report.errors, 'error')}, {plural(report.warnings, 'warning')}")
+
+
+def sections(report: Report) -> Iterator[tuple[str, Sequence[Any]]]:
+    yield "Networks", network_lines(report)
+    if report.preprocessing:
+        yield "Preprocessing", [setting_table(report.preprocessing)]
+    if report.classes:
+        yield "Classes", class_lines(report.classes)
+    if report.taps:
+        yield "Taps", [tap_table(report.taps)]
+    if report.losses:
+        yield "Losses", [loss_table(report.losses)]
+    if report.teacher_check or report.teacher_ap:
+        yield "Teacher", teacher_lines(report)
+    if report.cost:
+        yield "Cost", cost_lines(report.cost)
+    if report.registered_heads:
+        yield "Heads", [head_table(report.registered_heads)]
+    for title in ("Notes", "Warnings", "Errors"):
+        sentences = getattr(report, title.lower())
+        if sentences:
+            yield title, [bullets(sentences)]
+
+
+def network_lines(report: Report) -> list[Any]:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("student", report.student + weights_text(report.weights))
+    filled = f", every tensor filled by {report.teacher_weights}"
+    table.add_row("teacher", report.teacher + filled if report.teacher else "none")
+    if not report.registered_heads:
+        table.add_row("heads", ", ".join(report.heads) or "none")
+    return [table]
+
+
+def weights_text(weights: Weights | None) -> str:
+    if weights is None:
+        return ""
+    if not weights.file:
+        return ", random weights"
+    text = f", {weights.filled} of {weights.total} tensors filled by {weights.file}"
+    if weights.unfilled:
+        groups = ", ".join(f"{name} {number}" for name, number in weights.unfilled.items())
+        text += f"; random: {groups}"
+    return text
+
+
+def setting_table(settings: Sequence[Setting]) -> Table:
+    table = plain_table("", "student", "teacher", "")
+    for x in settings:
+        differs = x.teacher is not None and x.teacher != x.student
+        table.add_row(x.name, x.student, x.teacher or "", "differs" if differs else "")
+    return table
+
+
+def class_lines(classes: Classes) -> list[str]:
+    number = f"{classes.shared} of {len(classes.student)}"
+    texts = {
+        "same": f"the same {len(classes.student)} in the same order",
+        "other order": f"the same {len(classes.student)} in another order",
+        "mapped": f"{number} of the student's are known to the teacher, by name",
+    }
+    lines = [texts.get(classes.relation, classes.relation)]
+    if classes.only_student:
+        lines.append(f"only the student's: {shortened(classes.only_student, MOST_NAMES)}")
+    if classes.only_teacher:
+        lines.append(f"only the teacher's: {shortened(classes.only_teacher, MOST_NAMES)}")
+    return lines
+
+
+def tap_table(taps: Sequence[Tap]) -> Table:
+    table = plain_table("signal", "student", "teacher", "compared by")
+    for tap in taps:
+        by_adapter: dict[str, list[str]] = {}
+        for x in tap.heads:
+            by_adapter.setdefault(x.adapter, []).append(x.head)
+        heads = [f"{', '.join(names)}: {adapter}" for adapter, names in by_adapter.items()]
+        table.add_row(tap.signal, said(tap.student), said(tap.teacher), "\n".join(heads))
+    return table
+
+
+def said(x: Said | None) -> str:
+    if x is None:
+        return "-"
+    stride = f" /{x.stride}" if x.stride else ""
+    return f"{x.name} {'x'.join(map(str, x.shape))}{stride} {x.dtype}"
+
+
+def loss_table(rows: Sequence[LossRow]) -> Table:
+    table = plain_table("loss", "value", "of task", "gradient", "cosine", "", right=(1, 2, 3, 4))
+    for row in rows:
+        part = "/" in row.loss
+        name = ("  " if part else "") + row.loss.removeprefix("loss_")
+        cosine = "" if row.cosine is None else f"{round(row.cosine, 2) + 0.0:.2f}"  # no -0.00
+        ratio = f"{row.ratio:.3g}" if row.head else ""
+        values = (f"{row.value:.4g}", ratio, f"{row.gradient:.3g}", cosine if row.head else "")
+        table.add_row(name, *values, remark(row))
+    return table
+
+
+def remark(row: LossRow) -> str:
+    """One word on what is out of bounds."""
+    if row.value == 0 or row.gradient == 0:
+        return "no loss" if row.value == 0 else "no gradient"
+    if row.head and not LOWEST_RATIO <= row.ratio <= HIGHEST_RATIO:
+        return "small" if row.ratio < LOWEST_RATIO else "large"
+    return "against" if (row.cosine or 0) < LOWEST_COSINE else ""
+
+
+def teacher_lines(report: Report) -> list[str]:
+    lines = []
+    if check := report.teacher_check:
+        text = f"{check.measure}: {check.value:.1%} of {check.count} (chance {check.chance:.1%})"
+        lines.append(text if check.by_class else f"{text}, classes not compared")
+    if measured := report.teacher_ap:
+        lines.append(f"on the first {measured.pictures} pictures of {measured.dataset}:")
+        shown = [k for k in measured.metrics if k.split("/")[1] in ("AP", "AP50", "mIoU", "pACC")]
+        lines.append("  " + ", ".join(f"{k} {measured.metrics[k]:.1f}" for k in shown))
+    return lines
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    return [
+        f"{cost.step_seconds:.3g} s a step of {cost.batch} pictures on {cost.device}, "
+        f"{cost.memory_mb:,.0f} MiB at most"
+        + (" in the whole process" if cost.device == "cpu" else ""),
+        f"{cost.data_seconds:.3g} s to load a batch in one process",
+        f"{cost.hours:.3g} h for {cost.iterations:,} iterations, evaluation excluded",
+    ]
+
+
+def head_table(rows: Sequence[HeadRow]) -> Table:
+    table = plain_table("head", "compares", "here")
+    for row in rows:
+        name = row.head + (" *" if row.configured else "")
+        signals = ", ".join(row.compares) + ("" if row.needs_teacher else " (with itself)")
+        table.add_row(name, signals, f"no: {row.problem}" if row.problem else "works")
+    if any(row.configured for row in rows):
+        table.caption = "* in MODEL.DISTILL.HEADS"
+    return table
+
+
+def plain_table(*columns: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, caption_justify="left")
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="right" if k in right else "left", overflow="fold")
+    return table
+
+
+def bullets(sentences: Sequence[str]) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        table.add_row("-", sentence)
+    return table
+
+
+def plural(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"

@@ -1,0 +1,187 @@
+"""Repeats a step that was not finite, and finds the first module that made it so."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..checkpoint.load import read_torch, readable
+from ..checkpoint.save import StudentState
+from ..config import building
+from ..engine.nonfinite import bad_gradients, from_plain, says_nonfinite
+from ..engine.train_loop import arithmetic, seed_step
+from ..engine.trainer import be_deterministic, setup_config
+from ..errors import DistillError, WeightsError
+from ..modeling.meta_arch import DistillModel
+
+_TYPES = {
+    **{"what": str, "losses": dict, "config": str, "seed": int, "iteration": int, "rank": int},
+    **{"model": dict, "student_state": dict, "batch": list},
+}
+
+
+@dataclass
+class Replay:
+    """What a repeated step showed.
+
+    Attributes:
+        what: the message of the run.
+        losses: by name, as repeated.
+        saved_losses: as the run saw them.
+        sources: in the order of the computation: weights, pictures, modules and losses that are
+            not finite although what they were made from is; if all are, gradients, which go
+            from the losses back to the pictures.
+        error: of detectron2's own check in the forward, if it raised.
+    """
+
+    what: str
+    losses: dict[str, float]
+    saved_losses: dict[str, float]
+    sources: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def reproduced(self) -> bool:
+        return bool(self.sources or self.error)
+
+
+def read_reproducer(path: str) -> dict[str, Any]:
+    """Load a file of ``OUTPUT_DIR/nonfinite``, with plain types only.
+
+    Raises:
+        WeightsError: it is missing, unreadable or something else.
+    """
+    with readable(path, "reproducer"):
+        saved = read_torch(path)
+    known = isinstance(saved, dict) and all(isinstance(saved.get(k), t) for k, t in _TYPES.items())
+    if not known:
+        raise WeightsError(f"'{path}' is no reproducer, as OUTPUT_DIR/nonfinite holds them.")
+    return saved
+
+
+def replay(path: str, opts: Sequence[str] = ()) -> Replay:
+    """Repeat the forward and backward of a saved step in one process.
+
+    With several processes, losses that are normalised over all of them may differ.
+
+    Args:
+        path: a file of ``OUTPUT_DIR/nonfinite``.
+        opts: KEY VALUE overrides of the run's config, such as another device.
+
+    Raises:
+        ConfigError, DataError, WeightsError: the file, or what its config names, cannot be used.
+        DistillError: the forward fails of something else.
+    """
+    saved = read_reproducer(path)
+    cfg = _config(path, saved["config"], opts)
+    if cfg.DETERMINISTIC:
+        be_deterministic()
+    with building("student"):
+        model = build_model(cfg).train()
+    with readable(path, "reproducer"):
+        model.load_state_dict(saved["model"])
+        StudentState(getattr(model, "student", model)).load_state_dict(saved["student_state"])
+        batch = from_plain(saved["batch"])
+        seen = {str(k): float(v) for k, v in saved["losses"].items()}
+        seed_step(model, saved["seed"], saved["iteration"], saved["rank"])
+    result = Replay(saved["what"], {}, seen)
+    with EventStorage(saved["iteration"]):
+        try:
+            with arithmetic(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
+                losses = _forward(model, batch, result.sources)
+        except DistillError:
+            raise
+        except Exception as e:
+            result.error = " ".join(str(e).split())
+            if says_nonfinite(e):
+                return result
+            kind = type(e).__name__
+            raise DistillError(f"The forward of '{path}' fails: {kind} {result.error}") from e
+        result.losses = {k: float(v.detach()) for k, v in losses.items()}
+        if not result.sources:
+            for name, weights in bad_gradients(losses, model).items():
+                result.sources += [f"gradient of {name} in {weight}" for weight in weights]
+    return result
+
+
+def _forward(
+    model: nn.Module, batch: list[dict[str, Any]], sources: list[str]
+) -> dict[str, Tensor]:
+    """The losses; notes weights, pictures, modules and losses that are not finite."""
+    for prefix, network in _networks(model).items():
+        weights = network.state_dict()
+        sources += [f"weight {prefix}{name}" for name, x in weights.items() if _broken(x)]
+    sources += [f"picture {x.get('file_name')}" for x in batch if _broken(x)]
+    with _watching(model, sources):
+        losses: dict[str, Tensor] = model(batch)
+    sources += [f"loss {name}" for name, x in losses.items() if _broken(x.detach())]
+    return losses
+
+
+def _config(path: str, text: str, opts: Sequence[str]) -> CfgNode:
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, f"{os.path.basename(path)}.yaml")  # messages name it
+        with readable(path, "reproducer"), open(file, "w") as f:
+            f.write(text)
+        return setup_config(file, opts)
+
+
+def _networks(model: nn.Module) -> dict[str, nn.Module]:
+    """Student and teacher by the prefix of their names."""
+    if isinstance(model, DistillModel) and model.teacher:
+        return {"": model, "teacher.": model.teacher.model}
+    return {"": model}
+
+
+@contextmanager
+def _watching(model: nn.Module, sources: list[str]) -> Iterator[None]:
+    """Note the modules of student and teacher that turn finite inputs into something else.
+
+    Of modules inside each other, the innermost.
+    """
+    before: list[int] = []  # sources at the entry of every module that is running
+
+    def enter(*_: Any) -> None:
+        before.append(len(sources))
+
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if before.pop() == len(sources) and _broken(output) and not _broken((args, kwargs)):
+                sources.append(f"output of {name} ({type(module).__name__})")
+
+        return hook
+
+    handles = []
+    for prefix, network in _networks(model).items():
+        for name, module in network.named_modules():
+            if name:  # the whole network says no more than its losses
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave(prefix + name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _broken(value: Any) -> bool:
+    """Whether any number inside is not finite."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and not bool(value.isfinite().all())
+    if isinstance(value, Mapping):
+        return any(map(_broken, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_broken, value))
+    if isinstance(value, Instances):
+        return _broken(value.get_fields())
+    if is_dataclass(value) and not isinstance(value, type):
+        return _broken(vars(value))
+    return hasattr(value, "tensor") and _broken(value.tensor)  # Boxes, ImageList

@@ -1,0 +1,202 @@
+"""Whether the teacher knows what it is asked about."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import Tensor
+
+from ..config import teacher_config
+from ..data.datasets import class_names
+from ..engine.evaluators import evaluator_builders
+from ..errors import ConfigError
+from ..heads.classes import ClassMap
+from ..modeling.teacher import Teacher
+from ..structures import NetSpec
+from .dry_run import Inputs
+from .report import Classes, TeacherAP, TeacherCheck
+
+IOU = 0.5  # from which on a box of the right class has found an object
+OBJECTS, PIXELS = "objects found", "pixel accuracy"
+EVALUATED = ("coco", "kitti", "sem_seg")  # evaluators of a part of a data set
+
+
+def compare_classes(cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> Classes:
+    own, theirs = list(student.classes), list(teacher.classes)
+    shared = set(own) & set(theirs)
+    if own == theirs:
+        relation = "same"
+    elif not shared:
+        relation = "no name in common"
+    else:
+        relation = "other order" if set(own) == set(theirs) else "mapped"
+    listed = cfg.MODEL.DISTILL.TEACHER.CLASSES or class_names(
+        teacher_config(cfg), semantic=not teacher.has_boxes
+    )
+    return Classes(
+        student=own,
+        teacher=theirs,
+        relation=relation,
+        shared=len(shared),
+        only_student=[name for name in own if name not in shared],
+        only_teacher=[name for name in theirs if name not in shared],
+        known=listed is not None and list(listed) == theirs,
+    )
+
+
+@torch.no_grad()
+def check_teacher(
+    teacher: Teacher, classes: ClassMap, batches: Sequence[Inputs], device: str, ignored: int
+) -> TeacherCheck | None:
+    """Compare the teacher's predictions of the batches' pictures with their ground truth.
+
+    Args:
+        classes: the student's and the teacher's.
+        device: of the student.
+        ignored: label of pixels that do not count.
+
+    Returns:
+        None if the pictures have no labels of what the teacher predicts.
+    """
+    teacher.model.to(device)
+    outputs = [output for batch in batches for output in teacher.model(as_asked(teacher, batch))]
+    inputs = [picture for batch in batches for picture in batch]
+    if all("instances" in x for x in (*inputs, *outputs)):
+        truths = [x["instances"] for x in inputs]
+        return objects_found(truths, [x["instances"].to("cpu") for x in outputs], classes)
+    if all("sem_seg" in x for x in (*inputs, *outputs)):
+        predicted = [x["sem_seg"].argmax(0).cpu().flatten() for x in outputs]
+        labels = [x["sem_seg"].flatten() for x in inputs]
+        return pixel_accuracy(torch.cat(labels), torch.cat(predicted), classes, ignored)
+    return None
+
+
+def as_asked(teacher: Teacher, batch: Inputs) -> Inputs:
+    """Pictures of the student's batch for the teacher's own inference."""
+    images = [x["image"].flip(0) if teacher.flip_channels else x["image"] for x in batch]
+    return [{"image": x, "height": x.shape[1], "width": x.shape[2]} for x in images]
+
+
+def objects_found(
+    truths: Sequence[Instances], predictions: Sequence[Instances], classes: ClassMap
+) -> TeacherCheck | None:
+    """The share of objects found, and the mean share with the predictions of another picture."""
+    by_class = len(classes.in_student) > 0
+
+    def found(truth: Instances, predicted: Instances) -> Tensor:
+        iou = pairwise_iou(Boxes(truth.gt_boxes.tensor), predicted.pred_boxes)
+        hit = iou >= IOU
+        if by_class:
+            wanted = classes.teacher_label[truth.gt_classes]
+            hit &= wanted[:, None] == predicted.pred_classes
+            return hit.any(1)[classes.known(truth.gt_classes)]
+        return hit.any(1)
+
+    n = len(truths)
+    shifted = [
+        torch.cat([found(truths[i], predictions[(i + shift) % n]) for i in range(n)])
+        for shift in range(n)
+    ]
+    count = len(shifted[0])
+    if count == 0:
+        return None
+    shares = [float(x.float().mean()) for x in shifted]
+    chance = sum(shares[1:]) / max(n - 1, 1)
+    return TeacherCheck(OBJECTS, shares[0], chance, count, by_class)
+
+
+def pixel_accuracy(
+    labels: Tensor, predicted: Tensor, classes: ClassMap, ignored: int
+) -> TeacherCheck | None:
+    """The share of (N,) pixels in their class, and that of the most frequent class."""
+    number = len(classes.position) - 1
+    labelled = (labels != ignored) & (labels >= 0) & (labels < number)
+    labels, predicted = labels[labelled], predicted[labelled]
+    known = classes.known(labels)
+    labels, predicted = labels[known], predicted[known]
+    if len(labels) == 0:
+        return None
+    right = classes.teacher_label[labels] == predicted
+    most = labels.bincount().max() / len(labels)
+    return TeacherCheck(PIXELS, float(right.float().mean()), float(most), len(labels), True)
+
+
+def no_better_than_chance(check: TeacherCheck) -> bool:
+    """Objects are few: a teacher that is better finds more than chance by two standard errors."""
+    if check.measure == PIXELS:
+        return check.value <= check.chance
+    # Half an object more than was found by chance: what did not happen is not impossible.
+    chance = (check.chance * check.count + 0.5) / (check.count + 1)
+    return check.value <= chance + 2 * math.sqrt(chance * (1 - chance) / check.count)
+
+
+@torch.no_grad()
+def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetSpec, pictures: int) -> TeacherAP:
+    """The teacher's metrics on the first pictures of ``DATASETS.TEST[0]``, as it wants them.
+
+    Args:
+        cfg: the whole config.
+        spec: the teacher's.
+        pictures: at most.
+
+    Raises:
+        ConfigError: there is no test set, its evaluator needs all of it, or its classes are others.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty; name the data set for --teacher-ap.")
+    name = cfg.DATASETS.TEST[0]
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type")
+    if kind not in EVALUATED:
+        raise ConfigError(
+            f"The evaluator of '{name}' ({kind}) needs the whole data set; leave out --teacher-ap "
+            "and run train_net.py --eval-only with the teacher's config."
+        )
+    chosen = DatasetCatalog.get(name)[:pictures]
+    names = metadata.get("stuff_classes" if kind == "sem_seg" else "thing_classes")
+    classes = ClassMap(tuple(names or spec.classes), spec.classes)
+    if not len(classes.in_student):
+        raise ConfigError(
+            f"The teacher and '{name}' have no class name in common; set "
+            "MODEL.DISTILL.TEACHER.CLASSES for --teacher-ap."
+        )
+    mapper = DatasetMapper(teacher_config(cfg), is_train=False)
+    evaluator = evaluator_builders(cfg, name, cfg.OUTPUT_DIR)[0]()
+    evaluator.reset()
+    teacher.model.to(cfg.MODEL.DEVICE)
+    for inputs in build_detection_test_loader(chosen, mapper=mapper):
+        outputs = [renamed(x, classes, cfg.MODEL.MASK_ON) for x in teacher.model(inputs)]
+        evaluator.process(inputs, outputs)
+    part = {} if kind == "sem_seg" else {"img_ids": [x["image_id"] for x in chosen]}
+    results = evaluator.evaluate(**part)
+    metrics = {f"{task}/{k}": float(v) for task, row in results.items() for k, v in row.items()}
+    return TeacherAP(name, len(chosen), metrics)
+
+
+def renamed(output: dict[str, Any], classes: ClassMap, masks: bool) -> dict[str, Any]:
+    """A prediction of the teacher in the classes of a data set; others are left out.
+
+    Args:
+        classes: the data set's and the teacher's.
+        masks: whether masks are evaluated.
+    """
+    if "instances" in output:
+        instances = output["instances"].to("cpu")
+        same = instances.pred_classes[:, None] == classes.in_teacher
+        instances.pred_classes = classes.in_student[same.int().argmax(1)]
+        if not masks and instances.has("pred_masks"):
+            instances.remove("pred_masks")
+        return {"instances": instances[same.any(1)]}
+    logits = output["sem_seg"].cpu()
+    ordered = logits.new_full((len(classes.position) - 1, *logits.shape[1:]), -math.inf)
+    ordered[classes.in_student] = logits[classes.in_teacher]
+    return {"sem_seg": ordered}

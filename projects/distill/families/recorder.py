@@ -1,0 +1,102 @@
+"""Taps: hooks that live for one forward and record what crosses module boundaries.
+
+Only boundaries that detectron2 documents by name are safe: inside a module, later in-place
+operations rewrite what a hook has seen.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..errors import TapError
+
+
+class Call(NamedTuple):
+    """One call of a tapped module or method."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+class Calls:
+    """The recorded calls of one forward, by the tap's name."""
+
+    def __init__(self, names: Sequence[str]):
+        self._calls: dict[str, list[Call]] = {name: [] for name in names}
+
+    def record(self, name: str, call: Call) -> None:
+        self._calls[name].append(call)
+
+    def all(self, name: str) -> list[Call]:
+        """All calls of ``name`` in order.
+
+        Raises:
+            TapError: the module is not tapped or did not run; a silent zero loss is worse.
+        """
+        if name not in self._calls:
+            raise TapError(f"Module '{name}' is not tapped; tapped: {', '.join(self._calls)}.")
+        if not self._calls[name]:
+            raise TapError(
+                f"The tapped module '{name}' did not run in this forward; hooks do not fire inside "
+                "a compiled graph: compile the module itself, not one that contains it."
+            )
+        return self._calls[name]
+
+    def __getitem__(self, name: str) -> Call:
+        """The last call of ``name``; see :meth:`all`."""
+        return self.all(name)[-1]
+
+
+@contextmanager
+def listen(model: nn.Module, names: Sequence[str]) -> Iterator[Calls]:
+    """Record the calls of submodules and methods of ``model`` while the context is open.
+
+    Args:
+        names: of submodules, such as "backbone", or of methods, such as "label_anchors()".
+
+    Raises:
+        TapError: ``model`` has no such submodule or method.
+    """
+    calls = Calls(names)
+    with ExitStack() as taps:
+        for name in names:
+            if name.endswith("()"):
+                taps.callback(_tap_method(model, name, calls))
+            else:
+                handle = _module(model, name).register_forward_hook(_recorder(calls, name))
+                taps.callback(handle.remove)
+        yield calls
+
+
+def _tap_method(model: nn.Module, name: str, calls: Calls) -> Callable[[], None]:
+    """Record a method's calls; what is returned takes the tap away."""
+    attribute = name[:-2]
+    method = getattr(model, attribute, None)
+    if not inspect.isroutine(method):
+        raise TapError(f"{type(model).__name__} has no method '{name}' to tap.")
+    own = vars(model).get(attribute)  # of the instance: an outer tap, or what a user has set
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = method(*args, **kwargs)
+        calls.record(name, Call(args, output))
+        return output
+
+    setattr(model, attribute, recorded)  # of the instance; the class keeps its own
+    return lambda: setattr(model, attribute, own) if own else delattr(model, attribute)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as e:
+        raise TapError(f"{type(model).__name__} has no module '{name}' to tap: {e}.") from e
+
+
+def _recorder(calls: Calls, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.record(name, Call(args, output))
+
+    return hook

@@ -1,0 +1,1 @@
+"""The training command: one process or several, and how each one ends."""

@@ -1,0 +1,232 @@
+"""The command line: one process or several."""
+
+import logging
+import os
+import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import get_start_method, set_start_method
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException, start_processes
+
+from ..checkpoint.load import readable
+from ..checkpoint.save import damage, resumable
+from ..config import validate_config
+from ..data.datasets import register_coco_format
+from ..engine.trainer import Trainer, evaluate, setup_config
+from ..errors import ConfigError, DistillError
+from .process_group import Place, check_gpus, launched, of_slurm, of_torchrun
+from .termination import (
+    PATIENCE,
+    ending_on_signals,
+    explain,
+    leave,
+    report,
+    resume_hint,
+    started_quietly,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: CfgNode, args: Namespace, finished: str | None) -> int:
+    """One process of a training, an evaluation or a check.
+
+    Args:
+        cfg: of :func:`configure`.
+        finished: likewise.
+
+    Returns:
+        The exit code.
+    """
+    if args.doctor:
+        from ..doctor import run_doctor
+
+        return run_doctor(cfg)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
+    default_setup(cfg, args)
+    if args.eval_only:
+        evaluate(cfg)
+    elif finished:
+        logger.info("%s is trained already; evaluating %s", cfg.OUTPUT_DIR, finished)
+        evaluate(cfg, finished)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+    return 0
+
+
+def configure(args: Namespace) -> tuple[CfgNode, str | None]:
+    """The validated config, and the final checkpoint if the run that --resume names has finished.
+
+    Raises:
+        ConfigError, DataError, WeightsError: one sentence that names what to change.
+    """
+    cfg = setup_config(args.config_file, args.opts, training=False)
+    finished = finished_checkpoint(cfg) if args.resume else None
+    if not args.eval_only and not finished:
+        register_coco_format(cfg)
+        validate_config(cfg)
+    if args.resume and resumable(cfg.OUTPUT_DIR):  # of which each has the backbone's weights
+        cfg.defrost()
+        cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
+        cfg.freeze()
+    return cfg, finished
+
+
+def finished_checkpoint(cfg: CfgNode) -> str | None:
+    """The final checkpoint of a finished run; it needs no teacher any more.
+
+    One that is damaged is none: training goes on from the one before it.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    if not os.path.isfile(path) or damage(path):
+        return None
+    with readable(path, "--resume"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return path if saved["iteration"] + 1 >= cfg.SOLVER.MAX_ITER else None
+
+
+def argument_parser() -> ArgumentParser:
+    """detectron2's, and what it lacks."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="check a training on two batches instead of running it",
+    )
+    parser.add_argument(
+        "--dist-timeout",
+        type=int,
+        default=int(DEFAULT_TIMEOUT.total_seconds()),
+        metavar="SECONDS",
+        help="how long a process waits for another one before it gives up (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``train_net.py``: detectron2's command line, also under ``torchrun`` and ``srun``.
+
+    SIGINT and SIGTERM end the process itself, with exit code 130 or 143.
+
+    Returns:
+        The exit code: 0, or 2 after one sentence that says what to change.
+    """
+    args = argument_parser().parse_args(argv)
+    try:
+        if args.dist_timeout < 1:
+            raise ConfigError(f"--dist-timeout is {args.dist_timeout}; it must be at least 1.")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return _take_part(args, of_torchrun(os.environ))
+        if args.num_gpus * args.num_machines > 1:
+            return _start_members(args)
+        return _take_part(args, of_slurm(os.environ) or Place())
+    except DistillError as e:
+        return report(e)
+
+
+def _start_members(args: Namespace) -> int:
+    """This machine's processes, as detectron2's ``launch`` starts them; returns the exit code."""
+    cfg, _ = configure(args)  # whatever is wrong with it is said once, here
+    first = launched(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    _check_doctor(args, first)
+    check_gpus(cfg.MODEL.DEVICE, first.local_size)
+    # It warns of every process that it ends.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    with ending_on_signals(lambda: resume_hint(_trained_folder(cfg, args)), PATIENCE):
+        with started_quietly():
+            context = start_processes(
+                _member, (args, first, get_start_method()), first.local_size, join=False
+            )
+        try:
+            while not context.join():
+                pass
+        except ProcessExitedException as e:
+            return _exit_code(e)
+    return 0
+
+
+def _member(local_rank: int, args: Namespace, first: Place, method: str) -> None:
+    # A spawned process would spawn its data workers too, which then import everything anew.
+    set_start_method(method, force=True)
+    place = replace(first, rank=first.rank + local_rank, local_rank=local_rank)
+    _take_part(args, place, announce=False)
+
+
+def _exit_code(ended: ProcessExitedException) -> int:
+    """Of the first process that failed; says what it could not say itself."""
+    name = ended.signal_name or {130: "SIGINT", 143: "SIGTERM"}.get(ended.exit_code)
+    if not name:
+        return ended.exit_code
+    why = {
+        "SIGKILL": " (out of memory?)",
+        "SIGABRT": " (by NCCL after --dist-timeout? its lines are above)",
+    }
+    return report(
+        DistillError(
+            f"the process with local rank {ended.error_index} was killed by {name}"
+            f"{why.get(name, '')}; the others were stopped; continue with --resume."
+        )
+    )
+
+
+def _take_part(args: Namespace, place: Place, announce: bool = True) -> int:
+    """Be one process; returns the exit code if it is the only one, else ends with it.
+
+    Args:
+        announce: say which signal ended it; its parent does, otherwise.
+    """
+    _quiet_libraries()
+    folder = ""
+    talks = announce and place.local_rank == 0
+    with ending_on_signals((lambda: resume_hint(folder)) if talks else None):
+        try:
+            _check_doctor(args, place)
+            cfg, finished = configure(args)
+            place.join(cfg.MODEL.DEVICE, timedelta(seconds=args.dist_timeout))
+            folder = _trained_folder(cfg, args)
+            code = run(cfg, args, finished)
+            comm.synchronize()  # nobody leaves while another process still talks to it
+        except Exception as e:
+            if not place.url and not explain(e):
+                raise
+            code = report(e, place.rank, place.local_rank)
+        if place.url:  # gloo's threads can abort the interpreter's way out, or keep it waiting
+            leave(code)
+    return code
+
+
+def _trained_folder(cfg: CfgNode, args: Namespace) -> str:
+    """Where checkpoints of this command appear; empty: nowhere."""
+    return "" if args.eval_only or args.doctor else str(cfg.OUTPUT_DIR)
+
+
+def _check_doctor(args: Namespace, place: Place) -> None:
+    if args.doctor and place.world > 1:
+        raise ConfigError("--doctor runs in one process; start it without the others.")
+
+
+def _quiet_libraries() -> None:
+    """Stderr is for our one line."""
+    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
+    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
+    # TensorBoard's thread would print what its next call raises again in this one.
+    usual = threading.excepthook
+    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
+
+
+def _without_explanation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and record.exc_info[1] and explain(record.exc_info[1]))

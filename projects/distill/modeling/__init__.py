@@ -1,0 +1,1 @@
+"""The distilled student, its teacher, and how a student starts from a teacher."""

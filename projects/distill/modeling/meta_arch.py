@@ -1,0 +1,199 @@
+"""The distilled student as a detectron2 meta-architecture."""
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from ..config import teacher_config
+from ..data.datasets import class_names
+from ..errors import ConfigError
+from ..families import DenseProbe, Probe, RCNNProbe, SemanticProbe, build_probe
+from ..heads import DistillHead, build_heads, teacher_needed
+from ..structures import NetSpec
+from .teacher import Teacher, build_teacher
+
+logger = logging.getLogger(__name__)
+
+
+class DistillModel(nn.Module):
+    """A stock detectron2 student, a frozen teacher, and heads that compare them.
+
+    In training the student runs its own ``forward`` under taps; the teacher is asked only for
+    what the heads that are active at this iteration need. In evaluation it is the student alone.
+
+    Args:
+        student: a plain detectron2 meta-architecture.
+        teacher: None if no head needs one.
+        heads: :class:`DistillHead` modules by name.
+    """
+
+    probe_type: ClassVar[type[Probe]] = Probe
+
+    @configurable
+    def __init__(self, *, student: nn.Module, teacher: Teacher | None, heads: nn.ModuleDict):
+        super().__init__()
+        self.student = student
+        self.probe = build_probe(student)
+        self.check_student(type(student))
+        self.heads = heads
+        self.teacher = teacher  # no nn.Module: stays outside parameters() and state_dict()
+
+    @classmethod
+    def check_student(cls, architecture: type[nn.Module]) -> None:
+        """Raises ConfigError if this class distils no students of such an architecture."""
+        family = cls.probe_type.family
+        if not issubclass(architecture, family):
+            raise ConfigError(
+                f"MODEL.META_ARCHITECTURE {cls.__name__} distils {family.__name__} students, not "
+                f"{architecture.__name__}; change it or MODEL.DISTILL.STUDENT_ARCHITECTURE."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        student = META_ARCH_REGISTRY.get(cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE)(cfg)
+        teacher, heads = None, nn.ModuleDict()
+        if cfg.MODEL.DISTILL.HEADS:
+            # More modules would shift torch's global random state and so the student's training.
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(max(cfg.SEED, 0))
+                teacher = build_teacher(cfg) if teacher_needed(cfg) else None
+                specs = net_specs(cfg, build_probe(student), teacher.probe if teacher else None)
+                heads = build_heads(cfg, *specs)
+        return {"student": student, "teacher": teacher, "heads": heads}
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device  # type: ignore[return-value]
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """detectron2's contract: losses in training, predictions in evaluation."""
+        if not self.training or not self.heads:
+            return self.student(batched_inputs)
+        needs = self.active_needs()
+        asked = self.active_needs(of_teacher=True)
+        with self.probe.listen(needs) as calls:
+            losses: dict[str, Tensor] = self.student(batched_inputs)
+        batch = self.probe.batch(calls, batched_inputs)
+        student = self.probe.read(calls, batch, needs)
+        teacher = self.teacher.ask(student, asked) if self.teacher and asked else None
+        for head in self.heads.values():
+            losses.update(head(student, teacher))
+        return losses
+
+    def active_needs(self, of_teacher: bool = False) -> frozenset[str]:
+        """Signals of the student that the heads with a weight at this iteration read.
+
+        Args:
+            of_teacher: the teacher's instead.
+        """
+        heads: list[DistillHead] = list(self.heads.values())  # type: ignore[arg-type]
+        active = [h for h in heads if h.factor() != 0 and (h.needs_teacher or not of_teacher)]
+        return frozenset().union(*(head.needs for head in active))
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRCNN(DistillModel):
+    """Students: GeneralizedRCNN (Faster, Mask, Cascade) and PanopticFPN."""
+
+    probe_type = RCNNProbe
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRetinaNet(DistillModel):
+    """Students: every ``DenseDetector`` (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
+
+    probe_type = DenseProbe
+
+
+@META_ARCH_REGISTRY.register()
+class DistillSemanticSegmentor(DistillModel):
+    """Students: SemanticSegmentor."""
+
+    probe_type = SemanticProbe
+
+
+def net_specs(
+    cfg: CfgNode, student: Probe, teacher: Probe | None
+) -> tuple[NetSpec, NetSpec | None]:
+    """What heads may know of the two networks, class names included."""
+    names = class_names(cfg, _semantic(student))
+    if names is None or len(names) != student.num_classes:
+        names = tuple(f"class {i}" for i in range(student.num_classes))
+    own = net_spec("student", student, names, _semantic_classes(cfg, student, names))
+    if teacher is None:
+        return own, None
+    taught = _teacher_classes(cfg, names, teacher)
+    semantic = _semantic_classes(teacher_config(cfg), teacher, taught, own.sem_seg_classes)
+    return own, net_spec("teacher", teacher, taught, semantic)
+
+
+def net_spec(
+    name: str, probe: Probe, classes: tuple[str, ...], semantic: tuple[str, ...] = ()
+) -> NetSpec:
+    """What heads may know of one network.
+
+    Args:
+        name: "student" or "teacher".
+        probe: of it.
+        classes: names of its classes.
+        semantic: likewise of its semantic head's.
+    """
+    return NetSpec(
+        name,
+        probe.model,
+        probe.feature_shapes,
+        probe.signals,
+        classes,
+        probe.sem_seg_shape,
+        semantic,
+    )
+
+
+def _semantic_classes(
+    cfg: CfgNode, probe: Probe, classes: tuple[str, ...], student: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Names of the classes of a semantic head, which is one of two heads in a Panoptic FPN.
+
+    Args:
+        cfg: of the network.
+        classes: its own, those of the semantic head if it has no other.
+        student: the names if the network is a teacher whose own are unknown.
+    """
+    if probe.sem_seg_shape is None or _semantic(probe):
+        return classes if _semantic(probe) else ()
+    number = probe.model.sem_seg_head.predictor.out_channels
+    named = class_names(cfg, semantic=True), student
+    unknown = "unknown teacher class" if student else "class"
+    return next(
+        (x for x in named if x and len(x) == number),
+        tuple(f"{unknown} {i}" for i in range(number)),
+    )
+
+
+def _semantic(probe: Probe) -> bool:
+    """Whether the network's classes are semantic ones, without instances."""
+    return "rois" not in probe.signals and "sem_seg" in probe.signals
+
+
+def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Probe) -> tuple[str, ...]:
+    """The teacher's class names: given, or those of its training set, or the student's."""
+    number = teacher.num_classes
+    given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)
+    if given and len(given) != number:
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
+            f"{number} classes."
+        )
+    own = given or class_names(teacher_config(cfg), _semantic(teacher))
+    if own and len(own) == number:
+        return own
+    if number == len(student):
+        logger.warning("The teacher's class names are unknown; assuming those of the student.")
+        return student
+    # Only heads that compare predictions need names; they refuse these.
+    return tuple(f"unknown teacher class {i}" for i in range(number))

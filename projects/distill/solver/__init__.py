@@ -1,0 +1,1 @@
+"""Learning-rate schedules and the moving average of the weights."""
