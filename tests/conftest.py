@@ -28,11 +28,11 @@ from distill.config import get_distill_cfg, merge_from_list, student_config
 from distill.data.datasets import register_coco_format
 from distill.data.loader import TrainLoader
 from distill.data.shapes import SceneConfig, write_coco
-from distill.families import build_probe
+from distill.families import build_family
 from distill.heads import build_heads, teacher_needed
 from distill.heads.fpn import Level
 from distill.modeling.teacher import Teacher
-from distill.structures import Batch, NetSpec, Signals
+from distill.structures import Batch, NetworkInfo, NetworkOutputs
 
 
 def has_loopback() -> bool:
@@ -205,12 +205,12 @@ def tiny_fcos(seed: int = 0, backbone: str = "build_shallow_resnet_fpn_backbone"
     return model.train()
 
 
-def net_spec(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetSpec:
+def network_info(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetworkInfo:
     """What heads may know of a network."""
-    probe, classes = build_probe(model), tuple(classes)
-    shape = probe.sem_seg_shape
+    family, classes = build_family(model), tuple(classes)
+    shape = family.sem_seg_shape
     semantic = (*classes, "background") if shape else ()
-    return NetSpec(name, model, probe.feature_shapes, probe.signals, classes, shape, semantic)
+    return NetworkInfo(name, model, family.feature_shapes, family.outputs, classes, shape, semantic)
 
 
 def distilled(
@@ -231,7 +231,7 @@ def distilled(
     """
     cfg = tiny_cfg(family, "MODEL.DISTILL.HEADS", tuple(heads), *opts, **kw)
     student = student or outspoken_model(family, *opts, seed=0, **kw)
-    own = net_spec("student", student)
+    own = network_info("student", student)
     architecture = META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))
     if not teacher_needed(cfg):
         built = build_heads(cfg, own, None)
@@ -239,8 +239,8 @@ def distilled(
     teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
     return architecture(
         student=student,
-        teacher=Teacher(build_probe(teacher), input_format=teacher_format, student_format="BGR"),
-        heads=build_heads(cfg, own, net_spec("teacher", teacher, teacher_classes)),
+        teacher=Teacher(build_family(teacher), input_format=teacher_format, student_format="BGR"),
+        heads=build_heads(cfg, own, network_info("teacher", teacher, teacher_classes)),
     ).train()
 
 
@@ -257,16 +257,16 @@ def feature_head(cls: Any, level: Level | None = None, channels: Any = (1, 1), *
 
 def built_head(cls: Any, family: str, *opts: Any, teacher_channels: int = 16) -> Any:
     """A head as the config of ``family`` describes it."""
-    student = net_spec("student", tiny_model(family))
-    teacher = net_spec("teacher", tiny_model(family, fpn=teacher_channels))
+    student = network_info("student", tiny_model(family))
+    teacher = network_info("teacher", tiny_model(family, fpn=teacher_channels))
     return cls(tiny_cfg(family, *opts), student, teacher)
 
 
-def signals(
-    canvas: tuple[int, int], instances: Sequence[Instances] = (), **features: Tensor
-) -> Signals:
-    batch = Batch([{"instances": x} for x in instances], canvas, list(instances))
-    return Signals(batch, features=features)
+def outputs(
+    padded_size: tuple[int, int], instances: Sequence[Instances] = (), **features: Tensor
+) -> NetworkOutputs:
+    batch = Batch([{"instances": x} for x in instances], padded_size, list(instances))
+    return NetworkOutputs(batch, features=features)
 
 
 def kd_losses(

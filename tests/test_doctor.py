@@ -29,7 +29,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from distill.doctor import Report, examine, examine_heads, examine_taps, main
-from distill.doctor.dry_run import admit, preserved
+from distill.doctor.dry_run import build_dry_run, preserved
 from distill.doctor.examine import measure_cost
 from distill.doctor.losses import loss_warnings
 from distill.doctor.report import LossRow, TeacherCheck
@@ -128,8 +128,8 @@ def test_every_family(family: str, tmp_path: Path, shapes: Shapes) -> None:
     for head in prefixes:
         parts = [row.value for name, row in rows(report).items() if name.startswith(f"{head}/")]
         assert rows(report)[head].value == pytest.approx(sum(parts) or rows(report)[head].value)
-    fields = {tap.signal.split()[0] for tap in report.taps}
-    assert fields == set(trainer._trainer.model.probe.signals)
+    fields = {tap.signal.split()[0] for tap in report.recorded_modules}
+    assert fields == set(trainer._trainer.model.family.outputs)
     assert report.teacher_check is not None and report.cost is not None
     assert report.teacher_check.measure == (PIXELS if family == "semantic" else OBJECTS)
     assert report.cost.step_seconds > 0 and report.cost.memory_mb > 100
@@ -214,7 +214,7 @@ def test_taps_stand_beside_what_they_are_compared_with(tmp_path: Path, shapes: S
             tap.teacher and (tap.teacher.name, tap.teacher.stride),
             [(x.head, x.adapter) for x in tap.heads],
         )
-        for tap in report.taps
+        for tap in report.recorded_modules
         if tap.signal == "features"
     ]
     assert features == [
@@ -225,9 +225,11 @@ def test_taps_stand_beside_what_they_are_compared_with(tmp_path: Path, shapes: S
         (("p6", 64), ("p6", 64), []),
         (None, ("p7", 128), []),
     ]
-    assert all(tap.teacher is None for tap in report.taps if tap.signal != "features")
+    assert all(tap.teacher is None for tap in report.recorded_modules if tap.signal != "features")
     assert not report.losses and report.cost is None
-    shapes_of = {tap.student.name: tap.student.shape for tap in report.taps[:5] if tap.student}
+    shapes_of = {
+        tap.student.name: tap.student.shape for tap in report.recorded_modules[:5] if tap.student
+    }
     height, width = shapes_of["p2"][2] * 4, shapes_of["p2"][3] * 4
     assert shapes_of["p4"] == [2, 16, height // 16, width // 16]
 
@@ -237,7 +239,9 @@ def test_prediction_taps_are_paired_by_the_heads(tmp_path: Path, shapes: Shapes)
     opts = ("MODEL.DISTILL.TEACHER.CLASSES", some, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4)
     cfg = distilled_cfg(tmp_path, shapes, "mask", ["ROIKD", "MaskKD", "DenseKD"], *opts)
     report = examine_taps(cfg)
-    by_signal = {(tap.signal, tap.student.name): tap for tap in report.taps if tap.student}
+    by_signal = {
+        (tap.signal, tap.student.name): tap for tap in report.recorded_modules if tap.student
+    }
     for key, comparison in {
         ("dense logits", "p3"): ("DenseKD", "identity"),
         ("rois logits", "stage 0"): ("ROIKD", "7 of 8 classes"),
@@ -267,8 +271,8 @@ def test_preprocessing_side_by_side(tmp_path: Path, shapes: Shapes) -> None:
     assert settings["MODEL.PIXEL_MEAN"] == ("[1.0, 2.0, 3.0]", "[103.53, 116.28, 123.675]")
     assert settings["INPUT.MIN_SIZE_TRAIN"] == ("(64, 80)", "(800,)")
     assert settings["square padding"] == ("none", "none")
-    canvas, seen = settings["canvas of the first batch"]
-    assert canvas == seen and canvas in ("64x64", "96x96")  # 64 or 80 pixels, padded
+    padded_size, seen = settings["canvas of the first batch"]
+    assert padded_size == seen and padded_size in ("64x64", "96x96")  # 64 or 80 pixels, padded
 
 
 # ---- Heads, and none.
@@ -304,7 +308,10 @@ def test_a_plain_network_and_an_empty_list_of_heads(tmp_path: Path, shapes: Shap
         assert report.losses[0].gradient > 0 and not report.teacher
         assert any(x.name == "INPUT.FORMAT" and x.student == "BGR" for x in report.preprocessing)
         assert report.warnings == report.errors == []
-    assert not plain.taps and {tap.signal for tap in empty.taps} > {"features", "rois logits"}
+    assert not plain.recorded_modules and {tap.signal for tap in empty.recorded_modules} > {
+        "features",
+        "rois logits",
+    }
 
 
 def test_mixed_precision(tmp_path: Path, shapes: Shapes) -> None:
@@ -312,7 +319,7 @@ def test_mixed_precision(tmp_path: Path, shapes: Shapes) -> None:
     for enabled in (False, True):
         opts = ("SOLVER.AMP.ENABLED", enabled)
         found.append(examine(distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *opts)))
-    types = [{t.student.dtype for t in x.taps[:5] if t.student} for x in found]
+    types = [{t.student.dtype for t in x.recorded_modules[:5] if t.student} for x in found]
     assert types == [{"float32"}, {"bfloat16"}]
     for a, b in zip(found[0].losses, found[1].losses):
         assert (a.value, a.gradient) == pytest.approx((b.value, b.gradient), rel=0.05)
@@ -322,10 +329,14 @@ def test_mixed_precision(tmp_path: Path, shapes: Shapes) -> None:
 def test_self_distillation(tmp_path: Path, shapes: Shapes) -> None:
     opts = (*distill_opts("retinanet", ["MSSD"]), *PAFPN)
     report = examine(trainable_cfg("retinanet", shapes, tmp_path, *opts), teacher_pictures=1)
-    compared = {(tap.signal, tap.student.name) for tap in report.taps if tap.heads and tap.student}
+    compared = {
+        (tap.signal, tap.student.name)
+        for tap in report.recorded_modules
+        if tap.heads and tap.student
+    }
     levels = ("p2", "p3", "p4", "p5")  # P6 is made of P5 and has no shallow map
     assert compared == {(signal, x) for signal in ("features", "shallow") for x in levels}
-    assert {x.adapter for tap in report.taps for x in tap.heads} == {"with itself"}
+    assert {x.adapter for tap in report.recorded_modules for x in tap.heads} == {"with itself"}
     assert rows(report)["loss_mssd"].gradient > 0 and report.teacher_check is None
     assert any("teaches itself" in x for x in report.notes)
     assert any("no teacher whose AP" in x for x in report.notes)
@@ -377,7 +388,9 @@ def test_a_gradient_against_the_task(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = LossRow("loss_fitnet", "FitNet", value=1.0, ratio=1.0, gradient=1.0, cosine=-0.6)
-    head = admit(distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"]), str(tmp_path)).heads
+    head = build_dry_run(
+        distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"]), str(tmp_path)
+    ).heads
     (sentence,) = loss_warnings([row], head)
     assert "against that of the task" in sentence and "-0.60" in sentence
     row.cosine = -0.4
@@ -449,7 +462,7 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     check = report["teacher_check"]
     assert check["value"] > 0.5 > check["chance"]
     assert not [x for x in report["warnings"] if "chance" in x or "class names" in x]
-    model = admit(cfg, str(tmp_path)).teacher.model  # type: ignore[union-attr]
+    model = build_dry_run(cfg, str(tmp_path)).teacher.model  # type: ignore[union-attr]
     loader = Trainer.build_test_loader(cfg, shapes[0])
     pictures = [x["image_id"] for x in DatasetCatalog.get(shapes[0])[:4]]
     evaluator = COCOEvaluator(shapes[0], output_dir=str(tmp_path / "evaluation"))
@@ -544,13 +557,13 @@ def test_weights_of_the_backbone_alone(tmp_path: Path, shapes: Shapes) -> None:
     torch.save({"model": some}, tmp_path / "backbone.pth")
     opts = ("MODEL.WEIGHTS", str(tmp_path / "backbone.pth"))
     cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *opts)
-    patient = admit(cfg, str(tmp_path))
-    state = patient.student.state_dict()
+    dry_run = build_dry_run(cfg, str(tmp_path))
+    state = dry_run.student.state_dict()
     counted = [k for k in state if not k.endswith(("running_mean", "running_var"))]
-    assert patient.weights.total == len(counted)
-    assert patient.weights.filled == len([k for k in counted if k in some])
+    assert dry_run.weights.total == len(counted)
+    assert dry_run.weights.filled == len([k for k in counted if k in some])
     lacking = [k for k in counted if k not in some]
-    assert patient.weights.unfilled == {
+    assert dry_run.weights.unfilled == {
         group: sum(k.startswith(f"{group}.") for k in lacking) for group in ("backbone", "head")
     }
     for name, value in state.items():
@@ -649,22 +662,22 @@ def test_the_output_folder_stays_as_it_is(
 def test_steps_leave_no_trace_in_the_networks(tmp_path: Path, shapes: Shapes) -> None:
     """Weights, BN statistics, RetinaNet's normaliser, the optimizer and its learning rate."""
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], norm="BN")
-    patient = admit(cfg, str(tmp_path))
-    before = {k: v.clone() for k, v in patient.model.state_dict().items()}
-    attributes = dict(vars(patient.student))  # the normaliser appears at the first step
-    rates = [group["lr"] for group in patient.optimizer.param_groups]
-    batches = [next(patient.batches) for _ in range(2)]
-    with preserved(patient):
-        measure_cost(patient, batches, data_seconds=1.0, workers=2)
+    dry_run = build_dry_run(cfg, str(tmp_path))
+    before = {k: v.clone() for k, v in dry_run.model.state_dict().items()}
+    attributes = dict(vars(dry_run.student))  # the normaliser appears at the first step
+    rates = [group["lr"] for group in dry_run.optimizer.param_groups]
+    batches = [next(dry_run.batches) for _ in range(2)]
+    with preserved(dry_run):
+        measure_cost(dry_run, batches, data_seconds=1.0, workers=2)
         changed = [
-            k for k, v in patient.model.state_dict().items() if not torch.equal(v, before[k])
+            k for k, v in dry_run.model.state_dict().items() if not torch.equal(v, before[k])
         ]
         assert changed and all("running" in k or "num_batches" in k for k in changed)
-        assert patient.optimizer.state and "loss_normalizer" in vars(patient.student)
-    assert all(torch.equal(v, before[k]) for k, v in patient.model.state_dict().items())
-    assert vars(patient.student) == attributes
-    assert [group["lr"] for group in patient.optimizer.param_groups] == rates != [0.0] * len(rates)
-    assert not patient.optimizer.state and patient.model.heads["FitNet"].factor() == 1.0
+        assert dry_run.optimizer.state and "loss_normalizer" in vars(dry_run.student)
+    assert all(torch.equal(v, before[k]) for k, v in dry_run.model.state_dict().items())
+    assert vars(dry_run.student) == attributes
+    assert [group["lr"] for group in dry_run.optimizer.param_groups] == rates != [0.0] * len(rates)
+    assert not dry_run.optimizer.state and dry_run.model.heads["FitNet"].factor() == 1.0
 
 
 # ---- The report as text.

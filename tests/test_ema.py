@@ -16,7 +16,7 @@ from distill.checkpoint.load import load_strictly
 from distill.config import student_config, validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
-from distill.solver.ema import WeightsEMA
+from distill.solver.ema import EMAHook
 
 Shapes = tuple[str, str, str]
 
@@ -35,7 +35,7 @@ def shift(model: nn.Module) -> None:
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_the_average_against_a_loop(warmup: int) -> None:
     model = network()
-    ema = WeightsEMA(model, 0.9, warmup)
+    ema = EMAHook(model, 0.9, warmup)
     expected = {k: v.double().clone() for k, v in model.state_dict().items()}
     for step in range(1, 8):
         shift(model)
@@ -71,7 +71,7 @@ def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
     trainer.resume_or_load(resume=False)
     trainer.train()
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
-    average, trained = saved["model"], saved["trainer"]["hooks"]["WeightsEMA"]
+    average, trained = saved["model"], saved["trainer"]["hooks"]["EMAHook"]
     own = trainer.student.state_dict()
     assert all(torch.equal(trained[name], own[name]) for name in trained)
     assert not torch.equal(
@@ -95,7 +95,7 @@ def test_switched_on_when_resumed(shapes: Shapes, tmp_path: Path) -> None:
     trainer.resume_or_load(resume=True)
     trainer.train()
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
-    trained = saved["trainer"]["hooks"]["WeightsEMA"]
+    trained = saved["trainer"]["hooks"]["EMAHook"]
     for name, x in trained.items():
         expected = 0.9 * before[name] + 0.1 * x
         torch.testing.assert_close(saved["model"][name], expected)

@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from test_resume import Interrupted, Interruption, differences
 
 from distill.engine import Trainer
-from distill.engine.hooks import Alarms, BestCheckpoint, typical
+from distill.engine.hooks import BestCheckpointHook, LossHealthHook, typical
 from distill.heads import DistillHead
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -108,7 +108,7 @@ def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_p
     assert differences(best["model"], load(tmp_path / "model_0000001.pth")["model"]) == []
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     hooks = load(tmp_path / "model_final.pth")["trainer"]["hooks"]
-    assert hooks["BestCheckpoint"] == {"metric": "bbox/AP", "best": 9.0}
+    assert hooks["BestCheckpointHook"] == {"metric": "bbox/AP", "best": 9.0}
 
 
 def test_the_last_evaluation_counts(
@@ -174,12 +174,12 @@ def test_an_unknown_metric_is_said(
 
 
 def test_the_best_of_another_metric_does_not_count() -> None:
-    first, second = (BestCheckpoint(None, 1, x) for x in ("bbox/AP", "segm/AP"))  # type: ignore[arg-type]
+    first, second = (BestCheckpointHook(None, 1, x) for x in ("bbox/AP", "segm/AP"))  # type: ignore[arg-type]
     assert first.state_dict() == {}
     first.best = 50.0
     second.load_state_dict(first.state_dict())
     assert second.best is None
-    second = BestCheckpoint(None, 1, "bbox/AP")  # type: ignore[arg-type]
+    second = BestCheckpointHook(None, 1, "bbox/AP")  # type: ignore[arg-type]
     second.load_state_dict(first.state_dict())
     assert second.best == 50.0
 
@@ -192,7 +192,7 @@ class Log:
 
     def __init__(self, caplog: pytest.LogCaptureFixture, **head: Any):
         self.caplog = caplog
-        self.hook = Alarms({"FitNet": DistillHead(**head)})
+        self.hook = LossHealthHook({"FitNet": DistillHead(**head)})
 
     def warnings(
         self, iterations: int = 60, **scalars: float | Callable[[int], float]

@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from distill.errors import ConfigError, DataError, DistillError
 from distill.launch.main import main
 from distill.launch.process_group import (
-    Place,
+    ProcessInfo,
     await_first,
     first_host,
-    launched,
-    of_slurm,
+    from_arguments,
+    from_slurm,
     port_of,
     tasks_per_node,
 )
@@ -93,20 +93,20 @@ def test_a_place_in_a_slurm_step() -> None:
         "SLURM_LOCALID": "2",
         "SLURM_JOB_ID": "123456",
     }
-    place = of_slurm(step)
+    place = from_slurm(step)
     assert place and place.url.startswith("tcp://node03:")
     assert 10000 <= int(place.url.rpartition(":")[2]) < 30000
-    assert place == of_slurm({**step, "SLURM_PROCID": "6", "SLURM_STEP_ID": "0"})
-    assert place.url != of_slurm({**step, "SLURM_STEP_ID": "1"}).url  # type: ignore[union-attr]
+    assert place == from_slurm({**step, "SLURM_PROCID": "6", "SLURM_STEP_ID": "0"})
+    assert place.url != from_slurm({**step, "SLURM_STEP_ID": "1"}).url  # type: ignore[union-attr]
     master = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert of_slurm({**step, **master}) == Place(6, 8, 2, 4, "tcp://10.0.0.1:29500")
+    assert from_slurm({**step, **master}) == ProcessInfo(6, 8, 2, 4, "tcp://10.0.0.1:29500")
 
 
 @pytest.mark.parametrize("tasks", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
 def test_a_batch_script_is_alone(tasks: dict[str, str]) -> None:
     """Its SLURM_NTASKS counts the tasks that srun would start."""
     batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    assert of_slurm({**batch, **tasks}) is None
+    assert from_slurm({**batch, **tasks}) is None
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,13 @@ def test_a_meeting_point_that_is_none(url: str) -> None:
 
 @needs_loopback
 def test_a_machines_first_place() -> None:
-    assert launched(4, 3, 2, "tcp://h:1") == Place(8, 12, 0, 4, "tcp://h:1")
-    place = launched(2, 1, 0, "auto")
-    assert place == Place(0, 2, 0, 2, f"tcp://127.0.0.1:{port_of(place.url)}")
+    assert from_arguments(4, 3, 2, "tcp://h:1") == ProcessInfo(8, 12, 0, 4, "tcp://h:1")
+    place = from_arguments(2, 1, 0, "auto")
+    assert place == ProcessInfo(0, 2, 0, 2, f"tcp://127.0.0.1:{port_of(place.url)}")
     with socket.create_server(("", 0)) as server:
         taken = server.getsockname()[1]
         with pytest.raises(ConfigError, match=f"{taken} is taken.*--dist-url auto"):
-            launched(2, 1, 0, f"tcp://127.0.0.1:{taken}")
+            from_arguments(2, 1, 0, f"tcp://127.0.0.1:{taken}")
 
 
 # ---- Sentences, of real errors where they can be had.
@@ -473,7 +473,7 @@ def runs(config: Path, tmp_path: Path) -> Iterator[Runs]:
 
 
 def free_port() -> int:
-    return port_of(launched(1, 1, 0, "auto").url)
+    return port_of(from_arguments(1, 1, 0, "auto").url)
 
 
 NO_WORKERS = ("DATALOADER.NUM_WORKERS", "0")

@@ -1,4 +1,4 @@
-"""Imports go down only: tools → engine → meta_arch → heads, probes, teacher → ... → losses."""
+"""Imports go down only: tools → launch, doctor → engine → modeling → heads, families → losses."""
 
 import ast
 import sys
@@ -13,26 +13,25 @@ PACKAGE = Path(__file__).parents[1] / "projects" / "distill"
 # third-party library. Imports inside functions count. The row of a module is its longest prefix.
 ALLOWED = {
     ".errors": "",
-    ".taps": "torch .errors",
+    ".utils": "torch numpy detectron2",
     ".structures": "torch detectron2 .errors",
-    ".seeding": "torch numpy",
     ".losses": "torch torchvision",
-    ".distributed": "torch detectron2",
-    ".nets": "torch torchvision detectron2 fvcore timm .distributed",
-    ".heads": "* .losses .structures .errors .distributed .nets",
-    ".probes": "* .taps .structures .errors",
-    ".weights": "* .errors",
-    ".checkpoint": "* .errors .weights",
-    ".rules": "* .errors .heads .losses",
-    ".inherit": "torch .errors",
-    ".config": "* .errors .heads .nets .rules .inherit",
-    ".data": "* .errors .config .nets .seeding",
+    ".nets": "torch torchvision detectron2 fvcore timm .utils",
+    ".heads": "* .losses .structures .errors .utils .nets",
+    ".families": "* .structures .errors",
+    ".checkpoint.load": "* .errors",
+    ".checkpoint.save": "* .errors .checkpoint",
+    ".config": "* .errors .heads .losses .nets .utils .modeling.init_from_teacher",
+    ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data",
-    ".teacher": "* .errors .config .weights .probes .structures",
-    ".meta_arch": "* .errors .config .weights .data.datasets .heads .probes .structures .teacher",
-    ".engine": "* .errors .config .checkpoint .weights .seeding .data .evaluation .heads .probes"
-    " .structures .teacher .inherit .meta_arch",
-    "": ".nets .config .data.cityscapes .data.kitti .heads .meta_arch",  # distill/__init__.py
+    ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",
+    ".solver": "* .errors .config .checkpoint",
+    ".engine": "* .errors .config .checkpoint .utils .data .evaluation .heads .families"
+    " .structures .modeling .solver",
+    ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
+    " .engine",
+    ".launch": "* .errors .config .checkpoint .data .engine .doctor",
+    "": ".nets .config .data.cityscapes .data.kitti .heads .modeling",  # distill/__init__.py
 }
 
 

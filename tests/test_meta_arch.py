@@ -41,8 +41,8 @@ from distill.engine import Trainer
 from distill.engine.train_loop import repeatable, seed_step
 from distill.engine.trainer import train_mapper
 from distill.errors import ConfigError
-from distill.families import build_probe
-from distill.structures import Signals
+from distill.families import build_family
+from distill.structures import NetworkOutputs
 
 # Without what a head learns beside the student.
 UNLEARNED = ("MODEL.DISTILL.CIRKD.PIXEL_WEIGHT", 0.0, "MODEL.DISTILL.CIRKD.REGION_WEIGHT", 0.0)
@@ -79,7 +79,9 @@ def pictures() -> list[dict[str, Any]]:
     return [picture(0, 64, 80, semantic=True), picture(1, 96, 64, objects=0, semantic=True)]
 
 
-def listen(model: DistillModel, inputs: list[dict[str, Any]]) -> tuple[Any, Signals, Signals]:
+def record(
+    model: DistillModel, inputs: list[dict[str, Any]]
+) -> tuple[Any, NetworkOutputs, NetworkOutputs]:
     """The losses of a training forward, and what student and teacher said in it."""
     heard: list[Any] = []
     head = next(iter(model.heads.values()))
@@ -117,7 +119,7 @@ def test_train_on_pred_boxes_asks_about_the_boxes_that_were_pooled() -> None:
     """That option rewrites the proposals' boxes after the student has pooled them."""
     opts = ("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True)
     model = distilled_from_itself("mask", ["ROIKD", "MaskKD"], *opts)
-    losses, student, _ = listen(model, pictures())
+    losses, student, _ = record(model, pictures())
     assert student.rois[0].boxes[0].shape == (16, 4)
     assert all(float(x.detach()) == 0 for x in losses.values())
 
@@ -202,7 +204,7 @@ def test_deepcopy_shares_the_teacher_and_listens_to_the_copy() -> None:
     model = distilled("faster", ["FitNet"])
     twin = copy.deepcopy(model)
     assert twin.teacher is model.teacher
-    assert twin.probe.model is twin.student is not model.student
+    assert twin.family.model is twin.student is not model.student
     with torch.no_grad():
         next(twin.student.backbone.parameters()).zero_()
     a, b = (sum(kd_losses(m, pictures()).values()) for m in (model, twin))
@@ -267,8 +269,8 @@ def test_teacher_that_pads_further_is_compared_on_the_shared_cells(
     teacher.backbone = PatchBackbone(divisibility, square)
     heads = ["FitNet", "IMA", "DenseKD"]
     model = distilled(family, heads, *UNMASKED, student=student, teacher=teacher)
-    losses, s, t = listen(model, [picture(0, 60, 120), picture(1, 50, 70)])
-    assert s.batch.canvas == (64, 128)
+    losses, s, t = record(model, [picture(0, 60, 120), picture(1, 50, 70)])
+    assert s.batch.padded_size == (64, 128)
     assert t.features["p2"].shape[-2:] == ((32, 32) if divisibility else (48, 48))
     assert s.dense.sizes == t.dense.sizes
     assert max(abs(float(x.detach())) for x in losses.values()) < 1e-6
@@ -284,7 +286,7 @@ def test_teacher_with_a_smaller_square_than_the_picture_is_refused() -> None:
 
 def test_other_channels_train_an_adapter() -> None:
     model = distilled("faster", ["FitNet"], teacher=outspoken_model("faster", fpn=24, seed=1))
-    losses, s, t = listen(model, pictures())
+    losses, s, t = record(model, pictures())
     adapter = model.heads["FitNet"].adapters["p4"]
     expected = F.mse_loss(adapter(s.features["p4"]), t.features["p4"]) / 5
     torch.testing.assert_close(losses["loss_fitnet/p4"], expected)
@@ -296,7 +298,7 @@ def test_levels_are_matched_by_stride() -> None:
     """A P3-P7 student of a P2-P6 teacher: three strides more than names in common."""
     student = outspoken_model("retinanet", *STOCK_P3_P7)
     model = distilled("retinanet", ["FitNet"], student=student)
-    losses, s, t = listen(model, pictures())
+    losses, s, t = record(model, pictures())
     assert {k.split("/")[1] for k in losses} == {"p3", "p4", "p5", "p6"}
     expected = F.mse_loss(s.features["p6"], t.features["p6"]) / 4
     torch.testing.assert_close(losses["loss_fitnet/p6"], expected)
@@ -305,7 +307,7 @@ def test_levels_are_matched_by_stride() -> None:
 def test_named_level_without_its_stride_is_resized_from_the_nearest() -> None:
     teacher = outspoken_model("retinanet", *STOCK_P3_P7)
     opts = ("MODEL.DISTILL.FITNET.IN_FEATURES", ("p2",))
-    losses, s, t = listen(distilled("faster", ["FitNet"], *opts, teacher=teacher), pictures())
+    losses, s, t = record(distilled("faster", ["FitNet"], *opts, teacher=teacher), pictures())
     target = F.interpolate(
         t.features["p3"], s.features["p2"].shape[-2:], mode="bilinear", align_corners=False
     )
@@ -317,7 +319,7 @@ def test_teacher_sees_its_own_channel_order_mean_and_std() -> None:
     teacher = outspoken_model("faster", *opts, seed=1)
     model = distilled("faster", ["FitNet"], teacher=teacher, teacher_format="RGB")
     inputs = pictures()
-    _, _, said = listen(model, inputs)
+    _, _, said = record(model, inputs)
 
     def ask(channels: list[int]) -> Tensor:
         padded = torch.zeros(2, 3, 96, 96)
@@ -360,11 +362,11 @@ def test_classes_are_matched_by_name(family: str) -> None:
     teacher = outspoken_model(family, seed=1)
     shuffled = with_classes_in_order(teacher, order)
     names = [CLASSES[i] for i in order]
-    same, _, _ = listen(distilled(family, heads, teacher=teacher), pictures())
-    named, _, _ = listen(
+    same, _, _ = record(distilled(family, heads, teacher=teacher), pictures())
+    named, _, _ = record(
         distilled(family, heads, teacher=shuffled, teacher_classes=names), pictures()
     )
-    unnamed, _, _ = listen(distilled(family, heads, teacher=shuffled), pictures())
+    unnamed, _, _ = record(distilled(family, heads, teacher=shuffled), pictures())
     assert same.keys() == named.keys()
     for key, value in same.items():
         torch.testing.assert_close(named[key], value, rtol=1e-4, atol=0)
@@ -384,7 +386,7 @@ def test_roi_and_mask_losses_skip_what_the_teacher_does_not_know() -> None:
         *("MODEL.DISTILL.ROIKD.TEMPERATURE", 3.0),
         teacher_classes=TEACHER_SUBSET,
     )
-    losses, s, t = listen(model, [picture(seed, objects=4) for seed in (4, 8)])
+    losses, s, t = record(model, [picture(seed, objects=4) for seed in (4, 8)])
     roi, said = s.rois[0], t.rois[0]
     known, background = (roi.labels == 0) | (roi.labels == 2), roi.labels == 3
     assert known.any() and background.any() and (roi.labels == 1).any()
@@ -411,7 +413,7 @@ def test_roi_and_mask_losses_skip_what_the_teacher_does_not_know() -> None:
 
 def test_dense_loss_compares_the_shared_classes() -> None:
     model = distilled("retinanet", ["DenseKD"], teacher_classes=TEACHER_SUBSET)
-    losses, s, t = listen(model, pictures())
+    losses, s, t = record(model, pictures())
     pairs = [(a[..., [0, 2]], b[..., [2, 0]]) for a, b in zip(s.dense.logits, t.dense.logits)]
     bernoulli = torch.distributions.Bernoulli
     level = [
@@ -433,7 +435,7 @@ def test_dense_loss_compares_the_shared_classes() -> None:
 
 def test_cascade_teacher_of_a_single_stage_gives_mean_scores_and_first_deltas() -> None:
     teacher = outspoken_model("cascade", seed=1)
-    _, s, t = listen(distilled("faster", ["ROIKD"], teacher=teacher), pictures())
+    _, s, t = record(distilled("faster", ["ROIKD"], teacher=teacher), pictures())
     heads = teacher.roi_heads
     with torch.no_grad():
         features = teacher.backbone(teacher.preprocess_image(pictures()).tensor)
@@ -460,7 +462,7 @@ def test_single_stage_teacher_of_a_cascade_answers_for_every_stage() -> None:
         return relabelled[-1]
 
     heads._match_and_label_boxes = recorded
-    losses, s, t = listen(model, [picture(seed, objects=4) for seed in (4, 8)])
+    losses, s, t = record(model, [picture(seed, objects=4) for seed in (4, 8)])
     assert len(s.rois) == len(t.rois) == 3
     for roi, proposals in zip(s.rois[1:], relabelled):
         assert torch.equal(roi.labels, torch.cat([p.gt_classes for p in proposals]))
@@ -573,7 +575,7 @@ def test_refusal(case: str) -> None:
 
 def test_model_that_is_no_detector_is_refused() -> None:
     with pytest.raises(ConfigError, match="Linear cannot be distilled; it must be one of"):
-        build_probe(nn.Linear(1, 1))
+        build_family(nn.Linear(1, 1))
 
 
 # ---- Schedule.
@@ -586,7 +588,7 @@ def test_teacher_is_asked_only_while_a_head_is_active() -> None:
     asked: list[frozenset[str]] = []
     ask = model.teacher.ask
 
-    def counted(student: Signals, needs: frozenset[str]) -> Signals:
+    def counted(student: NetworkOutputs, needs: frozenset[str]) -> NetworkOutputs:
         asked.append(needs)
         return ask(student, needs)
 

@@ -35,7 +35,7 @@ from distill.doctor.replay import Replay, _broken, _watching, replay
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.heads.fpn import FitNet
-from distill.structures import Batch, Signals
+from distill.structures import Batch, NetworkOutputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -251,12 +251,21 @@ def test_what_is_broken() -> None:
         (1, bad),
         boxes,
         ImageList(bad, [(1, 1)]),
-        Signals(Batch([], (4, 4)), features={"p2": bad}),
-        Signals(Batch([{"image": bad}], (4, 4))),
+        NetworkOutputs(Batch([], (4, 4)), features={"p2": bad}),
+        NetworkOutputs(Batch([{"image": bad}], (4, 4))),
     ):
         assert _broken(value), value
     fine = Instances((4, 4), gt_boxes=Boxes(torch.ones(1, 4)), gt_classes=torch.ones(1).long())
-    for value in (torch.ones(2), "nan", None, math.nan, fine, Signals, [], torch.tensor([True])):
+    for value in (
+        torch.ones(2),
+        "nan",
+        None,
+        math.nan,
+        fine,
+        NetworkOutputs,
+        [],
+        torch.tensor([True]),
+    ):
         assert not _broken(value), value
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distill.engine.train_loop import seed_step
-from distill.heads.base import RandomState
+from distill.heads.base import StepGenerator
 from distill.utils.seeding import derived_seed, private_randomness, seed_globally
 
 
@@ -74,7 +74,7 @@ class Masks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = RandomState(0), RandomState(0)
+        self.first, self.second = StepGenerator(0), StepGenerator(0)
 
     def draw(self) -> list[float]:
         cpu = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill.errors import DistillError, TapError
-from distill.families.recorder import listen
+from distill.errors import DistillError, RecorderError
+from distill.families.recorder import record
 
 
 class AddOne(nn.Module):
@@ -72,7 +72,7 @@ def hooks(model):
 
 
 def test_records_arguments_and_outputs(toy):
-    with listen(toy, ["inner.times"]) as calls:
+    with record(toy, ["inner.times"]) as calls:
         result = toy(torch.tensor(1.0))
     args, output = calls["inner.times"]
     assert (args[0], args[1]) == (3, 10)
@@ -83,7 +83,7 @@ def test_records_arguments_and_outputs(toy):
 
 
 def test_several_calls_come_in_order(toy):
-    with listen(toy, ["add", "inner.times"]) as calls:
+    with record(toy, ["add", "inner.times"]) as calls:
         toy(torch.tensor(1.0))
         toy(torch.tensor(5.0))
     assert [float(c.args[0]) for c in calls.all("add")] == [1, 2, 5, 6]
@@ -94,13 +94,13 @@ def test_several_calls_come_in_order(toy):
 
 def test_the_model_computes_the_same_with_taps(toy):
     x = torch.tensor(2.0)
-    with listen(toy, ["add", "inner.times"]):
+    with record(toy, ["add", "inner.times"]):
         tapped = toy(x)
     assert tapped == toy(x) == 22
 
 
 def test_hooks_are_gone_afterwards(toy):
-    with listen(toy, ["add", "inner.times"]) as calls:
+    with record(toy, ["add", "inner.times"]) as calls:
         assert hooks(toy) == 2
         toy(torch.tensor(1.0))
     assert hooks(toy) == 0
@@ -109,26 +109,26 @@ def test_hooks_are_gone_afterwards(toy):
 
 
 def test_hooks_are_gone_after_an_exception(toy):
-    with pytest.raises(TypeError), listen(toy, ["add", "inner.times"]) as calls:
+    with pytest.raises(TypeError), record(toy, ["add", "inner.times"]) as calls:
         toy("no number")
     assert hooks(toy) == 0
-    with pytest.raises(TapError):
+    with pytest.raises(RecorderError):
         calls.all("add")  # its forward failed: nothing was recorded
 
 
 def test_hooks_of_other_owners_stay(toy):
     seen = []
     toy.add.register_forward_hook(lambda module, args, output: seen.append(float(output)))
-    with listen(toy, ["add"]):
+    with record(toy, ["add"]):
         toy(torch.tensor(0.0))
     toy(torch.tensor(0.0))
     assert seen == [1, 2, 1, 2]
 
 
 def test_nested_taps_record_apart(toy):
-    with listen(toy, ["add"]) as outer:
+    with record(toy, ["add"]) as outer:
         toy(torch.tensor(0.0))
-        with listen(toy, ["add"]) as inner:
+        with record(toy, ["add"]) as inner:
             toy(torch.tensor(10.0))
         assert hooks(toy) == 1
     assert [float(c.args[0]) for c in outer.all("add")] == [0, 1, 10, 11]
@@ -138,38 +138,38 @@ def test_nested_taps_record_apart(toy):
 @pytest.mark.parametrize("name", ["nothing", "inner.nothing", "number"])
 def test_unknown_module(toy, name):
     with (
-        pytest.raises(TapError, match=rf"^Toy has no module '{name}' to tap: .*\.$"),
-        listen(toy, ["add", name]),
+        pytest.raises(RecorderError, match=rf"^Toy has no module '{name}' to tap: .*\.$"),
+        record(toy, ["add", name]),
     ):
         pytest.fail("the taps opened")
     assert hooks(toy) == 0  # the tap before the unknown one is gone too
 
 
 def test_a_module_that_did_not_run(toy):
-    with listen(toy, ["add", "idle"]) as calls:
+    with record(toy, ["add", "idle"]) as calls:
         toy(torch.tensor(1.0))
     for ask in (calls.all, calls.__getitem__):
-        with pytest.raises(TapError, match="tapped module 'idle' did not run in this forward"):
+        with pytest.raises(RecorderError, match="tapped module 'idle' did not run in this forward"):
             ask("idle")
     assert len(calls.all("add")) == 2
 
 
 def test_a_module_that_is_not_tapped(toy):
-    with listen(toy, ["add", "idle"]) as calls:
+    with record(toy, ["add", "idle"]) as calls:
         toy(torch.tensor(1.0))
-    with pytest.raises(TapError, match=r"'inner.times' is not tapped; tapped: add, idle\."):
+    with pytest.raises(RecorderError, match=r"'inner.times' is not tapped; tapped: add, idle\."):
         calls["inner.times"]
 
 
 def test_tap_errors_are_for_users():
-    assert issubclass(TapError, DistillError)
+    assert issubclass(RecorderError, DistillError)
 
 
 # ---- Methods
 
 
 def test_a_method_records_positional_arguments_and_outputs_in_order(labels):
-    with listen(labels, ["assign()"]) as calls:
+    with record(labels, ["assign()"]) as calls:
         result = labels(torch.tensor(2.0))
     assert result == 1 + (-1 + 3)
     assert [float(c.args[0]) for c in calls.all("assign()")] == [2, -2]
@@ -179,7 +179,7 @@ def test_a_method_records_positional_arguments_and_outputs_in_order(labels):
 
 def test_what_a_method_returns_is_recorded_itself(labels):
     weight = torch.tensor(2.0, requires_grad=True)
-    with listen(labels, ["assign()"]) as calls:
+    with record(labels, ["assign()"]) as calls:
         returned = labels.assign(weight, shift=weight)
     assert calls["assign()"].output is returned
     returned.backward()
@@ -187,41 +187,41 @@ def test_what_a_method_returns_is_recorded_itself(labels):
 
 
 def test_methods_and_modules_are_tapped_together(labels):
-    with listen(labels, ["add", "assign()"]) as calls:
+    with record(labels, ["add", "assign()"]) as calls:
         labels(labels.add(torch.tensor(1.0)))
     assert (calls["add"].output, calls["assign()"].args[0]) == (2, -2)
 
 
 def test_a_method_is_the_classs_own_afterwards(labels):
     before = vars(labels).copy()
-    with listen(labels, ["assign()"]) as calls:
+    with record(labels, ["assign()"]) as calls:
         assert "assign" in vars(labels)
     assert vars(labels) == before
     labels(torch.tensor(1.0))
-    with pytest.raises(TapError, match=r"'assign\(\)' did not run"):
+    with pytest.raises(RecorderError, match=r"'assign\(\)' did not run"):
         calls.all("assign()")
 
 
 def test_a_method_is_the_classs_own_after_an_exception(labels):
-    with pytest.raises(TypeError, match="no tensor"), listen(labels, ["assign()"]) as calls:
+    with pytest.raises(TypeError, match="no tensor"), record(labels, ["assign()"]) as calls:
         labels.assign("no tensor")
     assert "assign" not in vars(labels)
-    with pytest.raises(TapError):
+    with pytest.raises(RecorderError):
         calls.all("assign()")
 
 
 def test_a_method_of_the_instance_is_given_back(labels):
     """One that a user set, say."""
     labels.assign = own = lambda x, shift=0: x * 0
-    with listen(labels, ["assign()"]) as calls:
+    with record(labels, ["assign()"]) as calls:
         labels(torch.tensor(1.0))
     assert labels.assign is own
     assert [float(c.output) for c in calls.all("assign()")] == [0, 0]
 
 
 def test_nested_taps_of_a_method_record_apart(labels):
-    with listen(labels, ["assign()"]) as outer:
-        with listen(labels, ["assign()"]) as inner:
+    with record(labels, ["assign()"]) as outer:
+        with record(labels, ["assign()"]) as inner:
             labels.assign(torch.tensor(-1.0))
         labels.assign(torch.tensor(1.0))
     assert [float(c.output) for c in outer.all("assign()")] == [-1, 1]
@@ -231,19 +231,19 @@ def test_nested_taps_of_a_method_record_apart(labels):
 
 def test_a_method_of_another_instance_is_left_alone(labels):
     other = Labels()
-    with listen(labels, ["assign()"]) as calls:
+    with record(labels, ["assign()"]) as calls:
         other(torch.tensor(1.0))
         twin = copy.deepcopy(other)
     assert vars(twin).keys() == vars(other).keys()
-    with pytest.raises(TapError):
+    with pytest.raises(RecorderError):
         calls.all("assign()")
 
 
 @pytest.mark.parametrize("name", ["nothing()", "number()", "add()"])
 def test_unknown_method(labels, name):
     with (
-        pytest.raises(TapError, match=rf"^Labels has no method '{re.escape(name)}' to tap\.$"),
-        listen(labels, ["add", "assign()", name]),
+        pytest.raises(RecorderError, match=rf"^Labels has no method '{re.escape(name)}' to tap\.$"),
+        record(labels, ["add", "assign()", name]),
     ):
         pytest.fail("the taps opened")
     assert hooks(labels) == 0 and "assign" not in vars(labels)

@@ -17,7 +17,7 @@ from test_resume import differences
 from torch import Tensor
 
 from distill.engine import Trainer
-from distill.engine.hooks import DistillRatio, Telemetry, memory_mb
+from distill.engine.hooks import KDRatioHook, TelemetryHook, memory_mb
 from distill.engine.telemetry import gradient_cosines, head_of
 from distill.engine.train_loop import seed_step
 
@@ -206,7 +206,7 @@ def test_ratios_are_the_losses_over_the_task(run: tuple[Trainer, Path]) -> None:
 
 
 def test_ratios_skip_an_iteration_without_losses() -> None:
-    hook = DistillRatio(("FitNet",))
+    hook = KDRatioHook(("FitNet",))
     with EventStorage() as storage:
         storage.put_scalars(loss_cls=2.0, loss_fitnet=1.0)
         hook.after_step()
@@ -253,7 +253,7 @@ def test_pictures_left_out_are_counted(shapes: Shapes, tmp_path: Path) -> None:
 
 
 def test_speed_is_that_of_this_iteration() -> None:
-    hook = Telemetry(8, left_out=lambda: 3)
+    hook = TelemetryHook(8, left_out=lambda: 3)
     with EventStorage() as storage:
         hook.after_step()  # detectron2 does not measure the first iterations
         storage.step()

@@ -39,12 +39,12 @@ from distill.config import student_config, teacher_config
 from distill.data.datasets import number_of_classes
 from distill.engine import setup_config
 from distill.errors import DistillError
-from distill.families import build_probe
+from distill.families import build_family
 from distill.heads import build_heads, teacher_needed
 from distill.launch.termination import report
-from distill.modeling.meta_arch import DistillModel, net_specs
+from distill.modeling.meta_arch import DistillModel, network_infos
 from distill.modeling.teacher import Teacher
-from distill.structures import Signals
+from distill.structures import NetworkOutputs
 
 
 def synthetic_batch(
@@ -74,16 +74,16 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
     torch.manual_seed(0)
     student = build_model(student_config(cfg)).train()
     if not teacher_needed(cfg):
-        heads = build_heads(cfg, *net_specs(cfg, build_probe(student), None))
+        heads = build_heads(cfg, *network_infos(cfg, build_family(student), None))
         return student, None, heads.to(cfg.MODEL.DEVICE)
     config = student_config(teacher_config(cfg))
     config.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher = Teacher(
-        build_probe(build_model(config)),
+        build_family(build_model(config)),
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
     )
-    heads = build_heads(cfg, *net_specs(cfg, build_probe(student), teacher.probe))
+    heads = build_heads(cfg, *network_infos(cfg, build_family(student), teacher.family))
     return student, teacher, heads.to(cfg.MODEL.DEVICE)
 
 
@@ -137,12 +137,12 @@ def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str
     return medians
 
 
-def _said(model: DistillModel, inputs: list[Any]) -> Signals:
+def _said(model: DistillModel, inputs: list[Any]) -> NetworkOutputs:
     """What the student says of ``inputs``."""
     needs = model.active_needs()
-    with torch.no_grad(), model.probe.listen(needs) as calls:
+    with torch.no_grad(), model.family.record(needs) as calls:
         model.student(inputs)
-    return model.probe.read(calls, model.probe.batch(calls, inputs), needs)
+    return model.family.read(calls, model.family.batch(calls, inputs), needs)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -173,7 +173,7 @@ def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, di
     for x in _tensors([v for k, v in vars(student).items() if k != "batch"]):
         x.requires_grad_(x.is_floating_point())
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
-    images = model.probe.preprocess([x["image"] for x in inputs], student.batch.canvas)
+    images = model.family.preprocess([x["image"] for x in inputs], student.batch.padded_size)
 
     def backward(head: nn.Module) -> None:
         sum(head(student, answer).values()).backward()

@@ -53,7 +53,7 @@ from distill.engine.evaluators import check_test_sets
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
 from distill.launch.termination import RESUME, explain, report
-from distill.modeling.meta_arch import DistillModel, net_specs
+from distill.modeling.meta_arch import DistillModel, network_infos
 from distill.modeling.teacher import build_teacher
 from distill.utils.text import choices
 
@@ -79,7 +79,7 @@ class Pair:
         teacher = build_teacher(cfg, trained=trained) if taught else None
         cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
         model: DistillModel = cls(student=student, teacher=teacher, heads=nn.ModuleDict())
-        self.specs = net_specs(cfg, model.probe, teacher.probe if teacher else None)
+        self.specs = network_infos(cfg, model.family, teacher.family if teacher else None)
 
     def extra_parameters(self, cfg: CfgNode) -> int:
         """Number of parameters of the heads that ``cfg`` names.

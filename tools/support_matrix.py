@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from distill.config import get_distill_cfg, merge_from_file, merge_from_list
 from distill.errors import ConfigError, DistillError
-from distill.families import build_probe
+from distill.families import build_family
 from distill.heads import DISTILL_HEAD_REGISTRY
 from distill.launch.termination import report
-from distill.modeling.meta_arch import DistillModel, net_spec
+from distill.modeling.meta_arch import DistillModel, network_info
 from distill.modeling.teacher import Teacher
-from distill.structures import NetSpec
+from distill.structures import NetworkInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 PANOPTIC: list[Any] = [
@@ -94,11 +94,11 @@ def network(name: str, role: str) -> Any:
     return model
 
 
-def spec(role: str, model: Any) -> NetSpec:
-    probe = build_probe(model)
-    names = tuple(f"class {i}" for i in range(probe.num_classes))
-    number = model.sem_seg_head.predictor.out_channels if probe.sem_seg_shape else 0
-    return net_spec(role, probe, names, tuple(f"class {i}" for i in range(number)))
+def spec(role: str, model: Any) -> NetworkInfo:
+    family = build_family(model)
+    names = tuple(f"class {i}" for i in range(family.num_classes))
+    number = model.sem_seg_head.predictor.out_channels if family.sem_seg_shape else 0
+    return network_info(role, family, names, tuple(f"class {i}" for i in range(number)))
 
 
 def pictures(classes: int) -> list[dict[str, Any]]:
@@ -117,10 +117,10 @@ def works(cfg: CfgNode, student: Any, teacher: Any | None, heads: Sequence[str])
         except ConfigError as e:
             reason = str(e).rstrip(".")
         found[head] = re.sub(r" \(\w+\)", "", reason)  # without the classes, which differ by row
-    probe = build_probe(teacher) if teacher else None
-    asked = Teacher(probe, input_format="BGR", student_format="BGR") if probe else None
-    own = build_probe(student)
-    distill = next(x for x in DistillModel.__subclasses__() if isinstance(own, x.probe_type))
+    family = build_family(teacher) if teacher else None
+    asked = Teacher(family, input_format="BGR", student_format="BGR") if family else None
+    own = build_family(student)
+    distill = next(x for x in DistillModel.__subclasses__() if isinstance(own, x.family_type))
     model = distill(student=student, teacher=asked, heads=built).train()
     maps: dict[str, Tensor] = {}  # of the backbone, on which all that is compared depends
     hook = student.backbone.register_forward_hook(lambda *call: maps.update(call[-1]))

@@ -41,7 +41,7 @@ from distill.losses import joint_attention, tid_mask
 from distill.losses.frequency import frequency_filtered
 from distill.losses.tid import tid_areas
 from distill.modeling.meta_arch import DistillModel
-from distill.structures import Batch, Signals
+from distill.structures import Batch, NetworkOutputs
 
 from visualize_figure import Grid, Panel, Picture, draw  # isort: skip  beside this file
 
@@ -63,8 +63,8 @@ class Scene:
 
     picture: Picture
     classes: tuple[str, ...]
-    student: Signals
-    teacher: Signals | None
+    student: NetworkOutputs
+    teacher: NetworkOutputs | None
 
 
 def mssd_grid(head: MSSD, scene: Scene) -> Grid:
@@ -359,10 +359,10 @@ def look(
 ) -> Scene:
     """Ask both networks about one picture."""
     image = entry["image"]
-    images = model.probe.preprocess([image], tuple(image.shape[1:]))
+    images = model.family.preprocess([image], tuple(image.shape[1:]))
     instances = [entry["instances"].to(model.device)] if "instances" in entry else []
     batch = Batch([entry], (images.shape[2], images.shape[3]), instances)
-    student = model.probe.ask(images, Signals(batch), signals_of(heads))
+    student = model.family.ask(images, NetworkOutputs(batch), signals_of(heads))
     asked = signals_of([head for head in heads if head.needs_teacher])
     teacher = model.teacher.ask(student, asked) if model.teacher else None
     rgb = convert_image_to_rgb(image.permute(1, 2, 0), cfg.INPUT.FORMAT)

@@ -25,5 +25,5 @@ class NumericalError(DistillError):
     """A loss or gradient that is not finite."""
 
 
-class TapError(DistillError, RuntimeError):
+class RecorderError(DistillError, RuntimeError):
     """A tapped module that does not exist or did not run."""

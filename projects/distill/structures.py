@@ -27,14 +27,14 @@ class Batch:
 
     Attributes:
         inputs: detectron2's ``batched_inputs``; ``image`` is (C, H, W) in the student's format.
-        canvas: (height, width) of the student's padded input in pixels. Boxes of every signal
+        padded_size: (height, width) of the student's padded input in pixels. Boxes of every signal
             are in pixels of this canvas.
         instances: ground truth on the student's device; empty for semantic segmentation.
         device: the student's.
     """
 
     inputs: list[dict[str, Any]]
-    canvas: tuple[int, int]
+    padded_size: tuple[int, int]
     instances: list[Instances] = field(default_factory=list)
     device: torch.device | str = "cpu"
 
@@ -47,13 +47,13 @@ class Batch:
     def sem_seg(self) -> Tensor:
         """Semantic labels, (N, H, W) of the canvas, padded with -1."""
         labels = [x["sem_seg"] for x in self.inputs]
-        square = {"square_size": max(self.canvas)}  # then cut to the canvas
+        square = {"square_size": max(self.padded_size)}  # then cut to the canvas
         padded = ImageList.from_tensors(labels, pad_value=-1, padding_constraints=square).tensor
-        return padded[:, : self.canvas[0], : self.canvas[1]].to(self.device)
+        return padded[:, : self.padded_size[0], : self.padded_size[1]].to(self.device)
 
 
 @dataclass
-class Dense:
+class DenseOutputs:
     """Outputs of a dense head; the RPN is the dense head of an R-CNN (K = 1, objectness).
 
     Attributes:
@@ -68,7 +68,7 @@ class Dense:
 
 
 @dataclass
-class Towers:
+class HeadFeatures:
     """Maps inside a dense head, before activations.
 
     Attributes:
@@ -139,7 +139,7 @@ class SemSeg:
 
 
 @dataclass
-class Signals:
+class NetworkOutputs:
     """Everything one network said about one batch. What nobody asked for stays empty.
 
     Attributes:
@@ -153,9 +153,9 @@ class Signals:
     batch: Batch
     features: dict[str, Tensor] = field(default_factory=dict)
     shallow: dict[str, Tensor] = field(default_factory=dict)
-    dense: Dense | None = None
+    dense: DenseOutputs | None = None
     dense_boxes: list[Tensor] = field(default_factory=list)
-    towers: Towers | None = None
+    head_features: HeadFeatures | None = None
     targets: Targets | None = None
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
@@ -169,14 +169,14 @@ class Signals:
 
 
 @dataclass(frozen=True)
-class NetSpec:
+class NetworkInfo:
     """What a head may know of a network when it is built.
 
     Attributes:
         name: "student" or "teacher", for messages.
         model: the detectron2 network itself; read its attributes, never run its ``forward``.
-        features: channels and stride of each of ``Signals.features``.
-        signals: names of the :class:`Signals` fields that the family produces.
+        features: channels and stride of each of ``NetworkOutputs.features``.
+        outputs: names of the :class:`NetworkOutputs` fields that the family produces.
         classes: class names in the order of the network's outputs, background excluded.
         sem_seg: channels and stride of the semantic head's features; None: it has no such head.
         sem_seg_classes: names of the classes of the semantic head's logits.
@@ -185,17 +185,17 @@ class NetSpec:
     name: str
     model: Any
     features: dict[str, ShapeSpec]
-    signals: frozenset[str]
+    outputs: frozenset[str]
     classes: tuple[str, ...]
     sem_seg: ShapeSpec | None = None
     sem_seg_classes: tuple[str, ...] = ()
 
     @property
     def maps(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each of ``Signals.maps``."""
+        """Channels and stride of each of ``NetworkOutputs.maps``."""
         return {**self.features, **({SEM_SEG_HEAD: self.sem_seg} if self.sem_seg else {})}
 
     @property
     def has_boxes(self) -> bool:
         """Whether the network is trained on ground-truth boxes."""
-        return not self.signals.isdisjoint({"dense", "rois"})
+        return not self.outputs.isdisjoint({"dense", "rois"})

@@ -1,7 +1,7 @@
 """The authors' values by the student's detector, number by number."""
 
 import pytest
-from conftest import built_head, net_spec, tiny_cfg, tiny_model
+from conftest import built_head, network_info, tiny_cfg, tiny_model
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
 from detectron2.modeling.meta_arch import fcos
 from torch import nn
@@ -13,7 +13,7 @@ from distill.nets.atss import ATSS
 from distill.nets.fcos import FCOS
 from distill.nets.gfl import GFL
 from distill.nets.reppoints import RepPoints
-from distill.structures import NetSpec
+from distill.structures import NetworkInfo
 
 FGD = ("ALPHA", "BETA", "GAMMA", "LAMBDA", "TEMPERATURE")
 MGD = ("WEIGHT", "MASK_RATIO")
@@ -58,7 +58,7 @@ TABLE = [
 
 def spec(cls):
     """Of a network of this class, which is never built."""
-    return NetSpec("student", cls.__new__(cls), {}, frozenset(), ())
+    return NetworkInfo("student", cls.__new__(cls), {}, frozenset(), ())
 
 
 def values(head, cls, cfg=None):
@@ -166,7 +166,7 @@ def test_the_authors_values_reach_the_heads():
 @pytest.mark.parametrize("convs, expected", [(1, 0), (2, 1), (3, 2), (4, 2)])
 def test_crosskd_leaves_the_student_one_convolution_at_least(convs, expected):
     model = tiny_model("fcos", "MODEL.FCOS.NUM_CONVS", convs)
-    nets = net_spec("student", model), net_spec("teacher", model)
+    nets = network_info("student", model), network_info("teacher", model)
     assert heads.CrossKD(tiny_cfg("fcos"), *nets).reused_convs == expected
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import net_spec, tiny_cfg, tiny_model
+from conftest import network_info, tiny_cfg, tiny_model
 from detectron2.layers import ShapeSpec
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -15,8 +15,8 @@ from distill.config import get_distill_cfg
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads
 from distill.heads.authors import AUTO
-from distill.heads.base import RandomState
-from distill.structures import Batch, NetSpec, Signals
+from distill.heads.base import StepGenerator
+from distill.structures import Batch, NetworkInfo, NetworkOutputs
 from distill.utils.distributed import reduce_mean
 
 CPU = torch.device("cpu")
@@ -39,14 +39,14 @@ class Gap(DistillHead):
         return {"": gap, "half": gap / 2}
 
 
-def signals(value, requires_grad=False):
+def outputs(value, requires_grad=False):
     features = {
         "p2": torch.full((1, 1, 2, 2), float(value)),
         "p3": torch.full((1, 1, 1, 1), float(value)),
     }
     for x in features.values():
         x.requires_grad_(requires_grad)
-    return Signals(Batch([], (8, 8)), features=features)
+    return NetworkOutputs(Batch([], (8, 8)), features=features)
 
 
 @pytest.mark.parametrize(
@@ -71,21 +71,21 @@ def test_outside_of_training_the_iteration_is_zero():
 
 
 def test_losses_are_named_and_weighted():
-    losses = Gap(weight=3.0)(signals(5), signals(4))
+    losses = Gap(weight=3.0)(outputs(5), outputs(4))
     assert {k: v.item() for k, v in losses.items()} == {"loss_gap": 12.0, "loss_gap/half": 6.0}
 
 
 def test_the_factor_of_the_iteration_is_applied():
     with EventStorage(1):
-        losses = Gap(warmup_iters=4)(signals(5), signals(4))
+        losses = Gap(warmup_iters=4)(outputs(5), outputs(4))
     assert losses["loss_gap"] == 1.0
 
 
 @pytest.mark.parametrize("options", [{"weight": 0.0}, {"stop_iter": 3}, {"warmup_iters": 100}])
 def test_an_inactive_head_is_a_connected_zero(options):
-    head, student = Gap(**options), signals(5, requires_grad=True)
+    head, student = Gap(**options), outputs(5, requires_grad=True)
     with EventStorage(0 if "warmup_iters" in options else 3):
-        losses = head(student, signals(4))
+        losses = head(student, outputs(4))
     assert list(losses) == ["loss_gap", "loss_gap/half"]  # the names of an active head
     total = sum(losses.values())
     total.backward()
@@ -97,7 +97,7 @@ def test_an_inactive_head_is_a_connected_zero(options):
 
 def test_without_a_teacher_a_head_is_a_connected_zero():
     head = Gap()
-    loss = head(signals(5, requires_grad=True), None)["loss_gap"]
+    loss = head(outputs(5, requires_grad=True), None)["loss_gap"]
     loss.backward()
     assert loss == 0
     assert all(p.grad is not None for p in head.parameters())
@@ -106,7 +106,7 @@ def test_without_a_teacher_a_head_is_a_connected_zero():
 @pytest.mark.parametrize("net", ["student", "teacher"])
 def test_a_signal_that_a_network_lacks_is_named(net):
     specs = [
-        NetSpec(
+        NetworkInfo(
             name,
             nn.Identity(),
             {"p2": ShapeSpec()},
@@ -121,7 +121,7 @@ def test_a_signal_that_a_network_lacks_is_named(net):
 
 
 def test_a_head_that_finds_all_its_signals_has_no_problem():
-    spec = NetSpec("student", nn.Identity(), {}, frozenset({"features", "dense"}), ())
+    spec = NetworkInfo("student", nn.Identity(), {}, frozenset({"features", "dense"}), ())
     assert Gap.problem(spec, spec) is None
 
 
@@ -144,44 +144,44 @@ def draw(random, number=3):
 
 def test_random_state_is_a_function_of_the_seed_alone():
     before = torch.get_rng_state()
-    first = draw(RandomState(5))
+    first = draw(StepGenerator(5))
     torch.manual_seed(99)
-    assert draw(RandomState(5)) == first
-    assert draw(RandomState(6)) != first
+    assert draw(StepGenerator(5)) == first
+    assert draw(StepGenerator(6)) != first
     torch.set_rng_state(before)
-    draw(RandomState(5))
+    draw(StepGenerator(5))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_random_state_goes_on_where_it_stopped():
-    random = RandomState(5)
+    random = StepGenerator(5)
     assert draw(random) != draw(random)
 
 
 def test_random_state_is_reseeded_before_and_after_the_first_draw():
-    random = RandomState(5)
+    random = StepGenerator(5)
     random.reseed(7)
     first = draw(random)
     draw(random, number=10)
     random.reseed(7)
-    assert draw(random) == first != draw(RandomState(5))
+    assert draw(random) == first != draw(StepGenerator(5))
     assert random.state_dict() == {}  # the trainer reseeds: a checkpoint needs nothing
 
 
 def test_a_negative_seed_is_allowed():
-    assert draw(RandomState(-1)) == draw(RandomState(0))  # detectron2's "no seed" is -1
+    assert draw(StepGenerator(-1)) == draw(StepGenerator(0))  # detectron2's "no seed" is -1
 
 
 def test_processes_draw_apart(monkeypatch):
-    first = draw(RandomState(5))
+    first = draw(StepGenerator(5))
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
-    assert draw(RandomState(5)) != first
+    assert draw(StepGenerator(5)) != first
 
 
 @every_head
 def test_registered_heads_keep_the_contract(cls):
     assert issubclass(cls, DistillHead)
-    assert cls.needs and cls.needs <= {f.name for f in fields(Signals)} - {"batch"}
+    assert cls.needs and cls.needs <= {f.name for f in fields(NetworkOutputs)} - {"batch"}
     assert inspect.getdoc(cls)
     section = cls.section(get_distill_cfg())
     assert section.WEIGHT > 0 or section.WEIGHT == AUTO
@@ -197,7 +197,7 @@ def test_heads_are_built_by_name_in_order_with_their_keys():
     cfg.MODEL.DISTILL.FITNET.WARMUP_ITERS = 7
     cfg.MODEL.DISTILL.FITNET.STOP_ITER = 9
     model = tiny_model("faster")
-    heads = build_heads(cfg, net_spec("student", model), net_spec("teacher", model))
+    heads = build_heads(cfg, network_info("student", model), network_info("teacher", model))
     assert list(heads) == ["ROIKD", "FitNet"]
     assert (heads["ROIKD"].weight, heads["ROIKD"].warmup_iters, heads["ROIKD"].stop_iter) == (
         0.5,
@@ -212,7 +212,7 @@ def test_a_head_that_does_not_fit_the_family_fails_when_it_is_built():
     cfg = tiny_cfg("retinanet", "MODEL.DISTILL.HEADS", ("FitNet", "ROIKD"))
     model = tiny_model("retinanet")
     with pytest.raises(ConfigError) as e:
-        build_heads(cfg, net_spec("student", model), net_spec("teacher", model))
+        build_heads(cfg, network_info("student", model), network_info("teacher", model))
     message = str(e.value)
     assert message.startswith(
         "MODEL.DISTILL.HEADS: ROIKD does not work here because it compares rois, which the student "

@@ -10,7 +10,7 @@ from torch import nn
 from distill.config import get_distill_cfg
 from distill.heads import MaskKD
 from distill.heads.classes import ClassMap, no_shared_class
-from distill.structures import NetSpec
+from distill.structures import NetworkInfo
 
 STUDENT = ("car", "cat", "dog")
 CASES = {
@@ -24,7 +24,7 @@ every_case = pytest.mark.parametrize("teacher", CASES.values(), ids=CASES)
 
 
 def spec(name, classes):
-    return NetSpec(name, nn.Identity(), {"p2": ShapeSpec()}, frozenset(), classes)
+    return NetworkInfo(name, nn.Identity(), {"p2": ShapeSpec()}, frozenset(), classes)
 
 
 def named_columns(classes, rows=2):

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, kd_losses, net_spec, outspoken_model, picture, tiny_fcos, tiny_model
+from conftest import (
+    distilled,
+    kd_losses,
+    network_info,
+    outspoken_model,
+    picture,
+    tiny_fcos,
+    tiny_model,
+)
 from torch import nn
 
 from distill.heads import CrossKD
@@ -229,7 +237,7 @@ def test_a_student_equal_to_the_teacher_predicts_what_the_teacher_does(family):
     model = model_of(family, student=student, teacher=copy.deepcopy(student))
     _, said, taught = heard(model)
     head = model.heads["CrossKD"]
-    logits, regression, *_ = head.read(head.aligned(said.towers, taught.towers))
+    logits, regression, *_ = head.read(head.aligned(said.head_features, taught.head_features))
     torch.testing.assert_close(logits, torch.cat(taught.dense.logits, 1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(regression, torch.cat(taught.dense.deltas, 1), rtol=1e-3, atol=1e-4)
 
@@ -239,7 +247,7 @@ def test_the_teachers_own_features_are_read_as_the_teacher_does(family):
     model = model_of(family)
     _, _, taught = heard(model)
     head = model.heads["CrossKD"]
-    held = [head.held(taught.towers, task) for task in ("classes", "boxes")]
+    held = [head.held(taught.head_features, task) for task in ("classes", "boxes")]
     logits, regression, *_ = head.read(held)
     torch.testing.assert_close(logits, torch.cat(taught.dense.logits, 1))
     torch.testing.assert_close(regression, torch.cat(taught.dense.deltas, 1))
@@ -249,8 +257,10 @@ def test_aligned_features_have_the_teachers_mean_and_deviation():
     model = model_of("gfl")
     _, student, teacher = heard(model)
     head = model.heads["CrossKD"]
-    for task, levels in zip(("classes", "boxes"), head.aligned(student.towers, teacher.towers)):
-        for found, t in zip(levels[:3], head.held(teacher.towers, task)):
+    for task, levels in zip(
+        ("classes", "boxes"), head.aligned(student.head_features, teacher.head_features)
+    ):
+        for found, t in zip(levels[:3], head.held(teacher.head_features, task)):
             for of in (torch.mean, torch.std):
                 a, b = (of(x, (0, 2, 3)) for x in (found, t))
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -262,7 +272,7 @@ def test_norms_of_the_towers_are_before_what_is_held(family):
     opts = (f"MODEL.{FAMILIES[family]}.NORM", "GN")
     found, student, _ = heard(model_of(family, *opts, fpn=32))
     assert all(x.isfinite() and x > 0 for x in found.values())
-    held = student.towers.classes[0][0]
+    held = student.head_features.classes[0][0]
     groups = held.unflatten(1, (32, 1)).flatten(2)
     torch.testing.assert_close(groups.mean(2), torch.zeros_like(groups[:, :, 0]), atol=1e-4, rtol=0)
 
@@ -349,9 +359,12 @@ def test_towers_of_other_lengths(convs, reused):
     found, student, said = heard(model)
     head = model.heads["CrossKD"]
     assert head.reused_convs == reused
-    for signals, count in ((student, convs[0]), (said, convs[1])):
-        assert len(signals.towers.classes) == len(signals.towers.boxes) == count
-        assert head.held(signals.towers, "boxes") is signals.towers.boxes[count - 1 - reused]
+    for outputs, count in ((student, convs[0]), (said, convs[1])):
+        assert len(outputs.head_features.classes) == len(outputs.head_features.boxes) == count
+        assert (
+            head.held(outputs.head_features, "boxes")
+            is outputs.head_features.boxes[count - 1 - reused]
+        )
     assert all(x > 0 for x in found.values())
 
 
@@ -385,5 +398,8 @@ def test_a_batch_without_any_box_trains(family):
     ],
 )
 def test_heads_that_cannot_read_each_other(student, teacher, message):
-    nets = net_spec("student", tiny_model(student)), net_spec("teacher", tiny_model(teacher))
+    nets = (
+        network_info("student", tiny_model(student)),
+        network_info("teacher", tiny_model(teacher)),
+    )
     assert CrossKD.problem(*nets).startswith(message)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import built_head, feature_head, signals, tiny_cfg
+from conftest import built_head, feature_head, outputs, tiny_cfg
 from detectron2.layers import ShapeSpec
 from torch import nn
 
 from distill.errors import ConfigError
 from distill.heads import FitNet, FPNDistillHead
 from distill.heads.fpn import Level, match_levels
-from distill.structures import NetSpec
+from distill.structures import NetworkInfo
 
 BOX = (0.0, 0.0, 32.0, 32.0)
 
@@ -78,7 +78,7 @@ def ramp(stride, height, width):
 def test_equal_maps_pass_untouched():
     student, teacher = torch.randn(2, 1, 1, 4, 4)
     ((s, t),) = feature_head(FitNet).maps(
-        signals((32, 32), p3=student), signals((32, 32), p3=teacher)
+        outputs((32, 32), p3=student), outputs((32, 32), p3=teacher)
     )
     assert torch.equal(s, student)
     assert torch.equal(t, teacher)
@@ -89,7 +89,7 @@ def test_the_teachers_padding_is_cut_not_resized():
     teacher = torch.full((1, 2, 8, 8), 1e6)
     teacher[..., :4, :5] = student
     one = feature_head(FitNet, channels=(2, 2))
-    ((s, t),) = one.maps(signals((32, 40), p3=student), signals((32, 40), p3=teacher))
+    ((s, t),) = one.maps(outputs((32, 40), p3=student), outputs((32, 40), p3=teacher))
     assert torch.equal(t, s)
 
 
@@ -98,7 +98,7 @@ def test_a_finer_teacher_is_averaged_to_the_students_cells(padding):
     student, teacher = ramp(16, 3, 2), torch.full((1, 2, 6 + padding, 4 + padding), 1e6)
     teacher[..., :6, :4] = ramp(8, 6, 4)
     one = feature_head(FitNet, level=Level("p4", "p3", 16, 8), channels=(2, 2))
-    ((s, t),) = one.maps(signals((48, 32), p4=student), signals((48, 32), p3=teacher))
+    ((s, t),) = one.maps(outputs((48, 32), p4=student), outputs((48, 32), p3=teacher))
     torch.testing.assert_close(t, s)  # centres average to the centre
 
 
@@ -107,7 +107,7 @@ def test_a_coarser_teacher_is_interpolated_at_the_students_cells(padding):
     student, teacher = ramp(8, 8, 6), torch.full((1, 2, 4 + padding, 3 + padding), 1e6)
     teacher[..., :4, :3] = ramp(16, 4, 3)
     one = feature_head(FitNet, level=Level("p3", "p4", 8, 16), channels=(2, 2))
-    ((s, t),) = one.maps(signals((64, 48), p3=student), signals((64, 48), p4=teacher))
+    ((s, t),) = one.maps(outputs((64, 48), p3=student), outputs((64, 48), p4=teacher))
     inside = (..., slice(1, -1), slice(1, -1))  # beyond the outer centres nothing is known
     torch.testing.assert_close(t[inside], s[inside])
     assert t.max() < 64
@@ -116,8 +116,8 @@ def test_a_coarser_teacher_is_interpolated_at_the_students_cells(padding):
 def test_a_canvas_that_is_no_multiple_of_the_stride_keeps_its_last_cell():
     teacher = ramp(16, 4, 4)
     one = feature_head(FitNet, level=Level("p4", "p4", 16, 16), channels=(2, 2))
-    student = signals((40, 56), p4=torch.zeros(1, 2, 3, 4))
-    ((_, t),) = one.maps(student, signals((40, 56), p4=teacher))
+    student = outputs((40, 56), p4=torch.zeros(1, 2, 3, 4))
+    ((_, t),) = one.maps(student, outputs((40, 56), p4=teacher))
     assert torch.equal(t, teacher[..., :3, :])
 
 
@@ -137,17 +137,17 @@ def test_the_adapter_acts_on_the_student():
         one.adapters["p3"].weight[:, 0, 0, 0] = torch.tensor([2.0, 3.0])
         one.adapters["p3"].bias[:] = torch.tensor([0.0, 1.0])
     student, teacher = torch.ones(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)
-    ((s, _),) = one.maps(signals((16, 16), p3=student), signals((16, 16), p3=teacher))
+    ((s, _),) = one.maps(outputs((16, 16), p3=student), outputs((16, 16), p3=teacher))
     assert s[0, :, 0, 0].tolist() == [2, 4]
-    losses = one(signals((16, 16), p3=student), signals((16, 16), p3=teacher))
+    losses = one(outputs((16, 16), p3=student), outputs((16, 16), p3=teacher))
     assert losses["loss_fitnet/p3"] == (4 + 16) / 2
 
 
 def test_levels_are_averaged_and_named():
     levels = [Level("p3", "p3", 8, 8), Level("p4", "p4", 16, 16)]
     both = FitNet(levels=levels, channels=[(1, 1), (1, 1)], weight=10.0)
-    student = signals((16, 16), p3=torch.full((1, 1, 2, 2), 2.0), p4=torch.full((1, 1, 1, 1), 3.0))
-    teacher = signals((16, 16), p3=torch.zeros(1, 1, 2, 2), p4=torch.zeros(1, 1, 1, 1))
+    student = outputs((16, 16), p3=torch.full((1, 1, 2, 2), 2.0), p4=torch.full((1, 1, 1, 1), 3.0))
+    teacher = outputs((16, 16), p3=torch.zeros(1, 1, 2, 2), p4=torch.zeros(1, 1, 1, 1))
     assert {k: v.item() for k, v in both(student, teacher).items()} == {
         "loss_fitnet/p3": 10 * 4 / 2,
         "loss_fitnet/p4": 10 * 9 / 2,
@@ -157,11 +157,11 @@ def test_levels_are_averaged_and_named():
 def test_a_subclass_writes_one_method():
     class StrideTimesGap(FPNDistillHead):
         def loss(self, student, teacher, stride, batch):
-            return stride * (student - teacher).mean() + batch.canvas[0]
+            return stride * (student - teacher).mean() + batch.padded_size[0]
 
     one = feature_head(StrideTimesGap)
     student, teacher = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
-    losses = one(signals((32, 32), p3=student), signals((32, 32), p3=teacher))
+    losses = one(outputs((32, 32), p3=student), outputs((32, 32), p3=teacher))
     assert losses == {"loss_stridetimesgap/p3": 8 + 32}
 
 
@@ -178,8 +178,8 @@ def test_named_features_of_a_config():
 
 
 def test_a_spec_is_all_that_a_feature_head_reads():
-    spec = NetSpec("student", nn.Identity(), FPN, frozenset({"features"}), ())
-    wide = NetSpec("teacher", nn.Identity(), levels_of(8, c4=16), frozenset({"features"}), ())
+    spec = NetworkInfo("student", nn.Identity(), FPN, frozenset({"features"}), ())
+    wide = NetworkInfo("teacher", nn.Identity(), levels_of(8, c4=16), frozenset({"features"}), ())
     fitnet_head = FitNet(tiny_cfg("retinanet"), spec, wide)
     assert fitnet_head.levels == [Level("p4", "c4", 16, 16)]
     assert fitnet_head.adapters["p4"].out_channels == 8

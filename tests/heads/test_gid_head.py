@@ -10,10 +10,10 @@ from conftest import (
     built_head,
     distilled,
     kd_losses,
-    net_spec,
+    network_info,
+    outputs,
     outspoken_model,
     picture,
-    signals,
     tiny_model,
 )
 from detectron2.structures import Boxes, Instances
@@ -25,7 +25,7 @@ from distill.heads import GID
 from distill.heads.classes import ClassMap
 from distill.heads.dense import AnchorGrids, DenseLayout
 from distill.heads.fpn import Level
-from distill.structures import Dense
+from distill.structures import DenseOutputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal_methods as literal
@@ -194,11 +194,11 @@ def heard(channels=(3, 3), seed=0):
     both = []
     for c in channels:
         maps = {n: torch.randn(2, c, *s, generator=g).double() for n, s in SIZES.items()}
-        said = signals(CANVAS, instances, **maps)
+        said = outputs(CANVAS, instances, **maps)
         logits, deltas = (
             torch.randn(2, sum(rows), k, generator=g).double().split(rows, 1) for k in (3, 4)
         )
-        said.dense = Dense([*logits], [*deltas], [*SIZES.values()])
+        said.dense = DenseOutputs([*logits], [*deltas], [*SIZES.values()])
         moved = anchors + 8 * torch.randn(2, sum(rows), 4, generator=g)
         said.dense_boxes = [*moved.split(rows, 1)]
         both.append(said)
@@ -374,10 +374,13 @@ def test_instances_do_not_lie_in_the_padding():
 
 
 def test_encodings_that_differ_are_refused():
-    nets = net_spec("student", tiny_model("gfl")), net_spec("teacher", tiny_model("gfl"))
+    nets = network_info("student", tiny_model("gfl")), network_info("teacher", tiny_model("gfl"))
     assert "distributions" in GID.problem(*nets)
     weights = ("MODEL.RETINANET.BBOX_REG_WEIGHTS", [10.0, 10.0, 5.0, 5.0])
-    other = net_spec("teacher", tiny_model("retinanet", *weights))
-    assert "encode boxes" in GID.problem(net_spec("student", tiny_model("retinanet")), other)
-    faster = net_spec("student", tiny_model("faster")), net_spec("teacher", tiny_model("faster"))
+    other = network_info("teacher", tiny_model("retinanet", *weights))
+    assert "encode boxes" in GID.problem(network_info("student", tiny_model("retinanet")), other)
+    faster = (
+        network_info("student", tiny_model("faster")),
+        network_info("teacher", tiny_model("faster")),
+    )
     assert "RPN" in GID.problem(*faster)

@@ -7,9 +7,9 @@ from conftest import (
     distilled,
     feature_head,
     kd_losses,
-    net_spec,
+    network_info,
+    outputs,
     picture,
-    signals,
     tiny_cfg,
     tiny_model,
 )
@@ -71,7 +71,7 @@ def test_building_does_not_change_the_given_config():
     cfg = tiny_cfg("faster", "MODEL.DISTILL.HEADS", ("IMA",))
     cfg.freeze()
     before = cfg.dump()
-    spec = net_spec("student", tiny_model("faster"))
+    spec = network_info("student", tiny_model("faster"))
     IMA(cfg, spec, spec)
     assert cfg.dump() == before
 
@@ -149,14 +149,14 @@ def test_cells_off_the_mask_count_for_boxes_only(scope, counts):
     teacher[0] += 5  # the first picture has no box
     instances = [halves([]), halves([BOX])]
     loss = ima_head(scope)(
-        signals((64, 64), instances, p2=student),
-        signals((64, 64), instances, p2=teacher),
+        outputs((64, 64), instances, p2=student),
+        outputs((64, 64), instances, p2=teacher),
     )["loss_ima"]
     assert (loss > 1) == counts
     teacher[1, :, :8, :2] += 5  # on the mask
     loss = ima_head(scope)(
-        signals((64, 64), instances, p2=student),
-        signals((64, 64), instances, p2=teacher),
+        outputs((64, 64), instances, p2=student),
+        outputs((64, 64), instances, p2=teacher),
     )["loss_ima"]
     assert loss > 1
 
@@ -169,8 +169,8 @@ def test_boxes_crop_both_networks_at_the_same_place():
     inner = [(4.0, 4.0, 28.0, 28.0), (36.0, 36.0, 60.0, 60.0)]  # away from the gap's border
     instances = [halves(inner)]
     loss = ima_head("box", channels=(1, 1))(
-        signals((64, 64), instances, p2=student),
-        signals((64, 64), instances, p2=student - gap),
+        outputs((64, 64), instances, p2=student),
+        outputs((64, 64), instances, p2=student - gap),
     )["loss_ima"]
     torch.testing.assert_close(loss, torch.tensor((9.0 + 1.0) / 2))
 
@@ -190,8 +190,8 @@ def test_large_boxes_are_read_on_coarse_levels():
     for size, expected in ((100.0, 4.0), (500.0, 9.0)):  # 224 px lie on stride 16 in FPN
         instances = [halves([(0.0, 0.0, size, size)], masks="", size=512)]
         loss = both(
-            signals((512, 512), instances, **features),
-            signals((512, 512), instances, **teacher),
+            outputs((512, 512), instances, **features),
+            outputs((512, 512), instances, **teacher),
         )["loss_ima"]
         torch.testing.assert_close(loss, torch.tensor(expected))
 
@@ -202,8 +202,8 @@ def test_a_batch_without_instances_is_a_connected_zero(scope):
     student = torch.randn(2, 2, 16, 16, requires_grad=True)
     instances = [halves([]), halves([])]
     loss = one(
-        signals((64, 64), instances, p2=student),
-        signals((64, 64), instances, p2=torch.zeros(2, 3, 16, 16)),
+        outputs((64, 64), instances, p2=student),
+        outputs((64, 64), instances, p2=torch.zeros(2, 3, 16, 16)),
     )["loss_ima"]
     loss.backward()
     assert loss == 0
@@ -213,13 +213,13 @@ def test_a_batch_without_instances_is_a_connected_zero(scope):
 
 def test_image_scope_with_all_parts_off_is_fitnet():
     student, teacher = torch.randn(2, 2, 2, 8, 8)
-    losses = ima_head("image")(signals((32, 32), p2=student), signals((32, 32), p2=teacher))
+    losses = ima_head("image")(outputs((32, 32), p2=student), outputs((32, 32), p2=teacher))
     torch.testing.assert_close(losses["loss_ima/p2"], fitnet(student, teacher))
 
 
 def test_masks_change_from_step_to_step_and_come_back_with_the_state():
     one = ima_head("image", mask_ratio=0.5, seed=3)
-    student, teacher = (signals((32, 32), p2=torch.randn(1, 2, 8, 8)) for _ in range(2))
+    student, teacher = (outputs((32, 32), p2=torch.randn(1, 2, 8, 8)) for _ in range(2))
     state = one.state_dict()
     first, second = (one(student, teacher)["loss_ima/p2"].item() for _ in range(2))
     assert first != second
@@ -230,7 +230,7 @@ def test_masks_change_from_step_to_step_and_come_back_with_the_state():
 
 def test_precomputed_proposals_leave_the_boxes():
     student = tiny_model("faster", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
-    spec = net_spec("student", student)
+    spec = network_info("student", student)
     assert IMA(tiny_cfg("faster"), spec, spec).scope == "box"
 
 
@@ -247,14 +247,14 @@ def test_class_scope_compares_the_classes_of_every_level():
     found = kd_losses(model, inputs)
     student, teacher = heard
     assert set(found) == {f"loss_ima/p{k}" for k in range(2, 7)}
-    canvas = torch.full((2, 64, 96), -1)
-    for labels, x in zip(canvas, inputs):
+    padded_size = torch.full((2, 64, 96), -1)
+    for labels, x in zip(padded_size, inputs):
         height, width = x["sem_seg"].shape
         labels[:height, :width] = x["sem_seg"]
     for level in model.heads["IMA"].levels[:4]:  # the canvas is a multiple of their strides
         s, t = student.features[level.student], teacher.features[level.student]
         half = level.stride // 2
-        labels = canvas[:, half :: level.stride, half :: level.stride]
+        labels = padded_size[:, half :: level.stride, half :: level.stride]
         total, count = ima_classes(s, t, labels, 4, scale_floor=0.1)
         expected = total / max(count, 1) / 5
         torch.testing.assert_close(found[f"loss_ima/{level.student}"], expected)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, kd_losses, net_spec, picture, signals, tiny_cfg, tiny_model
+from conftest import distilled, kd_losses, network_info, outputs, picture, tiny_cfg, tiny_model
 from detectron2.structures import Boxes, Instances
 
 from distill.heads import LD
 from distill.heads.classes import ClassMap
 from distill.heads.dense import AnchorGrids, DenseLayout
-from distill.structures import Dense, Targets
+from distill.structures import DenseOutputs, Targets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal_methods as literal
@@ -51,12 +51,12 @@ def heard(boxes=None, positives=((3, 0), (17, 2), (52, 1)), seed=0):
         found.append(Instances((48, 64), gt_boxes=Boxes(torch.tensor(own).reshape(-1, 4))))
     both = []
     for _ in range(2):
-        said = signals((48, 64), found)
+        said = outputs((48, 64), found)
         logits, sides = (
             3 * torch.randn(2, sum(ROWS), k, generator=g).double() for k in (3, 4 * BINS)
         )
         levels = ([x.clone() for x in y.split(ROWS, 1)] for y in (logits, sides))
-        said.dense = Dense(*levels, SIZES)
+        said.dense = DenseOutputs(*levels, SIZES)
         both.append(said)
     student = both[0]
     labels = torch.full((2, sum(ROWS)), 3)
@@ -186,8 +186,8 @@ def test_a_batch_without_any_box_trains():
 
 def test_the_students_own_candidates():
     """Of the network, not of the config."""
-    student = net_spec("student", tiny_model("gfl", "MODEL.GFL.CANDIDATES", 5))
-    assert LD(tiny_cfg("gfl"), student, net_spec("teacher", tiny_model("gfl"))).candidates == 5
+    student = network_info("student", tiny_model("gfl", "MODEL.GFL.CANDIDATES", 5))
+    assert LD(tiny_cfg("gfl"), student, network_info("teacher", tiny_model("gfl"))).candidates == 5
 
 
 @pytest.mark.parametrize(
@@ -200,5 +200,8 @@ def test_the_students_own_candidates():
     ],
 )
 def test_what_cannot_be_compared(student, teacher, message):
-    nets = net_spec("student", tiny_model(*student)), net_spec("teacher", tiny_model(*teacher))
+    nets = (
+        network_info("student", tiny_model(*student)),
+        network_info("teacher", tiny_model(*teacher)),
+    )
     assert re.search(message, LD.problem(*nets))

@@ -25,8 +25,8 @@ from torch import nn
 from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
-from distill.families import build_probe
-from distill.heads.lgd import ImplicitTeacher, detection_losses, unnoticed
+from distill.families import build_family
+from distill.heads.lgd import ImplicitTeacher, detection_losses, no_side_effects
 
 DETECTORS = [family for family in FAMILIES if family != "semantic"]
 CPU = torch.device("cpu")
@@ -284,14 +284,14 @@ def test_objects_are_drawn_over_the_context():
 def test_detection_losses_on_the_students_own_maps_are_its_own(family):
     student = outspoken_model(family)
     twin = copy.deepcopy(student)
-    probe = build_probe(student)
-    with EventStorage(), probe.listen({"features"}) as calls:
+    reader = build_family(student)
+    with EventStorage(), reader.record({"features"}) as calls:
         torch.manual_seed(0)
         expected = student(batch())
-    signals = probe.read(calls, probe.batch(calls, batch()), {"features"})
+    outputs = reader.read(calls, reader.batch(calls, batch()), {"features"})
     torch.manual_seed(0)
     with EventStorage():
-        found = detection_losses(twin, signals.features, signals.batch)
+        found = detection_losses(twin, outputs.features, outputs.batch)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
 
@@ -332,7 +332,7 @@ def test_the_second_run_normalizes_by_its_own_batch():
     """Not by running statistics, which are the student's."""
     norm = nn.Sequential(nn.BatchNorm2d(2)).train()
     x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
-    with unnoticed(norm, CPU):
+    with no_side_effects(norm, CPU):
         found = norm(x)
     assert not norm[0].running_mean.any() and norm[0].num_batches_tracked == 0
     assert torch.equal(found, norm(x)) and norm[0].running_mean.all()
@@ -342,7 +342,11 @@ def test_an_error_in_the_second_run_leaves_no_trace_either():
     student = tiny_model("retinanet", "MODEL.RETINANET.NORM", "BN")
     before = torch.get_rng_state()
     student.loss_normalizer = 7.0
-    with pytest.raises(FloatingPointError), EventStorage(5) as events, unnoticed(student, CPU):
+    with (
+        pytest.raises(FloatingPointError),
+        EventStorage(5) as events,
+        no_side_effects(student, CPU),
+    ):
         student.loss_normalizer = 9.0
         torch.rand(3)
         raise FloatingPointError

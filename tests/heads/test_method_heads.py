@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import built_head, signals
+from conftest import built_head, outputs
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -22,7 +22,7 @@ from distill.heads.dense import AnchorGrids, DenseLayout
 from distill.heads.features import GlobalContext, NonLocal
 from distill.heads.fpn import Level
 from distill.heads.review import MIDDLE, AttentionBasedFusion
-from distill.structures import Dense, ROIs
+from distill.structures import DenseOutputs, ROIs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal_methods as literal
@@ -57,7 +57,7 @@ def heard(student=3, teacher=4, boxes=None, seed=0):
     ours, theirs = maps(student, "p"), maps(teacher, "c")
     for x in ours.values():
         x.requires_grad_()
-    return signals(CANVAS, truth(boxes), **ours), signals(CANVAS, truth(boxes), **theirs)
+    return outputs(CANVAS, truth(boxes), **ours), outputs(CANVAS, truth(boxes), **theirs)
 
 
 def of_both_levels(cls, channels=(3, 4), **kw):
@@ -135,8 +135,8 @@ class Kept(nn.Module):
 
 
 def masks(head, calls=1):
-    ones = signals(CANVAS, p3=torch.ones(4, 2, 50, 60), p4=torch.ones(4, 2, 25, 30))
-    other = signals(CANVAS, c3=ones.features["p3"], c4=ones.features["p4"])
+    ones = outputs(CANVAS, p3=torch.ones(4, 2, 50, 60), p4=torch.ones(4, 2, 25, 30))
+    other = outputs(CANVAS, c3=ones.features["p3"], c4=ones.features["p4"])
     seen = []
     for _ in range(calls):
         head(ones, other)
@@ -341,7 +341,7 @@ def dense(classes=3, seed=3):
         [torch.randn(2, r, classes, generator=g).double() * 2 for r in rows.values()]
         for _ in range(2)
     ]
-    return [Dense(x, [], [*SIZES.values()]) for x in logits]
+    return [DenseOutputs(x, [], [*SIZES.values()]) for x in logits]
 
 
 @pytest.mark.parametrize("shared", [CLASSES, ("star", "hexagon", "circle")])
@@ -563,7 +563,7 @@ def boxes(rows=7, classes=3, stages=1):
                 for _ in range(stages)
             ]
         )
-    student, teacher = signals(CANVAS), signals(CANVAS)
+    student, teacher = outputs(CANVAS), outputs(CANVAS)
     student.rois, teacher.rois = found
     for x in student.rois:
         x.logits.requires_grad_()
@@ -643,8 +643,8 @@ def test_the_one_cell_of_one_picture_trains(cls):
     for x in maps[:2]:
         x.requires_grad_()
     own = truth([BOXES[0][:1]])
-    student = signals((16, 16), own, p3=maps[0], p4=maps[1])
-    found = head(student, signals((16, 16), own, c3=maps[2], c4=maps[3]))
+    student = outputs((16, 16), own, p3=maps[0], p4=maps[1])
+    found = head(student, outputs((16, 16), own, c3=maps[2], c4=maps[3]))
     total = sum(found.values())
     total.backward()
     assert total.isfinite() and all(x.grad.isfinite().all() for x in maps[:2])

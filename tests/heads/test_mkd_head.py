@@ -5,7 +5,7 @@ import torch
 from conftest import distilled, kd_losses, outspoken_model, picture, tiny_cfg
 
 from distill import losses
-from distill.heads.base import RandomState
+from distill.heads.base import StepGenerator
 
 TERMS = {
     "fea": losses.fitnet,
@@ -41,7 +41,7 @@ def test_terms_are_the_public_losses_averaged_over_the_levels():
 def test_the_masked_term_draws_from_the_heads_own_generator():
     model = mkd_model(MASK_RATIO=0.3)
     found, student, teacher = features(model, [picture(0)])
-    generator = RandomState(0).generator(torch.device("cpu"))
+    generator = StepGenerator(0).generator(torch.device("cpu"))
     for level in model.heads["MKD"].levels:
         s, t = student[level.student], teacher[level.student]
         mask = losses.frequency_mask(1, *s.shape[2:], 0.3, generator)

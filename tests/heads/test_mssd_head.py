@@ -29,7 +29,7 @@ def mssd_model(family="faster", **keys):
     return distilled(family, ["MSSD"], *PAFPN, *opts)
 
 
-def student_signals(model, batch):
+def student_outputs(model, batch):
     heard = []
     handle = model.heads["MSSD"].register_forward_pre_hook(lambda _, args: heard.extend(args))
     found = kd_losses(model, batch)
@@ -49,9 +49,9 @@ def test_every_level_that_has_a_shallow_map_has_both_losses(family):
 
 
 def test_losses_are_those_of_the_equations():
-    found, signals = student_signals(mssd_model(GAMMA=0.1, MASK_WEIGHT=3.0), [picture(0)])
+    found, outputs = student_outputs(mssd_model(GAMMA=0.1, MASK_WEIGHT=3.0), [picture(0)])
     for level in LEVELS:
-        deep, shallow = signals.features[level], signals.shallow[level]
+        deep, shallow = outputs.features[level], outputs.shallow[level]
         factor = 0.1 if level == "p2" else 1.0
         expected = factor * (deep - shallow).square().mean() / 4
         torch.testing.assert_close(found[f"loss_mssd/{level}/distill"], expected)
@@ -60,11 +60,11 @@ def test_losses_are_those_of_the_equations():
 @pytest.mark.parametrize("mask, binary", [("gaussian", False), ("binary", True)])
 def test_mask_loss_is_of_the_adapted_mask(mask, binary):
     model = mssd_model(MASK=mask, SIGMA2=4.0)
-    found, signals = student_signals(model, [picture(0)])
+    found, outputs = student_outputs(model, [picture(0)])
     for level, stride in zip(LEVELS, (4, 8, 16, 32)):
-        deep = signals.features[level]
+        deep = outputs.features[level]
         m = losses.gaussian_mask(
-            signals.batch.boxes, *deep.shape[2:], stride, sigma2=4.0, binary=binary
+            outputs.batch.boxes, *deep.shape[2:], stride, sigma2=4.0, binary=binary
         )
         conv = model.heads["MSSD"].mask_adapters[level][0]
         assert conv.weight.shape == (deep.shape[1], 1, 3, 3)
@@ -82,11 +82,11 @@ def test_a_loss_is_switched_off(off, left):
 
 def test_shallow_maps_are_taught_by_nobody():
     model = mssd_model(MASK_WEIGHT=0.0)
-    _, signals = student_signals(model, [picture(0)])
-    shallow = [signals.shallow[k] for k in LEVELS]
+    _, outputs = student_outputs(model, [picture(0)])
+    shallow = [outputs.shallow[k] for k in LEVELS]
     # Only through the bottom-up pathway, which reads them, does a gradient reach them.
     neck = model.student.backbone
-    frozen = {k: x.detach() for k, x in signals.shallow.items()}
+    frozen = {k: x.detach() for k, x in outputs.shallow.items()}
     deep = {}
     path = None
     for k in LEVELS:

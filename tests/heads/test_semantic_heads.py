@@ -10,7 +10,7 @@ from conftest import (
     distilled,
     distilled_from_itself,
     kd_losses,
-    net_spec,
+    network_info,
     outspoken_model,
     picture,
     tiny_cfg,
@@ -23,7 +23,7 @@ from distill.errors import ConfigError
 from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKDLogits, PixelKD, build_heads
 from distill.heads.fpn import cell_labels
 from distill.losses import cwd, pixel_kd
-from distill.structures import SEM_SEG_HEAD, Batch, SemSeg, Signals
+from distill.structures import SEM_SEG_HEAD, Batch, NetworkOutputs, SemSeg
 
 EVERY = ("CWD", "CWDLogits", "PixelKD", "SKD", "IFVD", "CIRKD", "MasKDLogits")
 NAMES = (*CLASSES, "background")
@@ -33,11 +33,15 @@ def pictures(count: int = 2, height: int = 64, width: int = 64) -> list[dict[str
     return [picture(k, height, width, semantic=True) for k in range(count)]
 
 
-def signal(logits: Tensor, canvas: tuple[int, int], labels: Tensor | None = None) -> Signals:
+def signal(
+    logits: Tensor, padded_size: tuple[int, int], labels: Tensor | None = None
+) -> NetworkOutputs:
     """Of a network that says nothing but these logits, whose features they are, too."""
-    rows = labels if labels is not None else torch.zeros(len(logits), *canvas, dtype=torch.long)
-    batch = Batch([{"sem_seg": x} for x in rows], canvas)
-    return Signals(batch, features={"p2": logits}, sem_seg=SemSeg(logits, logits))
+    rows = (
+        labels if labels is not None else torch.zeros(len(logits), *padded_size, dtype=torch.long)
+    )
+    batch = Batch([{"sem_seg": x} for x in rows], padded_size)
+    return NetworkOutputs(batch, features={"p2": logits}, sem_seg=SemSeg(logits, logits))
 
 
 def maps(seed: int, *shape: int) -> Tensor:
@@ -68,9 +72,9 @@ def test_a_network_without_a_semantic_head_has_no_such_features() -> None:
     cfg = tiny_cfg("semantic", "MODEL.DISTILL.FITNET.IN_FEATURES", (SEM_SEG_HEAD,))
     student, teacher = tiny_model("semantic"), tiny_model("retinanet")
     with pytest.raises(ConfigError, match="the teacher has no semantic head"):
-        FitNet(cfg, net_spec("student", student), net_spec("teacher", teacher))
+        FitNet(cfg, network_info("student", student), network_info("teacher", teacher))
     with pytest.raises(ConfigError, match="has no output 'sem_seg_head'"):
-        FitNet(cfg, net_spec("student", teacher), net_spec("teacher", student))
+        FitNet(cfg, network_info("student", teacher), network_info("teacher", student))
 
 
 def test_similarities_of_detectors() -> None:
@@ -86,7 +90,7 @@ def test_one_picture_a_process_is_too_few_for_relations(caplog: Any) -> None:
 @pytest.mark.parametrize("name", [x for x in EVERY if x not in ("CWD", "SKD")])
 def test_detectors_are_refused(name: str) -> None:
     cfg = tiny_cfg("retinanet", "MODEL.DISTILL.HEADS", (name,))
-    spec = net_spec("student", tiny_model("retinanet"))
+    spec = network_info("student", tiny_model("retinanet"))
     with pytest.raises(ConfigError, match=f"{name} does not work here .* sem_seg"):
         build_heads(cfg, spec, spec)
 
@@ -109,7 +113,7 @@ def test_panoptic_students_have_a_semantic_head_too(name: str) -> None:
 
 def pixel_head(student: tuple[str, ...], teacher: tuple[str, ...], **kw: Any) -> PixelKD:
     model = tiny_model("semantic")
-    specs = [net_spec(n, model) for n in ("student", "teacher")]
+    specs = [network_info(n, model) for n in ("student", "teacher")]
     object.__setattr__(specs[0], "sem_seg_classes", student)
     object.__setattr__(specs[1], "sem_seg_classes", teacher)
     return PixelKD(tiny_cfg("semantic"), *specs)
@@ -140,7 +144,7 @@ def test_channel_distributions_of_features_and_logits() -> None:
     opts = ("MODEL.DISTILL.CWD.IN_FEATURES", (SEM_SEG_HEAD,), "MODEL.DISTILL.CWD.WEIGHT", 1.0)
     opts += ("MODEL.DISTILL.CWDLOGITS.WEIGHT", 1.0)
     model = distilled("semantic", ["CWD", "CWDLogits"], *opts)
-    heard: dict[str, tuple[Signals, Signals]] = {}
+    heard: dict[str, tuple[NetworkOutputs, NetworkOutputs]] = {}
     for name, head in model.heads.items():
         head.register_forward_pre_hook(lambda _, args, name=name: heard.update({name: args}))
     losses = kd_losses(model, pictures())

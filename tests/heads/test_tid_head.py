@@ -11,10 +11,10 @@ from conftest import distilled, kd_losses, outspoken_model, picture, tiny_fcos, 
 
 from distill import losses
 from distill.errors import ConfigError
-from distill.families import build_probe
+from distill.families import build_family
 from distill.families.dense import decode_dense, level_anchors
 from distill.heads.tid import cell_centres
-from distill.structures import Batch, Dense, Signals
+from distill.structures import Batch, DenseOutputs, NetworkOutputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal
@@ -33,25 +33,25 @@ def batch(sizes):
 
 def heard(model, inputs):
     """Losses, and the signals of student and teacher."""
-    signals = []
-    handle = model.heads["TID"].register_forward_pre_hook(lambda _, args: signals.extend(args))
+    outputs = []
+    handle = model.heads["TID"].register_forward_pre_hook(lambda _, args: outputs.extend(args))
     found = kd_losses(model, inputs)
     handle.remove()
-    return {k.split("/")[1]: v.item() for k, v in found.items()}, *signals
+    return {k.split("/")[1]: v.item() for k, v in found.items()}, *outputs
 
 
 def detector(net):
     return getattr(net, "proposal_generator", net)
 
 
-def decoded(net, signals, image, strides):
+def decoded(net, outputs, image, strides):
     """(P, A, 4) boxes and (P, A, K) logits of one picture, anchor by anchor."""
     owner = detector(net)
     boxes, logits = [], []
-    for level, (height, width) in enumerate(signals.dense.sizes):
+    for level, (height, width) in enumerate(outputs.dense.sizes):
         cells = list(owner.anchor_generator.cell_anchors)[level].double().numpy()
-        deltas = signals.dense.deltas[level][image].detach().double().numpy()
-        raw = signals.dense.logits[level][image].detach().double().numpy()
+        deltas = outputs.dense.deltas[level][image].detach().double().numpy()
+        raw = outputs.dense.logits[level][image].detach().double().numpy()
         for i in range(height):
             for j in range(width):
                 point = (i * width + j) * len(cells)
@@ -76,9 +76,9 @@ def decode(anchor, delta, transform):
     return [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
 
 
-def opinion(net, signals, image, truth, strides, thresholds):
+def opinion(net, outputs, image, truth, strides, thresholds):
     """Score, IOU_max · p and the best box of each point."""
-    boxes, logits = decoded(net, signals, image, strides)
+    boxes, logits = decoded(net, outputs, image, strides)
     gt, classes = truth.gt_boxes.tensor.double().numpy(), truth.gt_classes.numpy()
     points = len(boxes)
     iou, prob, best = np.zeros(points), np.zeros(points), boxes[:, 0].copy()
@@ -108,7 +108,7 @@ def literal_losses(model, student, teacher):
     for image, truth in enumerate(student.batch.instances):
         nets = (model.student, student), (model.teacher.model, teacher)
         (score_s, _, _), (score_t, tie, boxes) = (
-            opinion(net, signals, image, truth, strides, thresholds) for net, signals in nets
+            opinion(net, outputs, image, truth, strides, thresholds) for net, outputs in nets
         )
         value = literal.tid_value(score_t, score_s, tie, boxes)
         gt = truth.gt_boxes.tensor.double().numpy()
@@ -246,17 +246,20 @@ def test_half_precision_deltas_are_decoded_in_full_precision():
     net = tiny_fcos()
     deltas = [torch.rand(1, 4, 4).half() for _ in range(5)]
     sizes = [(2, 2)] * 5
-    half, full = (Signals(Batch([], (8, 8))) for _ in range(2))
-    half.dense, full.dense = Dense([], deltas, sizes), Dense([], [d.float() for d in deltas], sizes)
-    for signals in (half, full):
-        decode_dense(net, signals, {"dense_boxes"})
+    half, full = (NetworkOutputs(Batch([], (8, 8))) for _ in range(2))
+    half.dense, full.dense = (
+        DenseOutputs([], deltas, sizes),
+        DenseOutputs([], [d.float() for d in deltas], sizes),
+    )
+    for outputs in (half, full):
+        decode_dense(net, outputs, {"dense_boxes"})
     for a, b in zip(half.dense_boxes, full.dense_boxes):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 def test_precomputed_proposals_have_no_dense_head():
     student = tiny_model("faster", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
-    assert not build_probe(student).signals & {"dense", "dense_boxes"}
+    assert not build_family(student).outputs & {"dense", "dense_boxes"}
     with pytest.raises(ConfigError, match=r"TID .*compares dense, dense_boxes, which the student"):
         distilled("faster", ["TID"], student=student)
 

@@ -63,12 +63,12 @@ def cwd(student, teacher, temperature):
     return temperature**2 * total / (batch * channels)
 
 
-def fgd_masks(boxes, canvas, height, width):
+def fgd_masks(boxes, padded_size, height, width):
     """FGD's foreground and background masks of one image."""
     foreground = np.zeros((height, width))
     for x1, y1, x2, y2 in boxes:
-        left, right = floor(x1 * width / canvas[1]), ceil(x2 * width / canvas[1])
-        top, bottom = floor(y1 * height / canvas[0]), ceil(y2 * height / canvas[0])
+        left, right = floor(x1 * width / padded_size[1]), ceil(x2 * width / padded_size[1])
+        top, bottom = floor(y1 * height / padded_size[0]), ceil(y2 * height / padded_size[0])
         area = (bottom + 1 - top) * (right + 1 - left)
         for i, j in np.ndindex(height, width):
             if top <= i <= bottom and left <= j <= right:
@@ -79,12 +79,12 @@ def fgd_masks(boxes, canvas, height, width):
     return foreground, background
 
 
-def fgd(student, teacher, boxes, canvas, temperature):
+def fgd(student, teacher, boxes, padded_size, temperature):
     """FGD's focal terms without α, β, γ: (foreground, background, attention)."""
     batch, channels, height, width = student.shape
     foreground = background = attention = 0.0
     for s, t, image_boxes in zip(student, teacher, boxes):
-        m_fg, m_bg = fgd_masks(image_boxes, canvas, height, width)
+        m_fg, m_bg = fgd_masks(image_boxes, padded_size, height, width)
         space_s, space_t = spatial_attention(s, temperature), spatial_attention(t, temperature)
         channel_s, channel_t = channel_attention(s, temperature), channel_attention(t, temperature)
         for c, i, j in np.ndindex(channels, height, width):

@@ -26,7 +26,7 @@ class Case:
         shape = (self.batch, self.channels, self.height, self.width)
         self.student, self.teacher = rng.normal(0.5, 2, (2, *shape))
         self.cells = rng.random((self.batch, self.height, self.width))
-        self.canvas = (self.height * STRIDE, self.width * STRIDE)
+        self.padded_size = (self.height * STRIDE, self.width * STRIDE)
         numbers = [(0, 1, 3, 7)[(seed + k) % 4] for k in range(self.batch)]
         self.boxes = [self.some_boxes(n) for n in numbers]
         self.rows = seed % 5
@@ -75,7 +75,7 @@ def test_cwd(seed: int) -> None:
 @pytest.mark.parametrize("seed", CASES)
 def test_fgd(seed: int) -> None:
     case = Case(seed)
-    agree("fgd", case.student, case.teacher, case.boxes, case.canvas, (0.5, 0.8)[seed % 2])
+    agree("fgd", case.student, case.teacher, case.boxes, case.padded_size, (0.5, 0.8)[seed % 2])
 
 
 @pytest.mark.parametrize("seed", CASES)
@@ -162,7 +162,7 @@ def test_fkd(seed: int) -> None:
 
 GRADIENTS: dict[str, Callable[[Case, torch.Tensor], torch.Tensor]] = {
     "pkd": lambda c, x: losses.pkd(x, tensors(c.teacher)),
-    "fgd": lambda c, x: sum(losses.fgd(x, tensors(c.teacher), tensors(c.boxes), c.canvas)),
+    "fgd": lambda c, x: sum(losses.fgd(x, tensors(c.teacher), tensors(c.boxes), c.padded_size)),
     "mgd": lambda c, x: losses.mgd(
         x, tensors(c.teacher), torch.tanh, tensors(c.cells)[:, None] > 0.5
     ),

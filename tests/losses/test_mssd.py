@@ -22,9 +22,9 @@ def generator(seed=0):
 
 def draw_boxes(rng, count, height, width, stride):
     """(K, 4) float32 of every kind: ordinary, below a cell, below a pixel, outside, aligned."""
-    canvas = np.array([width, height]) * stride
-    centre = rng.uniform(-0.2, 1.2, (count, 2)) * canvas
-    size = rng.choice([0.0, 0.4, 1.0, 0.5 * stride, 2 * stride, canvas.max()], (count, 2))
+    padded_size = np.array([width, height]) * stride
+    centre = rng.uniform(-0.2, 1.2, (count, 2)) * padded_size
+    size = rng.choice([0.0, 0.4, 1.0, 0.5 * stride, 2 * stride, padded_size.max()], (count, 2))
     size = size * rng.uniform(0.8, 1.2, (count, 2))
     boxes = np.concatenate([centre - size / 2, centre + size / 2], 1)
     aligned = rng.random(count) < 0.3  # edges on cell centres and on the borders of cells

@@ -26,10 +26,10 @@ from distill.config import building, student_config, validate_config
 from distill.config.detectron2_rules import check_values
 from distill.engine import Trainer
 from distill.errors import ConfigError
-from distill.families import build_probe
+from distill.families import build_family
 from distill.nets import add_nets_config
 from distill.nets.segmentation import mean_cross_entropy
-from distill.structures import Signals
+from distill.structures import NetworkOutputs
 
 HEAD = "MODEL.SEM_SEG_HEAD."
 RESNET = "MODEL.RESNETS."
@@ -294,19 +294,19 @@ def test_a_copy_teaches_nothing(name, pictures):
 @pytest.mark.parametrize("name", OPTS)
 def test_a_teachers_head_is_asked_up_to_its_predictor(name, kind):
     model = tiny_model("semantic", *OPTS[name], HEAD + "LOSS_TYPE", kind, training=False)
-    head, probe = model.sem_seg_head, build_probe(model)
+    head, family = model.sem_seg_head, build_family(model)
     forwards = []
     head.register_forward_hook(lambda *_: forwards.append(1))
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
-        signals = probe.ask(images, Signals(batch=None), {"sem_seg"})
+        outputs = family.ask(images, NetworkOutputs(batch=None), {"sem_seg"})
         assert not forwards
         expected = head(model.backbone(images))[0]
-    said = signals.sem_seg
+    said = outputs.sem_seg
     assert torch.equal(head.predictor(said.features), said.logits)
     scaled = F.interpolate(said.logits, scale_factor=head.common_stride, mode="bilinear")
     torch.testing.assert_close(scaled, expected)
-    assert probe.num_classes == said.logits.shape[1] == 4
+    assert family.num_classes == said.logits.shape[1] == 4
 
 
 # ---- Config.

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import DENSE, net_spec, outspoken_model, picture, tiny_fcos, tiny_model
+from conftest import DENSE, network_info, outspoken_model, picture, tiny_fcos, tiny_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from distill.families import build_probe
+from distill.families import build_family
 from distill.modeling.teacher import Teacher
 
 FAMILIES = ("retinanet", *DENSE)
@@ -18,7 +18,7 @@ ASSIGNMENTS = {
     **dict.fromkeys(("atss", "gfl"), "targets"),
     "reppoints": "refine_targets",  # by which the classes are trained
 }
-NEEDS = frozenset({"features", "dense", "targets", "towers"})
+NEEDS = frozenset({"features", "dense", "targets", "head_features"})
 
 
 def pictures():
@@ -32,11 +32,11 @@ def tall(family, *opts, convs=3, **kw):
 
 def heard(model, needs=NEEDS, inputs=None):
     """What a student says in a training forward."""
-    probe, inputs = build_probe(model), inputs or pictures()
-    needs = needs & probe.signals
-    with EventStorage(), probe.listen(needs) as calls:
+    reader, inputs = build_family(model), inputs or pictures()
+    needs = needs & reader.outputs
+    with EventStorage(), reader.record(needs) as calls:
         model(inputs)
-    return probe.read(calls, probe.batch(calls, inputs), needs)
+    return reader.read(calls, reader.batch(calls, inputs), needs)
 
 
 def own_targets(model, features, instances):
@@ -72,12 +72,12 @@ def test_targets_are_those_of_the_students_assignment(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_assignment_is_tapped_by_its_name_and_only_if_needed(family):
-    probe = build_probe(tall(family))
-    assert probe.assignment == f"{ASSIGNMENTS[family]}()"
-    assert "targets" in probe.signals
-    assert probe.assignment in probe.taps({"targets"})
-    assert probe.assignment not in probe.taps({"dense", "towers"})
-    assert heard(probe.model, frozenset({"dense"})).targets is None
+    reader = build_family(tall(family))
+    assert reader.assignment == f"{ASSIGNMENTS[family]}()"
+    assert "targets" in reader.outputs
+    assert reader.assignment in reader.recorded_modules({"targets"})
+    assert reader.assignment not in reader.recorded_modules({"dense", "head_features"})
+    assert heard(reader.model, frozenset({"dense"})).targets is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,11 +95,11 @@ def test_ignored_anchors_are_minus_one():
 
 
 def test_an_rcnn_has_neither():
-    signals = build_probe(tiny_model("faster")).signals
-    assert not signals & {"targets", "towers"}
+    outputs = build_family(tiny_model("faster")).outputs
+    assert not outputs & {"targets", "head_features"}
 
 
-# ---- Towers
+# ---- HeadFeatures
 
 
 def layers(subnet, x):
@@ -119,11 +119,14 @@ def test_towers_are_the_maps_before_the_activations(family, norm):
     opts = (f"MODEL.{SECTIONS[family]}.NORM", norm)
     model = tall(family, *opts, fpn=32)
     said = heard(model)
-    for subnet, towers in (("cls_subnet", said.towers.classes), ("bbox_subnet", said.towers.boxes)):
-        assert len(towers) == 3 and all(len(x) == 5 for x in towers)
+    for subnet, head_features in (
+        ("cls_subnet", said.head_features.classes),
+        ("bbox_subnet", said.head_features.boxes),
+    ):
+        assert len(head_features) == 3 and all(len(x) == 5 for x in head_features)
         for level, name in enumerate(model.head_in_features):
             expected, _ = layers(getattr(model.head, subnet), said.features[name])
-            for found, own in zip((x[level] for x in towers), expected):
+            for found, own in zip((x[level] for x in head_features), expected):
                 torch.testing.assert_close(found, own)
                 assert found.requires_grad and (found < 0).any()
 
@@ -135,7 +138,7 @@ def test_predictions_are_made_of_the_towers(family):
     said = heard(model)
     head = model.head
     for level, (h, w) in enumerate(said.dense.sizes):
-        logits = head.cls_score(said.towers.classes[-1][level].relu())
+        logits = head.cls_score(said.head_features.classes[-1][level].relu())
         rows = logits.view(3, -1, 3, h, w).permute(0, 3, 4, 1, 2).reshape(3, -1, 3)
         torch.testing.assert_close(said.dense.logits[level], rows)
 
@@ -143,20 +146,20 @@ def test_predictions_are_made_of_the_towers(family):
 def test_a_gradient_of_the_towers_reaches_the_layers_before_them():
     model = tall("atss")
     said = heard(model)
-    said.towers.classes[1][0].sum().backward()
+    said.head_features.classes[1][0].sum().backward()
     convolutions = [x for x in model.head.cls_subnet if isinstance(x, nn.Conv2d)]
     assert [x.weight.grad is not None for x in convolutions] == [True, True, False]
 
 
 def test_reppoints_has_no_towers():
-    assert "towers" not in build_probe(tall("reppoints")).signals
+    assert "head_features" not in build_family(tall("reppoints")).outputs
 
 
 def test_detectron2s_own_fcos_has_both():
     said = heard(tiny_fcos())
     labels, _ = own_targets(tiny_fcos(), said.features, said.batch.instances)
     assert torch.equal(said.targets.labels, labels)
-    assert [x.shape[1] for x in said.towers.boxes[0]] == [16] * 5
+    assert [x.shape[1] for x in said.head_features.boxes[0]] == [16] * 5
 
 
 # ---- The teacher's
@@ -169,15 +172,15 @@ def test_the_teachers_towers_are_cut_to_the_students_cells(family):
     images = torch.randn(1, 3, 128, 128)  # padded further than the student's 64 x 96
     model.eval()
     with torch.no_grad():
-        taught = build_probe(model).ask(images, student, {"dense", "towers"})
+        taught = build_family(model).ask(images, student, {"dense", "head_features"})
         features = model.backbone(images)
     assert taught.targets is None
-    for towers in (taught.towers.classes, taught.towers.boxes):
-        for row in towers:
+    for head_features in (taught.head_features.classes, taught.head_features.boxes):
+        for row in head_features:
             assert [tuple(x.shape[2:]) for x in row] == student.dense.sizes
     expected, _ = layers(model.head.cls_subnet, features["p3"])
     height, width = student.dense.sizes[1]
-    for found, own in zip((x[1] for x in taught.towers.classes), expected):
+    for found, own in zip((x[1] for x in taught.head_features.classes), expected):
         torch.testing.assert_close(found, own[..., :height, :width])
     assert not any(x._forward_hooks for x in model.modules())
 
@@ -185,6 +188,11 @@ def test_the_teachers_towers_are_cut_to_the_students_cells(family):
 def test_a_teacher_is_not_tapped_for_towers_that_nobody_needs():
     student = heard(tall("gfl"), inputs=pictures()[:1])
     model = tall("gfl", seed=1)
-    teacher = Teacher(build_probe(model), input_format="BGR", student_format="BGR")
-    assert teacher.ask(student, frozenset({"dense"})).towers is None
-    assert net_spec("teacher", model).signals >= {"dense", "dense_boxes", "targets", "towers"}
+    teacher = Teacher(build_family(model), input_format="BGR", student_format="BGR")
+    assert teacher.ask(student, frozenset({"dense"})).head_features is None
+    assert network_info("teacher", model).outputs >= {
+        "dense",
+        "dense_boxes",
+        "targets",
+        "head_features",
+    }

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..checkpoint.save import StudentState
 from ..engine.trainer import Trainer
-from ..families import Probe
+from ..families import Family
 from ..heads import DistillHead
-from ..modeling.meta_arch import DistillModel, net_specs
+from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import Teacher
-from ..structures import NetSpec
+from ..structures import NetworkInfo
 from ..utils.seeding import seed_globally
 from .report import Weights
 
@@ -29,7 +29,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
-class Patient:
+class DryRun:
     """A training at its beginning, in this one process.
 
     Attributes:
@@ -37,7 +37,7 @@ class Patient:
         model: what trains, in training mode: a :class:`DistillModel`, or the student itself.
         autocast: opens the training's mixed precision.
         batches: endless.
-        probe: None for a plain network, of which nothing is tapped.
+        family: None for a plain network, of which nothing is tapped.
         teacher: None if no head needs one.
         heads: by name; empty without distillation.
         specs: what heads may know of student and teacher; None where there is no such network.
@@ -50,13 +50,13 @@ class Patient:
     autocast: Callable[[], AbstractContextManager[Any]]
     batches: Iterator[Inputs]
     weights: Weights
-    probe: Probe | None
+    family: Family | None
     teacher: Teacher | None
     heads: dict[str, DistillHead]
-    specs: tuple[NetSpec | None, NetSpec | None]
+    specs: tuple[NetworkInfo | None, NetworkInfo | None]
 
 
-def admit(cfg: CfgNode, folder: str) -> Patient:
+def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
     """Build what ``cfg`` trains, as the trainer does, with its weights loaded.
 
     Args:
@@ -76,12 +76,12 @@ def admit(cfg: CfgNode, folder: str) -> Patient:
     weights = load_weights(trainer)
     loop: Any = trainer._trainer
     model: nn.Module = getattr(loop.model, "module", loop.model).train()
-    probe, teacher, heads = None, None, {}
-    specs: tuple[NetSpec | None, NetSpec | None] = (None, None)
+    family, teacher, heads = None, None, {}
+    specs: tuple[NetworkInfo | None, NetworkInfo | None] = (None, None)
     if isinstance(model, DistillModel):
-        probe, teacher, heads = model.probe, model.teacher, dict(model.heads.items())
-        specs = net_specs(cfg, probe, teacher.probe if teacher else None)
-    return Patient(
+        family, teacher, heads = model.family, model.teacher, dict(model.heads.items())
+        specs = network_infos(cfg, family, teacher.family if teacher else None)
+    return DryRun(
         cfg=trainer.cfg,
         model=model,
         student=trainer.student,
@@ -89,7 +89,7 @@ def admit(cfg: CfgNode, folder: str) -> Patient:
         autocast=loop.autocast,
         batches=iter(loop.data_loader),
         weights=weights,
-        probe=probe,
+        family=family,
         teacher=teacher,
         heads=heads,
         specs=specs,
@@ -116,22 +116,22 @@ def load_weights(trainer: Trainer) -> Weights:
 
 
 @contextmanager
-def preserved(patient: Patient) -> Iterator[None]:
+def preserved(dry_run: DryRun) -> Iterator[None]:
     """Make training steps inside of length 0, and undo what else they change."""
-    state = {k: _on_cpu(v) for k, v in patient.model.state_dict().items()}
-    numbers = StudentState(patient.student)
+    state = {k: _on_cpu(v) for k, v in dry_run.model.state_dict().items()}
+    numbers = StudentState(dry_run.student)
     saved = numbers.state_dict()
-    groups = patient.optimizer.param_groups
+    groups = dry_run.optimizer.param_groups
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0
     try:
         yield
     finally:
-        patient.model.load_state_dict(state)
+        dry_run.model.load_state_dict(state)
         numbers.load_state_dict(saved)
-        patient.optimizer.zero_grad()
-        patient.optimizer.state.clear()
+        dry_run.optimizer.zero_grad()
+        dry_run.optimizer.state.clear()
         for group, rate in zip(groups, rates):
             group["lr"] = rate
 

@@ -17,15 +17,15 @@ from ..config import building, student_config, teacher_config, validate_config
 from ..data.datasets import register_coco_format
 from ..engine.hooks import memory_mb
 from ..errors import ConfigError
-from ..families import build_probe
+from ..families import build_family
 from ..heads import outlasting_phases
 from ..heads.classes import ClassMap
-from ..modeling.meta_arch import DistillModel, net_specs
+from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import build_teacher
-from ..structures import Signals
-from .dry_run import Inputs, Patient, admit, preserved
+from ..structures import NetworkOutputs
+from .dry_run import DryRun, Inputs, build_dry_run, preserved
 from .losses import loss_table, loss_warnings, losses_of
-from .recording import head_table, listen_to_both, tap_table
+from .recording import head_table, record_both, tap_table
 from .report import Cost, Report, Setting, TeacherCheck
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
 
@@ -49,27 +49,27 @@ def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Repor
     check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
-        patient = admit(cfg, folder)
-        report = introduction(patient)
+        dry_run = build_dry_run(cfg, folder)
+        report = introduction(dry_run)
         say("loading two batches")
         start = time.perf_counter()
-        batches = [next(patient.batches) for _ in range(BATCHES)]
+        batches = [next(dry_run.batches) for _ in range(BATCHES)]
         data_seconds = (time.perf_counter() - start) / BATCHES
         say("training steps")
-        with preserved(patient):
-            report.cost = measure_cost(patient, batches, data_seconds, cfg.DATALOADER.NUM_WORKERS)
+        with preserved(dry_run):
+            report.cost = measure_cost(dry_run, batches, data_seconds, cfg.DATALOADER.NUM_WORKERS)
         say("taps")
-        with preserved(patient):
-            add_taps(report, patient, batches[0])
+        with preserved(dry_run):
+            add_taps(report, dry_run, batches[0])
         say("the gradient of every loss")
-        with preserved(patient):
-            report.losses, errors = loss_table(patient, batches)
+        with preserved(dry_run):
+            report.losses, errors = loss_table(dry_run, batches)
         say("the teacher's predictions")
-        add_teacher(report, patient, batches, teacher_pictures)
+        add_teacher(report, dry_run, batches, teacher_pictures)
     report.errors += errors
     report.warnings += outlasting_phases(cfg)
-    report.warnings += loss_warnings(report.losses, patient.heads)
-    report.warnings += filter(None, [batch_norm_warning(patient, cfg.SOLVER.IMS_PER_BATCH)])
+    report.warnings += loss_warnings(report.losses, dry_run.heads)
+    report.warnings += filter(None, [batch_norm_warning(dry_run, cfg.SOLVER.IMS_PER_BATCH)])
     return report
 
 
@@ -78,11 +78,11 @@ def examine_taps(cfg: CfgNode, *, say: Say = str) -> Report:
     check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
-        patient = admit(cfg, folder)
-        report = introduction(patient)
+        dry_run = build_dry_run(cfg, folder)
+        report = introduction(dry_run)
         say("taps")
-        with preserved(patient):
-            add_taps(report, patient, next(patient.batches))
+        with preserved(dry_run):
+            add_taps(report, dry_run, next(dry_run.batches))
     return report
 
 
@@ -97,7 +97,7 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> Report:
     with building("student"):
         student = build_model(student_config(cfg))
     teacher = build_teacher(cfg) if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE else None
-    specs = net_specs(cfg, build_probe(student), teacher.probe if teacher else None)
+    specs = network_infos(cfg, build_family(student), teacher.family if teacher else None)
     return Report(
         student=type(student).__name__,
         teacher=type(teacher.model).__name__ if teacher else "",
@@ -114,14 +114,14 @@ def check_config(cfg: CfgNode) -> None:
 # ---- What is there before the first batch.
 
 
-def introduction(patient: Patient) -> Report:
+def introduction(dry_run: DryRun) -> Report:
     """The networks, their weights and classes."""
-    cfg, weights, (student, teacher) = patient.cfg, patient.weights, patient.specs
+    cfg, weights, (student, teacher) = dry_run.cfg, dry_run.weights, dry_run.specs
     report = Report(
-        student=type(patient.student).__name__,
-        heads=list(patient.heads),
+        student=type(dry_run.student).__name__,
+        heads=list(dry_run.heads),
         weights=weights,
-        notes=remarks(patient),
+        notes=remarks(dry_run),
     )
     if weights.file and not weights.filled:
         report.errors.append(
@@ -145,19 +145,19 @@ def introduction(patient: Patient) -> Report:
     return report
 
 
-def remarks(patient: Patient) -> list[str]:
+def remarks(dry_run: DryRun) -> list[str]:
     """What is no fault, but good to know."""
-    cfg, found = patient.cfg, []
-    if not isinstance(patient.model, DistillModel):
+    cfg, found = dry_run.cfg, []
+    if not isinstance(dry_run.model, DistillModel):
         name = cfg.MODEL.META_ARCHITECTURE
         found.append(f"MODEL.META_ARCHITECTURE {name} trains without distillation: no taps.")
-    elif not patient.heads:
+    elif not dry_run.heads:
         found.append("MODEL.DISTILL.HEADS is empty: the student trains without distillation.")
-    elif patient.teacher is None:
+    elif dry_run.teacher is None:
         found.append("No head needs a teacher: the student teaches itself.")
     found += [
         f"MODEL.DISTILL.{name.upper()}.WEIGHT is 0: {name} is off."
-        for name, head in patient.heads.items()
+        for name, head in dry_run.heads.items()
         if head.weight == 0
     ]
     if not cfg.MODEL.WEIGHTS:
@@ -169,15 +169,15 @@ def same_file(a: str, b: str) -> bool:
     return bool(a) and (a == b or os.path.realpath(a) == os.path.realpath(b))
 
 
-def batch_norm_warning(patient: Patient, total: int) -> str | None:
+def batch_norm_warning(dry_run: DryRun, total: int) -> str | None:
     """A sentence if a batch normalisation learns from too few pictures, or None.
 
     Args:
         total: pictures of a batch over all processes, which synchronised layers see.
     """
     synchronised = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
-    own = patient.cfg.SOLVER.IMS_PER_BATCH
-    layers = [m for m in patient.student.modules() if isinstance(m, _BatchNorm) and m.training]
+    own = dry_run.cfg.SOLVER.IMS_PER_BATCH
+    layers = [m for m in dry_run.student.modules() if isinstance(m, _BatchNorm) and m.training]
     pictures = [total if isinstance(m, synchronised) else own for m in layers]
     few = [n for n in pictures if n < FEWEST_PICTURES]
     if not few:
@@ -192,25 +192,25 @@ def batch_norm_warning(patient: Patient, total: int) -> str | None:
 # ---- What the batches show.
 
 
-def add_taps(report: Report, patient: Patient, inputs: Inputs) -> None:
-    signals = listen_to_both(patient, inputs) if patient.probe else None
-    report.taps = tap_table(patient, *signals) if signals else []
-    report.preprocessing = preprocessing(patient, signals[0] if signals else None)
+def add_taps(report: Report, dry_run: DryRun, inputs: Inputs) -> None:
+    outputs = record_both(dry_run, inputs) if dry_run.family else None
+    report.taps = tap_table(dry_run, *outputs) if outputs else []
+    report.preprocessing = preprocessing(dry_run, outputs[0] if outputs else None)
 
 
-def preprocessing(patient: Patient, signals: Signals | None) -> list[Setting]:
+def preprocessing(dry_run: DryRun, outputs: NetworkOutputs | None) -> list[Setting]:
     """The settings that decide what a network sees of a picture.
 
     Args:
-        signals: of the student on one batch; None if it has no probe.
+        outputs: of the student on one batch; None if it has no probe.
     """
-    configs, models = [patient.cfg], [patient.student]
-    canvases = ["x".join(map(str, signals.batch.canvas))] if signals else []
-    if patient.teacher and signals:
-        configs.append(teacher_config(patient.cfg))
-        models.append(patient.teacher.model)
-        seen = patient.teacher.preprocess(signals.batch)
-        canvases.append("x".join(map(str, seen.shape[-2:])))
+    configs, models = [dry_run.cfg], [dry_run.student]
+    padded_sizes = ["x".join(map(str, outputs.batch.padded_size))] if outputs else []
+    if dry_run.teacher and outputs:
+        configs.append(teacher_config(dry_run.cfg))
+        models.append(dry_run.teacher.model)
+        seen = dry_run.teacher.preprocess(outputs.batch)
+        padded_sizes.append("x".join(map(str, seen.shape[-2:])))
     rows: dict[str, list[Any]] = {"INPUT.FORMAT": [x.INPUT.FORMAT for x in configs]}
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         rows[f"MODEL.{key}"] = [[round(v, 3) for v in x.MODEL[key]] for x in configs]
@@ -220,7 +220,7 @@ def preprocessing(patient: Patient, signals: Signals | None) -> list[Setting]:
     rows["square padding"] = [x or "none" for x in padding]
     for key in ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN"):
         rows[f"INPUT.{key}"] = [x.INPUT[key] for x in configs]
-    rows["canvas of the first batch"] = canvases
+    rows["canvas of the first batch"] = padded_sizes
     return [
         Setting(name, str(values[0]), str(values[1]) if len(values) > 1 else None)
         for name, values in rows.items()
@@ -229,19 +229,19 @@ def preprocessing(patient: Patient, signals: Signals | None) -> list[Setting]:
 
 
 def measure_cost(
-    patient: Patient, batches: Sequence[Inputs], data_seconds: float, workers: int
+    dry_run: DryRun, batches: Sequence[Inputs], data_seconds: float, workers: int
 ) -> Cost:
     """Time and memory of training steps of length 0."""
-    cfg, device = patient.cfg, patient.cfg.MODEL.DEVICE
+    cfg, device = dry_run.cfg, dry_run.cfg.MODEL.DEVICE
     cuda = device.startswith("cuda")
     finish = torch.cuda.synchronize if cuda else lambda: None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    step(patient, batches[0])  # warms up
+    step(dry_run, batches[0])  # warms up
     finish()
     start = time.perf_counter()
     for batch in batches:
-        step(patient, batch)
+        step(dry_run, batch)
     finish()
     seconds = (time.perf_counter() - start) / len(batches)
     # Workers load while the step runs; the slower of the two decides.
@@ -257,25 +257,25 @@ def measure_cost(
     )
 
 
-def step(patient: Patient, batch: Inputs) -> None:
+def step(dry_run: DryRun, batch: Inputs) -> None:
     try:
-        losses = losses_of(patient, batch, seed=0)
-        patient.optimizer.zero_grad()
+        losses = losses_of(dry_run, batch, seed=0)
+        dry_run.optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
-        patient.optimizer.step()
+        dry_run.optimizer.step()
     except torch.cuda.OutOfMemoryError as e:
         raise ConfigError(
             f"A step of {len(batch)} pictures does not fit into the memory of "
-            f"{patient.cfg.MODEL.DEVICE}; lower SOLVER.IMS_PER_BATCH or INPUT.MAX_SIZE_TRAIN."
+            f"{dry_run.cfg.MODEL.DEVICE}; lower SOLVER.IMS_PER_BATCH or INPUT.MAX_SIZE_TRAIN."
         ) from e
 
 
 # ---- What the teacher knows.
 
 
-def add_teacher(report: Report, patient: Patient, batches: Sequence[Inputs], pictures: int) -> None:
+def add_teacher(report: Report, dry_run: DryRun, batches: Sequence[Inputs], pictures: int) -> None:
     """The teacher's share of the ground truth, and its AP on ``pictures`` of the test set."""
-    cfg, teacher, (own, theirs) = patient.cfg, patient.teacher, patient.specs
+    cfg, teacher, (own, theirs) = dry_run.cfg, dry_run.teacher, dry_run.specs
     if not (teacher and own and theirs):
         if pictures:
             report.notes.append("There is no teacher whose AP could be measured.")

@@ -12,7 +12,7 @@ from ..engine.health import cosine_warning, dead_warning, ratio_warning
 from ..engine.telemetry import dot, head_of
 from ..errors import DistillError, NumericalError
 from ..heads import DistillHead
-from .dry_run import Inputs, Patient, full_weight
+from .dry_run import DryRun, Inputs, full_weight
 from .report import LossRow, shortened
 
 Gradient = list[Tensor | None]
@@ -42,7 +42,7 @@ class Measured:
         return LossRow(loss, self.head, value, value / max(task, 1e-12), mean(self.norms), cosine)
 
 
-def loss_table(patient: Patient, batches: Sequence[Inputs]) -> tuple[list[LossRow], list[str]]:
+def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow], list[str]]:
     """Measure every loss on the batches, with every head at its full weight.
 
     Returns:
@@ -55,12 +55,12 @@ def loss_table(patient: Patient, batches: Sequence[Inputs]) -> tuple[list[LossRo
     measured: dict[str, Measured] = {}
     errors: list[str] = []
     for k, batch in enumerate(batches):
-        losses = losses_of(patient, batch, seed=k)
+        losses = losses_of(dry_run, batch, seed=k)
         where = f"in batch {k + 1} ({file_names(batch)})"
         values = {name: x.item() for name, x in losses.items()}
         bad = {name: x for name, x in values.items() if not math.isfinite(x)}
         errors += [f"{name} is {x} {where}" for name, x in bad.items()]
-        measure(losses, patient, measured)
+        measure(losses, dry_run, measured)
         if not bad:
             wrong = [name for name, m in measured.items() if not math.isfinite(m.norms[-1])]
             errors += [f"the gradient of {name} is not finite {where}" for name in wrong]
@@ -70,7 +70,7 @@ def loss_table(patient: Patient, batches: Sequence[Inputs]) -> tuple[list[LossRo
     return rows, [f"{error}; {advice}." for error in errors]
 
 
-def losses_of(patient: Patient, batch: Inputs, seed: int) -> dict[str, Tensor]:
+def losses_of(dry_run: DryRun, batch: Inputs, seed: int) -> dict[str, Tensor]:
     """The named losses of one training forward with their graph.
 
     Raises:
@@ -78,9 +78,9 @@ def losses_of(patient: Patient, batch: Inputs, seed: int) -> dict[str, Tensor]:
     """
     torch.manual_seed(seed)  # of the proposals that the student samples
     pictures = file_names(batch)
-    with full_weight(patient.heads), patient.autocast():
+    with full_weight(dry_run.heads), dry_run.autocast():
         try:
-            return patient.model(batch)
+            return dry_run.model(batch)
         except DistillError:
             raise
         except FloatingPointError as e:  # detectron2's own check
@@ -101,12 +101,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".!")
 
 
-def measure(losses: dict[str, Tensor], patient: Patient, measured: dict[str, Measured]) -> None:
+def measure(losses: dict[str, Tensor], dry_run: DryRun, measured: dict[str, Measured]) -> None:
     """Add the value and the gradient of every loss of one batch to ``measured``."""
-    parameters = [p for p in patient.student.parameters() if p.requires_grad]
+    parameters = [p for p in dry_run.student.parameters() if p.requires_grad]
     by_head: dict[str | None, dict[str, Tensor]] = {None: {}}
     for name, loss in losses.items():
-        by_head.setdefault(head_of(name, list(patient.heads)), {})[name] = loss
+        by_head.setdefault(head_of(name, list(dry_run.heads)), {})[name] = loss
     total = torch.stack(list(by_head.pop(None).values())).sum()
     task = gradient_of(total, parameters)
     measured.setdefault(TASK, Measured(None)).add(total.item(), task, task)

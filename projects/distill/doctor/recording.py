@@ -11,8 +11,8 @@ from ..heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
 from ..heads.classes import ClassMap
 from ..heads.dense import DenseLayout
 from ..heads.fpn import Level
-from ..structures import NetSpec, Signals
-from .dry_run import Inputs, Patient
+from ..structures import NetworkInfo, NetworkOutputs
+from .dry_run import DryRun, Inputs
 from .report import Comparison, HeadRow, Said, Tap
 
 Place = tuple[str, str]  # signal ("features", "dense logits") and level, stage or index
@@ -26,33 +26,35 @@ class Pair(NamedTuple):
     comparison: Comparison
 
 
-def listen_to_both(patient: Patient, inputs: Inputs) -> tuple[Signals, Signals | None]:
+def record_both(dry_run: DryRun, inputs: Inputs) -> tuple[NetworkOutputs, NetworkOutputs | None]:
     """Everything that the student says of a batch, and what a head could compare it with."""
-    probe, (own, theirs) = patient.probe, patient.specs
-    assert probe and own, "only networks with a probe have taps"
-    needs = probe.signals
-    with EventStorage(), torch.no_grad(), patient.autocast():
-        with probe.listen(needs) as calls:
-            patient.student(inputs)
-        student = probe.read(calls, probe.batch(calls, inputs), needs)
-        teacher = patient.teacher
+    family, (own, theirs) = dry_run.family, dry_run.specs
+    assert family and own, "only networks with a probe have taps"
+    needs = family.outputs
+    with EventStorage(), torch.no_grad(), dry_run.autocast():
+        with family.record(needs) as recorder:
+            dry_run.student(inputs)
+        student = family.read(recorder, family.batch(recorder, inputs), needs)
+        teacher = dry_run.teacher
         return student, teacher.ask(student, comparable(own, theirs)) if teacher else None
 
 
-def comparable(student: NetSpec, teacher: NetSpec | None) -> frozenset[str]:
+def comparable(student: NetworkInfo, teacher: NetworkInfo | None) -> frozenset[str]:
     """The signals that some registered head can compare with the teacher's."""
     heads = [cls for _, cls in DISTILL_HEAD_REGISTRY if cls.needs_teacher]
     working = [cls.needs for cls in heads if not cls.problem(student, teacher)]
     return frozenset().union(*working)
 
 
-def tap_table(patient: Patient, student: Signals, teacher: Signals | None) -> list[Tap]:
+def tap_table(
+    dry_run: DryRun, student: NetworkOutputs, teacher: NetworkOutputs | None
+) -> list[Tap]:
     """All signals in the order of the student's, paired as the heads pair them."""
-    spec, teacher_spec = patient.specs
+    spec, teacher_spec = dry_run.specs
     own = places(student, spec) if spec else {}
     theirs = places(teacher, teacher_spec) if teacher and teacher_spec else {}
     compared: dict[Place, dict[Place | None, list[Comparison]]] = {}
-    for head in patient.heads.values():
+    for head in dry_run.heads.values():
         for place, partner, comparison in pairs(head, own, theirs):
             compared.setdefault(place, {}).setdefault(partner, []).append(comparison)
     for place, said in own.items():  # what no head compares stands beside its like
@@ -70,7 +72,7 @@ def tap_table(patient: Patient, student: Signals, teacher: Signals | None) -> li
     return taps
 
 
-def places(signals: Signals, net: NetSpec) -> dict[Place, Said]:
+def places(outputs: NetworkOutputs, net: NetworkInfo) -> dict[Place, Said]:
     """Every tensor of ``signals``; dense levels, stages are keyed by index, features by name."""
     found: dict[Place, Said] = {}
 
@@ -79,33 +81,33 @@ def places(signals: Signals, net: NetSpec) -> dict[Place, Said]:
         found[signal, key] = Said(name or key, list(x.shape), stride, dtype)
 
     for signal in ("features", "shallow"):
-        maps: dict[str, Tensor] = getattr(signals, signal)
+        maps: dict[str, Tensor] = getattr(outputs, signal)
         for name in sorted(maps, key=lambda n: net.features[n].stride):
             add(signal, name, maps[name], stride=net.features[name].stride)
-    if signals.dense:
+    if outputs.dense:
         layout = DenseLayout.of(net)
         for signal, levels in (
-            ("dense logits", signals.dense.logits),
-            ("dense deltas", signals.dense.deltas),
-            ("dense_boxes", signals.dense_boxes),
+            ("dense logits", outputs.dense.logits),
+            ("dense deltas", outputs.dense.deltas),
+            ("dense_boxes", outputs.dense_boxes),
             # Of the last convolution: those before it are alike.
-            ("towers classes", signals.towers.classes[-1] if signals.towers else ()),
-            ("towers boxes", signals.towers.boxes[-1] if signals.towers else ()),
+            ("towers classes", outputs.head_features.classes[-1] if outputs.head_features else ()),
+            ("towers boxes", outputs.head_features.boxes[-1] if outputs.head_features else ()),
         ):
             for k, (x, name, cell) in enumerate(zip(levels, layout.levels, layout.strides)):
                 add(signal, str(k), x, name, cell)
-    if signals.targets:
-        add("targets labels", "0", signals.targets.labels, "all levels")
-        add("targets boxes", "0", signals.targets.boxes, "all levels")
-    for k, rois in enumerate(signals.rois):
+    if outputs.targets:
+        add("targets labels", "0", outputs.targets.labels, "all levels")
+        add("targets boxes", "0", outputs.targets.boxes, "all levels")
+    for k, rois in enumerate(outputs.rois):
         add("rois logits", str(k), rois.logits, f"stage {k}")
         add("rois deltas", str(k), rois.deltas, f"stage {k}")
-    if signals.masks:
-        add("masks logits", "0", signals.masks.logits, "masks")
-    if signals.sem_seg:
+    if outputs.masks:
+        add("masks logits", "0", outputs.masks.logits, "masks")
+    if outputs.sem_seg:
         stride: int | None = getattr(net.model.sem_seg_head, "common_stride", None)
-        add("sem_seg features", "0", signals.sem_seg.features, "sem_seg", stride)
-        add("sem_seg logits", "0", signals.sem_seg.logits, "sem_seg", stride)
+        add("sem_seg features", "0", outputs.sem_seg.features, "sem_seg", stride)
+        add("sem_seg logits", "0", outputs.sem_seg.logits, "sem_seg", stride)
     return found
 
 
@@ -165,7 +167,7 @@ def output_adapter(head: DistillHead, signal: str, student: Said, teacher: Said)
 
 
 def head_table(
-    student: NetSpec, teacher: NetSpec | None, configured: tuple[str, ...]
+    student: NetworkInfo, teacher: NetworkInfo | None, configured: tuple[str, ...]
 ) -> list[HeadRow]:
     """Every registered head and whether it works for the two networks."""
     return [

@@ -160,8 +160,8 @@ def head_table(rows: Sequence[HeadRow]) -> Table:
     table = plain_table("head", "compares", "here")
     for row in rows:
         name = row.head + (" *" if row.configured else "")
-        signals = ", ".join(row.compares) + ("" if row.needs_teacher else " (with itself)")
-        table.add_row(name, signals, f"no: {row.problem}" if row.problem else "works")
+        outputs = ", ".join(row.compares) + ("" if row.needs_teacher else " (with itself)")
+        table.add_row(name, outputs, f"no: {row.problem}" if row.problem else "works")
     if any(row.configured for row in rows):
         table.caption = "* in MODEL.DISTILL.HEADS"
     return table

@@ -21,7 +21,7 @@ from ..engine.evaluators import evaluator_builders
 from ..errors import ConfigError
 from ..heads.classes import ClassMap
 from ..modeling.teacher import Teacher
-from ..structures import NetSpec
+from ..structures import NetworkInfo
 from .dry_run import Inputs
 from .report import Classes, TeacherAP, TeacherCheck
 
@@ -30,7 +30,7 @@ OBJECTS, PIXELS = "objects found", "pixel accuracy"
 EVALUATED = ("coco", "kitti", "sem_seg")  # evaluators of a part of a data set
 
 
-def compare_classes(cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> Classes:
+def compare_classes(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo) -> Classes:
     own, theirs = list(student.classes), list(teacher.classes)
     shared = set(own) & set(theirs)
     if own == theirs:
@@ -140,7 +140,7 @@ def no_better_than_chance(check: TeacherCheck) -> bool:
 
 
 @torch.no_grad()
-def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetSpec, pictures: int) -> TeacherAP:
+def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetworkInfo, pictures: int) -> TeacherAP:
     """The teacher's metrics on the first pictures of ``DATASETS.TEST[0]``, as it wants them.
 
     Args:

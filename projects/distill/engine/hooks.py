@@ -10,8 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint.save import StudentCheckpointer
@@ -22,7 +21,7 @@ from .telemetry import head_of
 logger = logging.getLogger(__name__)
 
 
-class DistillRatio(HookBase):
+class KDRatioHook(HookBase):
     """Logs each distillation loss over the task loss, per head and level, from iteration 0."""
 
     def __init__(self, heads: Sequence[str]):
@@ -37,7 +36,7 @@ class DistillRatio(HookBase):
         storage.put_scalars(**ratios, smoothing_hint=True)
 
 
-class Evaluation(EvalHook):
+class EvalHook(hooks.EvalHook):
     """detectron2's, but the last one comes in the last iteration, before the final checkpoint.
 
     So a run that is killed after its final checkpoint lacks nothing.
@@ -67,7 +66,7 @@ class Evaluation(EvalHook):
         del self._func, self.weights_in_place  # they refer to the trainer
 
 
-class Checkpoints(HookBase):
+class CheckpointHook(HookBase):
     """Saves every ``period`` iterations and at the end, and keeps the newest ``keep``.
 
     Args:
@@ -94,7 +93,7 @@ class Checkpoints(HookBase):
             self.checkpointer.prune(self.keep)
 
 
-class BestCheckpoint(HookBase):
+class BestCheckpointHook(HookBase):
     """Keeps the student of the best evaluation so far in ``model_best.pth``; higher is better.
 
     Its value is part of the training state: a resumed run chooses as an uninterrupted one does.
@@ -135,7 +134,7 @@ class BestCheckpoint(HookBase):
         self.best = state.get("best") if state.get("metric") == self.metric else None
 
 
-class Telemetry(HookBase):
+class TelemetryHook(HookBase):
     """Logs images a second, the share of time spent waiting for data, memory, pictures left out.
 
     Args:
@@ -160,7 +159,7 @@ class Telemetry(HookBase):
         storage.put_scalars(**counts, smoothing_hint=False)
 
 
-class Alarms(HookBase):
+class LossHealthHook(HookBase):
     """Warns once about each thing in the log that a person should look at.
 
     A level on which a head finds nothing to compare is none: the sum over its levels is judged.

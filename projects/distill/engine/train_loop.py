@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..heads.base import RandomState
+from ..heads.base import StepGenerator
 from ..utils.seeding import derived_seed, seed_globally
 from .nonfinite import FiniteGuard, says_nonfinite
 from .telemetry import gradient_cosines
@@ -140,5 +140,5 @@ def seed_step(model: nn.Module, seed: int, iteration: int, rank: int | None = No
     """
     place = (seed, iteration, comm.get_rank() if rank is None else rank)
     seed_globally(*place, 0)  # four numbers: three are the place of a sample
-    for k, module in enumerate((m for m in model.modules() if isinstance(m, RandomState)), 1):
+    for k, module in enumerate((m for m in model.modules() if isinstance(m, StepGenerator)), 1):
         module.reseed(derived_seed(*place, k))

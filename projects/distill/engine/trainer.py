@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
@@ -38,14 +38,21 @@ from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
 from ..evaluation.sliding_window import with_sliding_window
-from ..families import build_probe
+from ..families import build_family
 from ..modeling.init_from_teacher import inherit
-from ..modeling.meta_arch import DistillModel, net_specs
+from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import Teacher
-from ..solver.ema import WeightsEMA
+from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
 from .evaluators import check_test_sets, evaluator_builders
-from .hooks import Alarms, BestCheckpoint, Checkpoints, DistillRatio, Evaluation, Telemetry
+from .hooks import (
+    BestCheckpointHook,
+    CheckpointHook,
+    EvalHook,
+    KDRatioHook,
+    LossHealthHook,
+    TelemetryHook,
+)
 from .nonfinite import FiniteGuard
 from .telemetry import drop_torn_row
 from .train_loop import TrainLoop
@@ -100,7 +107,7 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
-        self.ema = WeightsEMA(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
+        self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
         checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
         if isinstance(model, DistillModel):
             checkpointables["distill"] = model.heads
@@ -140,24 +147,24 @@ class Trainer(DefaultTrainer):
         for hook in super().build_hooks():
             if isinstance(hook, PeriodicWriter):
                 writers.append(hook)
-            elif isinstance(hook, EvalHook):
-                before.append(Evaluation(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
+            elif isinstance(hook, hooks.EvalHook):
+                before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
         left_out = lambda: len(loop.data_loader.left_out)  # noqa: E731
-        before.append(Telemetry(cfg.SOLVER.IMS_PER_BATCH, left_out))
+        before.append(TelemetryHook(cfg.SOLVER.IMS_PER_BATCH, left_out))
         if self.heads:
-            before.insert(0, DistillRatio(tuple(self.heads)))
+            before.insert(0, KDRatioHook(tuple(self.heads)))
         if self.ema:
             before.insert(0, self.ema)
-        before.append(Alarms(self.heads))
+        before.append(LossHealthHook(self.heads))
         if cfg.TEST.BEST_METRIC:
-            best = BestCheckpoint(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
+            best = BestCheckpointHook(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
             before.append(best)
         # Last of all: what a checkpoint has behind it is evaluated and written, and not repeated.
         period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
-        return [*before, *writers, Checkpoints(self.checkpointer, period, keep)]
+        return [*before, *writers, CheckpointHook(self.checkpointer, period, keep)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint of ``OUTPUT_DIR`` if ``resume``, else the weights.
@@ -184,7 +191,7 @@ class Trainer(DefaultTrainer):
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
     def _inherit(self, teacher: Teacher) -> None:
-        specs = net_specs(self.cfg, build_probe(self.student), teacher.probe)
+        specs = network_infos(self.cfg, build_family(self.student), teacher.family)
         own, taught = ((x.classes, x.sem_seg_classes) for x in specs if x)
         inherit(self.student, teacher.model, self.cfg.MODEL.DISTILL.INHERIT, own == taught)
 

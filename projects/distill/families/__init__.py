@@ -3,25 +3,25 @@
 from torch import nn
 
 from ..errors import ConfigError
-from .base import Probe
-from .dense import DenseProbe
-from .rcnn import RCNNProbe
-from .semantic import SemanticProbe
+from .base import Family
+from .dense import DenseFamily
+from .rcnn import RCNNFamily
+from .semantic import SemanticFamily
 
-PROBES: tuple[type[Probe], ...] = (RCNNProbe, DenseProbe, SemanticProbe)
+FAMILIES: tuple[type[Family], ...] = (RCNNFamily, DenseFamily, SemanticFamily)
 
 
-def build_probe(model: nn.Module) -> Probe:
+def build_family(model: nn.Module) -> Family:
     """The probe of ``model``'s family.
 
     Raises:
         ConfigError: no family fits.
     """
-    for probe in PROBES:
-        if isinstance(model, probe.family):
-            return probe(model)
-    families = ", ".join(p.family.__name__ for p in PROBES)
+    for family in FAMILIES:
+        if isinstance(model, family.architecture):
+            return family(model)
+    families = ", ".join(p.architecture.__name__ for p in FAMILIES)
     raise ConfigError(f"{type(model).__name__} cannot be distilled; it must be one of: {families}.")
 
 
-__all__ = ["DenseProbe", "Probe", "RCNNProbe", "SemanticProbe", "build_probe"]
+__all__ = ["DenseFamily", "Family", "RCNNFamily", "SemanticFamily", "build_family"]

@@ -9,13 +9,13 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..structures import Batch, Signals
-from .recorder import Calls, listen
+from ..structures import Batch, NetworkOutputs
+from .recorder import Recorder, record
 
 T = TypeVar("T")
 
 
-class Probe:
+class Family:
     """Reads a student through taps, asks a teacher through its public submodules.
 
     A subclass names its family's modules. A probe serves a network in either role; the teacher is
@@ -23,14 +23,14 @@ class Probe:
     (``sigmoid_``), training mode updates statistics, and both compute what nobody reads.
     """
 
-    family: ClassVar[type[nn.Module]] = nn.Module
+    architecture: ClassVar[type[nn.Module]] = nn.Module
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
 
     @property
-    def signals(self) -> frozenset[str]:
-        """Names of the :class:`Signals` fields that this network can fill."""
+    def outputs(self) -> frozenset[str]:
+        """Names of the :class:`NetworkOutputs` fields that this network can fill."""
         return frozenset({"features", "shallow"} if self.shallow_names else {"features"})
 
     @property
@@ -40,13 +40,13 @@ class Probe:
 
     @property
     def feature_shapes(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each of ``Signals.features``."""
+        """Channels and stride of each of ``NetworkOutputs.features``."""
         return self._split(self.model.backbone.output_shape())[0]
 
     @property
     def sem_seg_shape(self) -> ShapeSpec | None:
         """Channels and stride of the semantic head's features; None: there is no such head."""
-        if "sem_seg" not in self.signals:
+        if "sem_seg" not in self.outputs:
             return None
         head = self.model.sem_seg_head
         return ShapeSpec(channels=head.predictor.in_channels, stride=head.common_stride)
@@ -57,24 +57,26 @@ class Probe:
         names = set(self.shallow_names.values())
         return {k: v for k, v in outputs.items() if k not in names}, shallow
 
-    def _features(self, batch: Batch, outputs: Mapping[str, Tensor]) -> Signals:
+    def _features(self, batch: Batch, outputs: Mapping[str, Tensor]) -> NetworkOutputs:
         features, shallow = self._split(outputs)
-        return Signals(batch, features=features, shallow=shallow)
+        return NetworkOutputs(batch, features=features, shallow=shallow)
 
     @property
     def num_classes(self) -> int:
         """Number of (foreground) classes that this network predicts."""
         return self.model.num_classes
 
-    def taps(self, needs: Collection[str]) -> list[str]:
+    def recorded_modules(self, needs: Collection[str]) -> list[str]:
         """Modules to tap so that :meth:`read` can fill ``needs``; the backbone is always one."""
         return ["backbone"]
 
-    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
+    def read(self, recorder: Recorder, batch: Batch, needs: Collection[str]) -> NetworkOutputs:
         """What the student said in the forward that ``calls`` recorded."""
-        return self._features(batch, calls["backbone"].output)
+        return self._features(batch, recorder["backbone"].output)
 
-    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
+    def ask(
+        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+    ) -> NetworkOutputs:
         """What the teacher says of the student's batch and boxes; call it under ``no_grad``.
 
         Args:
@@ -85,23 +87,23 @@ class Probe:
         return self._features(student.batch, self.model.backbone(images))
 
     @contextmanager
-    def listen(self, needs: Collection[str]) -> Iterator[Calls]:
+    def record(self, needs: Collection[str]) -> Iterator[Recorder]:
         """Tap this network for one forward."""
-        with listen(self.model, self.taps(needs)) as calls:
-            yield calls
+        with record(self.model, self.recorded_modules(needs)) as recorder:
+            yield recorder
 
-    def batch(self, calls: Calls, inputs: list[dict[str, Any]]) -> Batch:
+    def batch(self, recorder: Recorder, inputs: list[dict[str, Any]]) -> Batch:
         """The batch as the tapped student saw it."""
-        images = calls["backbone"].args[0]
+        images = recorder["backbone"].args[0]
         instances = [x["instances"].to(images.device) for x in inputs if "instances" in x]
         return Batch(inputs, tuple(images.shape[-2:]), instances, images.device)
 
-    def preprocess(self, inputs: list[Tensor], canvas: tuple[int, int]) -> Tensor:
+    def preprocess(self, inputs: list[Tensor], padded_size: tuple[int, int]) -> Tensor:
         """Normalise, pad and batch pictures for this network.
 
         Args:
             inputs: one (C, H, W) tensor a picture in this network's channel order.
-            canvas: (height, width) that the result covers at least; this network's own
+            padded_size: (height, width) that the result covers at least; this network's own
                 divisibility or square padding may pad further.
 
         Returns:
@@ -114,13 +116,14 @@ class Probe:
         images = [(x.to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs]
         # The first picture, padded to the canvas, carries the whole batch to the canvas' size.
         first = images[0]
-        images[0] = first.new_zeros(len(first), *canvas)
+        images[0] = first.new_zeros(len(first), *padded_size)
         images[0][:, : first.shape[1], : first.shape[2]] = first
         padding = model.backbone.padding_constraints
         square = padding.get("square_size", 0)
-        if 0 < square < max(canvas):  # detectron2 would cut the picture without a word
+        if 0 < square < max(padded_size):  # detectron2 would cut the picture without a word
             raise ConfigError(
                 f"The teacher pads to {square} x {square} pixels, but the student's input has "
-                f"{canvas[0]} x {canvas[1]}; lower INPUT.MAX_SIZE_TRAIN or take another teacher."
+                f"{padded_size[0]} x {padded_size[1]}; lower INPUT.MAX_SIZE_TRAIN or take another "
+                "teacher."
             )
         return ImageList.from_tensors(images, model.backbone.size_divisibility, 0.0, padding).tensor

@@ -8,15 +8,15 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from torch import Tensor, nn
 
-from ..structures import Batch, Dense, Signals, Targets, Towers
-from .base import Probe
-from .recorder import Calls, listen
+from ..structures import Batch, DenseOutputs, HeadFeatures, NetworkOutputs, Targets
+from .base import Family
+from .recorder import Recorder, record
 
 
-def dense_signal(
-    output: Sequence[Any], num_classes: int, student: Dense | None = None, box_dim: int = 4
-) -> Dense:
-    """A head's (logits, deltas) lists of (N, Ai x K, Hi, Wi) maps as a :class:`Dense`.
+def dense_outputs(
+    output: Sequence[Any], num_classes: int, student: DenseOutputs | None = None, box_dim: int = 4
+) -> DenseOutputs:
+    """A head's (logits, deltas) lists of (N, Ai x K, Hi, Wi) maps as a :class:`DenseOutputs`.
 
     Args:
         output: of the head; further entries are left out.
@@ -30,14 +30,14 @@ def dense_signal(
         logits, deltas = (
             [x[..., :h, :w] for x, (h, w) in zip(maps, student.sizes)] for maps in (logits, deltas)
         )
-    return Dense(
+    return DenseOutputs(
         [permute_to_N_HWA_K(x, num_classes) for x in logits],
         [permute_to_N_HWA_K(x, box_dim) for x in deltas],
         [tuple(x.shape[-2:]) for x in logits],
     )
 
 
-def decode_dense(detector: Any, signals: Signals, needs: Collection[str]) -> None:
+def decode_dense(detector: Any, outputs: NetworkOutputs, needs: Collection[str]) -> None:
     """Fill ``signals.dense_boxes`` if needed.
 
     Args:
@@ -45,13 +45,13 @@ def decode_dense(detector: Any, signals: Signals, needs: Collection[str]) -> Non
     """
     if "dense_boxes" not in needs:
         return
-    dense = signals.dense
+    dense = outputs.dense
     assert dense is not None, "the boxes are decoded from the dense signal"
     for deltas, anchors in zip(dense.deltas, level_anchors(detector.anchor_generator, dense.sizes)):
         deltas = deltas.detach().float()  # FCOS would decode in half precision
         repeated = anchors.repeat(len(deltas), 1)
         boxes = detector.box2box_transform.apply_deltas(deltas.flatten(0, 1), repeated)
-        signals.dense_boxes.append(boxes.view(*deltas.shape[:2], 4))
+        outputs.dense_boxes.append(boxes.view(*deltas.shape[:2], 4))
 
 
 def level_anchors(generator: DefaultAnchorGenerator, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -78,10 +78,10 @@ def before_activations(subnet: nn.Sequential) -> list[int]:
     return [k - 1 for k, module in enumerate(subnet) if isinstance(module, nn.ReLU)]
 
 
-class DenseProbe(Probe):
+class DenseFamily(Family):
     """A ``DenseDetector`` whose head returns per-level logits first and box deltas second."""
 
-    family = DenseDetector
+    architecture = DenseDetector
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -96,57 +96,65 @@ class DenseProbe(Probe):
         }
 
     @property
-    def signals(self) -> frozenset[str]:
-        signals = {*super().signals, "dense", "dense_boxes"}
+    def outputs(self) -> frozenset[str]:
+        outputs = {*super().outputs, "dense", "dense_boxes"}
         if self.assignment:
-            signals.add("targets")
+            outputs.add("targets")
         if len(self.subnets) == len(SUBNETS):
-            signals.add("towers")
-        return frozenset(signals)
+            outputs.add("head_features")
+        return frozenset(outputs)
 
-    def taps(self, needs: Collection[str]) -> list[str]:
-        names = super().taps(needs) + (["head"] if "dense" in needs else [])
+    def recorded_modules(self, needs: Collection[str]) -> list[str]:
+        names = super().recorded_modules(needs) + (["head"] if "dense" in needs else [])
         if "targets" in needs and self.assignment:
             names.append(self.assignment)
-        return names + (self._tower_taps() if "towers" in needs else [])
+        return names + (self._subnet_modules() if "head_features" in needs else [])
 
-    def _tower_taps(self) -> list[str]:
+    def _subnet_modules(self) -> list[str]:
         return [f"{name}.{k}" for name, indices in self.subnets.items() for k in indices]
 
-    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
-        signals = super().read(calls, batch, needs)
+    def read(self, recorder: Recorder, batch: Batch, needs: Collection[str]) -> NetworkOutputs:
+        outputs = super().read(recorder, batch, needs)
         if "dense" in needs:
-            signals.dense = self._dense(calls["head"].output)
-        if "towers" in needs:
-            signals.towers = self._towers(calls)
+            outputs.dense = self._dense(recorder["head"].output)
+        if "head_features" in needs:
+            outputs.head_features = self._head_features(recorder)
         if "targets" in needs and self.assignment:
-            assigned = calls[self.assignment].output  # detectron2's are lists, one entry a picture
+            assigned = recorder[
+                self.assignment
+            ].output  # detectron2's are lists, one entry a picture
             labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
-            signals.targets = Targets(labels, boxes)
-        decode_dense(self.model, signals, needs)
-        return signals
+            outputs.targets = Targets(labels, boxes)
+        decode_dense(self.model, outputs, needs)
+        return outputs
 
-    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
-        signals = super().ask(images, student, needs)
+    def ask(
+        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+    ) -> NetworkOutputs:
+        outputs = super().ask(images, student, needs)
         if "dense" in needs:
-            maps = [signals.features[f] for f in self.model.head_in_features]
-            with listen(self.model, self._tower_taps() if "towers" in needs else []) as calls:
-                signals.dense = self._dense(self.model.head(maps), student.dense)
-            if "towers" in needs:
-                signals.towers = self._towers(calls, student.dense)
-        decode_dense(self.model, signals, needs)
-        return signals
+            maps = [outputs.features[f] for f in self.model.head_in_features]
+            with record(
+                self.model, self._subnet_modules() if "head_features" in needs else []
+            ) as recorder:
+                outputs.dense = self._dense(self.model.head(maps), student.dense)
+            if "head_features" in needs:
+                outputs.head_features = self._head_features(recorder, student.dense)
+        decode_dense(self.model, outputs, needs)
+        return outputs
 
-    def _towers(self, calls: Calls, student: Dense | None = None) -> Towers:
+    def _head_features(
+        self, recorder: Recorder, student: DenseOutputs | None = None
+    ) -> HeadFeatures:
         """Of the recorded calls, cut to the cells of the student."""
         subnets = []
         for name, indices in self.subnets.items():
-            maps = [[call.output for call in calls.all(f"{name}.{k}")] for k in indices]
+            maps = [[call.output for call in recorder.all(f"{name}.{k}")] for k in indices]
             if student is not None:
                 maps = [[x[..., :h, :w] for x, (h, w) in zip(row, student.sizes)] for row in maps]
             subnets.append(maps)
-        return Towers(*subnets)
+        return HeadFeatures(*subnets)
 
-    def _dense(self, output: Sequence[Any], student: Dense | None = None) -> Dense:
+    def _dense(self, output: Sequence[Any], student: DenseOutputs | None = None) -> DenseOutputs:
         box_dim = getattr(self.model, "box_dim", 4)  # detectron2's have 4
-        return dense_signal(output, self.model.num_classes, student, box_dim)
+        return dense_outputs(output, self.model.num_classes, student, box_dim)

@@ -10,11 +10,11 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..structures import Batch, Masks, ROIs, Signals
-from .base import Probe
-from .dense import decode_dense, dense_signal
-from .recorder import Calls
-from .semantic import ask_sem_seg, read_sem_seg, sem_seg_taps
+from ..structures import Batch, Masks, NetworkOutputs, ROIs
+from .base import Family
+from .dense import decode_dense, dense_outputs
+from .recorder import Recorder
+from .semantic import ask_sem_seg, read_sem_seg, sem_seg_modules
 
 RPN_HEAD = "proposal_generator.rpn_head"
 BOX_POOLER = "roi_heads.box_pooler"
@@ -22,11 +22,11 @@ MASK_HEAD = "roi_heads.mask_head"
 MASK_PREDICTOR = "roi_heads.mask_head.predictor"
 
 
-class RCNNProbe(Probe):
+class RCNNFamily(Family):
     """Boxes come from the arguments of ``box_pooler`` and ``mask_head``: TRAIN_ON_PRED_BOXES
     rewrites those in the proposals. Labels come from the output of ``roi_heads``."""
 
-    family = GeneralizedRCNN
+    architecture = GeneralizedRCNN
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -47,55 +47,55 @@ class RCNNProbe(Probe):
         ]
 
     @property
-    def signals(self) -> frozenset[str]:
-        signals = {*super().signals, "rois"}
+    def outputs(self) -> frozenset[str]:
+        outputs = {*super().outputs, "rois"}
         if hasattr(self.model.proposal_generator, "rpn_head"):  # not with precomputed proposals
-            signals |= {"dense", "dense_boxes"}
+            outputs |= {"dense", "dense_boxes"}
         heads = self.model.roi_heads
         mask_head = getattr(heads, "mask_head", None)
         if isinstance(mask_head, BaseMaskRCNNHead) and hasattr(mask_head, "predictor"):
-            signals.add("masks")
+            outputs.add("masks")
         if hasattr(self.model, "sem_seg_head"):
-            signals.add("sem_seg")
-        return frozenset(signals)
+            outputs.add("sem_seg")
+        return frozenset(outputs)
 
     @property
     def num_classes(self) -> int:
         return self.model.roi_heads.num_classes
 
-    def taps(self, needs: Collection[str]) -> list[str]:
-        names = super().taps(needs)
+    def recorded_modules(self, needs: Collection[str]) -> list[str]:
+        names = super().recorded_modules(needs)
         if "dense" in needs:
             names.append(RPN_HEAD)
         if "rois" in needs:
             names += [BOX_POOLER, *self.predictor_names, "roi_heads"]
         if "masks" in needs:
             names += [MASK_HEAD, MASK_PREDICTOR]
-        return list(dict.fromkeys(names + sem_seg_taps(needs)))
+        return list(dict.fromkeys(names + sem_seg_modules(needs)))
 
-    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
-        signals = super().read(calls, batch, needs)
+    def read(self, recorder: Recorder, batch: Batch, needs: Collection[str]) -> NetworkOutputs:
+        outputs = super().read(recorder, batch, needs)
         if "dense" in needs:
-            signals.dense = dense_signal(calls[RPN_HEAD].output, 1)
-        decode_dense(self.model.proposal_generator, signals, needs)
+            outputs.dense = dense_outputs(recorder[RPN_HEAD].output, 1)
+        decode_dense(self.model.proposal_generator, outputs, needs)
         if "rois" in needs:
-            signals.rois = self._read_rois(calls, batch)
+            outputs.rois = self._read_rois(recorder, batch)
         if "masks" in needs:
-            signals.masks = self._read_masks(calls)
-        read_sem_seg(signals, calls, needs)
-        return signals
+            outputs.masks = self._read_masks(recorder)
+        read_sem_seg(outputs, recorder, needs)
+        return outputs
 
-    def _read_rois(self, calls: Calls, batch: Batch) -> list[ROIs]:
-        proposals: list[Instances] = calls["roi_heads"].output[0]
+    def _read_rois(self, recorder: Recorder, batch: Batch) -> list[ROIs]:
+        proposals: list[Instances] = recorder["roi_heads"].output[0]
         stages = []
-        for k, pooled in enumerate(calls.all(BOX_POOLER)):
+        for k, pooled in enumerate(recorder.all(BOX_POOLER)):
             boxes = [b.tensor for b in pooled.args[1]]
             labels = (
                 cat([p.gt_classes for p in proposals])
                 if k == 0
                 else self._relabel(boxes, batch.instances, k)
             )
-            logits, deltas = calls[self.predictor_names[k]].output
+            logits, deltas = recorder[self.predictor_names[k]].output
             stages.append(ROIs(boxes, logits, self._unweighted(deltas, k), labels))
         return stages
 
@@ -118,32 +118,34 @@ class RCNNProbe(Probe):
         parts = deltas.view(len(deltas), deltas.shape[1] // 4, 4).unbind(-1)
         return torch.stack([x / w for x, w in zip(parts, weights)], -1)  # no copy to the device
 
-    def _read_masks(self, calls: Calls) -> Masks:
-        foreground: list[Instances] = calls[MASK_HEAD].args[1]
+    def _read_masks(self, recorder: Recorder) -> Masks:
+        foreground: list[Instances] = recorder[MASK_HEAD].args[1]
         return Masks(
             [x.proposal_boxes.tensor for x in foreground],
-            calls[MASK_PREDICTOR].output,
+            recorder[MASK_PREDICTOR].output,
             cat([x.gt_classes for x in foreground]),
         )
 
-    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
-        signals = super().ask(images, student, needs)
-        features = signals.features
+    def ask(
+        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+    ) -> NetworkOutputs:
+        outputs = super().ask(images, student, needs)
+        features = outputs.features
         generator = self.model.proposal_generator
         if "dense" in needs:
             output = generator.rpn_head([features[f] for f in generator.in_features])
-            signals.dense = dense_signal(output, 1, student.dense)
-        decode_dense(generator, signals, needs)
+            outputs.dense = dense_outputs(output, 1, student.dense)
+        decode_dense(generator, outputs, needs)
         if "rois" in needs:
             stage_by_stage = len(student.rois) == len(self.predictors)
-            signals.rois = [
+            outputs.rois = [
                 self._ask_rois(features, rois, k if stage_by_stage else None)
                 for k, rois in enumerate(student.rois)
             ]
         if "masks" in needs:
-            signals.masks = self._ask_masks(features, student.masks)
-        ask_sem_seg(self.model, signals, needs)
-        return signals
+            outputs.masks = self._ask_masks(features, student.masks)
+        ask_sem_seg(self.model, outputs, needs)
+        return outputs
 
     def _ask_rois(self, features: dict[str, Tensor], rois: ROIs, stage: int | None) -> ROIs:
         """This network's opinion of the student's boxes.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import TapError
+from ..errors import RecorderError
 
 
 class Call(NamedTuple):
@@ -21,25 +21,25 @@ class Call(NamedTuple):
     output: Any
 
 
-class Calls:
+class Recorder:
     """The recorded calls of one forward, by the tap's name."""
 
     def __init__(self, names: Sequence[str]):
         self._calls: dict[str, list[Call]] = {name: [] for name in names}
 
-    def record(self, name: str, call: Call) -> None:
+    def add(self, name: str, call: Call) -> None:
         self._calls[name].append(call)
 
     def all(self, name: str) -> list[Call]:
         """All calls of ``name`` in order.
 
         Raises:
-            TapError: the module is not tapped or did not run; a silent zero loss is worse.
+            RecorderError: the module is not tapped or did not run; a silent zero loss is worse.
         """
         if name not in self._calls:
-            raise TapError(f"Module '{name}' is not tapped; tapped: {', '.join(self._calls)}.")
+            raise RecorderError(f"Module '{name}' is not tapped; tapped: {', '.join(self._calls)}.")
         if not self._calls[name]:
-            raise TapError(
+            raise RecorderError(
                 f"The tapped module '{name}' did not run in this forward; hooks do not fire inside "
                 "a compiled graph: compile the module itself, not one that contains it."
             )
@@ -51,37 +51,37 @@ class Calls:
 
 
 @contextmanager
-def listen(model: nn.Module, names: Sequence[str]) -> Iterator[Calls]:
+def record(model: nn.Module, names: Sequence[str]) -> Iterator[Recorder]:
     """Record the calls of submodules and methods of ``model`` while the context is open.
 
     Args:
         names: of submodules, such as "backbone", or of methods, such as "label_anchors()".
 
     Raises:
-        TapError: ``model`` has no such submodule or method.
+        RecorderError: ``model`` has no such submodule or method.
     """
-    calls = Calls(names)
-    with ExitStack() as taps:
+    recorder = Recorder(names)
+    with ExitStack() as hooks:
         for name in names:
             if name.endswith("()"):
-                taps.callback(_tap_method(model, name, calls))
+                hooks.callback(_record_method(model, name, recorder))
             else:
-                handle = _module(model, name).register_forward_hook(_recorder(calls, name))
-                taps.callback(handle.remove)
-        yield calls
+                handle = _module(model, name).register_forward_hook(_hook(recorder, name))
+                hooks.callback(handle.remove)
+        yield recorder
 
 
-def _tap_method(model: nn.Module, name: str, calls: Calls) -> Callable[[], None]:
+def _record_method(model: nn.Module, name: str, recorder: Recorder) -> Callable[[], None]:
     """Record a method's calls; what is returned takes the tap away."""
     attribute = name[:-2]
     method = getattr(model, attribute, None)
     if not inspect.isroutine(method):
-        raise TapError(f"{type(model).__name__} has no method '{name}' to tap.")
+        raise RecorderError(f"{type(model).__name__} has no method '{name}' to tap.")
     own = vars(model).get(attribute)  # of the instance: an outer tap, or what a user has set
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         output = method(*args, **kwargs)
-        calls.record(name, Call(args, output))
+        recorder.add(name, Call(args, output))
         return output
 
     setattr(model, attribute, recorded)  # of the instance; the class keeps its own
@@ -92,11 +92,11 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as e:
-        raise TapError(f"{type(model).__name__} has no module '{name}' to tap: {e}.") from e
+        raise RecorderError(f"{type(model).__name__} has no module '{name}' to tap: {e}.") from e
 
 
-def _recorder(calls: Calls, name: str) -> Any:
+def _hook(recorder: Recorder, name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.record(name, Call(args, output))
+        recorder.add(name, Call(args, output))
 
     return hook

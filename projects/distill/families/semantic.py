@@ -7,30 +7,30 @@ from detectron2.modeling.meta_arch import SemanticSegmentor
 from detectron2.projects.deeplab import DeepLabV3Head
 from torch import Tensor, nn
 
-from ..structures import Batch, SemSeg, Signals
-from .base import Probe
-from .recorder import Calls, listen
+from ..structures import Batch, NetworkOutputs, SemSeg
+from .base import Family
+from .recorder import Recorder, record
 
 PREDICTOR = "sem_seg_head.predictor"
 
 
-def sem_seg_taps(needs: Collection[str]) -> list[str]:
+def sem_seg_modules(needs: Collection[str]) -> list[str]:
     return [PREDICTOR] if "sem_seg" in needs else []
 
 
-def read_sem_seg(signals: Signals, calls: Calls, needs: Collection[str]) -> None:
+def read_sem_seg(outputs: NetworkOutputs, recorder: Recorder, needs: Collection[str]) -> None:
     """Fill ``signals.sem_seg`` if needed; the head itself returns losses in training."""
     if "sem_seg" in needs:
-        call = calls[PREDICTOR]
-        signals.sem_seg = SemSeg(call.args[0], call.output)
+        call = recorder[PREDICTOR]
+        outputs.sem_seg = SemSeg(call.args[0], call.output)
 
 
-def ask_sem_seg(model: nn.Module, signals: Signals, needs: Collection[str]) -> None:
+def ask_sem_seg(model: nn.Module, outputs: NetworkOutputs, needs: Collection[str]) -> None:
     """Fill ``signals.sem_seg`` if needed by running the head up to its predictor."""
     if "sem_seg" in needs:
-        with listen(model, [PREDICTOR]) as calls:
-            _predict(model.sem_seg_head, signals.features)
-        read_sem_seg(signals, calls, needs)
+        with record(model, [PREDICTOR]) as recorder:
+            _predict(model.sem_seg_head, outputs.features)
+        read_sem_seg(outputs, recorder, needs)
 
 
 def _predict(head: Any, features: dict[str, Tensor]) -> None:
@@ -43,26 +43,28 @@ def _predict(head: Any, features: dict[str, Tensor]) -> None:
         head(features)
 
 
-class SemanticProbe(Probe):
-    family = SemanticSegmentor
+class SemanticFamily(Family):
+    architecture = SemanticSegmentor
 
     @property
-    def signals(self) -> frozenset[str]:
-        return super().signals | {"sem_seg"}
+    def outputs(self) -> frozenset[str]:
+        return super().outputs | {"sem_seg"}
 
     @property
     def num_classes(self) -> int:
         return self.model.sem_seg_head.predictor.out_channels
 
-    def taps(self, needs: Collection[str]) -> list[str]:
-        return super().taps(needs) + sem_seg_taps(needs)
+    def recorded_modules(self, needs: Collection[str]) -> list[str]:
+        return super().recorded_modules(needs) + sem_seg_modules(needs)
 
-    def read(self, calls: Calls, batch: Batch, needs: Collection[str]) -> Signals:
-        signals = super().read(calls, batch, needs)
-        read_sem_seg(signals, calls, needs)
-        return signals
+    def read(self, recorder: Recorder, batch: Batch, needs: Collection[str]) -> NetworkOutputs:
+        outputs = super().read(recorder, batch, needs)
+        read_sem_seg(outputs, recorder, needs)
+        return outputs
 
-    def ask(self, images: Tensor, student: Signals, needs: Collection[str]) -> Signals:
-        signals = super().ask(images, student, needs)
-        ask_sem_seg(self.model, signals, needs)
-        return signals
+    def ask(
+        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+    ) -> NetworkOutputs:
+        outputs = super().ask(images, student, needs)
+        ask_sem_seg(self.model, outputs, needs)
+        return outputs

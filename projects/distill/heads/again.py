@@ -34,7 +34,9 @@ def detection_losses(detector: Any, features: dict[str, Tensor], batch: Batch) -
         batch: ground truth.
     """
     sizes = [tuple(x["image"].shape[-2:]) for x in batch.inputs]
-    pixels = next(iter(features.values())).new_empty(len(sizes), 0, *batch.canvas)  # nobody looks
+    pixels = next(iter(features.values())).new_empty(
+        len(sizes), 0, *batch.padded_size
+    )  # nobody looks
     images = ImageList(pixels, sizes)
     if isinstance(detector, DenseDetector):
         maps = [features[name] for name in detector.head_in_features]
@@ -49,7 +51,7 @@ def detection_losses(detector: Any, features: dict[str, Tensor], batch: Batch) -
 
 
 @contextmanager
-def unnoticed(detector: Any, device: torch.device) -> Iterator[None]:
+def no_side_effects(detector: Any, device: torch.device) -> Iterator[None]:
     """Run parts of a detector for their losses, and leave no trace: neither in its loss normalizer
     and running statistics, nor in the global random state, nor in the log.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..structures import NetSpec
+from ..structures import NetworkInfo
 
 AUTO = -1.0
 """Value of a config key that stands for the authors'."""
@@ -43,7 +43,7 @@ VALUES: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-def with_authors_values(head: str, section: CfgNode, student: NetSpec) -> dict[str, Any]:
+def with_authors_values(head: str, section: CfgNode, student: NetworkInfo) -> dict[str, Any]:
     """The values of a head's section, those at :data:`AUTO` replaced by the authors'.
 
     A detector that they did not try has the values of the dense ones.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..losses.reduce import connected_zero
-from ..structures import NetSpec, Signals
+from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.text import choices
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ DISTILL_HEAD_REGISTRY.__doc__ = """
 Registry of distillation heads.
 
 A registered class is called as ``cls(cfg, student, teacher)`` with the whole config and a
-:class:`~distill.structures.NetSpec` for each network; it must be a :class:`DistillHead`.
+:class:`~distill.structures.NetworkInfo` for each network; it must be a :class:`DistillHead`.
 Its keys stand in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
 """
 
@@ -40,7 +40,7 @@ class DistillHead(nn.Module):
     """
 
     needs: frozenset[str] = frozenset()
-    """Fields of :class:`Signals` that both networks must produce."""
+    """Fields of :class:`NetworkOutputs` that both networks must produce."""
 
     needs_teacher: ClassVar[bool] = True
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
@@ -62,7 +62,7 @@ class DistillHead(nn.Module):
         return cfg.MODEL.DISTILL[cls.__name__.upper()]
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
         node = cls.section(cfg)
         return {
             "weight": node.WEIGHT,
@@ -71,12 +71,12 @@ class DistillHead(nn.Module):
         }
 
     @classmethod
-    def missing_signals(cls, student: NetSpec, teacher: NetSpec | None) -> str | None:
+    def missing_outputs(cls, student: NetworkInfo, teacher: NetworkInfo | None) -> str | None:
         """Which of ``needs`` a network does not produce, or None."""
         if teacher is None and cls.needs_teacher:
             return "it compares with a teacher, and there is none"
         for net in (student, teacher) if teacher and cls.needs_teacher else (student,):
-            missing = cls.needs - net.signals
+            missing = cls.needs - net.outputs
             if missing:
                 return (
                     f"it compares {', '.join(sorted(missing))}, which the {net.name} "
@@ -85,13 +85,13 @@ class DistillHead(nn.Module):
         return None
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: Any) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: Any) -> str | None:
         """Why this head cannot compare these two networks, or None.
 
         Args:
-            student, teacher: :class:`NetSpec`; the teacher is None if no head needs one.
+            student, teacher: :class:`NetworkInfo`; the teacher is None if no head needs one.
         """
-        return cls.missing_signals(student, teacher)
+        return cls.missing_outputs(student, teacher)
 
     def factor(self) -> float:
         """The weight at the current iteration."""
@@ -102,15 +102,16 @@ class DistillHead(nn.Module):
             return self.weight * iteration / self.warmup_iters
         return self.weight
 
-    def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
         """Unweighted scalar losses by the names in ``parts``, to be summed.
 
         Args:
-            student, teacher: :class:`Signals`; a head without ``needs_teacher`` reads no teacher.
+            student, teacher: :class:`NetworkOutputs`; a head without ``needs_teacher`` reads no
+                teacher.
         """
         raise NotImplementedError
 
-    def forward(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
+    def forward(self, student: NetworkOutputs, teacher: NetworkOutputs | None) -> dict[str, Tensor]:
         """Weighted losses, named ``loss_<head>[/<part>]``.
 
         Args:
@@ -128,13 +129,13 @@ class DistillHead(nn.Module):
         return {name: losses[part] * factor for part, name in names.items()}
 
 
-class Outside:
+class NonModuleRef:
     """What a head refers to and does not own: no submodule of it, and shared by its copies."""
 
     def __init__(self, value: Any):
         self.value = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Outside":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NonModuleRef":
         return self
 
 
@@ -155,7 +156,7 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts).to(x.dtype)
 
 
-class RandomState(nn.Module):
+class StepGenerator(nn.Module):
     """A head's private source of randomness; it leaves the global state alone.
 
     The trainer reseeds it at every iteration, so a checkpoint needs none of its state. The
@@ -183,7 +184,7 @@ def teacher_needed(cfg: CfgNode) -> bool:
     return any(DISTILL_HEAD_REGISTRY.get(n).needs_teacher for n in cfg.MODEL.DISTILL.HEADS)
 
 
-def build_heads(cfg: CfgNode, student: NetSpec, teacher: NetSpec | None) -> nn.ModuleDict:
+def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None) -> nn.ModuleDict:
     """Build the heads that ``cfg.MODEL.DISTILL.HEADS`` names, in that order.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..structures import NetSpec
+from ..structures import NetworkInfo
 from .base import DistillHead
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,9 @@ class PredictionDistillHead(DistillHead):
         self.temperature = temperature
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         names = cls.class_names(student), cls.class_names(teacher)
         ret["classes"] = class_map(cls.__name__, *names)
@@ -106,12 +108,12 @@ class PredictionDistillHead(DistillHead):
         return ret
 
     @classmethod
-    def class_names(cls, net: NetSpec) -> tuple[str, ...]:
+    def class_names(cls, net: NetworkInfo) -> tuple[str, ...]:
         """The classes of the outputs that this head compares."""
         return net.classes
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         problem = super().problem(student, teacher)
         return problem or no_shared_class(cls.class_names(student), cls.class_names(teacher))
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..losses import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from ..losses.reduce import full_precision
 from ..nets.atss import centerness_of
-from ..structures import NetSpec, Signals, Towers
+from ..structures import HeadFeatures, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .authors import with_authors_values
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, Outside
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
 from .dense import AnchorGrids, DenseLayout, anchor_problem, grid_problem
 from .fpn import FPNDistillHead
 
@@ -42,7 +42,7 @@ class CrossKD(DistillHead):
         class_weight, box_weight: factors of ``cls`` and of ``box``.
     """
 
-    needs = frozenset({"dense", "dense_boxes", "towers", "targets"})
+    needs = frozenset({"dense", "dense_boxes", "head_features", "targets"})
 
     @configurable
     def __init__(
@@ -68,7 +68,9 @@ class CrossKD(DistillHead):
         self.box_weight = box_weight
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         values = with_authors_values(cls.__name__, cls.section(cfg), student)
         ours, theirs = (
             [_channels(getattr(net.model.head, name)) for name in SUBNETS.values()]
@@ -86,7 +88,7 @@ class CrossKD(DistillHead):
         }
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         if problem := super().problem(student, teacher):
             return problem
         ours, theirs = (type(x.model).__name__ for x in (student, teacher))
@@ -94,10 +96,12 @@ class CrossKD(DistillHead):
             return f"the head of a {theirs} cannot read the features of a {ours} head"
         return grid_problem(student, teacher) or anchor_problem(student, teacher)
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
-        assert student.dense and student.targets and student.towers
-        assert teacher.dense and teacher.towers
-        logits, regression, *others = self.read(self.aligned(student.towers, teacher.towers))
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
+        assert student.dense and student.targets and student.head_features
+        assert teacher.dense and teacher.head_features
+        logits, regression, *others = self.read(
+            self.aligned(student.head_features, teacher.head_features)
+        )
         taught = torch.cat(teacher.dense.logits, 1)
         anchors = torch.cat([x.flatten(0, 2) for x in self.grids(teacher.dense.sizes)])
         anchors = anchors.expand(*taught.shape[:2], 4)
@@ -118,10 +122,12 @@ class CrossKD(DistillHead):
             boxes = crosskd_boxes(found, truth, confidence.flatten(), number, log_iou=self.fcos)
         losses = {"cls": classes * self.class_weight, "box": boxes * self.box_weight}
         if self.compares_centerness:
-            losses["centerness"] = self.centerness(others[0], teacher.towers, positive) / number
+            losses["centerness"] = (
+                self.centerness(others[0], teacher.head_features, positive) / number
+            )
         return losses
 
-    def aligned(self, student: Towers, teacher: Towers) -> list[list[Tensor]]:
+    def aligned(self, student: HeadFeatures, teacher: HeadFeatures) -> list[list[Tensor]]:
         """The student's features as the teacher's, by task and level."""
         aligned = []
         for adapter, task in zip(self.adapters, SUBNETS):
@@ -129,9 +135,9 @@ class CrossKD(DistillHead):
             aligned.append([crosskd_aligned(adapter(s), t) for s, t in pairs])
         return aligned
 
-    def held(self, towers: Towers, task: str) -> list[Tensor]:
+    def held(self, head_features: HeadFeatures, task: str) -> list[Tensor]:
         """The features that the teacher's last layers read."""
-        return getattr(towers, task)[-1 - self.reused_convs]
+        return getattr(head_features, task)[-1 - self.reused_convs]
 
     def read(self, features: list[list[Tensor]]) -> list[Tensor]:
         """(N, R, D) tensors of what the teacher's head predicts of features by task and level."""
@@ -150,7 +156,7 @@ class CrossKD(DistillHead):
             return reduce_mean(centre.where(positive > 0, 0).sum())
         return reduce_mean(positive.sum())
 
-    def centerness(self, logits: Tensor, teacher: Towers, positive: Tensor) -> Tensor:
+    def centerness(self, logits: Tensor, teacher: HeadFeatures, positive: Tensor) -> Tensor:
         """Σ of the positives' cross entropy of (N, R, 1) logits."""
         with torch.no_grad():
             own = self.read([self.held(teacher, task) for task in SUBNETS])[2]
@@ -170,7 +176,7 @@ def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.flatten(0, 1), b.flatten(0, 1)
 
 
-class TeachersHead(Outside):
+class TeachersHead(NonModuleRef):
     """The teacher, and its head's last layers.
 
     Args:

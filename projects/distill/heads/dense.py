@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import dense_kd
-from ..structures import NetSpec, Signals
+from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
@@ -25,7 +25,7 @@ class DenseLayout(NamedTuple):
     thresholds: tuple[float, float]  # IoU below which an anchor is negative, from which positive
 
     @classmethod
-    def of(cls, net: NetSpec) -> "DenseLayout":
+    def of(cls, net: NetworkInfo) -> "DenseLayout":
         model: Any = net.model
         rpn = getattr(model, "proposal_generator", None)
         names = list(rpn.in_features if rpn else model.head_in_features)
@@ -47,12 +47,12 @@ def _thresholds(detector: Any) -> tuple[float, float]:
     return (bounds[1], bounds[-2]) if bounds else (0.4, 0.5)
 
 
-def dense_classes(net: NetSpec) -> tuple[str, ...]:
+def dense_classes(net: NetworkInfo) -> tuple[str, ...]:
     """The classes of a dense head's logits."""
     return ("object",) if DenseLayout.of(net).objectness else net.classes
 
 
-def grid_problem(student: NetSpec, teacher: NetSpec) -> str | None:
+def grid_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | None:
     """Why dense outputs do not speak of the same points and classes, or None."""
     s, t = DenseLayout.of(student), DenseLayout.of(teacher)
     if s.objectness != t.objectness:
@@ -62,7 +62,7 @@ def grid_problem(student: NetSpec, teacher: NetSpec) -> str | None:
     return None
 
 
-def anchor_problem(student: NetSpec, teacher: NetSpec) -> str | None:
+def anchor_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | None:
     """Why dense outputs at the same index speak of different boxes, or None."""
     s, t = DenseLayout.of(student), DenseLayout.of(teacher)
     for level, (a, b) in enumerate(zip(s.anchors, t.anchors)):
@@ -122,25 +122,29 @@ class DenseDistillHead(PredictionDistillHead):
         self.parts = tuple(f"level{k}" for k in range(num_levels))
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         ret["num_levels"] = len(DenseLayout.of(student).strides)
         return ret
 
     @classmethod
-    def class_names(cls, net: NetSpec) -> tuple[str, ...]:
+    def class_names(cls, net: NetworkInfo) -> tuple[str, ...]:
         return dense_classes(net)
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         return (
-            cls.missing_signals(student, teacher)
+            cls.missing_outputs(student, teacher)
             or grid_problem(student, teacher)
             or anchor_problem(student, teacher)
             or super().problem(student, teacher)
         )
 
-    def logits(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
+    def logits(
+        self, student: NetworkOutputs, teacher: NetworkOutputs
+    ) -> list[tuple[Tensor, Tensor]]:
         """(N, R, K') logits of the shared classes of every level."""
         assert student.dense is not None and teacher.dense is not None
         return [
@@ -155,7 +159,7 @@ class DenseKD(DenseDistillHead):
     All levels share one normaliser, so that a level counts as much as the teacher finds in it.
     """
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         levels = [dense_kd(s, t, self.temperature) for s, t in self.logits(student, teacher)]
         mass = reduce_mean(torch.stack([m for _, m in levels]).sum(), minimum=1e-6)
         return {part: numerator / mass for part, (numerator, _) in zip(self.parts, levels)}

@@ -21,9 +21,9 @@ from ..losses import (
     mgd,
     pkd,
 )
-from ..structures import Batch, NetSpec, Signals
+from ..structures import Batch, NetworkInfo, NetworkOutputs
 from .authors import with_authors_values
-from .base import DISTILL_HEAD_REGISTRY, RandomState
+from .base import DISTILL_HEAD_REGISTRY, StepGenerator
 from .classes import ClassMap, class_map, no_shared_class
 from .dense import AnchorGrids, DenseLayout, anchor_problem, dense_classes, grid_problem
 from .fpn import BatchNorm, FPNDistillHead, Level
@@ -38,7 +38,9 @@ class AuthorsFPNHead(FPNDistillHead):
     summed = True
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         values = with_authors_values(cls.__name__, cls.section(cfg), student)
         return {**ret, "weight": values["WEIGHT"], **cls.arguments(values)}
@@ -53,7 +55,7 @@ class BoxedFPNHead(AuthorsFPNHead):
     """What looks at the ground-truth boxes."""
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         if not student.has_boxes:
             return f"a {type(student.model).__name__} has no ground-truth boxes"
         return super().problem(student, teacher)
@@ -95,13 +97,15 @@ class MGD(AuthorsFPNHead):
     def __init__(self, *, mask_ratio: float, seed: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.mask_ratio = mask_ratio
-        self.random = RandomState(seed)
+        self.random = StepGenerator(seed)
         self.generators = nn.ModuleDict(
             {level.student: MGDGenerator(t) for level, (_, t) in zip(self.levels, self.channels)}
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         return {**super().from_config(cfg, student, teacher), "seed": cfg.SEED}
 
     @classmethod
@@ -190,7 +194,7 @@ class FGD(BoxedFPNHead):
         return {**{key.lower(): values[key] for key in keys}, "lambda_": values["LAMBDA"]}
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        terms = fgd(student, teacher, batch.boxes, batch.canvas, self.temperature)
+        terms = fgd(student, teacher, batch.boxes, batch.padded_size, self.temperature)
         focal: Tensor = sum(f * x for f, x in zip(self.factors, terms))  # type: ignore[assignment]
         contexts: Any = self.contexts[level.student]
         gap = contexts[0](student).float() - contexts[1](teacher).float()
@@ -226,7 +230,9 @@ class FGFI(BoxedFPNHead):
         self.threshold = threshold
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         grids = AnchorGrids(DenseLayout.of(student))
         return {**super().from_config(cfg, student, teacher), "grids": grids}
 
@@ -235,10 +241,10 @@ class FGFI(BoxedFPNHead):
         return {"threshold": values["THRESHOLD"]}
 
     @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         return tuple(DenseLayout.of(student).levels)
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         maps = self.maps(student, teacher)
         grids = self.grids([tuple(s.shape[2:]) for s, _ in maps])
         masks = fgfi_masks(grids, student.batch.boxes, self.threshold)
@@ -269,7 +275,7 @@ class DeFeat(BoxedFPNHead):
         keys = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT")
         return {key.lower(): values[key] for key in keys}
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         maps = self.maps(student, teacher)
         strides = [level.stride for level in self.levels]
         masks = defeat_masks(
@@ -298,13 +304,15 @@ class DenseFPNHead(AuthorsFPNHead):
         self.classes = classes
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         names = dense_classes(student), dense_classes(teacher)
         ret = super().from_config(cfg, student, teacher)
         return {**ret, "classes": class_map(cls.__name__, *names)}
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         return (
             super().problem(student, teacher)
             or grid_problem(student, teacher)
@@ -313,7 +321,7 @@ class DenseFPNHead(AuthorsFPNHead):
         )
 
     @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         return tuple(DenseLayout.of(student).levels)
 
 
@@ -341,7 +349,7 @@ class FRS(DenseFPNHead):
     def adapter(student: int, teacher: int) -> nn.Module:
         return nn.Conv2d(student, teacher, kernel_size=3, padding=1)
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         assert student.dense is not None and teacher.dense is not None
         losses = {}
         logits = zip(student.dense.logits, teacher.dense.logits)

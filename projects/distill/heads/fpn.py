@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..losses import cwd, fitnet, frequency_mask
-from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
+from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.text import choices
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, RandomState
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, StepGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def match_levels(
     """Pair feature levels by stride.
 
     Args:
-        student, teacher: ``NetSpec.maps`` of the networks.
+        student, teacher: ``NetworkInfo.maps`` of the networks.
         names: the student's levels to pair; empty: every level of the backbone whose stride the
             teacher has too, or, without any, all.
         key: the config key that gave ``names``, for the message.
@@ -113,7 +113,9 @@ class FPNDistillHead(DistillHead):
         return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, kernel_size=1)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
@@ -127,11 +129,11 @@ class FPNDistillHead(DistillHead):
         return ret
 
     @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         """The student's levels to compare; empty: see :func:`match_levels`."""
         return tuple(cls.section(cfg).get("IN_FEATURES", ()))
 
-    def maps(self, student: Signals, teacher: Signals) -> list[tuple[Tensor, Tensor]]:
+    def maps(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[tuple[Tensor, Tensor]]:
         """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""
         pairs = []
         for level in self.levels:
@@ -140,7 +142,7 @@ class FPNDistillHead(DistillHead):
             pairs.append((self.adapters[level.student](s), t))
         return pairs
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         maps = self.maps(student, teacher)
         share = 1 if self.summed else 1 / len(maps)
         return {
@@ -168,7 +170,7 @@ def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tens
         (N, C, H, W): C of the teacher, H and W of the student.
     """
     # Cells beyond the shared canvas are the teacher's padding: cut, then resize.
-    height, width = (ceil(x / stride) for x in batch.canvas)
+    height, width = (ceil(x / stride) for x in batch.padded_size)
     teacher = teacher[..., :height, :width]
     if teacher.shape[-2:] == student.shape[-2:]:
         return teacher
@@ -193,7 +195,7 @@ def cell_labels(labels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(pixels, size=(height, width), mode="nearest-exact")[:, 0].long()
 
 
-class FrequencyMasks(RandomState):
+class FrequencyMasks(StepGenerator):
     """New random frequency masks at every call, one a batch entry.
 
     Args:
@@ -239,7 +241,9 @@ class CWD(FPNDistillHead):
         self.temperature = temperature
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         return {**ret, "temperature": cls.section(cfg).TEMPERATURE}
 

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor, nn
 
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
-from ..structures import NetSpec, Signals
+from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, DenseLayout
@@ -66,7 +66,9 @@ class GID(DenseFPNHead):
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         layout = DenseLayout.of(student)
         return {
             **super().from_config(cfg, student, teacher),
@@ -81,7 +83,7 @@ class GID(DenseFPNHead):
         return {key.lower(): values[key] for key in keys}
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         problem = super().problem(student, teacher)
         if problem:
             return problem
@@ -94,7 +96,7 @@ class GID(DenseFPNHead):
             return "it compares box deltas, and the networks encode boxes in different ways"
         return None
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         assert student.dense is not None and teacher.dense is not None
         pairs = zip(student.dense.logits, teacher.dense.logits)
         logits = [torch.cat(x, 1) for x in zip(*(self.classes.select(*pair) for pair in pairs))]
@@ -116,7 +118,7 @@ class GID(DenseFPNHead):
 
     @torch.no_grad()
     def instances(
-        self, student: Signals, teacher: Signals, logits: list[Tensor]
+        self, student: NetworkOutputs, teacher: NetworkOutputs, logits: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """(N, K, 4) boxes and (N, K) bool, which of them there are."""
         ours, theirs = (x.float().amax(2).sigmoid() for x in logits)
@@ -126,7 +128,7 @@ class GID(DenseFPNHead):
         return general_instances((theirs - ours).abs(), boxes, sizes)
 
     @torch.no_grad()
-    def selected(self, boxes: Tensor, student: Signals) -> Tensor:
+    def selected(self, boxes: Tensor, student: NetworkOutputs) -> Tensor:
         """(N, R) 1 of the anchors of an instance, else 0; boxes of no size have none."""
         assert student.dense is not None
         anchors = torch.cat([x.flatten(0, 2) for x in self.grids(student.dense.sizes)])
@@ -135,7 +137,7 @@ class GID(DenseFPNHead):
         return ((iou >= self.threshold) | best).view(*boxes.shape[:2], -1).any(1).float()
 
 
-def _encoding(net: NetSpec) -> Any:
+def _encoding(net: NetworkInfo) -> Any:
     """What two networks must share for their deltas to be compared; None: they are no four."""
     if getattr(net.model, "box_dim", 4) != 4:
         return None

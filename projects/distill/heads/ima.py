@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..losses import ima, ima_classes
 from ..losses.ima import Alignment, class_moments, deflation, instance_moments
 from ..losses.reduce import class_members, connected_zero, same_shape
-from ..structures import Batch, NetSpec, Signals
+from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
@@ -68,7 +68,9 @@ class IMA(FPNDistillHead):
             self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         scope = cls.resolved_scope(cfg, student)
         cls.check_scope(scope, student)
@@ -94,7 +96,7 @@ class IMA(FPNDistillHead):
         }
 
     @staticmethod
-    def check_scope(scope: str, student: NetSpec) -> None:
+    def check_scope(scope: str, student: NetworkInfo) -> None:
         """Refuse a scope whose instances the student's data do not label."""
         network = type(student.model).__name__
         if scope in CROPPED and not student.has_boxes:
@@ -102,34 +104,34 @@ class IMA(FPNDistillHead):
                 f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a {network} "
                 "has SCOPE class or image."
             )
-        if scope == "class" and "sem_seg" not in student.signals:
+        if scope == "class" and "sem_seg" not in student.outputs:
             raise ConfigError(
                 f"MODEL.DISTILL.IMA.SCOPE is class, which needs semantic labels; a {network} has "
                 "SCOPE image or box."
             )
 
     @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         """Crops come from the levels that the student's own boxes are cropped from."""
         names = super().level_names(cfg, student)
-        if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.signals:
+        if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.outputs:
             return tuple(student.model.roi_heads.box_in_features)
         return names
 
     @classmethod
-    def resolved_scope(cls, cfg: CfgNode, student: NetSpec) -> str:
+    def resolved_scope(cls, cfg: CfgNode, student: NetworkInfo) -> str:
         scope = cls.section(cfg).SCOPE
         return cls.default_scope(student) if scope == "auto" else scope
 
     @staticmethod
-    def default_scope(student: NetSpec) -> str:
+    def default_scope(student: NetworkInfo) -> str:
         """The paper is silent (its Fig. 1 shows instance maps): what the family has labels for."""
         for signal, scope in (("masks", "mask"), ("rois", "box"), ("dense", "image")):
-            if signal in student.signals:
+            if signal in student.outputs:
                 return scope
-        return "class" if "sem_seg" in student.signals else "image"
+        return "class" if "sem_seg" in student.outputs else "image"
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         if self.scope not in CROPPED:
             return super().losses(student, teacher)
         maps = self.maps(student, teacher)

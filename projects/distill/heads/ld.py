@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..losses import ld, padded
 from ..nets.assign import valuable_region
-from ..structures import NetSpec, Signals, Targets
+from ..structures import NetworkInfo, NetworkOutputs, Targets
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, DenseDistillHead, DenseLayout
@@ -55,7 +55,9 @@ class LD(DenseDistillHead):
         self.released_region = released_region
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
@@ -69,7 +71,7 @@ class LD(DenseDistillHead):
         }
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         if problem := super().problem(student, teacher):
             return problem
         bins = []
@@ -83,7 +85,7 @@ class LD(DenseDistillHead):
             return f"the distributions have {bins[0]} bins in the student, {bins[1]} in the teacher"
         return None
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         assert student.dense is not None and teacher.dense is not None
         assert student.targets is not None
         logits = torch.cat(student.dense.logits, 1).detach()
@@ -110,7 +112,7 @@ class LD(DenseDistillHead):
         inside = (targets.labels >= 0) & (targets.labels < logits.shape[2])
         return inside.float()
 
-    def region(self, student: Signals, rows: int) -> Tensor:
+    def region(self, student: NetworkOutputs, rows: int) -> Tensor:
         """(N, R) weights of the valuable localization region."""
         assert student.dense is not None
         boxes = padded(student.batch.boxes)

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from ..losses.cells import padded
 from ..losses.reduce import full_precision
-from ..structures import NetSpec, Signals
-from .again import detected_levels, detection_losses, unnoticed
+from ..structures import NetworkInfo, NetworkOutputs
+from .again import detected_levels, detection_losses, no_side_effects
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, current_iteration
 
 ATTENTION_HEADS = 8
@@ -112,7 +112,7 @@ class ImplicitTeacher(nn.Module):
         maps: list[Tensor],
         boxes: list[Tensor],
         classes: list[Tensor],
-        canvas: tuple[int, int],
+        padded_size: tuple[int, int],
     ) -> list[Tensor]:
         """One (N, C, Hi, Wi) map a level, as the given ones.
 
@@ -120,13 +120,13 @@ class ImplicitTeacher(nn.Module):
             maps: of the student.
             boxes: one (Ri, 4) XYXY tensor in canvas pixels a picture.
             classes: one (Ri,) tensor in [0, K) a picture.
-            canvas: (height, width) in pixels.
+            padded_size: (height, width) in pixels.
         """
         corners = padded(boxes)
         kinds = pad_sequence(classes, batch_first=True, padding_value=-1)
         absent = F.pad(corners[..., 0].isnan(), (1, 0))  # the context, which is first, never is
-        labels = self.labels(lgd_labels(corners, kinds, canvas, self.num_classes), absent)
-        masks = [lgd_masks(corners, canvas, *x.shape[2:]) for x in maps]
+        labels = self.labels(lgd_labels(corners, kinds, padded_size, self.num_classes), absent)
+        masks = [lgd_masks(corners, padded_size, *x.shape[2:]) for x in maps]
         queries = torch.cat([self.seen(x, mask) for x, mask in zip(maps, masks)], 1)
         answers, _ = self.relation(queries, labels, labels, key_padding_mask=absent)
         return [self.draw(x, mask) for x, mask in zip(answers.chunk(len(maps), 1), masks)]
@@ -195,7 +195,7 @@ class LGD(DistillHead):
         self.adapter = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
         node = cls.section(cfg)
         shapes = student.features
         levels = sorted(detected_levels(student.model), key=lambda k: shapes[k].stride)
@@ -211,22 +211,22 @@ class LGD(DistillHead):
         }
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: Any) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: Any) -> str | None:
         if not student.has_boxes:
             return f"a {type(student.model).__name__} has no ground-truth boxes"
         return super().problem(student, teacher)
 
-    def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
         batch, maps = student.batch, [student.features[k] for k in self.levels]
         detached = [x.detach() for x in maps]
         made = self.teacher(
             detached if self.detach_appearance else maps,
             batch.boxes,
             [x.gt_classes for x in batch.instances],
-            batch.canvas,
+            batch.padded_size,
         )
         (detector,) = self._detector
-        with unnoticed(detector, made[0].device):
+        with no_side_effects(detector, made[0].device):
             detection = detection_losses(detector, dict(zip(self.levels, made)), batch)
         taught = detached if current_iteration() < self.detach_iters else maps
         return {

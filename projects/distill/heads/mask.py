@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import binary_kl
-from ..structures import Signals
+from ..structures import NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
@@ -18,7 +18,7 @@ class InstanceMaskDistillHead(PredictionDistillHead):
 
     needs = frozenset({"masks"})
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         assert student.masks is not None and teacher.masks is not None
         labels = student.masks.labels
         s, t = self.classes.at_label(student.masks.logits, teacher.masks.logits, labels)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..losses import dice_overlap, maskd, receptive_masks
 from ..losses.reduce import connected_zero, full_precision
-from ..structures import Batch, NetSpec, Signals
+from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .again import detection_losses, unnoticed
-from .base import DISTILL_HEAD_REGISTRY, Outside, current_iteration
+from .again import detection_losses, no_side_effects
+from .base import DISTILL_HEAD_REGISTRY, NonModuleRef, current_iteration
 from .features import BoxedFPNHead
 from .fpn import Level, cell_labels
 from .semantic import SemSegDistillHead
@@ -90,7 +90,7 @@ class MasKD(BoxedFPNHead):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.detector = Outside(detector)
+        self.detector = NonModuleRef(detector)
         self.token_iters = token_iters
         self.student_mask_iters = student_mask_iters
         self.drawn = nn.ModuleDict(
@@ -103,7 +103,9 @@ class MasKD(BoxedFPNHead):
         self.parts = ("tokens", *self.parts)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         return {**super().from_config(cfg, student, teacher), "detector": teacher.model}
 
     @classmethod
@@ -112,7 +114,7 @@ class MasKD(BoxedFPNHead):
         return {key.lower(): values[key] for key in keys}
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         problem = super().problem(student, teacher)
         if problem:
             return problem
@@ -120,19 +122,19 @@ class MasKD(BoxedFPNHead):
             return f"a {type(teacher.model).__name__} does not learn boxes, and so no masks"
         if student.classes != teacher.classes:
             return "the teacher's task, by which the masks are learned, has other classes"
-        more = ", ".join(sorted((teacher.signals - student.signals) & {"masks", "sem_seg"}))
+        more = ", ".join(sorted((teacher.outputs - student.outputs) & {"masks", "sem_seg"}))
         if more:
             return f"the teacher's task, by which the masks are learned, has {more}, too"
         return None
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         none = connected_zero(*student.features.values(), parameters=self.parameters())
         passed = current_iteration() - self.token_iters
         if passed < 0:
             return {**dict.fromkeys(self.parts, none), "tokens": self.token_loss(student, teacher)}
         return {"tokens": none, **super().losses(student, teacher)}
 
-    def token_loss(self, student: Signals, teacher: Signals) -> Tensor:
+    def token_loss(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Tensor:
         """The first stage's: the teacher's losses on its masked levels, and the masks' overlap."""
         remember(self.learned, self.drawn)
         features, overlaps = dict(teacher.features), []
@@ -141,7 +143,7 @@ class MasKD(BoxedFPNHead):
             masks = drawn.masks(features[level.teacher])
             features[level.teacher] = drawn.masked(features[level.teacher], masks)
             overlaps.append(dice_overlap(masks))
-        with unnoticed(self.detector.value, masks.device):
+        with no_side_effects(self.detector.value, masks.device):
             task = detection_losses(self.detector.value, features, student.batch)
         return torch.stack([x.float() for x in task.values()]).sum() + torch.stack(overlaps).mean()
 
@@ -176,12 +178,14 @@ class MasKDLogits(SemSegDistillHead):
         self.learned = frozen(self.drawn)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         stages = {"tokens": node.TOKENS, "token_iters": node.TOKEN_ITERS}
         return {**super().from_config(cfg, student, teacher), **stages}
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         s, t = self.logits(student, teacher)
         none = connected_zero(s, parameters=self.parameters())
         if current_iteration() >= self.token_iters:

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import MKD_TERMS, mkd
-from ..structures import NetSpec, Signals
+from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import FPNDistillHead, FrequencyMasks
 
@@ -52,7 +52,9 @@ class MKD(FPNDistillHead):
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
@@ -64,7 +66,7 @@ class MKD(FPNDistillHead):
             "seed": cfg.SEED,
         }
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         losses = {}
         for level, (s, t) in zip(self.levels, self.maps(student, teacher)):
             mask = self.masks(s) if "fdmd" in self.term_weights else None

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import fitnet, gaussian_mask, mssd
-from ..structures import NetSpec, Signals
+from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
 
 MSSD_MASKS = ("gaussian", "binary")
@@ -70,7 +70,7 @@ class MSSD(DistillHead):
         self.parts = tuple(f"{k}/{term}" for k in levels for term, w in terms.items() if w > 0)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
         node = cls.section(cfg)
         levels = sorted(
             student.model.backbone.shallow_features, key=lambda k: student.features[k].stride
@@ -88,8 +88,8 @@ class MSSD(DistillHead):
         }
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: Any) -> str | None:
-        if "shallow" not in student.signals:
+    def problem(cls, student: NetworkInfo, teacher: Any) -> str | None:
+        if "shallow" not in student.outputs:
             return (
                 "the student's neck has no bottom-up pathway; set MODEL.BACKBONE.NAME to a "
                 "build_..._pafpn_backbone"
@@ -98,7 +98,7 @@ class MSSD(DistillHead):
             return f"a {type(student.model).__name__} has no ground-truth boxes"
         return super().problem(student, teacher)
 
-    def losses(self, student: Signals, teacher: Any) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
         losses = {}
         finest = next(iter(self.strides))
         for level, stride in self.strides.items():
@@ -113,7 +113,7 @@ class MSSD(DistillHead):
                 losses[f"{level}/mask"] = loss / len(self.strides)
         return losses
 
-    def mask(self, student: Signals, level: str, stride: int) -> Tensor:
+    def mask(self, student: NetworkOutputs, level: str, stride: int) -> Tensor:
         """(N, H, W): the ground-truth boxes on the cells of a level."""
         height, width = student.features[level].shape[2:]
         boxes = student.batch.boxes

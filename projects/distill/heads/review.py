@@ -8,7 +8,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..losses import hcl
-from ..structures import Signals
+from ..structures import NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import BatchNorm, FPNDistillHead
 
@@ -72,7 +72,7 @@ class ReviewKD(FPNDistillHead):
             }
         )
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         coarser = None
         for level, (s, t) in reversed(list(zip(self.levels, self.maps(student, teacher)))):

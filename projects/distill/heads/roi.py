@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..losses import categorical_kl, dkd_rows
 from ..losses.reduce import full_precision
-from ..structures import NetSpec, ROIs, Signals
+from ..structures import NetworkInfo, NetworkOutputs, ROIs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
@@ -41,7 +41,7 @@ class ROIDistillHead(PredictionDistillHead):
     needs = frozenset({"rois"})
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         problem = super().problem(student, teacher)
         if problem:
             return problem
@@ -64,7 +64,7 @@ class ROIDistillHead(PredictionDistillHead):
             background,
         )
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for s, t in zip(student.rois, teacher.rois):
             for name, value in self.loss(self.pair(s, t)).items():
@@ -108,7 +108,9 @@ class ROIKD(ROIDistillHead):
         self.box_weight = box_weight
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
@@ -164,7 +166,9 @@ class DKD(KD):
         self.beta = beta
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         ret = super().from_config(cfg, student, teacher)
         return {**ret, "alpha": node.ALPHA, "beta": node.BETA}

@@ -20,9 +20,9 @@ from ..losses import (
     pairwise_affinity,
     pixel_kd,
 )
-from ..structures import SEM_SEG_HEAD, Batch, NetSpec, Signals
+from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .base import DISTILL_HEAD_REGISTRY, RandomState, gather
+from .base import DISTILL_HEAD_REGISTRY, StepGenerator, gather
 from .classes import PredictionDistillHead
 from .fpn import FPNDistillHead, cell_labels, on_grid
 
@@ -46,22 +46,24 @@ class SemSegDistillHead(PredictionDistillHead):
         self.teacher_stride = teacher_stride
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         return {**ret, "teacher_stride": teacher.maps[SEM_SEG_HEAD].stride}
 
     @classmethod
-    def class_names(cls, net: NetSpec) -> tuple[str, ...]:
+    def class_names(cls, net: NetworkInfo) -> tuple[str, ...]:
         return net.sem_seg_classes
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
-        return cls.missing_signals(student, teacher) or super().problem(student, teacher)
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
+        return cls.missing_outputs(student, teacher) or super().problem(student, teacher)
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         return {"": self.loss(*self.logits(student, teacher))}
 
-    def logits(self, student: Signals, teacher: Signals) -> tuple[Tensor, Tensor]:
+    def logits(self, student: NetworkOutputs, teacher: NetworkOutputs) -> tuple[Tensor, Tensor]:
         """(N, K', H, W) of both."""
         assert student.sem_seg is not None and teacher.sem_seg is not None
         s = student.sem_seg.logits
@@ -99,7 +101,7 @@ class RelationDistillHead(FPNDistillHead):
     adapts = False
 
     @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         default = (SEM_SEG_HEAD,) if student.sem_seg else ()
         return super().level_names(cfg, student) or default
 
@@ -118,7 +120,9 @@ class SKD(RelationDistillHead):
         self.scale = scale
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         return {**super().from_config(cfg, student, teacher), "scale": cls.section(cfg).SCALE}
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
@@ -141,7 +145,9 @@ class IFVD(RelationDistillHead):
         self.num_classes = num_classes
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         return {**ret, "num_classes": len(student.sem_seg_classes)}
 
@@ -197,7 +203,7 @@ class CIRKD(RelationDistillHead):
         self.new_pixels = new_pixels
         self.pixel_keys = pixel_keys // num_classes + 1  # of each class
         self.region_keys = region_keys // num_classes + 1
-        self.random = RandomState(seed)
+        self.random = StepGenerator(seed)
         self.projection = nn.Sequential(
             nn.Conv2d(inside, outside, 1, bias=False),
             get_norm(norm, outside),
@@ -208,7 +214,9 @@ class CIRKD(RelationDistillHead):
         self.region_memory = ClassQueues(num_classes, regions, outside)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node, world = cls.section(cfg), comm.get_world_size()
         if cfg.SOLVER.IMS_PER_BATCH // world < 2:
             logger.warning("CIRKD has one picture a process, and no other to compare it with.")
@@ -226,7 +234,7 @@ class CIRKD(RelationDistillHead):
             "seed": cfg.SEED,
         }
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         ((s, t),) = self.maps(student, teacher)
         labels = cell_labels(student.batch.sem_seg, *s.shape[2:])
         losses = {"minibatch": cross_image_relation(s, t, pool=self.pool)}

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import matched_iou, tid, tid_by_value, tid_information, tid_mask, tid_score, tid_value
-from ..structures import NetSpec, Signals
+from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
@@ -70,7 +70,9 @@ class TID(FPNDistillHead):
         self.value_options: dict[str, Any] = {"gamma": gamma, "nms_iou": nms_iou, "area": area}
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetSpec, teacher: NetSpec) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
         node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
@@ -87,18 +89,18 @@ class TID(FPNDistillHead):
         }
 
     @classmethod
-    def level_names(cls, cfg: CfgNode, student: NetSpec) -> tuple[str, ...]:
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         return tuple(DenseLayout.of(student).levels)
 
     @classmethod
-    def problem(cls, student: NetSpec, teacher: NetSpec) -> str | None:
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         return (
             super().problem(student, teacher)
             or grid_problem(student, teacher)
             or no_shared_class(dense_classes(student), dense_classes(teacher))
         )
 
-    def losses(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         terms = []
         for (s, t), value in zip(self.maps(student, teacher), self.values(student, teacher)):
             alpha = tid_by_value(value, *self.alphas)
@@ -107,7 +109,7 @@ class TID(FPNDistillHead):
         return {part: numerator / mass for part, (numerator, _) in zip(self.parts, terms)}
 
     @torch.no_grad()
-    def values(self, student: Signals, teacher: Signals) -> list[Tensor]:
+    def values(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[Tensor]:
         """V of every level, (N, Hi, Wi) each."""
         assert student.dense is not None
         points = torch.cat(
@@ -122,14 +124,14 @@ class TID(FPNDistillHead):
             pictures.append(value * tid_information(points, boxes))
         return self.by_level(torch.stack(pictures), student)
 
-    def judgement(self, student: Signals, teacher: Signals, image: int) -> Judgement:
+    def judgement(self, student: NetworkOutputs, teacher: NetworkOutputs, image: int) -> Judgement:
         """Both networks' scores of one picture (DIEM)."""
         score_s, _, _ = self.scores(student, student, image, self.thresholds[0])
         score_t, tie, boxes = self.scores(teacher, student, image, self.thresholds[1])
         return Judgement(score_t, score_s, tie, boxes)
 
     @staticmethod
-    def by_level(points: Tensor, student: Signals) -> list[Tensor]:
+    def by_level(points: Tensor, student: NetworkOutputs) -> list[Tensor]:
         """(N, P) values of the points as (N, Hi, Wi) maps."""
         assert student.dense is not None
         sizes = student.dense.sizes
@@ -137,7 +139,11 @@ class TID(FPNDistillHead):
         return [x.view(len(x), *size) for x, size in zip(levels, sizes)]
 
     def scores(
-        self, net: Signals, student: Signals, image: int, thresholds: tuple[float, float]
+        self,
+        net: NetworkOutputs,
+        student: NetworkOutputs,
+        image: int,
+        thresholds: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One network's opinion of the points of one picture (DIEM).
 

@@ -23,12 +23,12 @@ from ..config import validate_config
 from ..data.datasets import register_coco_format
 from ..engine.trainer import Trainer, evaluate, setup_config
 from ..errors import ConfigError, DistillError
-from .process_group import Place, check_gpus, launched, of_slurm, of_torchrun
+from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
 from .termination import (
     PATIENCE,
     ending_on_signals,
+    exit_process,
     explain,
-    leave,
     report,
     resume_hint,
     started_quietly,
@@ -127,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dist_timeout < 1:
             raise ConfigError(f"--dist-timeout is {args.dist_timeout}; it must be at least 1.")
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            return _take_part(args, of_torchrun(os.environ))
+            return _take_part(args, from_torchrun(os.environ))
         if args.num_gpus * args.num_machines > 1:
             return _start_members(args)
-        return _take_part(args, of_slurm(os.environ) or Place())
+        return _take_part(args, from_slurm(os.environ) or ProcessInfo())
     except DistillError as e:
         return report(e)
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start_members(args: Namespace) -> int:
     """This machine's processes, as detectron2's ``launch`` starts them; returns the exit code."""
     cfg, _ = configure(args)  # whatever is wrong with it is said once, here
-    first = launched(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    first = from_arguments(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     _check_doctor(args, first)
     check_gpus(cfg.MODEL.DEVICE, first.local_size)
     # It warns of every process that it ends.
@@ -156,11 +156,11 @@ def _start_members(args: Namespace) -> int:
     return 0
 
 
-def _member(local_rank: int, args: Namespace, first: Place, method: str) -> None:
+def _member(local_rank: int, args: Namespace, first: ProcessInfo, method: str) -> None:
     # A spawned process would spawn its data workers too, which then import everything anew.
     set_start_method(method, force=True)
-    place = replace(first, rank=first.rank + local_rank, local_rank=local_rank)
-    _take_part(args, place, announce=False)
+    process = replace(first, rank=first.rank + local_rank, local_rank=local_rank)
+    _take_part(args, process, announce=False)
 
 
 def _exit_code(ended: ProcessExitedException) -> int:
@@ -180,7 +180,7 @@ def _exit_code(ended: ProcessExitedException) -> int:
     )
 
 
-def _take_part(args: Namespace, place: Place, announce: bool = True) -> int:
+def _take_part(args: Namespace, process: ProcessInfo, announce: bool = True) -> int:
     """Be one process; returns the exit code if it is the only one, else ends with it.
 
     Args:
@@ -188,21 +188,21 @@ def _take_part(args: Namespace, place: Place, announce: bool = True) -> int:
     """
     _quiet_libraries()
     folder = ""
-    talks = announce and place.local_rank == 0
+    talks = announce and process.local_rank == 0
     with ending_on_signals((lambda: resume_hint(folder)) if talks else None):
         try:
-            _check_doctor(args, place)
+            _check_doctor(args, process)
             cfg, finished = configure(args)
-            place.join(cfg.MODEL.DEVICE, timedelta(seconds=args.dist_timeout))
+            process.join(cfg.MODEL.DEVICE, timedelta(seconds=args.dist_timeout))
             folder = _trained_folder(cfg, args)
             code = run(cfg, args, finished)
             comm.synchronize()  # nobody leaves while another process still talks to it
         except Exception as e:
-            if not place.url and not explain(e):
+            if not process.url and not explain(e):
                 raise
-            code = report(e, place.rank, place.local_rank)
-        if place.url:  # gloo's threads can abort the interpreter's way out, or keep it waiting
-            leave(code)
+            code = report(e, process.rank, process.local_rank)
+        if process.url:  # gloo's threads can abort the interpreter's way out, or keep it waiting
+            exit_process(code)
     return code
 
 
@@ -211,8 +211,8 @@ def _trained_folder(cfg: CfgNode, args: Namespace) -> str:
     return "" if args.eval_only or args.doctor else str(cfg.OUTPUT_DIR)
 
 
-def _check_doctor(args: Namespace, place: Place) -> None:
-    if args.doctor and place.world > 1:
+def _check_doctor(args: Namespace, process: ProcessInfo) -> None:
+    if args.doctor and process.world > 1:
         raise ConfigError("--doctor runs in one process; start it without the others.")
 
 

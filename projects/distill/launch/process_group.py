@@ -17,7 +17,7 @@ from .termination import PORT_TAKEN
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """A process among ``world`` ones, of which every machine has ``local_size``."""
 
     rank: int = 0
@@ -89,7 +89,7 @@ def await_first(url: str, timeout: timedelta) -> None:
             time.sleep(0.2)
 
 
-def launched(num_gpus: int, num_machines: int, machine_rank: int, url: str) -> Place:
+def from_arguments(num_gpus: int, num_machines: int, machine_rank: int, url: str) -> ProcessInfo:
     """The first process that this machine starts, by detectron2's arguments.
 
     Args:
@@ -114,7 +114,7 @@ def launched(num_gpus: int, num_machines: int, machine_rank: int, url: str) -> P
         except OSError as e:
             raise ConfigError(PORT_TAKEN.format(port)) from e
     url = f"tcp://127.0.0.1:{port}" if url == "auto" else url
-    return Place(machine_rank * num_gpus, num_machines * num_gpus, 0, num_gpus, url)
+    return ProcessInfo(machine_rank * num_gpus, num_machines * num_gpus, 0, num_gpus, url)
 
 
 def port_of(url: str) -> int:
@@ -128,9 +128,9 @@ def port_of(url: str) -> int:
     raise ConfigError(f"--dist-url is '{url}'; it must be tcp://HOST:PORT, or auto.")
 
 
-def of_torchrun(env: Mapping[str, str]) -> Place:
+def from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
     """The place that ``torchrun`` gave to this process."""
-    return Place(
+    return ProcessInfo(
         rank=int(env["RANK"]),
         world=int(env["WORLD_SIZE"]),
         local_rank=int(env["LOCAL_RANK"]),
@@ -139,7 +139,7 @@ def of_torchrun(env: Mapping[str, str]) -> Place:
     )
 
 
-def of_slurm(env: Mapping[str, str]) -> Place | None:
+def from_slurm(env: Mapping[str, str]) -> ProcessInfo | None:
     """The place that ``srun`` gave to this process; None if it started no other one.
 
     Only the variables of the step count: in a batch script SLURM_NTASKS speaks of tasks that
@@ -175,7 +175,7 @@ def of_slurm(env: Mapping[str, str]) -> Place | None:
     else:  # below the ports that systems give away
         job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", "0")
         port = 10000 + (31 * job + step) % 20000
-    return Place(rank, world, local_rank, sizes[0], f"tcp://{host}:{port}")
+    return ProcessInfo(rank, world, local_rank, sizes[0], f"tcp://{host}:{port}")
 
 
 def first_host(nodes: str) -> str:

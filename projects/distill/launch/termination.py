@@ -19,7 +19,7 @@ import torch
 from ..errors import DistillError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ECHO = 2.0  # seconds in which the cause of an echo is heard of
+REPORT_DELAY_S = 2.0  # seconds in which the cause of an echo is heard of
 PATIENCE = 5.0  # seconds that started processes have to end, before they are killed
 
 
@@ -128,7 +128,7 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
         The exit code: 2 for an error with a sentence, else 1.
     """
     found = explain(error)
-    time.sleep(ECHO * (local_rank + isinstance(found, EchoError)))
+    time.sleep(REPORT_DELAY_S * (local_rank + isinstance(found, EchoError)))
     who = f"rank {rank}: " if rank else ""
     if found:
         print(f"error: {who}{' '.join(str(found).split())}", file=sys.stderr, flush=True)
@@ -140,7 +140,7 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
 
 @contextmanager
 def ending_on_signals(
-    last_words: Callable[[], str] | None, patience: float = 0.0
+    exit_message: Callable[[], str] | None, patience: float = 0.0
 ) -> Iterator[None]:
     """Within, SIGINT and SIGTERM end this process and those it started with exit code 130 or 143.
 
@@ -163,11 +163,11 @@ def ending_on_signals(
             return  # Ctrl-C reaches the owner too, who ends its workers
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        if last_words:  # not by print: the signal may have interrupted one
-            words = f"stopped by {signal.Signals(number).name}: {last_words()}\n"
+        if exit_message:  # not by print: the signal may have interrupted one
+            words = f"stopped by {signal.Signals(number).name}: {exit_message()}\n"
             with suppress(OSError):  # stderr may be closed
                 os.write(2, words.encode())
-        leave(128 + number, patience)
+        exit_process(128 + number, patience)
 
     with _handling(end):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `started_quietly`
@@ -205,7 +205,7 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 
-def leave(code: int, patience: float = 0.0) -> NoReturn:
+def exit_process(code: int, patience: float = 0.0) -> NoReturn:
     """End this process at once, and those that it started.
 
     Args:

@@ -22,7 +22,7 @@ def fgd(
     student: Tensor,
     teacher: Tensor,
     boxes: Sequence[Tensor],
-    canvas: tuple[int, int],
+    padded_size: tuple[int, int],
     temperature: float = 0.5,
 ) -> FGDTerms:
     """Squared errors in and outside the objects, under the teacher's attention (Eq. 6-9).
@@ -36,8 +36,8 @@ def fgd(
         student, teacher: (N, C, H, W), adapted to the same channels. No gradient reaches the
             teacher.
         boxes: one (K, 4) XYXY tensor in canvas pixels a picture.
-        canvas: (height, width) of what the maps show, padding included. The released code takes
-            the picture before padding, which stretches the boxes of padded ones.
+        padded_size: (height, width) of what the maps show, padding included. The released code
+            takes the picture before padding, which stretches the boxes of padded ones.
         temperature: 𝒯 > 0 of the attention.
 
     Raises:
@@ -53,7 +53,7 @@ def fgd(
     with torch.autocast(student.device.type, enabled=False):  # it would halve the product
         error = torch.einsum("nchw,nc->nhw", (student - teacher).square(), taught_channels)
     error = error * taught_cells
-    inside = inverse_areas(boxes, canvas, *student.shape[2:])
+    inside = inverse_areas(boxes, padded_size, *student.shape[2:])
     outside = (inside == 0).to(error.dtype)
     outside = outside / outside.sum((1, 2), keepdim=True).clamp(min=1)
     gaps = (cells - taught_cells).abs().sum() + (channels - taught_channels).abs().sum()
@@ -87,7 +87,7 @@ def fgd_attention(maps: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def inverse_areas(
-    boxes: Sequence[Tensor], canvas: tuple[int, int], height: int, width: int
+    boxes: Sequence[Tensor], padded_size: tuple[int, int], height: int, width: int
 ) -> Tensor:
     """1/area of the smallest box over each cell, 0 where there is none.
 
@@ -102,7 +102,7 @@ def inverse_areas(
         (N, height, width).
     """
     corners = padded(boxes)
-    sides = torch.tensor([[width, height] * 2, [*canvas[::-1]] * 2], dtype=corners.dtype)
+    sides = torch.tensor([[width, height] * 2, [*padded_size[::-1]] * 2], dtype=corners.dtype)
     cells, pixels = sides.to(corners.device, non_blocking=True)  # no scalars, which would round
     first, last = (corners * cells / pixels).split(2, 2)
     first, last = first.floor(), last.ceil()

@@ -41,19 +41,21 @@ def instance_normalized(x: Tensor) -> Tensor:
     return centred * (centred.square().mean((2, 3), keepdim=True) + LGD_EPS).rsqrt()
 
 
-def lgd_labels(boxes: Tensor, classes: Tensor, canvas: tuple[int, int], num_classes: int) -> Tensor:
+def lgd_labels(
+    boxes: Tensor, classes: Tensor, padded_size: tuple[int, int], num_classes: int
+) -> Tensor:
     """Descriptors of the objects: corners over the canvas and the class, in [−1, 1] (Sec. 3.2).
 
     Args:
         boxes: (N, M, 4) XYXY in canvas pixels; NaN where a picture has fewer than M objects.
         classes: (N, M) in [0, K).
-        canvas: (height, width).
+        padded_size: (height, width).
         num_classes: K.
 
     Returns:
         (N, 1 + M, 4 + K). The first is the context: the box of the canvas, of no class.
     """
-    height, width = canvas
+    height, width = padded_size
     x1, y1, x2, y2 = full_precision(boxes).nan_to_num().unbind(2)
     corners = torch.stack([x1 / width, y1 / height, x2 / width, y2 / height], 2).clamp(0, 1)
     one_hot = classes[..., None] == torch.arange(num_classes, device=classes.device)
@@ -63,12 +65,12 @@ def lgd_labels(boxes: Tensor, classes: Tensor, canvas: tuple[int, int], num_clas
     return torch.cat([context, objects], 1) * 2 - 1
 
 
-def lgd_masks(boxes: Tensor, canvas: tuple[int, int], height: int, width: int) -> Tensor:
+def lgd_masks(boxes: Tensor, padded_size: tuple[int, int], height: int, width: int) -> Tensor:
     """The cells of a map whose centres lie in the boxes; of a small box there may be none.
 
     Args:
         boxes: (N, M, 4) XYXY in canvas pixels; NaN: no cell.
-        canvas: (height, width) of what the map shows.
+        padded_size: (height, width) of what the map shows.
         height, width: of the map in cells.
 
     Returns:
@@ -76,7 +78,7 @@ def lgd_masks(boxes: Tensor, canvas: tuple[int, int], height: int, width: int) -
     """
     boxes = full_precision(boxes)
     first, last = (
-        torch.stack([x * width / canvas[1] - 0.5, y * height / canvas[0] - 0.5], 2)
+        torch.stack([x * width / padded_size[1] - 0.5, y * height / padded_size[0] - 0.5], 2)
         for x, y in (boxes[..., :2].unbind(2), boxes[..., 2:].unbind(2))
     )
     return covered(first, last, height, width).to(boxes.dtype)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..config import teacher_config
 from ..data.datasets import class_names
 from ..errors import ConfigError
-from ..families import DenseProbe, Probe, RCNNProbe, SemanticProbe, build_probe
+from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
 from ..heads import DistillHead, build_heads, teacher_needed
-from ..structures import NetSpec
+from ..structures import NetworkInfo
 from .teacher import Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,13 @@ class DistillModel(nn.Module):
         heads: :class:`DistillHead` modules by name.
     """
 
-    probe_type: ClassVar[type[Probe]] = Probe
+    family_type: ClassVar[type[Family]] = Family
 
     @configurable
     def __init__(self, *, student: nn.Module, teacher: Teacher | None, heads: nn.ModuleDict):
         super().__init__()
         self.student = student
-        self.probe = build_probe(student)
+        self.family = build_family(student)
         self.check_student(type(student))
         self.heads = heads
         self.teacher = teacher  # no nn.Module: stays outside parameters() and state_dict()
@@ -45,10 +45,10 @@ class DistillModel(nn.Module):
     @classmethod
     def check_student(cls, architecture: type[nn.Module]) -> None:
         """Raises ConfigError if this class distils no students of such an architecture."""
-        family = cls.probe_type.family
-        if not issubclass(architecture, family):
+        base = cls.family_type.architecture
+        if not issubclass(architecture, base):
             raise ConfigError(
-                f"MODEL.META_ARCHITECTURE {cls.__name__} distils {family.__name__} students, not "
+                f"MODEL.META_ARCHITECTURE {cls.__name__} distils {base.__name__} students, not "
                 f"{architecture.__name__}; change it or MODEL.DISTILL.STUDENT_ARCHITECTURE."
             )
 
@@ -62,7 +62,9 @@ class DistillModel(nn.Module):
             with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
                 teacher = build_teacher(cfg) if teacher_needed(cfg) else None
-                specs = net_specs(cfg, build_probe(student), teacher.probe if teacher else None)
+                specs = network_infos(
+                    cfg, build_family(student), teacher.family if teacher else None
+                )
                 heads = build_heads(cfg, *specs)
         return {"student": student, "teacher": teacher, "heads": heads}
 
@@ -76,10 +78,10 @@ class DistillModel(nn.Module):
             return self.student(batched_inputs)
         needs = self.active_needs()
         asked = self.active_needs(of_teacher=True)
-        with self.probe.listen(needs) as calls:
+        with self.family.record(needs) as recorder:
             losses: dict[str, Tensor] = self.student(batched_inputs)
-        batch = self.probe.batch(calls, batched_inputs)
-        student = self.probe.read(calls, batch, needs)
+        batch = self.family.batch(recorder, batched_inputs)
+        student = self.family.read(recorder, batch, needs)
         teacher = self.teacher.ask(student, asked) if self.teacher and asked else None
         for head in self.heads.values():
             losses.update(head(student, teacher))
@@ -100,62 +102,62 @@ class DistillModel(nn.Module):
 class DistillRCNN(DistillModel):
     """Students: GeneralizedRCNN (Faster, Mask, Cascade) and PanopticFPN."""
 
-    probe_type = RCNNProbe
+    family_type = RCNNFamily
 
 
 @META_ARCH_REGISTRY.register()
 class DistillRetinaNet(DistillModel):
     """Students: every ``DenseDetector`` (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
 
-    probe_type = DenseProbe
+    family_type = DenseFamily
 
 
 @META_ARCH_REGISTRY.register()
 class DistillSemanticSegmentor(DistillModel):
     """Students: SemanticSegmentor."""
 
-    probe_type = SemanticProbe
+    family_type = SemanticFamily
 
 
-def net_specs(
-    cfg: CfgNode, student: Probe, teacher: Probe | None
-) -> tuple[NetSpec, NetSpec | None]:
+def network_infos(
+    cfg: CfgNode, student: Family, teacher: Family | None
+) -> tuple[NetworkInfo, NetworkInfo | None]:
     """What heads may know of the two networks, class names included."""
     names = class_names(cfg, _semantic(student))
     if names is None or len(names) != student.num_classes:
         names = tuple(f"class {i}" for i in range(student.num_classes))
-    own = net_spec("student", student, names, _semantic_classes(cfg, student, names))
+    own = network_info("student", student, names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
     taught = _teacher_classes(cfg, names, teacher)
     semantic = _semantic_classes(teacher_config(cfg), teacher, taught, own.sem_seg_classes)
-    return own, net_spec("teacher", teacher, taught, semantic)
+    return own, network_info("teacher", teacher, taught, semantic)
 
 
-def net_spec(
-    name: str, probe: Probe, classes: tuple[str, ...], semantic: tuple[str, ...] = ()
-) -> NetSpec:
+def network_info(
+    name: str, family: Family, classes: tuple[str, ...], semantic: tuple[str, ...] = ()
+) -> NetworkInfo:
     """What heads may know of one network.
 
     Args:
         name: "student" or "teacher".
-        probe: of it.
+        family: of it.
         classes: names of its classes.
         semantic: likewise of its semantic head's.
     """
-    return NetSpec(
+    return NetworkInfo(
         name,
-        probe.model,
-        probe.feature_shapes,
-        probe.signals,
+        family.model,
+        family.feature_shapes,
+        family.outputs,
         classes,
-        probe.sem_seg_shape,
+        family.sem_seg_shape,
         semantic,
     )
 
 
 def _semantic_classes(
-    cfg: CfgNode, probe: Probe, classes: tuple[str, ...], student: tuple[str, ...] = ()
+    cfg: CfgNode, family: Family, classes: tuple[str, ...], student: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
     """Names of the classes of a semantic head, which is one of two heads in a Panoptic FPN.
 
@@ -164,9 +166,9 @@ def _semantic_classes(
         classes: its own, those of the semantic head if it has no other.
         student: the names if the network is a teacher whose own are unknown.
     """
-    if probe.sem_seg_shape is None or _semantic(probe):
-        return classes if _semantic(probe) else ()
-    number = probe.model.sem_seg_head.predictor.out_channels
+    if family.sem_seg_shape is None or _semantic(family):
+        return classes if _semantic(family) else ()
+    number = family.model.sem_seg_head.predictor.out_channels
     named = class_names(cfg, semantic=True), student
     unknown = "unknown teacher class" if student else "class"
     return next(
@@ -175,12 +177,12 @@ def _semantic_classes(
     )
 
 
-def _semantic(probe: Probe) -> bool:
+def _semantic(family: Family) -> bool:
     """Whether the network's classes are semantic ones, without instances."""
-    return "rois" not in probe.signals and "sem_seg" in probe.signals
+    return "rois" not in family.outputs and "sem_seg" in family.outputs
 
 
-def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Probe) -> tuple[str, ...]:
+def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) -> tuple[str, ...]:
     """The teacher's class names: given, or those of its training set, or the student's."""
     number = teacher.num_classes
     given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)

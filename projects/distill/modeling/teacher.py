@@ -15,8 +15,8 @@ from torch import Tensor
 from ..checkpoint.load import load_strictly
 from ..config import building, student_config, teacher_config
 from ..errors import ConfigError
-from ..families import Probe, build_probe
-from ..structures import Batch, Signals
+from ..families import Family, build_family
+from ..structures import Batch, NetworkOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Teacher:
     """A frozen network that answers questions about the student's batch.
 
     Args:
-        probe: the probe over the teacher's network.
+        family: the probe over the teacher's network.
         input_format: channel order that the teacher wants ("BGR", "RGB", ...).
         student_format: channel order of the pictures in ``batched_inputs``.
 
@@ -33,9 +33,9 @@ class Teacher:
         ConfigError: one channel order cannot be turned into the other.
     """
 
-    def __init__(self, probe: Probe, *, input_format: str, student_format: str):
-        self.probe = probe
-        self.model = probe.model.eval().requires_grad_(False)
+    def __init__(self, family: Family, *, input_format: str, student_format: str):
+        self.family = family
+        self.model = family.model.eval().requires_grad_(False)
         formats = {input_format, student_format}
         if len(formats) > 1 and formats != {"BGR", "RGB"}:
             raise ConfigError(
@@ -45,20 +45,20 @@ class Teacher:
         self.flip_channels = len(formats) > 1
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for backward
-    def ask(self, student: Signals, needs: frozenset[str]) -> Signals:
+    def ask(self, student: NetworkOutputs, needs: frozenset[str]) -> NetworkOutputs:
         """The teacher's own ``needs`` for the student's batch and boxes."""
         batch = student.batch
         device = next(iter(student.features.values())).device
         if self.model.device != device:
             self.model.to(device)
-        return self.probe.ask(self.preprocess(batch), student, needs)
+        return self.family.ask(self.preprocess(batch), student, needs)
 
     def preprocess(self, batch: Batch) -> Tensor:
         """The student's pictures in the teacher's channel order, mean, std and padding."""
         images = [x["image"] for x in batch.inputs]
         if self.flip_channels:
             images = [x.flip(0) for x in images]
-        return self.probe.preprocess(images, batch.canvas)
+        return self.family.preprocess(images, batch.padded_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # a copy of the student (an average of its weights, say) shares the teacher
@@ -87,7 +87,7 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
         )
         logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
     return Teacher(
-        build_probe(model),
+        build_family(model),
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
     )

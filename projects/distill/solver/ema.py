@@ -9,7 +9,7 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 
 
-class WeightsEMA(HookBase):
+class EMAHook(HookBase):
     """Exponential moving average of a network's parameters and floating-point buffers.
 
     After step t (from 1 on) average ← d·average + (1 − d)·weights, with d = ``decay`` ·

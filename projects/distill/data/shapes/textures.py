@@ -130,7 +130,7 @@ def _building_pattern(rng: np.random.Generator, height: int, width: int) -> Floa
 
 
 def draw_distractors(rng: np.random.Generator, canvas: Floats, max_count: int) -> None:
-    """Draw up to ``max_count`` lines and soft blobs into ``canvas`` (H, W, 3), in place."""
+    """Draw up to ``max_count`` lines and soft blobs into ``padded_size`` (H, W, 3), in place."""
     height, width = canvas.shape[:2]
     for _ in range(int(rng.integers(0, max_count + 1))):
         color = rng.uniform(0, 255, 3)
