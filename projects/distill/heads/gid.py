@@ -13,7 +13,7 @@ from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, DenseLayout
-from .features import DenseFPNHead
+from .fpn import DenseFPNHead
 
 SIDE = 10  # of an instance's cropped features, in cells
 

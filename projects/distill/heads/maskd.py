@@ -14,8 +14,7 @@ from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .again import detection_losses, no_side_effects
 from .base import DISTILL_HEAD_REGISTRY, NonModuleRef, current_iteration
-from .features import BoxedFPNHead
-from .fpn import Level, cell_labels
+from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead
 
 
