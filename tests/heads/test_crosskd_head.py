@@ -393,8 +393,8 @@ def test_a_batch_without_any_box_trains(family):
     "student, teacher, message",
     [
         ("gfl", "atss", "the head of a ATSS cannot read the features of a GFL head"),
-        ("reppoints", "reppoints", "it compares towers, which the student"),
-        ("faster", "faster", "it compares targets, towers, which the student"),
+        ("reppoints", "reppoints", "it compares head_features, which the student"),
+        ("faster", "faster", "it compares head_features, targets, which the student"),
     ],
 )
 def test_heads_that_cannot_read_each_other(student, teacher, message):
