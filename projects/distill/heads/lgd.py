@@ -10,11 +10,11 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..families.detector_losses import detected_levels, detection_losses, no_side_effects
 from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
-from ..losses.cells import padded
+from ..losses.boxes import padded
 from ..losses.reduce import full_precision
 from ..structures import NetworkInfo, NetworkOutputs
-from .again import detected_levels, detection_losses, no_side_effects
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, current_iteration
 
 ATTENTION_HEADS = 8

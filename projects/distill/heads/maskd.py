@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..families.detector_losses import detection_losses, no_side_effects
 from ..losses import dice_overlap, maskd, receptive_masks
 from ..losses.reduce import connected_zero, full_precision
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .again import detection_losses, no_side_effects
 from .base import DISTILL_HEAD_REGISTRY, NonModuleRef, current_iteration
 from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead

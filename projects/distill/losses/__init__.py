@@ -1,11 +1,11 @@
 """The mathematics of distillation: pure functions of tensors, one method a file."""
 
-from .cells import padded
+from .boxes import padded
 from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast
 from .crosskd import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from .cwd import cwd
 from .defeat import DeFeatTerms, defeat, defeat_masks
-from .dense import dense_kd
+from .densekd import dense_kd
 from .dkd import dkd, dkd_rows
 from .fgd import FGDTerms, fgd, fgd_attention
 from .fgfi import fgfi, fgfi_mask, fgfi_masks
