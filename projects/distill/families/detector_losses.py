@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..heads.base import current_iteration
 from ..structures import Batch
+from ..utils.training import current_iteration
 
 
 def detected_levels(detector: Any) -> set[str]:

@@ -17,8 +17,8 @@ from ..losses import (
     memory_contrast,
 )
 from ..structures import NetworkInfo, NetworkOutputs
-from ..utils.distributed import reduce_mean
-from .base import DISTILL_HEAD_REGISTRY, StepGenerator, gather
+from ..utils.distributed import gather, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY, StepGenerator
 from .fpn import cell_labels
 from .semantic import RelationDistillHead
 

@@ -15,7 +15,8 @@ from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from ..losses.boxes import padded
 from ..losses.reduce import full_precision
 from ..structures import NetworkInfo, NetworkOutputs
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, current_iteration
+from ..utils.training import current_iteration
+from .base import DISTILL_HEAD_REGISTRY, DistillHead
 
 ATTENTION_HEADS = 8
 

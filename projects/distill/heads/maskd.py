@@ -13,7 +13,8 @@ from ..losses import dice_overlap, maskd, receptive_masks
 from ..losses.reduce import connected_zero, full_precision
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .base import DISTILL_HEAD_REGISTRY, NonModuleRef, current_iteration
+from ..utils.training import current_iteration
+from .base import DISTILL_HEAD_REGISTRY, NonModuleRef
 from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead
 
