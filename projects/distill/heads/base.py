@@ -79,7 +79,7 @@ class DistillHead(nn.Module):
             if missing:
                 return (
                     f"it compares {', '.join(sorted(missing))}, which the {net.name} "
-                    f"({type(net.model).__name__}) does not produce"
+                    f"({net.kind}) does not produce"
                 )
         return None
 

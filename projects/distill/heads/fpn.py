@@ -16,7 +16,7 @@ from ..utils.text import choices
 from .authors import with_authors_values
 from .base import DistillHead, StepGenerator
 from .classes import ClassMap, class_map, no_shared_class
-from .dense import DenseLayout, anchor_problem, dense_classes, grid_problem
+from .dense import anchor_problem, dense_classes, grid_problem, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class BoxedFPNHead(AuthorsFPNHead):
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         if not student.has_boxes:
-            return f"a {type(student.model).__name__} has no ground-truth boxes"
+            return f"a {student.kind} has no ground-truth boxes"
         return super().problem(student, teacher)
 
 
@@ -283,7 +283,7 @@ class DenseFPNHead(AuthorsFPNHead):
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
 
 def small_convolution(student: int, teacher: int) -> nn.Conv2d:

@@ -17,7 +17,7 @@ from .gid import general_instances, gid_feature, gid_relation, gid_response
 from .ifvd import ifvd
 from .ima import ima, ima_classes
 from .kd import binary_kl, categorical_kl, kd, pixel_kd
-from .ld import ld
+from .ld import ld, ld_region
 from .lgd import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from .maskd import dice_overlap, maskd, receptive_masks
 from .mgd import mgd
@@ -87,6 +87,7 @@ __all__ = [
     "joint_attention",
     "kd",
     "ld",
+    "ld_region",
     "length_of_gap",
     "lgd",
     "lgd_labels",

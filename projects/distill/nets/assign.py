@@ -7,13 +7,10 @@ Ri those of one level. Every function returns, for each prior, the index of its 
 from collections.abc import Sequence
 
 import torch
-from detectron2.structures import (
-    Boxes,
-    pairwise_ioa,
-    pairwise_iou,
-    pairwise_point_box_distance,
-)
+from detectron2.structures import Boxes, pairwise_iou, pairwise_point_box_distance
 from torch import Tensor
+
+from ..losses.boxes import atss_candidates
 
 NO_BOX = -1
 
@@ -41,62 +38,11 @@ def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> T
         return boxes.new_full((len(boxes),), NO_BOX, dtype=torch.long)
     centres = Boxes(boxes).get_centers()
     iou = pairwise_iou(Boxes(gt), Boxes(boxes))
-    index, threshold = _atss_candidates(anchors, gt, iou, candidates)
+    index, threshold = atss_candidates(anchors, gt, iou, candidates)
     iou = iou.gather(1, index)
     depth = pairwise_point_box_distance(centres, Boxes(gt)).amin(2).T.gather(1, index)
     quality = torch.where((iou >= threshold) & (depth > 0.01), iou, -1.0)
     return _best(boxes.new_full((len(gt), len(boxes)), -1.0).scatter_(1, index, quality))
-
-
-@torch.no_grad()
-def valuable_region(
-    anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9, released: bool = False
-) -> Tensor:
-    """The anchors around the positives of ATSS from which localization is learned, too.
-
-    The valuable localization region (LD; Zheng et al., "Localization distillation for dense object
-    detection", Sec. 3.4) of a box holds the anchors whose DIoU with it is at least a quarter of
-    the threshold of :func:`atss_assign`, and below it; positives may be among them.
-
-    Args:
-        anchors, gt, candidates: as of :func:`atss_assign`.
-        released: as in the authors' code, where the overlap in DIoU is divided by the anchor's
-            area instead of the union, which makes the region larger.
-
-    Returns:
-        (M, R): the IoU of the boxes with the anchors of their regions, 0 with all others.
-    """
-    boxes = torch.cat(list(anchors))
-    if len(gt) == 0:
-        return boxes.new_zeros(0, len(boxes))
-    iou = pairwise_iou(Boxes(gt), Boxes(boxes))
-    _, threshold = _atss_candidates(anchors, gt, iou, candidates)
-    overlap = pairwise_ioa(Boxes(gt), Boxes(boxes)) if released else iou
-    gap = Boxes(gt).get_centers()[:, None] - Boxes(boxes).get_centers()
-    lower = torch.minimum(gt[:, None, :2], boxes[:, :2])
-    diagonal = torch.maximum(gt[:, None, 2:], boxes[:, 2:]) - lower
-    closeness = overlap - gap.square().sum(2) / diagonal.square().sum(2)
-    inside = (closeness >= threshold / 4) & (closeness < threshold)
-    return torch.where(inside, iou, 0)
-
-
-def _atss_candidates(
-    anchors: Sequence[Tensor], gt: Tensor, iou: Tensor, candidates: int
-) -> tuple[Tensor, Tensor]:
-    """(M, C) indices of each box's candidates among all anchors, and (M, 1) thresholds."""
-    centres = Boxes(torch.cat(list(anchors))).get_centers()
-    middle = Boxes(gt).get_centers()
-    distance = torch.cdist(middle, centres, compute_mode="donot_use_mm_for_euclid_dist")
-    chosen = []  # (M, up to candidates) a level
-    for level, first in zip(distance.split([len(x) for x in anchors], 1), _starts(anchors)):
-        nearest = level.topk(min(candidates, level.shape[1]), dim=1, largest=False).indices
-        chosen.append(nearest + first)
-    index = torch.cat(chosen, 1)
-    own = iou.gather(1, index)
-    threshold = own.mean(1, keepdim=True)
-    if own.shape[1] > 1:
-        threshold = threshold + own.std(1, keepdim=True)
-    return index, threshold
 
 
 @torch.no_grad()
@@ -136,11 +82,3 @@ def _best(quality: Tensor, none: float = -1.0) -> Tensor:
     """(R,): of the (M, R) ``quality`` the box with the highest; NO_BOX where all are ``none``."""
     best, index = quality.max(0)
     return index.where(best > none, NO_BOX)
-
-
-def _starts(levels: Sequence[Tensor]) -> list[int]:
-    """Index of the first prior of each level among those of all."""
-    starts = [0]
-    for level in levels:
-        starts.append(starts[-1] + len(level))
-    return starts[:-1]

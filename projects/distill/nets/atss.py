@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -13,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
+from ..losses.boxes import box_centerness
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
 from .dense import PriorDetector, Scale, detector_arguments, head_arguments
@@ -81,7 +81,7 @@ class ATSS(PriorDetector):
         every = Boxes.cat(priors).tensor
         positive, anchors, boxes, truth = self.positives(deltas, every, targets)
         number = reduce_mean(positive.sum())
-        closeness = centerness_of(anchors, truth)
+        closeness = box_centerness(anchors, truth)
         mass = reduce_mean(closeness.sum(), minimum=1e-6)
         classes = F.one_hot(targets.labels, self.num_classes + 1)[..., :-1].to(logits.dtype)
         box = (giou_loss(boxes, truth) * closeness).sum() / mass
@@ -114,14 +114,3 @@ class ATSSHead(FCOSHead):
         """(N, K, Hi, Wi) logits, (N, 4, Hi, Wi) deltas and (N, 1, Hi, Wi) centerness logits."""
         logits, deltas, centerness = super().forward(features)
         return logits, [scale(x) for scale, x in zip(self.scales, deltas)], centerness
-
-
-def centerness_of(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """(P,) in [0, 1]: √(min(l, r) / max(l, r) · min(t, b) / max(t, b)) of the anchors' centres.
-
-    l, t, r, b are the distances to the sides of the (P, 4) boxes that hold the centres.
-    """
-    centres = Boxes(anchors).get_centers()
-    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres]).clamp(min=0)
-    ratio = sides.amin(0) / sides.amax(0).clamp(min=1e-6)
-    return ratio.prod(1).sqrt()
