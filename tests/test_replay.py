@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from distill.doctor.replay import Replay, _broken, _watching, replay
 from distill.engine import Trainer
 from distill.errors import DistillError
-from distill.heads.fpn import FitNet
+from distill.heads.fitnet import FitNet
 from distill.structures import Batch, NetworkOutputs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,20 +1,14 @@
 """Test the assigners against hand-made cases and loops over boxes and priors."""
 
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from distill.nets.assign import atss_assign, nearest_point_assign, valuable_region
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-
-import literal_methods
+from distill.nets.assign import atss_assign, nearest_point_assign
 
 CANVAS = 128
 STRIDES = (8, 16, 32, 64)
@@ -167,18 +161,3 @@ def test_nothing_to_find() -> None:
     empty = torch.zeros(0, 4)
     assert (nearest_point_assign(at, strides, empty) == -1).all()
     assert (atss_assign(squares(8), empty) == -1).all()
-
-
-@pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("number", [0, 1, 2, 9])
-def test_the_valuable_region_against_loops(number: int, released: bool) -> None:
-    g = torch.Generator().manual_seed(number)
-    for _ in range(5):
-        gt = random_boxes(number, g) + torch.rand(number, 1, generator=g) / 7  # off the grid
-        levels = squares(8)
-        found = valuable_region(levels, gt, 9, released)
-        own = [x.double().numpy() for x in levels]
-        expected = literal_methods.vlr(own, gt.double().numpy(), 9, not released)
-        largest = found.numpy().max(0, initial=0)
-        np.testing.assert_allclose(largest, expected, atol=1e-5)
-        assert (found > 0).any() == (number > 0)

@@ -49,8 +49,7 @@ def with_authors_values(head: str, section: CfgNode, student: NetworkInfo) -> di
     A detector that they did not try has the values of the dense ones.
     """
     values = dict(section)
-    kinds = [kind.__name__ for kind in type(student.model).__mro__]
     for key, table in VALUES.get(head, {}).items():
         if values[key] == AUTO:
-            values[key] = table[next((kind for kind in kinds if kind in table), DENSE)]
+            values[key] = table[next((kind for kind in student.kinds if kind in table), DENSE)]
     return values

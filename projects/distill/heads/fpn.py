@@ -10,10 +10,13 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..losses import cwd, fitnet, frequency_mask
+from ..losses import frequency_mask
 from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.text import choices
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, StepGenerator
+from .authors import with_authors_values
+from .base import DistillHead, StepGenerator
+from .classes import ClassMap, class_map, no_shared_class
+from .dense import anchor_problem, dense_classes, grid_problem, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -215,37 +218,76 @@ class FrequencyMasks(StepGenerator):
         return frequency_mask(batch, height, width, self.mask_ratio, self.generator(maps.device))
 
 
-@DISTILL_HEAD_REGISTRY.register()
-class FitNet(FPNDistillHead):
-    """Mean squared error of feature maps; see :func:`distill.losses.fitnet`."""
+class AuthorsFPNHead(FPNDistillHead):
+    """Levels are summed, and values are the authors' where the config does not set them.
 
-    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
-        return fitnet(student, teacher)
-
-
-@DISTILL_HEAD_REGISTRY.register()
-class CWD(FPNDistillHead):
-    """Where each channel is active; see :func:`distill.losses.cwd`.
-
-    Levels are summed, as in the detectors of MMRazor whose weight is the default.
-
-    Args:
-        temperature: 𝒯 > 0.
+    ``VALUES`` in :mod:`distill.heads.authors` has them by the student's detector.
     """
 
     summed = True
-
-    @configurable
-    def __init__(self, *, temperature: float = 1.0, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.temperature = temperature
 
     @classmethod
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        return {**ret, "temperature": cls.section(cfg).TEMPERATURE}
+        values = with_authors_values(cls.__name__, cls.section(cfg), student)
+        return {**ret, "weight": values["WEIGHT"], **cls.arguments(values)}
 
-    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
-        return cwd(student, teacher, self.temperature)
+    @classmethod
+    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Further arguments of the class, from the values of its section."""
+        return {}
+
+
+class BoxedFPNHead(AuthorsFPNHead):
+    """What looks at the ground-truth boxes."""
+
+    @classmethod
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
+        if not student.has_boxes:
+            return f"a {student.kind} has no ground-truth boxes"
+        return super().problem(student, teacher)
+
+
+class DenseFPNHead(AuthorsFPNHead):
+    """What looks at the maps that the dense head reads, and at what it predicts of each anchor.
+
+    Args:
+        classes: that both dense heads list.
+    """
+
+    needs = frozenset({"features", "dense"})
+
+    @configurable
+    def __init__(self, *, classes: ClassMap, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.classes = classes
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
+        names = dense_classes(student), dense_classes(teacher)
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "classes": class_map(cls.__name__, *names)}
+
+    @classmethod
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
+        return (
+            super().problem(student, teacher)
+            or grid_problem(student, teacher)
+            or anchor_problem(student, teacher)
+            or no_shared_class(dense_classes(student), dense_classes(teacher))
+        )
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
+        return tuple(layout_of(student).levels)
+
+
+def small_convolution(student: int, teacher: int) -> nn.Conv2d:
+    """3x3 with weights of 1e-4: what FGFI and DeFeat adapt the student with."""
+    convolution = nn.Conv2d(student, teacher, kernel_size=3, padding=1)
+    nn.init.trunc_normal_(convolution.weight, std=1e-4, a=-2e-4, b=2e-4)
+    return convolution

@@ -12,7 +12,7 @@ from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
-from .dense import DenseLayout, dense_classes, grid_problem
+from .dense import dense_classes, grid_problem, layout_of
 from .fpn import FPNDistillHead
 
 
@@ -76,9 +76,9 @@ class TID(FPNDistillHead):
         node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
-            "thresholds": tuple(DenseLayout.of(net).thresholds for net in (student, teacher)),
+            "thresholds": tuple(layout_of(net).thresholds for net in (student, teacher)),
             "classes": class_map(cls.__name__, dense_classes(student), dense_classes(teacher)),
-            "objectness": DenseLayout.of(student).objectness,
+            "objectness": layout_of(student).objectness,
             "alphas": (node.ALPHA_HIGH, node.ALPHA_MED, node.ALPHA_LOW),
             "gamma": node.GAMMA,
             "nms_iou": node.NMS_IOU,
@@ -90,7 +90,7 @@ class TID(FPNDistillHead):
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import padded, painted
+from .boxes import padded, painted
 from .reduce import full_precision, same_shape
 
 

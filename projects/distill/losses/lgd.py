@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cells import covered
+from .boxes import covered
 from .reduce import full_precision, same_shape
 
 LGD_EPS = 1e-5  # added to the variance of a channel

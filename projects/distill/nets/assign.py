@@ -8,13 +8,10 @@ or -1 for background.
 from collections.abc import Sequence
 
 import torch
-from detectron2.structures import (
-    Boxes,
-    pairwise_ioa,
-    pairwise_iou,
-    pairwise_point_box_distance,
-)
+from detectron2.structures import Boxes, pairwise_iou, pairwise_point_box_distance
 from torch import Tensor
+
+from ..losses.boxes import atss_candidates
 
 NO_BOX = -1
 
@@ -43,63 +40,11 @@ def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> T
         return boxes.new_full((len(boxes),), NO_BOX, dtype=torch.long)
     centres = Boxes(boxes).get_centers()
     iou = pairwise_iou(Boxes(gt), Boxes(boxes))
-    index, threshold = _atss_candidates(anchors, gt, iou, candidates)
+    index, threshold = atss_candidates(anchors, gt, iou, candidates)
     iou = iou.gather(1, index)
     depth = pairwise_point_box_distance(centres, Boxes(gt)).amin(2).T.gather(1, index)
     quality = torch.where((iou >= threshold) & (depth > 0.01), iou, -1.0)
     return _best(boxes.new_full((len(gt), len(boxes)), -1.0).scatter_(1, index, quality))
-
-
-@torch.no_grad()
-def valuable_region(
-    anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9, released: bool = False
-) -> Tensor:
-    """Return LD's valuable localization region: anchors near the positives of ATSS.
-
-    Localization is also learned from these anchors (Zheng et al., "Localization distillation for
-    dense object detection", Sec. 3.4). The region of a box holds the anchors whose DIoU with it is
-    in [threshold / 4, threshold), with the threshold of :func:`atss_assign`. It may contain
-    positives.
-
-    Args:
-        anchors, gt, candidates: see :func:`atss_assign`.
-        released: True to divide the overlap in DIoU by the anchor's area instead of the union, as
-            in the authors' code. This makes the region larger.
-
-    Returns:
-        (M, R) IoU of the boxes with the anchors of their regions, 0 for all other anchors.
-    """
-    boxes = torch.cat(list(anchors))
-    if len(gt) == 0:
-        return boxes.new_zeros(0, len(boxes))
-    iou = pairwise_iou(Boxes(gt), Boxes(boxes))
-    _, threshold = _atss_candidates(anchors, gt, iou, candidates)
-    overlap = pairwise_ioa(Boxes(gt), Boxes(boxes)) if released else iou
-    gap = Boxes(gt).get_centers()[:, None] - Boxes(boxes).get_centers()
-    lower = torch.minimum(gt[:, None, :2], boxes[:, :2])
-    diagonal = torch.maximum(gt[:, None, 2:], boxes[:, 2:]) - lower
-    diou = overlap - gap.square().sum(2) / diagonal.square().sum(2)
-    inside = (diou >= threshold / 4) & (diou < threshold)
-    return torch.where(inside, iou, 0)
-
-
-def _atss_candidates(
-    anchors: Sequence[Tensor], gt: Tensor, iou: Tensor, candidates: int
-) -> tuple[Tensor, Tensor]:
-    """Return (M, C) indices of each box's candidates among all anchors, and (M, 1) thresholds."""
-    centres = Boxes(torch.cat(list(anchors))).get_centers()
-    gt_centres = Boxes(gt).get_centers()
-    distance = torch.cdist(gt_centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
-    chosen = []  # (M, at most candidates) per level
-    for level, first in zip(distance.split([len(x) for x in anchors], 1), _starts(anchors)):
-        nearest = level.topk(min(candidates, level.shape[1]), dim=1, largest=False).indices
-        chosen.append(nearest + first)
-    index = torch.cat(chosen, 1)
-    candidate_iou = iou.gather(1, index)
-    threshold = candidate_iou.mean(1, keepdim=True)
-    if candidate_iou.shape[1] > 1:
-        threshold = threshold + candidate_iou.std(1, keepdim=True)
-    return index, threshold
 
 
 @torch.no_grad()
@@ -143,11 +88,3 @@ def _best(quality: Tensor, none: float = -1.0) -> Tensor:
     """
     best, index = quality.max(0)
     return index.where(best > none, NO_BOX)
-
-
-def _starts(levels: Sequence[Tensor]) -> list[int]:
-    """Return the index of each level's first prior among all priors."""
-    starts = [0]
-    for level in levels:
-        starts.append(starts[-1] + len(level))
-    return starts[:-1]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -13,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
+from ..losses.boxes import box_centerness
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
 from .dense import PriorDetector, Scale, detector_arguments, head_arguments
@@ -86,7 +86,7 @@ class ATSS(PriorDetector):
         all_anchors = Boxes.cat(priors).tensor
         positive, anchors, boxes, truth = self.positives(deltas, all_anchors, targets)
         number = reduce_mean(positive.sum())
-        target = centerness_of(anchors, truth)
+        target = box_centerness(anchors, truth)
         target_sum = reduce_mean(target.sum(), minimum=1e-6)
         classes = F.one_hot(targets.labels, self.num_classes + 1)[..., :-1].to(logits.dtype)
         box = (giou_loss(boxes, truth) * target).sum() / target_sum
@@ -122,19 +122,3 @@ class ATSSHead(FCOSHead):
         """
         logits, deltas, centerness = super().forward(features)
         return logits, [scale(x) for scale, x in zip(self.scales, deltas)], centerness
-
-
-def centerness_of(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Return the centerness of the anchors' centres in their boxes, (P,) in [0, 1].
-
-    It is √(min(l, r) / max(l, r) · min(t, b) / max(t, b)), where l, t, r and b are the distances to
-    the sides.
-
-    Args:
-        anchors: (P, 4) XYXY.
-        boxes: (P, 4) XYXY, which contain the centres.
-    """
-    centres = Boxes(anchors).get_centers()
-    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres]).clamp(min=0)
-    ratio = sides.amin(0) / sides.amax(0).clamp(min=1e-6)
-    return ratio.prod(1).sqrt()
