@@ -1,4 +1,10 @@
-"""The mathematics of distillation: pure functions of tensors, one method a file."""
+"""Losses and masks of knowledge distillation: pure functions of tensors, one file per method.
+
+N counts images, C channels, H x W the cells of a map, K classes. S and T are the maps of student
+and teacher, σ is the sigmoid. Every loss computes in float32, whatever the autocast state; float64
+stays float64. No loss waits for the device. Where there is nothing to distill, a loss returns a
+*connected zero*: a zero with a gradient path to its inputs, as DistributedDataParallel needs.
+"""
 
 from .boxes import padded
 from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast

@@ -10,7 +10,15 @@ from .reduce import full_precision
 
 
 def padded(boxes: Sequence[Tensor]) -> Tensor:
-    """(N, K, 4) of one (Ki, 4) tensor a picture; the corners of a box that there is not are NaN."""
+    """Stack the boxes of each image into one tensor, padded with NaN.
+
+    Args:
+        boxes: one (Ki, 4) tensor per image.
+
+    Returns:
+        (N, K, 4) in full precision, without gradient; K is the largest Ki. Missing boxes are NaN.
+        Without images (0, 0, 4).
+    """
     if not boxes:
         return torch.zeros(0, 0, 4)
     return pad_sequence(
@@ -22,14 +30,20 @@ def padded(boxes: Sequence[Tensor]) -> Tensor:
 def painted(
     first: Tensor, last: Tensor, value: Tensor, height: int, width: int, at_once: int = 64
 ) -> Tensor:
-    """The largest value of the boxes over each cell, 0 where there is none.
+    """Return the largest value of the boxes that cover each cell, 0 where no box does.
+
+    The literal form for one image, x and y the indices of the cells::
+
+        for (x1, y1), (x2, y2), v in zip(first, last, value):
+            inside = (x1 <= x) & (x <= x2) & (y1 <= y) & (y <= y2)
+            drawn[inside] = drawn[inside].clamp(min=v)
 
     Args:
-        first, last: (N, K, 2) x, y of the first and the last cell of each box, which may lie
-            beyond the map; NaN: no cell.
+        first, last: (N, K, 2) x, y of the first and the last cell of each box. They may lie outside
+            the map. A box with NaN covers no cell.
         value: (N, K) > 0.
-        height, width: of the map in cells.
-        at_once: boxes of a picture that are painted together, which bounds the memory.
+        height, width: size of the map in cells.
+        at_once: number of boxes per image that are painted together, which bounds the memory.
 
     Returns:
         (N, height, width).
@@ -38,18 +52,18 @@ def painted(
     for start in range(0, value.shape[1], at_once):
         part = slice(start, start + at_once)
         inside = covered(first[:, part], last[:, part], height, width)
-        some = value[:, part, None, None]
-        drawn = torch.maximum(drawn, torch.where(inside, some, 0).amax(1))
+        part_value = value[:, part, None, None]
+        drawn = torch.maximum(drawn, torch.where(inside, part_value, 0).amax(1))
     return drawn
 
 
 @torch.no_grad()
 def covered(first: Tensor, last: Tensor, height: int, width: int) -> Tensor:
-    """Which cells each box covers.
+    """Return which cells each box covers.
 
     Args:
         first, last: (N, K, 2) x, y as in :func:`painted`.
-        height, width: of the map in cells.
+        height, width: size of the map in cells.
 
     Returns:
         (N, K, height, width) bool.

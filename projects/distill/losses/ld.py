@@ -10,21 +10,23 @@ from .kd import categorical_kl
 
 
 def ld(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Σ weight · T² · mean over the bins of q (log q − log p), q the teacher's softmax (Eq. 3).
+    """Localization distillation: weighted KL of the distributions of the box sides (Eq. 3).
 
-    The mean over the bins and the missing normaliser over the rows are the released code's.
+    L = Σ_p w_p T² 1/bins Σ_bin q (log q − log p), q the teacher's softmax and p the student's at T
+
+    The mean over the bins, and the sum over the rows instead of a mean, follow the released code.
 
     Args:
         student, teacher: (P, bins) logits of the sides of boxes, or of classes. No gradient
             reaches the teacher.
-        weight: (P,) >= 0.
+        weight: (P,) w >= 0; no gradient reaches it.
         temperature: T > 0.
 
     Returns:
-        A scalar >= 0; a connected zero for no rows.
+        A scalar >= 0; a connected zero without rows.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     divergence = categorical_kl(student, teacher.detach(), temperature)
     if weight.shape != divergence.shape:

@@ -1,7 +1,8 @@
-"""Which prior is trained on which box: the assigners of dense detectors, without loops over boxes.
+"""Assignment of priors to ground-truth boxes in dense detectors, without loops over boxes.
 
-M counts the ground-truth boxes of one picture, R its priors (anchors or points) of all levels,
-Ri those of one level. Every function returns, for each prior, the index of its box, or -1.
+M is the number of ground-truth boxes of one image. R is the number of its priors (anchors or
+points) on all levels, Ri that of one level. Assigners return the index of a box for each prior,
+or -1 for background.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,22 @@ NO_BOX = -1
 
 @torch.no_grad()
 def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> Tensor:
-    """Adaptive training sample selection (ATSS, Algorithm 1).
+    """Assign anchors to boxes by adaptive training sample selection (ATSS, Algorithm 1).
 
-    The candidates of a box are, on each level, the anchors whose centres are nearest to its own.
-    Of them those are positive whose IoU with it reaches the mean plus the standard deviation
-    (unbiased) of all its candidates' IoUs, and whose centre lies inside it by more than 0.01
-    pixels. An anchor that is positive for several boxes goes to the one of the highest IoU. The
-    paper leaves open which of equally distant anchors are candidates, and so does this.
+    The candidates of a box are, on each level, the anchors whose centres are nearest to its centre.
+    Their threshold is the mean plus the (unbiased) standard deviation of all candidates' IoUs with
+    the box. A candidate is positive if its IoU reaches the threshold and its centre lies inside the
+    box by more than 0.01 pixels. An anchor that is positive for several boxes goes to the one with
+    the highest IoU. The paper leaves open which of several equally distant anchors are candidates,
+    and so does this function.
 
     Args:
-        anchors: (Ri, 4) XYXY a level.
+        anchors: one (Ri, 4) XYXY tensor per level.
         gt: (M, 4) XYXY.
-        candidates: of a box on a level, at least 1.
+        candidates: number of candidates per box and level, at least 1.
 
     Returns:
-        (R,) int64.
+        (R,) int64 indices of boxes, or -1.
     """
     boxes = torch.cat(list(anchors))
     if len(gt) == 0:
@@ -49,36 +51,40 @@ def atss_assign(anchors: Sequence[Tensor], gt: Tensor, candidates: int = 9) -> T
 def nearest_point_assign(
     points: Tensor, strides: Tensor, gt: Tensor, scale: float = 4.0, number: int = 1
 ) -> Tensor:
-    """The points of a box's level that are nearest to its centre (RepPoints, Sec. 4).
+    """Assign to each box the points of its level that are nearest to its centre.
 
-    A box belongs to the level of stride 2^l with l = ⌊½ (log₂(w / scale) + log₂(h / scale))⌋,
-    clamped to the levels there are. Distances are measured in units of the box: by its width in x
-    and its height in y. A point that is the nearest of several boxes goes to the nearest of them.
+    This is RepPoints' assignment (Sec. 4). A box belongs to the level of stride 2^l with
+    l = ⌊½ (log₂(w / scale) + log₂(h / scale))⌋, clamped to the existing levels. Distances in x are
+    divided by the width of the box, those in y by its height. A point that several boxes select
+    goes to the nearest of them.
 
     Args:
-        points: (R, 2) x, y.
-        strides: (R,) of each point's level, powers of 2.
-        gt: (M, 4) XYXY.
+        points: (R, 2) x, y in pixels.
+        strides: (R,) stride of each point's level, a power of 2.
+        gt: (M, 4) XYXY in pixels.
         scale: side of a box in units of the stride of its level.
-        number: of the points of a box, at least 1.
+        number: points per box, at least 1.
 
     Returns:
-        (R,) int64.
+        (R,) int64 indices of boxes, or -1.
     """
     if len(gt) == 0:
         return points.new_full((len(points),), NO_BOX, dtype=torch.long)
     size = (gt[:, 2:] - gt[:, :2]).clamp(min=1e-6)
     level = strides.log2().round()
-    own = (size / scale).log2().mean(1).floor().clamp(level.min(), level.max())
+    box_level = (size / scale).log2().mean(1).floor().clamp(level.min(), level.max())
     centres = Boxes(gt).get_centers()[:, None]
     distance = ((points - centres) / size[:, None]).norm(dim=2)
-    distance = distance.masked_fill(level != own[:, None], torch.inf)
+    distance = distance.masked_fill(level != box_level[:, None], torch.inf)
     nearest = distance.topk(min(number, len(points)), dim=1, largest=False)
     closeness = torch.full_like(distance, -torch.inf).scatter_(1, nearest.indices, -nearest.values)
     return _best(closeness, -torch.inf)
 
 
 def _best(quality: Tensor, none: float = -1.0) -> Tensor:
-    """(R,): of the (M, R) ``quality`` the box with the highest; NO_BOX where all are ``none``."""
+    """Return the (R,) index of the box with the highest (M, R) quality.
+
+    It is ``NO_BOX`` where no quality is above ``none``.
+    """
     best, index = quality.max(0)
     return index.where(best > none, NO_BOX)

@@ -1,4 +1,4 @@
-"""detectron2's FCOS, usable from a config file."""
+"""detectron2's FCOS, built from a config file."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from .dense import detector_arguments, head_arguments
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """detectron2's FCOS (:paper:`fcos`), which it builds from Python alone; ``MODEL.FCOS`` here.
+    """detectron2's FCOS (:paper:`fcos`), which reads ``MODEL.FCOS``.
 
-    Centre sampling, GIoU, centerness on the regression tower, and regressions in units of the
-    level's stride, as detectron2 has them.
+    detectron2 can build it only from Python. As in detectron2 it has centre sampling, the GIoU loss
+    and centerness on the regression tower. Regressions are in units of the level's stride.
     """
 
     @configurable
@@ -43,6 +43,6 @@ class FCOS(fcos.FCOS):
         predictions: Sequence[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        # detectron2's GIoU fails on the halved boxes of autocast.
+        # detectron2's GIoU fails on boxes in half precision, which autocast gives.
         full = [[x.float() for x in maps] for maps in predictions]
         return super().forward_training(images, features, full, gt_instances)
