@@ -3,6 +3,8 @@
 Importing the package registers its meta-architectures, backbones and heads with detectron2.
 """
 
+import warnings
+
 from . import nets  # noqa: F401  registers backbones
 from .config import add_distill_config, add_head_section, get_distill_cfg, validate_config
 from .data import (
@@ -18,6 +20,9 @@ from .modeling.meta_arch import (
 )
 
 __version__ = "0.1.0"
+
+# detectron2's anchor generator calls torch.meshgrid without ``indexing``. Python's -W still wins.
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", append=True)
 
 __all__ = [
     "DISTILL_HEAD_REGISTRY",
