@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..losses import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from ..losses.reduce import full_precision
 from ..nets.atss import centerness_of
+from ..section import WHOLE, Key, Presets, Section, at_least
 from ..structures import HeadFeatures, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .authors import with_authors_values
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
 from .dense import AnchorGrids, DenseLayout, anchor_problem, grid_problem
 from .fpn import FPNDistillHead
@@ -42,6 +42,22 @@ class CrossKD(DistillHead):
         class_weight, box_weight: factors of ``cls`` and of ``box``.
     """
 
+    section = Section(
+        CLASS_WEIGHT=Key(
+            Presets(DenseDetector=1.0, FCOS=0.4), "factor of the classes", at_least(0), term=True
+        ),
+        BOX_WEIGHT=Key(
+            Presets(DenseDetector=1.0, GFL=4.0, FCOS=0.75),
+            "factor of the boxes",
+            at_least(0),
+            term=True,
+        ),
+        REUSED_CONVS=Key(
+            Presets(DenseDetector=1, FCOS=2),
+            "convolutions of the teacher's subnets that read the student's features",
+            WHOLE,
+        ),
+    )
     needs = frozenset({"dense", "dense_boxes", "head_features", "targets"})
 
     @configurable
@@ -71,20 +87,18 @@ class CrossKD(DistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        values = with_authors_values(cls.__name__, cls.section(cfg), student)
+        ret = super().from_config(cfg, student, teacher)
         ours, theirs = (
             [_channels(getattr(net.model.head, name)) for name in SUBNETS.values()]
             for net in (student, teacher)
         )
-        reused = min(int(values["REUSED_CONVS"]), *(len(x) - 1 for x in (*ours, *theirs)))
+        reused = min(ret["reused_convs"], *(len(x) - 1 for x in (*ours, *theirs)))
         return {
-            **super().from_config(cfg, student, teacher),
+            **ret,
             "teacher": teacher.model,
             "reused_convs": reused,
             "channels": [(s[-1 - reused], t[-1 - reused]) for s, t in zip(ours, theirs)],
             "grids": AnchorGrids(DenseLayout.of(student)),
-            "class_weight": values["CLASS_WEIGHT"],
-            "box_weight": values["BOX_WEIGHT"],
         }
 
     @classmethod

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from ..losses.cells import padded
 from ..losses.reduce import full_precision
+from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from .again import detected_levels, detection_losses, no_side_effects
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, current_iteration
@@ -167,6 +168,15 @@ class LGD(DistillHead):
         detach_appearance: the objects' appearances have none.
     """
 
+    section = Section(  # WEIGHT is the factor of both losses
+        DISTILL_WEIGHT=Key(1.0, "λ: factor of the distillation loss", at_least(0)),
+        DETACH_ITERS=Key(
+            30000, "iterations in which the distillation loss trains only its adapter", at_least(0)
+        ),
+        DETACH_APPEARANCE=Key(
+            False, "the objects' appearance has no gradient to the student", SWITCH
+        ),
+    )
     needs = frozenset({"features"})
     needs_teacher = False
     parts = ("distill", "teacher")
@@ -196,7 +206,6 @@ class LGD(DistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
         shapes = student.features
         levels = sorted(detected_levels(student.model), key=lambda k: shapes[k].stride)
         return {
@@ -205,9 +214,6 @@ class LGD(DistillHead):
             "levels": levels,
             "channels": shapes[levels[0]].channels,
             "num_classes": len(student.classes),
-            "distill_weight": node.DISTILL_WEIGHT,
-            "detach_iters": node.DETACH_ITERS,
-            "detach_appearance": node.DETACH_APPEARANCE,
         }
 
     @classmethod
