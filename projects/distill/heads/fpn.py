@@ -125,7 +125,7 @@ class FPNDistillHead(DistillHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        ret.pop("in_features", None)  # a subclass that overrides level_names may lack the key
+        ret.pop("in_features", None)
         names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
         ret["levels"] = match_levels(student.maps, teacher.maps, names, key)
@@ -140,7 +140,7 @@ class FPNDistillHead(DistillHead):
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         """The student's levels to compare; empty: see :func:`match_levels`."""
-        return tuple(cls.config_node(cfg).IN_FEATURES)
+        return tuple(cls.config_node(cfg).get("IN_FEATURES", ()))
 
     def maps(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[tuple[Tensor, Tensor]]:
         """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""

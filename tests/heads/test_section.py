@@ -1,19 +1,31 @@
-"""The authors' values by the student's detector, number by number."""
+"""Keys of the heads: declaration, checks, and the authors' values number by number."""
 
 import pytest
 from conftest import built_head, network_info, tiny_cfg, tiny_model
+from detectron2.config import configurable
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
 from detectron2.modeling.meta_arch import fcos
 from torch import nn
 
 from distill import heads
-from distill.config import get_distill_cfg
-from distill.heads.authors import AUTO, VALUES, with_authors_values
+from distill.config import get_distill_cfg, validate_config
+from distill.config.defaults import declared_keys
+from distill.config.detectron2_rules import leaves
+from distill.errors import ConfigError
+from distill.heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
 from distill.nets.atss import ATSS
 from distill.nets.fcos import FCOS
 from distill.nets.gfl import GFL
 from distill.nets.reppoints import RepPoints
+from distill.section import AUTO, POSITIVE, Key, Presets, Section, at_least
 from distill.structures import NetworkInfo
+
+HEADS = dict(iter(DISTILL_HEAD_REGISTRY))
+PRESETS = {
+    name: presets
+    for name, cls in HEADS.items()
+    if (presets := {k: key.presets for k, key in cls.section.items() if key.presets})
+}
 
 FGD = ("ALPHA", "BETA", "GAMMA", "LAMBDA", "TEMPERATURE")
 MGD = ("WEIGHT", "MASK_RATIO")
@@ -57,13 +69,12 @@ TABLE = [
 
 
 def spec(cls):
-    """Of a network of this class, which is never built."""
+    """The student's NetworkInfo for a class that is never built."""
     return NetworkInfo("student", cls.__new__(cls), {}, frozenset(), ())
 
 
 def values(head, cls, cfg=None):
-    section = (cfg or get_distill_cfg()).MODEL.DISTILL[head.upper()]
-    return with_authors_values(head, section, spec(cls))
+    return HEADS[head].config_values(cfg or get_distill_cfg(), spec(cls))
 
 
 @pytest.mark.parametrize("head, keys, detectors, expected", TABLE)
@@ -80,14 +91,14 @@ def test_every_value_of_the_authors_is_in_the_table():
         for key in keys
         for cls in detectors
     }
-    rows = {(h, key, row) for h, keys in VALUES.items() for key, x in keys.items() for row in x}
+    rows = {(h, key, row) for h, keys in PRESETS.items() for key, x in keys.items() for row in x}
     assert {x for x in rows if x[2] != "DenseDetector"} <= tested
 
 
-@pytest.mark.parametrize("head", VALUES)
-def test_what_is_left_to_the_authors_is_what_they_have_values_for(head):
+@pytest.mark.parametrize("head", PRESETS)
+def test_a_key_with_authors_values_is_auto_in_the_config(head):
     section = get_distill_cfg().MODEL.DISTILL[head.upper()]
-    assert {k for k, v in section.items() if v == AUTO} == set(VALUES[head])
+    assert {k for k, v in section.items() if v == AUTO} == set(PRESETS[head])
     for cls in (*ONE_STAGE, GeneralizedRCNN, PanopticFPN, SemanticSegmentor):
         assert AUTO not in values(head, cls).values()
 
@@ -97,7 +108,7 @@ def subclass(cls):
 
 
 @pytest.mark.parametrize("cls", [RetinaNet, FCOS, GFL, RepPoints, GeneralizedRCNN])
-@pytest.mark.parametrize("head", VALUES)
+@pytest.mark.parametrize("head", PRESETS)
 def test_a_subclass_has_the_row_of_its_base(head, cls):
     assert values(head, subclass(subclass(cls))) == values(head, cls)
 
@@ -117,9 +128,9 @@ def test_a_detector_that_they_did_not_try_has_the_values_of_the_dense_ones(cls):
     assert values("FRS", cls) == values("FRS", RetinaNet)
 
 
-@pytest.mark.parametrize("head", VALUES)
+@pytest.mark.parametrize("head", PRESETS)
 def test_a_value_in_the_config_wins(head):
-    for key in VALUES[head]:
+    for key in PRESETS[head]:
         for chosen in (0, 3):  # 0 is a choice, too
             cfg = get_distill_cfg()
             section = cfg.MODEL.DISTILL[head.upper()]
@@ -175,3 +186,162 @@ def test_values_of_the_config_reach_the_heads():
     fgd = built_head(heads.FGD, "fcos", *opts)
     assert fgd.factors == (0.0, 8e-4, 8e-4) and fgd.temperature == 2
     assert built_head(heads.PKD, "faster", "MODEL.DISTILL.PKD.WEIGHT", 0.25).weight == 0.25
+
+
+# ---- Declarations
+
+
+@pytest.mark.parametrize("name, key", declared_keys().items(), ids=declared_keys())
+def test_every_key_has_a_meaning_and_a_range_that_contains_its_values(name, key):
+    assert len(key.meaning.split()) > 1 and not key.meaning.endswith(".")
+    assert key.rule.text
+    key.check(name, key.initial)
+    for value in key.presets.values():
+        key.check(name, value)
+
+
+def test_the_config_has_the_declared_keys_only():
+    """No key is declared in two places."""
+    own = {"MODEL.DISTILL", "SOLVER.EMA", "TEST.SLIDING_WINDOW"}
+    found = {k for k, _ in leaves(get_distill_cfg()) if any(k.startswith(x) for x in own)}
+    assert found == {k for k in declared_keys() if any(k.startswith(x) for x in own)}
+
+
+def test_new_configs_share_no_lists():
+    get_distill_cfg().MODEL.DISTILL.TEACHER.OPTS.append("SEED")
+    assert get_distill_cfg().MODEL.DISTILL.TEACHER.OPTS == []
+
+
+@pytest.mark.parametrize("head", [x for x in HEADS if HEADS[x].section.terms])
+def test_all_terms_0_is_refused(head):
+    cfg = get_distill_cfg()
+    node = cfg.MODEL.DISTILL[head.upper()]
+    first, *others = HEADS[head].section.terms
+    for key in (first, *others):
+        node[key] = 0.0
+    with pytest.raises(ConfigError, match="are all 0") as error:
+        HEADS[head].check_config(cfg)
+    assert all(key in str(error.value) for key in (first, *others))
+    node[first] = 0.5
+    HEADS[head].check_config(cfg)
+    node[first] = AUTO  # the authors' value
+    HEADS[head].check_config(cfg)
+
+
+# ---- A head of a user
+
+
+@pytest.fixture
+def cosine():
+    """A registered head, and its registration undone."""
+
+    @DISTILL_HEAD_REGISTRY.register()
+    class Cosine(FPNDistillHead):
+        section = Section(
+            WEIGHT=Presets(DenseDetector=2.0, GeneralizedRCNN=3.0),
+            WARMUP_ITERS=100,
+            POWER=Key(1.0, "exponent of the cosine", POSITIVE),
+            NEAR=Key(1.0, "factor of the nearest cells", at_least(0), term=True),
+            FAR=Key(0.0, "factor of the other cells", at_least(0), term=True),
+        )
+
+        @configurable
+        def __init__(self, *, power, near, far, **kwargs):
+            super().__init__(**kwargs)
+            self.options = power, near, far
+
+    yield Cosine
+    DISTILL_HEAD_REGISTRY._obj_map.pop("Cosine")
+
+
+def test_a_users_head_has_its_section(cosine):
+    section = get_distill_cfg().MODEL.DISTILL.COSINE
+    assert section == {
+        **{"WEIGHT": -1.0, "WARMUP_ITERS": 100, "STOP_ITER": 0, "IN_FEATURES": ()},
+        **{"POWER": 1.0, "NEAR": 1.0, "FAR": 0.0},
+    }
+
+
+def test_a_users_head_is_built_from_its_section(cosine):
+    head = built_head(cosine, "faster", "MODEL.DISTILL.COSINE.POWER", 2.0)
+    assert head.options == (2.0, 1.0, 0.0) and head.weight == 3.0
+    assert built_head(cosine, "retinanet").weight == 2.0
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (("POWER", 0.0), ["MODEL.DISTILL.COSINE.POWER is 0.0", "above 0"]),
+        (
+            ("WEIGHT", -2.0),
+            ["MODEL.DISTILL.COSINE.WEIGHT is -2.0", "at least 0", "-1 for the auth"],
+        ),
+        (("NEAR", 0.0), ["MODEL.DISTILL.COSINE: NEAR, FAR are all 0"]),
+        (("IN_FEATURES", (3,)), ["MODEL.DISTILL.COSINE.IN_FEATURES is (3,)", "list of texts"]),
+    ],
+)
+def test_a_users_head_gets_the_same_checks(opts, words, cosine):
+    cfg = users_cfg()
+    cfg.MODEL.DISTILL.COSINE[opts[0]] = opts[1]
+    with pytest.raises(ConfigError) as error:
+        validate_config(cfg, training=False)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def users_cfg():
+    return tiny_cfg(
+        "faster",
+        *("MODEL.META_ARCHITECTURE", "DistillRCNN", "MODEL.DISTILL.HEADS", ("Cosine",)),
+    )
+
+
+def test_a_users_head_may_check_keys_together(cosine, monkeypatch):
+    def check(cls, cfg):
+        raise ConfigError(f"{cfg.MODEL.DISTILL.COSINE.POWER} is odd")
+
+    cfg = users_cfg()
+    validate_config(cfg, training=False)
+    monkeypatch.setattr(cosine, "check_config", classmethod(check))
+    with pytest.raises(ConfigError, match=r"1\.0 is odd"):
+        validate_config(cfg, training=False)
+
+
+def test_a_head_that_is_registered_too_late_says_so(cosine):
+    cfg = users_cfg()
+    del cfg.MODEL.DISTILL["COSINE"]
+    with pytest.raises(ConfigError, match=r"Cosine has no config section; .*get_distill_cfg"):
+        validate_config(cfg, training=False)
+
+
+@pytest.mark.parametrize(
+    "keys, error, words",
+    [
+        ({"POWER": 1.0}, TypeError, "POWER=1.0: declare a new key"),
+        ({"WEIGHT": -2.0}, ValueError, "default -2.0 must be at least 0"),
+        ({"IN_FEATURES": None}, TypeError, "IN_FEATURES=None"),
+    ],
+)
+def test_a_wrong_declaration_fails_where_it_is_made(keys, error, words):
+    with pytest.raises(error, match=words):
+        type("Wrong", (DistillHead,), {"section": Section(**keys)})
+
+
+def test_a_default_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"default 0 must be above 0"):
+        Key(Presets(DenseDetector=1, FCOS=0), "a factor", POSITIVE)
+
+
+def test_sections_are_inherited_replaced_and_removed():
+    class Base(DistillHead):
+        section = Section(A=Key(1, "first key", POSITIVE), B=Key(2, "second key", POSITIVE))
+
+    class Derived(Base):
+        section = Section(A=3, B=None, C=Key(4, "third key", POSITIVE))
+
+    class Same(Derived):
+        pass
+
+    schedule = {"WEIGHT": 1.0, "WARMUP_ITERS": 0, "STOP_ITER": 0}
+    assert {k: x.initial for k, x in Derived.section.items()} == {**schedule, "A": 3, "C": 4}
+    assert Same.section == Derived.section and set(Base.section) == {*schedule, "A", "B"}
+    assert Derived.section["A"].meaning == "first key"
