@@ -17,9 +17,9 @@ ALLOWED = {
     ".structures": "torch detectron2 .errors",
     ".section": "torch detectron2 .errors .utils",
     ".losses": "torch torchvision",
-    ".nets": "torch torchvision detectron2 fvcore timm .section .utils",
-    ".heads": "* .losses .section .structures .errors .utils .nets",
-    ".families": "* .structures .errors",
+    ".nets": "torch torchvision detectron2 fvcore timm .section .utils .losses.boxes",
+    ".heads": "* .losses .section .structures .errors .utils",
+    ".families": "* .losses.boxes .structures .errors .utils.training",
     ".checkpoint": "",
     ".checkpoint.load": "* .errors",
     ".checkpoint.save": "* .errors .checkpoint",
@@ -76,6 +76,14 @@ def test_imports_go_down(name):
     if "*" in allowed:
         wrong = {n for n in wrong if n.startswith(".") or not n}
     assert not wrong, f"distill{name} must not import {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if within(name, ".heads")])
+def test_heads_never_reach_into_a_network(name):
+    """What they may know of one is in :class:`distill.structures.NetworkInfo`."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    lines = [x.lineno for x in ast.walk(tree) if isinstance(x, ast.Attribute) and x.attr == "model"]
+    assert not lines, f"distill{name} reads .model in lines {lines}: add a field to NetworkInfo"
 
 
 def test_no_import_cycle():

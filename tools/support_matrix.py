@@ -29,7 +29,7 @@ from distill.errors import ConfigError, DistillError
 from distill.families import build_family
 from distill.heads import DISTILL_HEAD_REGISTRY
 from distill.launch.termination import report
-from distill.modeling.meta_arch import DistillModel, network_info
+from distill.modeling.meta_arch import DistillModel
 from distill.modeling.teacher import Teacher
 from distill.structures import NetworkInfo
 
@@ -98,7 +98,7 @@ def spec(role: str, model: Any) -> NetworkInfo:
     family = build_family(model)
     names = tuple(f"class {i}" for i in range(family.num_classes))
     number = model.sem_seg_head.predictor.out_channels if family.sem_seg_shape else 0
-    return network_info(role, family, names, tuple(f"class {i}" for i in range(number)))
+    return family.info(role, names, tuple(f"class {i}" for i in range(number)))
 
 
 def pictures(classes: int) -> list[dict[str, Any]]:

@@ -4,10 +4,8 @@ import logging
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from ..losses.reduce import connected_zero
 from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.text import choices
+from ..utils.training import current_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ class DistillHead(nn.Module):
     @classmethod
     def config_values(cls, cfg: CfgNode, student: NetworkInfo) -> CfgNode:
         """Return the values of the head's keys, with the authors' values for this student."""
-        kinds = [kind.__name__ for kind in type(student.model).__mro__]
-        return cls.section.values_for(cls.config_node(cfg), kinds)
+        return cls.section.values_for(cls.config_node(cfg), student.kinds)
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
@@ -109,7 +107,7 @@ class DistillHead(nn.Module):
             if missing:
                 return (
                     f"it compares {', '.join(sorted(missing))}, which the {net.name} "
-                    f"({type(net.model).__name__}) does not produce"
+                    f"({net.kind}) does not produce"
                 )
         return None
 
@@ -166,23 +164,6 @@ class NonModuleRef:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NonModuleRef":
         return self
-
-
-def current_iteration() -> int:
-    """Of the training; 0 outside of one."""
-    return get_event_storage().iter if has_event_storage() else 0
-
-
-def gather(x: Tensor) -> Tensor:
-    """``x`` of all processes, one after the other along the first dimension, without gradient."""
-    world = comm.get_world_size()
-    if world == 1:
-        return x.detach()
-    sent = x.detach().contiguous()
-    sent = sent.byte() if x.dtype == torch.bool else sent  # gloo sends no bool
-    parts = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(parts, sent)
-    return torch.cat(parts).to(x.dtype)
 
 
 class StepGenerator(nn.Module):

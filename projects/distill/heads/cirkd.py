@@ -19,8 +19,8 @@ from ..losses import (
 )
 from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
-from ..utils.distributed import reduce_mean
-from .base import DISTILL_HEAD_REGISTRY, StepGenerator, gather
+from ..utils.distributed import gather, reduce_mean
+from .base import DISTILL_HEAD_REGISTRY, StepGenerator
 from .fpn import cell_labels
 from .semantic import RelationDistillHead
 

@@ -9,7 +9,7 @@ from ..losses import fgfi, fgfi_masks
 from ..section import FRACTION, Key, Section
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
-from .dense import AnchorGrids, DenseLayout
+from .dense import AnchorGrids, layout_of
 from .fpn import BoxedFPNHead, small_convolution
 
 
@@ -45,12 +45,17 @@ class FGFI(BoxedFPNHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        grids = AnchorGrids(DenseLayout.of(student))
+        grids = AnchorGrids(layout_of(student))
         return {**super().from_config(cfg, student, teacher), "grids": grids}
 
     @classmethod
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
+        problem = super().problem(student, teacher)
+        return problem or (None if student.dense else "the student has no anchors")
+
+    @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         maps = self.maps(student, teacher)

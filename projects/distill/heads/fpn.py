@@ -16,7 +16,7 @@ from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.text import choices
 from .base import DistillHead, StepGenerator
 from .classes import ClassMap, class_map, no_shared_class
-from .dense import DenseLayout, anchor_problem, dense_classes, grid_problem
+from .dense import anchor_problem, dense_classes, grid_problem, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class BoxedFPNHead(FPNDistillHead):
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         if not student.has_boxes:
-            return f"a {type(student.model).__name__} has no ground-truth boxes"
+            return f"a {student.kind} has no ground-truth boxes"
         return super().problem(student, teacher)
 
 
@@ -273,7 +273,7 @@ class DenseFPNHead(FPNDistillHead):
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
 
 def small_convolution(student: int, teacher: int) -> nn.Conv2d:

@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
+from ..losses.boxes import pairwise_iou
 from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
-from .dense import AnchorGrids, DenseLayout
+from .dense import AnchorGrids, layout_of
 from .fpn import DenseFPNHead
 
 SIDE = 10  # of an instance's cropped features, in cells
@@ -82,7 +83,7 @@ class GID(DenseFPNHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        layout = DenseLayout.of(student)
+        layout = layout_of(student)
         return {
             **super().from_config(cfg, student, teacher),
             "strides": layout.strides,
@@ -95,9 +96,9 @@ class GID(DenseFPNHead):
         problem = super().problem(student, teacher)
         if problem:
             return problem
-        if DenseLayout.of(student).objectness:
+        if layout_of(student).objectness:
             return "an RPN does not say how sure it is of a class"
-        encodings = [_encoding(net) for net in (student, teacher)]
+        encodings = [layout_of(net).box_encoding for net in (student, teacher)]
         if None in encodings:
             return "it compares box deltas, not distributions of box sides"
         if encodings[0] != encodings[1]:
@@ -140,14 +141,6 @@ class GID(DenseFPNHead):
         """(N, R) 1 of the anchors of an instance, else 0; boxes of no size have none."""
         assert student.dense is not None
         anchors = torch.cat([x.flatten(0, 2) for x in self.grids(student.dense.sizes)])
-        iou = pairwise_iou(Boxes(boxes.flatten(0, 1)), Boxes(anchors))
+        iou = pairwise_iou(boxes.flatten(0, 1), anchors)
         best = (iou > 0) & (iou == iou.amax(1, keepdim=True))
         return ((iou >= self.threshold) | best).view(*boxes.shape[:2], -1).any(1).float()
-
-
-def _encoding(net: NetworkInfo) -> Any:
-    """What two networks must share for their deltas to be compared; None: they are no four."""
-    if getattr(net.model, "box_dim", 4) != 4:
-        return None
-    transform = net.model.box2box_transform
-    return type(transform), getattr(transform, "weights", None)

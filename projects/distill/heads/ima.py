@@ -117,16 +117,15 @@ class IMA(FPNDistillHead):
     @staticmethod
     def check_scope(scope: str, student: NetworkInfo) -> None:
         """Refuse a scope whose instances the student's data do not label."""
-        network = type(student.model).__name__
         if scope in CROPPED and not student.has_boxes:
             raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a {network} "
-                "has SCOPE class or image."
+                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a "
+                f"{student.kind} has SCOPE class or image."
             )
         if scope == "class" and "sem_seg" not in student.outputs:
             raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE is class, which needs semantic labels; a {network} has "
-                "SCOPE image or box."
+                f"MODEL.DISTILL.IMA.SCOPE is class, which needs semantic labels; a "
+                f"{student.kind} has SCOPE image or box."
             )
 
     @classmethod
@@ -134,7 +133,7 @@ class IMA(FPNDistillHead):
         """Crops come from the levels that the student's own boxes are cropped from."""
         names = super().level_names(cfg, student)
         if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.outputs:
-            return tuple(student.model.roi_heads.box_in_features)
+            return student.box_in_features
         return names
 
     @classmethod

@@ -1,6 +1,7 @@
 """Masks that learned tokens draw on the teacher's maps, in which the student is compared."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from ..losses.reduce import connected_zero, full_precision
 from ..section import Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .again import detection_losses, no_side_effects
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef, current_iteration
+from ..utils.training import current_iteration
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
 from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead
 
@@ -84,7 +85,7 @@ class MasKD(BoxedFPNHead):
     term on the outputs of the box regression is left out.
 
     Args:
-        detector: the frozen teacher, which stays outside of this module.
+        detector_losses: of the teacher, see :class:`~distill.structures.NetworkInfo`.
         tokens: number of masks.
         token_iters: iterations of the first stage.
         student_mask_iters: iterations of the second one before the teacher's masks are multiplied
@@ -108,14 +109,14 @@ class MasKD(BoxedFPNHead):
     def __init__(
         self,
         *,
-        detector: nn.Module,
+        detector_losses: Callable[..., dict[str, Tensor]],
         tokens: int,
         token_iters: int,
         student_mask_iters: int,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.detector = NonModuleRef(detector)
+        self.detector_losses = NonModuleRef(detector_losses)
         self.token_iters = token_iters
         self.student_mask_iters = student_mask_iters
         self.drawn = nn.ModuleDict(
@@ -131,7 +132,8 @@ class MasKD(BoxedFPNHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        return {**super().from_config(cfg, student, teacher), "detector": teacher.model}
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "detector_losses": teacher.detector_losses}
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
@@ -144,7 +146,9 @@ class MasKD(BoxedFPNHead):
         if problem:
             return problem
         if not teacher.has_boxes:
-            return f"a {type(teacher.model).__name__} does not learn boxes, and so no masks"
+            return f"a {teacher.kind} does not learn boxes, and so no masks"
+        if teacher.detector_losses is None:
+            return "the teacher has no RPN, by whose losses, too, the masks are learned"
         if student.classes != teacher.classes:
             return "the teacher's task, by which the masks are learned, has other classes"
         more = ", ".join(sorted((teacher.outputs - student.outputs) & {"masks", "sem_seg"}))
@@ -168,8 +172,7 @@ class MasKD(BoxedFPNHead):
             masks = drawn.masks(features[level.teacher])
             features[level.teacher] = drawn.masked(features[level.teacher], masks)
             overlaps.append(dice_overlap(masks))
-        with no_side_effects(self.detector.value, masks.device):
-            task = detection_losses(self.detector.value, features, student.batch)
+        task = self.detector_losses.value(features, student.batch)
         return torch.stack([x.float() for x in task.values()]).sum() + torch.stack(overlaps).mean()
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:

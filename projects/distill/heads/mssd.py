@@ -79,9 +79,7 @@ class MSSD(DistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        levels = sorted(
-            student.model.backbone.shallow_features, key=lambda k: student.features[k].stride
-        )
+        levels = sorted(student.shallow, key=lambda k: student.features[k].stride)
         ret = super().from_config(cfg, student, teacher)
         ret["binary"] = ret.pop("mask") == "binary"
         return {
@@ -99,7 +97,7 @@ class MSSD(DistillHead):
                 "build_..._pafpn_backbone"
             )
         if not student.has_boxes:
-            return f"a {type(student.model).__name__} has no ground-truth boxes"
+            return f"a {student.kind} has no ground-truth boxes"
         return super().problem(student, teacher)
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..structures import NetworkInfo, NetworkOutputs, ROIs
 from .classes import PredictionDistillHead
@@ -41,10 +41,8 @@ class ROIDistillHead(PredictionDistillHead):
         if problem:
             return problem
         for net in (student, teacher):
-            predictors = net.model.roi_heads.box_predictor
-            for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-                if getattr(predictor, "use_sigmoid_ce", False):
-                    return f"the {net.name} scores boxes by sigmoids (ROI_BOX_HEAD.USE_SIGMOID_CE)"
+            if net.use_sigmoid_ce:
+                return f"the {net.name} scores boxes by sigmoids (ROI_BOX_HEAD.USE_SIGMOID_CE)"
         return None
 
     def pair(self, student: ROIs, teacher: ROIs) -> ROIPair:

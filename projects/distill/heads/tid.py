@@ -23,7 +23,7 @@ from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
-from .dense import DenseLayout, dense_classes, grid_problem
+from .dense import dense_classes, grid_problem, layout_of
 from .fpn import FPNDistillHead
 
 SHARE_OF_POINTS = Rule(lambda x: 1e-6 <= x <= 1, "in (0, 1], and at least 0.000001")
@@ -107,14 +107,14 @@ class TID(FPNDistillHead):
         ret["parts"] = ret.pop("score")
         return {
             **ret,
-            "thresholds": tuple(DenseLayout.of(net).thresholds for net in (student, teacher)),
+            "thresholds": tuple(layout_of(net).thresholds for net in (student, teacher)),
             "classes": class_map(cls.__name__, dense_classes(student), dense_classes(teacher)),
-            "objectness": DenseLayout.of(student).objectness,
+            "objectness": layout_of(student).objectness,
         }
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

@@ -1,4 +1,4 @@
-"""The config keys of the networks here, in addition to detectron2's."""
+"""Config keys of the networks of this package."""
 
 from detectron2.config import CfgNode
 from detectron2.projects.deeplab import add_deeplab_config
@@ -11,7 +11,7 @@ from .reppoints import RepPoints
 
 _DETECTORS = {cls.__name__: cls.section for cls in (ATSS, FCOS, GFL, RepPoints)}
 DENSE_DETECTORS = tuple(_DETECTORS)
-"""Meta-architectures of this package; the keys of each are in ``MODEL.<NAME>``."""
+"""Meta-architectures of this package. Each has its own section of keys."""
 
 _DENSE_KEYS = {
     f"MODEL.{name.upper()}.{key}": value
@@ -19,11 +19,11 @@ _DENSE_KEYS = {
     for key, value in section.items()
 }
 _TIMM_KEYS = {
-    "MODEL.TIMM.NAME": Key("resnet18", "a name of timm.list_models()", TEXT),
-    "MODEL.TIMM.PRETRAINED": Key(False, "download timm's weights of the model", SWITCH),
-    "MODEL.TIMM.WEIGHTS": Key("", "file of the model's weights: .pth or .safetensors", TEXT),
+    "MODEL.TIMM.NAME": Key("resnet18", "one of timm.list_models()", TEXT),
+    "MODEL.TIMM.PRETRAINED": Key(False, "download timm's weights of this model", SWITCH),
+    "MODEL.TIMM.WEIGHTS": Key("", "file of weights instead: .pth or .safetensors", TEXT),
     "MODEL.TIMM.OUT_INDICES": Key(
-        (), "indices of timm's feature maps; empty: those of stride 4 and more", WHOLES
+        (), "indices of timm's maps; empty: all maps of stride >= 4", WHOLES
     ),
     "MODEL.TIMM.NORM_EVAL": Key(
         False, "batch norms keep their loaded statistics in training", SWITCH
@@ -36,29 +36,35 @@ _SEGMENTATION_KEYS = {
         at_least(0),
     ),
     "MODEL.SEM_SEG_HEAD.AUX_IN_FEATURE": Key(
-        "res4", "output of the backbone that the auxiliary head reads", TEXT
+        "res4", "backbone output that the auxiliary head reads", TEXT
     ),
 }
 NETS_KEYS: dict[str, Key] = {**_DENSE_KEYS, **_TIMM_KEYS, **_SEGMENTATION_KEYS}
 """Every key of this module by its dotted name."""
 
-# Readers of the segmentation keys: names of backbones and of semantic heads.
+# Backbones and semantic heads that read the segmentation keys.
 _BACKBONES = ("build_dilated_resnet_backbone", "build_resnet_deeplab_backbone")
 _HEADS = ("ASPPHead", "DeepLabV3Head", "DeepLabV3PlusHead", "PSPHead")
 
 
 def add_nets_config(cfg: CfgNode) -> None:
-    """Add the keys of all networks of this package, with their defaults, to a config.
+    """Add the keys of all networks of this package, with their defaults.
 
-    Among them are detectron2's DeepLab keys with its defaults, which are DeepLabV3+'s at output
-    stride 16. PSPNet and DeepLabV3 need others, which configs/Cityscapes-SemanticSegmentation sets.
+    detectron2's DeepLab keys are among them. Its defaults are those of DeepLabV3+ at output stride
+    16. The paper's PSPNet and DeepLabV3 need other values, which
+    ``configs/Cityscapes-SemanticSegmentation`` sets.
     """
     add_deeplab_config(cfg)
     add_keys(cfg, NETS_KEYS)
 
 
 def add_config_read_by(network: CfgNode, cfg: CfgNode) -> None:
-    """Add to ``cfg`` those keys of :func:`add_nets_config` that the network of a config reads."""
+    """Add to ``cfg`` only the keys of :func:`add_nets_config` that the network of a config reads.
+
+    Args:
+        network: config that names the network.
+        cfg: config that gets the keys.
+    """
     if _reads_segmentation(network):
         add_deeplab_config(cfg)
         add_keys(cfg, _SEGMENTATION_KEYS)
@@ -70,6 +76,7 @@ def add_config_read_by(network: CfgNode, cfg: CfgNode) -> None:
 
 
 def _architectures(cfg: CfgNode) -> tuple[str, str]:
+    """Return the meta-architecture of a config, and that of its student or ""."""
     student = cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE if "DISTILL" in cfg.MODEL else ""
     return cfg.MODEL.META_ARCHITECTURE, student
 

@@ -1,4 +1,4 @@
-"""Detection losses on other maps than those of the backbone."""
+"""A detector's own losses on other maps than those of its backbone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,30 +13,51 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..structures import Batch
-from .base import current_iteration
+from ..utils.training import current_iteration
 
 
-def detected_levels(detector: Any) -> set[str]:
-    """Names of the maps that a detector's head reads."""
-    if isinstance(detector, DenseDetector):
-        return set(detector.head_in_features)
-    parts = [detector.proposal_generator, detector.roi_heads]
-    parts += [detector.sem_seg_head] if isinstance(detector, PanopticFPN) else []
-    return {name for part in parts for name in part.in_features}
+class DetectorLosses:
+    """A detector's own losses on other maps than those of its backbone.
+
+    Calling it leaves no trace in the detector, see :func:`no_side_effects`. A copy of a whole
+    model refers to the copied detector.
+
+    Args:
+        detector: a dense detector or an R-CNN with an RPN.
+    """
+
+    def __init__(self, detector: Any):
+        self.detector = detector
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the maps that the detector's heads read, finest first."""
+        detector = self.detector
+        if isinstance(detector, DenseDetector):
+            names = set(detector.head_in_features)
+        else:
+            parts = [detector.proposal_generator, detector.roi_heads]
+            parts += [detector.sem_seg_head] if isinstance(detector, PanopticFPN) else []
+            names = {name for part in parts for name in part.in_features}
+        shapes = detector.backbone.output_shape()
+        return tuple(sorted(names, key=lambda name: (shapes[name].stride, name)))
+
+    def __call__(self, features: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return losses by name.
+
+        Args:
+            features: (N, C, H, W) maps by the names in :attr:`levels`.
+            batch: ground truth.
+        """
+        with no_side_effects(self.detector, next(iter(features.values())).device):
+            return detection_losses(self.detector, features, batch)
 
 
 def detection_losses(detector: Any, features: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """What a detector's head loses on other maps than those of its backbone.
-
-    Args:
-        detector: under :func:`unnoticed`.
-        features: (N, C, H, W) maps by the names that the head reads.
-        batch: ground truth.
-    """
+    """Return the losses of a detector's heads in training mode; see :class:`DetectorLosses`."""
     sizes = [tuple(x["image"].shape[-2:]) for x in batch.inputs]
-    pixels = next(iter(features.values())).new_empty(
-        len(sizes), 0, *batch.padded_size
-    )  # nobody looks
+    some = next(iter(features.values()))
+    pixels = some.new_empty(len(sizes), 0, *batch.padded_size)  # only its size is read
     images = ImageList(pixels, sizes)
     if isinstance(detector, DenseDetector):
         maps = [features[name] for name in detector.head_in_features]
@@ -52,13 +73,14 @@ def detection_losses(detector: Any, features: dict[str, Tensor], batch: Batch) -
 
 @contextmanager
 def no_side_effects(detector: Any, device: torch.device) -> Iterator[None]:
-    """Run parts of a detector for their losses, and leave no trace: neither in its loss normalizer
-    and running statistics, nor in the global random state, nor in the log.
+    """Let parts of a detector run in training mode without a trace.
+
+    Its loss normalizer, its running statistics, the global random state and the log stay as they
+    are.
 
     Args:
-        detector: the student, whose forward was before, or the teacher, whose norms stay as they
-            are.
-        device: it runs on.
+        detector: the student after its own forward, or the teacher.
+        device: the one that it runs on.
     """
     # detectron2's heads return losses in training only.
     idle = [x for x in detector.modules() if not x.training and not isinstance(x, _BatchNorm)]
@@ -70,7 +92,7 @@ def no_side_effects(detector: Any, device: torch.device) -> Iterator[None]:
         try:
             for module in idle:
                 module.training = True
-            for norm in norms:  # detectron2's NaiveSyncBatchNorm reads the momentum alone
+            for norm in norms:  # detectron2's NaiveSyncBatchNorm reads only the momentum
                 norm.track_running_stats, norm.momentum = False, 0.0
             yield
         finally:

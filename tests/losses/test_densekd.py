@@ -1,4 +1,4 @@
-"""Dense classification distillation: numerator and normaliser."""
+"""Test the class distillation of dense detectors: numerator and normalizer."""
 
 import math
 
