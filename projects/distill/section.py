@@ -91,7 +91,7 @@ def is_rising(values: Iterable[float]) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether all numbers inside are finite, and none is larger than torch can hold."""
+    """Return whether all numbers inside are finite and fit torch's number types."""
     if isinstance(value, list | tuple):
         return all(map(_is_finite, value))
     if isinstance(value, float):

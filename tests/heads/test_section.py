@@ -1,7 +1,7 @@
 """Keys of the heads: declaration, checks, and the authors' values number by number."""
 
 import pytest
-from conftest import built_head, network_info, tiny_cfg, tiny_model
+from conftest import built_head, distill_opts, network_info, tiny_cfg, tiny_model
 from detectron2.config import configurable
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
 from detectron2.modeling.meta_arch import fcos
@@ -11,6 +11,7 @@ from distill import heads
 from distill.config import get_distill_cfg, validate_config
 from distill.config.defaults import declared_keys
 from distill.config.detectron2_rules import leaves
+from distill.config.reference import head_rows, other_rows
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
 from distill.nets.atss import ATSS
@@ -226,6 +227,42 @@ def test_all_terms_0_is_refused(head):
     HEADS[head].check_config(cfg)
     node[first] = AUTO  # the authors' value
     HEADS[head].check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "family, head, opts, words",
+    [
+        ("faster", "IMA", ("SCOPE", "mask"), ["IMA.SCOPE is mask", "MODEL.MASK_ON True"]),
+        ("faster", "MasKD", ("TOKEN_ITERS", 40000), ["MASKD.TOKEN_ITERS is 40000", "MAX_ITER"]),
+        ("faster", "MasKD", ("STOP_ITER", 2000), ["MASKD.TOKEN_ITERS is 2000", "STOP_ITER"]),
+        ("semantic", "MasKDLogits", ("TOKEN_ITERS", 50000), ["MASKDLOGITS.TOKEN_ITERS is 50000"]),
+        ("semantic", "CIRKD", ("PIXELS", 100), ["SOLVER.IMS_PER_BATCH is 16", "CIRKD.PIXELS 100"]),
+        ("semantic", "CIRKD", ("REGIONS", 15), ["SOLVER.IMS_PER_BATCH is 16", "REGIONS 15"]),
+    ],
+)
+def test_a_head_checks_keys_together(family, head, opts, words):
+    cfg = tiny_cfg(family, *distill_opts(family, (head,)))
+    validate_config(cfg, training=False)
+    cfg.MODEL.DISTILL[head.upper()][opts[0]] = opts[1]
+    with pytest.raises(ConfigError) as error:
+        validate_config(cfg, training=False)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# ---- The config reference
+
+
+def test_the_reference_has_every_declared_key_once():
+    rows = [*other_rows(), *(row for rows in head_rows().values() for row in rows)]
+    assert sorted(row.key for row in rows) == sorted(declared_keys())
+
+
+def test_a_row_of_the_reference_says_all_of_a_key():
+    rows = {row.key: row for row in head_rows()["CrossKD"]}
+    row = rows["MODEL.DISTILL.CROSSKD.REUSED_CONVS"]
+    assert row.default == AUTO and row.presets == {"DenseDetector": 1, "FCOS": 2}
+    assert row.values == "a whole number" and "convolutions" in row.meaning
+    assert rows["MODEL.DISTILL.CROSSKD.WEIGHT"].presets == {}
 
 
 # ---- A head of a user

@@ -1,7 +1,5 @@
 """The config keys of this package, and detectron2's default config with them."""
 
-import warnings
-
 from detectron2.config import CfgNode, get_cfg
 
 from ..heads import DISTILL_HEAD_REGISTRY
@@ -18,9 +16,6 @@ from ..section import (
     at_least,
     one_of,
 )
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
 
 KEYS: dict[str, Key] = {
     "MODEL.DISTILL.STUDENT_ARCHITECTURE": Key(

@@ -101,7 +101,7 @@ class DistillHead(nn.Module):
     def missing_outputs(cls, student: NetworkInfo, teacher: NetworkInfo | None) -> str | None:
         """Which of ``needs`` a network does not produce, or None."""
         if teacher is None and cls.needs_teacher:
-            return "it compares with a teacher, and there is none"
+            return "it compares with a teacher, but no teacher is configured"
         for net in (student, teacher) if teacher and cls.needs_teacher else (student,):
             missing = cls.needs - net.outputs
             if missing:

@@ -111,7 +111,7 @@ class CIRKD(RelationDistillHead):
     ) -> dict[str, Any]:
         world = comm.get_world_size()
         if cfg.SOLVER.IMS_PER_BATCH // world < 2:
-            logger.warning("CIRKD has one picture a process, and no other to compare it with.")
+            logger.warning("CIRKD compares the images of a process, but each process has only one.")
         ret = super().from_config(cfg, student, teacher)
         ret["part_weights"] = [ret.pop(f"{part}_weight") for part in cls.parts]
         return {
