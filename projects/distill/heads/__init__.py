@@ -6,6 +6,7 @@ registered head is an attribute of the package: ``distill.heads.FGD``.
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, outlasting_phases, teacher_needed
 from .dense import DenseDistillHead
@@ -30,4 +31,9 @@ __all__ = [
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
-globals().update(dict(DISTILL_HEAD_REGISTRY))
+
+
+def __getattr__(name: str) -> Any:
+    if name in DISTILL_HEAD_REGISTRY:
+        return DISTILL_HEAD_REGISTRY.get(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

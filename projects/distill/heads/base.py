@@ -60,7 +60,7 @@ class DistillHead(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        inherited = super(cls, cls).section
+        inherited: Section = super(cls, cls).section  # type: ignore[misc]
         cls.section = vars(cls).get("section", Section()).on_top_of(inherited)
 
     @configurable
