@@ -15,14 +15,15 @@ ALLOWED = {
     ".errors": "",
     ".utils": "torch numpy detectron2",
     ".structures": "torch detectron2 .errors",
+    ".section": "torch detectron2 .errors .utils",
     ".losses": "torch torchvision",
-    ".nets": "torch torchvision detectron2 fvcore timm .utils .losses.boxes",
-    ".heads": "* .losses .structures .errors .utils",
+    ".nets": "torch torchvision detectron2 fvcore timm .section .utils .losses.boxes",
+    ".heads": "* .losses .section .structures .errors .utils",
     ".families": "* .losses.boxes .structures .errors .utils.training",
     ".checkpoint": "",
     ".checkpoint.load": "* .errors",
     ".checkpoint.save": "* .errors .checkpoint",
-    ".config": "* .errors .heads .losses .nets .utils .modeling.init_from_teacher",
+    ".config": "* .errors .section .heads .nets .utils .modeling.init_from_teacher",
     ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",
@@ -32,7 +33,8 @@ ALLOWED = {
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",
     ".launch": "* .errors .config .checkpoint .data .engine .doctor",
-    "": ".nets .config .data.cityscapes .data.kitti .heads .modeling",  # distill/__init__.py
+    # distill/__init__.py
+    "": ".nets .config .section .data.cityscapes .data.kitti .heads .modeling",
 }
 
 

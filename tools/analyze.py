@@ -32,7 +32,7 @@ from rich.progress import Progress
 
 from distill.checkpoint.save import replacing
 from distill.config import get_distill_cfg
-from distill.config.detectron2_rules import is_writable, nearest
+from distill.config.detectron2_rules import is_writable
 from distill.data.datasets import register_coco_format
 from distill.errors import ConfigError, DataError, DistillError
 from distill.evaluation.coco_errors import (
@@ -45,6 +45,7 @@ from distill.evaluation.coco_errors import (
 )
 from distill.evaluation.coco_format import load_results, load_truth, read_results
 from distill.launch.termination import report
+from distill.utils.text import nearest
 
 from analyze_figure import DrawnBox, draw_curves, draw_panels  # isort: skip  beside this file
 from analyze_models import WEIGHTS, Triples, detect, read_config  # isort: skip  beside this file

@@ -47,7 +47,6 @@ from distill.config import (
     teacher_config,
     validate_config,
 )
-from distill.config.detectron2_rules import check_choice
 from distill.engine import setup_config
 from distill.engine.evaluators import check_test_sets
 from distill.errors import ConfigError
@@ -55,6 +54,7 @@ from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases,
 from distill.launch.termination import RESUME, explain, report
 from distill.modeling.meta_arch import DistillModel, network_infos
 from distill.modeling.teacher import build_teacher
+from distill.section import check_choice
 from distill.utils.text import choices
 
 # By task, the first that an evaluation has; an instance segmenter also has AP of boxes.

@@ -6,7 +6,7 @@ Importing the package registers its meta-architectures, backbones and heads with
 import warnings
 
 from . import nets  # noqa: F401  registers backbones
-from .config import add_distill_config, add_head_section, get_distill_cfg, validate_config
+from .config import add_distill_config, get_distill_cfg, validate_config
 from .data import (
     cityscapes,  # noqa: F401  replaces the loaders of detectron2's Cityscapes sets
     kitti,  # noqa: F401  registers kitti_train, kitti_val
@@ -18,6 +18,7 @@ from .modeling.meta_arch import (
     DistillRetinaNet,
     DistillSemanticSegmentor,
 )
+from .section import Key, Presets, Section
 
 __version__ = "0.1.0"
 
@@ -32,8 +33,10 @@ __all__ = [
     "DistillRetinaNet",
     "DistillSemanticSegmentor",
     "FPNDistillHead",
+    "Key",
+    "Presets",
+    "Section",
     "add_distill_config",
-    "add_head_section",
     "get_distill_cfg",
     "validate_config",
 ]

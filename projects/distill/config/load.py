@@ -13,7 +13,8 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
 from ..errors import ConfigError
-from .detectron2_rules import leaves, nearest
+from ..utils.text import nearest
+from .detectron2_rules import leaves
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's

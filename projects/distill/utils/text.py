@@ -18,3 +18,10 @@ def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str
         capitals.setdefault(name.upper(), []).append(name)
     found = difflib.get_close_matches(value.upper(), capitals, len(names) or 1, likeness)
     return [name for x in found for name in capitals[x]]
+
+
+def nearest(value: object, valid: Iterable[str], most: int = 12) -> str:
+    """Return the valid names for a message, nearest first, and at most ``most`` of them."""
+    names = choices(str(value), valid).split(", ")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
