@@ -1,19 +1,17 @@
-"""Compare the detections of several models on one data set: errors, recall, cost, pictures.
+"""Compare the detections of several models on one data set: errors, recall, cost, images.
 
-    python tools/analyze.py --dataset coco_2017_val --out report.html
+    distill analyze --dataset coco_2017_val --out report.html
         --model baseline output/baseline/inference/coco_instances_results.json
         --model distilled output/distilled --model teacher output/teacher
 
 A model is a file of predictions in COCO's format, which evaluation writes, or the OUTPUT_DIR of a
-training, whose network then detects on the data set here; only that tells what the network costs.
-The report is one HTML file that needs no other, and its numbers a JSON file beside it.
+training, whose network then detects on the data set here; only that shows the cost of the network.
+The report is one HTML file that needs no other, and its numbers are in a JSON file beside it.
 """
 
 import argparse
-import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,18 +22,14 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from make_shapes import parse_size  # beside this file
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from rich.console import Console
-from rich.progress import Progress
 
-from distill.checkpoint.save import replacing
-from distill.config import get_distill_cfg
-from distill.config.detectron2_rules import is_writable, nearest
-from distill.data.datasets import register_coco_format
-from distill.errors import ConfigError, DataError, DistillError
-from distill.evaluation.coco_errors import (
+from ..config import get_distill_cfg
+from ..config.detectron2_rules import is_writable, nearest
+from ..data.datasets import register_coco_format
+from ..errors import ConfigError, DataError, DistillError
+from ..evaluation.coco_errors import (
     CURVES,
     Judged,
     coco_evaluation,
@@ -43,13 +37,14 @@ from distill.evaluation.coco_errors import (
     error_curves,
     judge,
 )
-from distill.evaluation.coco_format import load_results, load_truth, read_results
-from distill.launch.termination import report
-
-from analyze_figure import DrawnBox, draw_curves, draw_panels  # isort: skip  beside this file
-from analyze_models import WEIGHTS, Triples, detect, read_config  # isort: skip  beside this file
-from analyze_page import render  # isort: skip  beside this file
-from stages import progress_bars, versions  # isort: skip  beside this file
+from ..evaluation.coco_format import load_results, load_truth, read_results
+from ..utils.arguments import at_least, size
+from ..utils.io import write_json, write_text
+from ..utils.progress import Progress
+from ..utils.provenance import command, versions
+from .figures import DrawnBox, draw_curves, draw_panels
+from .models import WEIGHTS, Triples, detect, read_config
+from .page import render
 
 
 @dataclass(frozen=True)
@@ -206,7 +201,7 @@ def as_report(
             }
             for image in pictures
         ],
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "versions": versions(),
     }
 
@@ -245,12 +240,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError(f"--model '{double[0]}' is given twice; choose another name.")
     if bool(args.dataset) == bool(args.annotations) or bool(args.annotations) != bool(args.images):
         raise ConfigError("Give either --dataset, or --annotations and --images.")
-    if args.max_detections < 10:
-        raise ConfigError(f"--max-detections is {args.max_detections}; it must be at least 10.")
-    if args.pictures < 0:
-        raise ConfigError(f"--pictures is {args.pictures}; it must be at least 0.")
-    if args.size and min(args.size) < 1:
-        raise ConfigError("--size must be at least 1 x 1 pixels.")
     for name, path in args.model:
         if not Path(path).exists():
             raise ConfigError(f"--model {name}: there is no file or folder '{path}'.")
@@ -271,16 +260,46 @@ def naming(model: str) -> Iterator[None]:
         raise ConfigError(f"--model {model}: {e}") from e
 
 
-def write(path: Path, text: str) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(str(path)) as f:
-            f.write(text.encode("utf-8", "backslashreplace"))
+        yield
     except OSError as e:
         raise ConfigError(f"--out: '{path}' cannot be written: {e.strerror}.") from e
 
 
-def analyze(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", default="", help="name of a registered data set")
+    parser.add_argument(
+        "--annotations", default="", help="file of another data set, in COCO's format"
+    )
+    parser.add_argument("--images", default="", help="folder of its images")
+    parser.add_argument(
+        "--model",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "PATH"),
+        help="predictions or the OUTPUT_DIR of a training; repeatable",
+    )
+    parser.add_argument("--out", type=Path, default=Path("output/analysis/report.html"))
+    parser.add_argument(
+        "--max-detections",
+        type=at_least(10),
+        default=100,
+        help="detections of a class in an image; COCO's are 100",
+    )
+    parser.add_argument("--pictures", type=at_least(0), default=8, help="number of images to show")
+    parser.add_argument("--min-score", type=float, default=0.5, help="score of the boxes to show")
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="WIDTHxHEIGHT",
+        help="pixels of the image whose cost is measured; default: as the model's config says",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     check_args(args)
     data = open_data(args)
     paths = {name: Path(path) for name, path in args.model}
@@ -289,7 +308,7 @@ def analyze(args: argparse.Namespace) -> None:
         with naming(name):
             trained = path.is_dir() and read_config(path, data.name, data.triples)
             sources[name] = trained or read_results(str(path))
-    with progress_bars(Console(file=sys.stdout)) as progress:
+    with Progress() as progress:
         for name, path in paths.items():
             with naming(name):
                 model = analyze_model(name, path, sources.pop(name), data, args, progress)
@@ -297,53 +316,12 @@ def analyze(args: argparse.Namespace) -> None:
         chosen = most_different(analyses, args.pictures)
         content = as_report(analyses, chosen, data, args)
         numbers = args.out.with_suffix(".json")
-        write(numbers, json.dumps(content, indent=1) + "\n")
+        with writing(numbers):
+            write_json(numbers, content)
         drawn = progress.track(chosen, description="draw pictures")
         pictures = [draw_picture(image, analyses, data) for image in drawn]
     curves = draw_curves({x.name: overall(x.curves) for x in analyses})
-    write(args.out, render(content, curves, pictures))
+    with writing(args.out):
+        write_text(args.out, render(content, curves, pictures))
     print(f"wrote {args.out} and {numbers}")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--dataset", default="", help="name of a registered data set")
-    parser.add_argument("--annotations", default="", help="of another one, in COCO's format")
-    parser.add_argument("--images", default="", help="folder of its pictures")
-    parser.add_argument(
-        "--model",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "PATH"),
-        help="predictions or the OUTPUT_DIR of a training; repeatedly",
-    )
-    parser.add_argument("--out", type=Path, default=Path("output/analysis/report.html"))
-    parser.add_argument(
-        "--max-detections", type=int, default=100, help="of a class in a picture; COCO's are 100"
-    )
-    parser.add_argument("--pictures", type=int, default=8, help="that are shown")
-    parser.add_argument("--min-score", type=float, default=0.5, help="of the boxes shown there")
-    parser.add_argument(
-        "--size",
-        type=parse_size,
-        metavar="WIDTHxHEIGHT",
-        help="pixels of the picture whose cost is measured; default: as the model's config says",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one sentence that says what to change."""
-    try:
-        analyze(parse_args(argv))
-    except Exception as e:
-        return report(e)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The figures of analyze.py: curves of errors, and the boxes of several models on a picture."""
+"""Figures of the comparison of models: curves of errors, and their boxes on an image."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
-from distill.evaluation.coco_errors import CURVES
-
-from visualize_figure import HALO, draw_image  # isort: skip  beside this file
+from ..evaluation.coco_errors import CURVES
+from .visualize_figure import HALO, draw_image
 
 # Of the area that each curve adds below it, the first white as COCO's; all distinct in grey, too.
 FILLS = ("#ffffff", "#c6dbef", "#6baed6", "#2171b5", "#08306b", "#fdae6b", "#d94801")

@@ -1,4 +1,4 @@
-"""The networks of analyze.py: what they detect, and what that costs."""
+"""Detections of a trained network, and their cost."""
 
 import gc
 import statistics
@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import seconds  # beside this file
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.analysis import FlopCountAnalysis
-from rich.progress import Progress
 from torch import nn
 from torch.nn.functional import interpolate
 
-from distill.data.datasets import number_of_classes
-from distill.engine import Trainer, load_student, setup_config
-from distill.errors import ConfigError
+from ..data.datasets import number_of_classes
+from ..engine import Trainer, load_student, setup_config
+from ..errors import ConfigError
+from ..utils.progress import Progress
+from ..utils.timing import seconds
 
 CONFIGS = ("student.yaml", "config.yaml")  # of a training, the plain one first
 WEIGHTS = "model_final.pth"

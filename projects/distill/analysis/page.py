@@ -1,13 +1,12 @@
-"""The page of analyze.py: one HTML file that needs no other."""
+"""Page of the comparison of models: one HTML file that needs no other."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from distill.evaluation.coco_errors import CURVES
-
-from analyze_figure import STYLES  # isort: skip  beside this file
+from ..evaluation.coco_errors import CURVES
+from .figures import STYLES
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -44,7 +43,7 @@ def render(report: Mapping[str, Any], curves: bytes, pictures: Sequence[bytes]) 
     """The page.
 
     Args:
-        report: what analyze.py writes as JSON.
+        report: content of the JSON file.
         curves: PNG.
         pictures: JPEGs of ``report["pictures"]``.
     """

@@ -1,17 +1,16 @@
-"""What each method of a config looks at in one picture.
+"""Draw what each method of a config looks at in one image.
 
-    python tools/visualize.py --config-file configs/quick/demo_tid.yaml --image 000000000012.jpg
+    distill visualize --config-file configs/quick/demo_tid.yaml --image 000000000012.jpg
         [--weights student.pth] [--out output/visualize] [KEY VALUE ...]
 
-Writes a figure a method: MSSD's masks (paper, Fig. 3), MKD's joint attention and frequency-masked
-features, IMA's instances and their α, TID's scores, areas and M (paper, Fig. 4), level by level
-over the picture. The heads compute all of it. Both networks are in evaluation mode, and the
-picture has the size of the evaluation.
+One figure per method is written: MSSD's masks (paper, Fig. 3), MKD's joint attention and
+frequency-masked features, IMA's instances and their α, TID's scores, areas and M (paper, Fig. 4),
+level by level over the image. The heads compute all of it. Both networks are in evaluation mode,
+and the image has the size of the evaluation.
 """
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,22 +27,22 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.checkpoint.load import load_strictly, readable
-from distill.config import building, teacher_config
-from distill.data.datasets import class_names, load_training_set
-from distill.engine import setup_config
-from distill.engine.trainer import train_mapper
-from distill.errors import ConfigError, DataError, DistillError, WeightsError
-from distill.heads import IMA, MKD, MSSD, TID, DistillHead
-from distill.heads.fpn import cell_labels
-from distill.heads.ima import CROPPED
-from distill.losses import joint_attention, tid_mask
-from distill.losses.frequency import frequency_filtered
-from distill.losses.tid import tid_areas
-from distill.modeling.meta_arch import DistillModel
-from distill.structures import Batch, NetworkOutputs
-
-from visualize_figure import Grid, Panel, Picture, draw  # isort: skip  beside this file
+from ..checkpoint.load import load_strictly, readable
+from ..config import building, teacher_config
+from ..data.datasets import class_names, load_training_set
+from ..engine import setup_config
+from ..engine.trainer import train_mapper
+from ..errors import ConfigError, DataError, WeightsError
+from ..heads import IMA, MKD, MSSD, TID, DistillHead
+from ..heads.fpn import cell_labels
+from ..heads.ima import CROPPED
+from ..losses import joint_attention, tid_mask
+from ..losses.frequency import frequency_filtered
+from ..losses.tid import tid_areas
+from ..modeling.meta_arch import DistillModel
+from ..structures import Batch, NetworkOutputs
+from ..utils.arguments import add_config_arguments
+from .visualize_figure import Grid, Panel, Picture, draw
 
 RANDOM = "random"  # --weights of a student that was never trained
 MAX_OBJECTS = 8  # instances in a figure, the largest
@@ -380,7 +379,18 @@ def signals_of(heads: Iterable[DistillHead]) -> frozenset[str]:
     return frozenset().union(*(head.needs for head in heads))
 
 
-def visualize(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--image", required=True, help="file name or index in DATASETS.TEST, TRAIN")
+    parser.add_argument("--out", type=Path, default=Path("output/visualize"))
+    parser.add_argument(
+        "--weights",
+        default="",
+        help=f"student's checkpoint, or {RANDOM}; default: OUTPUT_DIR/model_final.pth",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
     model, heads = build(cfg)
     weights, fresh = load_weights(model, cfg, args.weights)
@@ -408,28 +418,4 @@ def visualize(args: argparse.Namespace) -> None:
     for name in model.heads:
         if name not in heads:
             print(f"{name} has no figure")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after one sentence that says what to change."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--image", required=True, help="file name or index in DATASETS.TEST, TRAIN")
-    parser.add_argument("--out", type=Path, default=Path("output/visualize"))
-    parser.add_argument(
-        "--weights",
-        default="",
-        help=f"student's checkpoint, or {RANDOM}; default: OUTPUT_DIR/model_final.pth",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    args = parser.parse_args(argv)
-    try:
-        visualize(args)
-    except DistillError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The figures of visualize.py: maps over a picture, in rows and columns."""
+"""Figures of maps over an image, in rows and columns."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,38 +1,31 @@
-"""Compare methods and their switches on rendered pictures, with the same students and seeds.
+"""Compare methods and their variants on rendered images, with the same students and seeds.
 
-    python tools/ablation.py ima mkd --seeds 3
+    distill ablate ima mkd --seeds 3
 
 A study is a teacher, a baseline and variants of its distillation. All students of a study share
 one teacher, as in the papers; every seed trains the baseline and each variant from the same
-initial weights on the same pictures, so that differences are paired. Finished runs are reused.
+initial weights on the same images, so that differences are paired. Finished runs are reused.
 """
 
 import argparse
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo import Demo  # beside this file
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from stages import (
-    ROOT,
-    Stage,
-    commit,
-    differences,
-    mean_std,
-    progress_bars,
-    replicates,
-    versions,
-    write_json,
-)
 
-from distill.errors import DistillError
-from distill.launch.termination import report
+from ..config.detectron2_rules import check_choice
+from ..utils.arguments import at_least
+from ..utils.io import write_json
+from ..utils.progress import Progress
+from ..utils.provenance import command, commit, versions
+from .demo import Demo, quick
+from .runner import Stage
+from .summary import differences, mean_std, replicates
 
 HEADS = "MODEL.DISTILL"
 
@@ -177,7 +170,7 @@ STUDIES = {
 }
 
 
-class Runner:
+class Ablation:
     """Runs the stages of studies.
 
     Args:
@@ -199,7 +192,7 @@ class Runner:
             stage = self.demo.stage("teacher", self.teacher_seed, study.teacher)
             results["teacher"] = [self.demo.run(stage)[study.metric]]
             teacher = (
-                *(f"{HEADS}.TEACHER.CONFIG_FILE", str(ROOT / "configs/quick" / study.teacher)),
+                *(f"{HEADS}.TEACHER.CONFIG_FILE", quick(study.teacher)),
                 *(f"{HEADS}.TEACHER.WEIGHTS", str(stage.weights)),
             )
         chosen = {"full": (), **study.switches}
@@ -218,7 +211,7 @@ class Runner:
         return self.demo.stage(name, seed, study.distilled, *teacher, *self.opts, *opts)
 
 
-def print_table(console: Console, title: str, metric: str, results: dict[str, Any]) -> None:
+def print_table(title: str, metric: str, results: dict[str, Any]) -> None:
     table = Table(title=f"{title}: {metric} on the shapes data", box=box.SIMPLE)
     for column in ("", metric, "- baseline, paired"):
         table.add_column(column, justify="right" if column else "left")
@@ -226,60 +219,47 @@ def print_table(console: Console, title: str, metric: str, results: dict[str, An
         gains = differences(values, results["baseline"])
         gain = "" if name in ("teacher", "baseline") else mean_std(gains)
         table.add_row(name, mean_std(values), gain)
-    console.print(table)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar=f"{{{','.join(STUDIES)}}}")
-    parser.add_argument("--seeds", type=int, default=1, help="number of students a variant")
-    parser.add_argument("--variants", help="comma-separated names; default: full and all switches")
-    parser.add_argument("--tune", action="store_true", help="other scenes and seeds than reported")
-    parser.add_argument("--out", type=Path, default=Path("output/ablation"))
-    parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE of the distilled configs")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    args.variants = args.variants.split(",") if args.variants else None
-    for name in args.variants or []:
-        for study in args.studies:
-            if name not in ("full", *STUDIES[study].switches):
-                valid = ", ".join(("full", *STUDIES[study].switches))
-                parser.error(f"{study} has no variant '{name}'; it has: {valid}")
-    return args
+    Console().print(table)
 
 
 def result_suffix(args: argparse.Namespace) -> str:
-    """Of the raw file's name: runs of other variants, seeds or overrides do not replace it."""
+    """Suffix of the raw file: runs of other variants, seeds or overrides do not replace it."""
     described = f"{args.seeds} {args.variants} {args.opts}"
     digest = hashlib.sha256(described.encode()).hexdigest()[:6]
     return f"{'_tuning' if args.tune else ''}_{digest}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    console = Console(file=sys.stdout)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar=f"{{{','.join(STUDIES)}}}")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="students of each variant")
+    parser.add_argument(
+        "--variants",
+        type=lambda names: names.split(","),
+        help="comma-separated names; default: full and all switches",
+    )
+    parser.add_argument("--tune", action="store_true", help="other scenes and seeds than reported")
+    parser.add_argument("--out", type=Path, default=Path("output/ablation"))
+    parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE of the distilled configs")
+
+
+def run(args: argparse.Namespace) -> int:
+    for study in args.studies:
+        for name in args.variants or ():
+            check_choice(f"--variants of {study}", name, ("full", *STUDIES[study].switches))
     out = args.out.resolve()
     os.makedirs(out, exist_ok=True)
     data_seed, seeds = replicates(args.tune, args.seeds)
     for name in args.studies:
-        with progress_bars(console) as progress:
+        with Progress() as progress:
             demo = Demo(out, data_seed, progress, STUDIES[name].layout)
             demo.render()
-            runner = Runner(demo, seeds[0], args.opts)
-            results = runner.study(STUDIES[name], seeds, args.variants)
+            ablation = Ablation(demo, seeds[0], args.opts)
+            results = ablation.study(STUDIES[name], seeds, args.variants)
         metric = STUDIES[name].metric
-        print_table(console, name, metric, results)
+        print_table(name, metric, results)
         facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": seeds[0]}
-        facts |= {"opts": args.opts, "command": " ".join(["python", *sys.argv]), "commit": commit()}
+        facts |= {"opts": args.opts, "command": command(), "commit": commit()}
         path = out / f"{name}{result_suffix(args)}.json"
         write_json(path, {metric: results, **facts, "versions": versions()})
-        console.print(f"wrote {path}")
+        print(f"wrote {path}")
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DistillError as e:
-        sys.exit(report(e))

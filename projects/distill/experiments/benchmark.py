@@ -1,8 +1,8 @@
-"""What distillation costs on top of the student's step and the teacher's needed forward.
+"""Measure what distillation costs on top of the student's step and the teacher's forward.
 
-    python tools/benchmark.py --config-file F [--size 320x512 --batch 2] [KEY VALUE ...]
+    distill benchmark --config-file F [--size 320x512 --batch 2] [KEY VALUE ...]
 
-Weights and pictures are random: only time is measured. In one process and interleaved, every round
+Weights and images are random: only time is measured. In one process and interleaved, every round
 times the plain student's step, and for each head alone and for all together the teacher's answer
 and the distilled step. Reported are medians, and the ratio
 distilled / (plain + teacher).
@@ -14,13 +14,11 @@ makes, as a multiple of the largest feature map, and the MiB that it keeps for i
 
 import argparse
 import functools
+import json
 import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,22 +27,22 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from stages import commit, write_json  # beside this file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.config import student_config, teacher_config
-from distill.data.datasets import number_of_classes
-from distill.engine import setup_config
-from distill.errors import DistillError
-from distill.families import build_family
-from distill.heads import build_heads, teacher_needed
-from distill.launch.termination import report
-from distill.modeling.meta_arch import DistillModel, network_infos
-from distill.modeling.teacher import Teacher
-from distill.structures import NetworkOutputs
+from ..config import student_config, teacher_config
+from ..data.datasets import number_of_classes
+from ..engine import setup_config
+from ..families import build_family
+from ..heads import build_heads, teacher_needed
+from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.teacher import Teacher
+from ..structures import NetworkOutputs
+from ..utils.arguments import add_config_arguments, at_least, size
+from ..utils.progress import Progress
+from ..utils.provenance import command, commit
+from ..utils.timing import seconds
 
 
 def synthetic_batch(
@@ -87,22 +85,14 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
     return student, teacher, heads.to(cfg.MODEL.DEVICE)
 
 
-def seconds(function: Callable[[], Any], cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def step(model: nn.Module, inputs: list[Any]) -> None:
     model.zero_grad(set_to_none=True)
     sum(model(inputs).values()).backward()
 
 
-def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str, float]]:
+def measure(
+    cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
+) -> dict[str, dict[str, float]]:
     """Median seconds by head set: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
     student, teacher, heads = build(cfg)
     cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
@@ -119,7 +109,7 @@ def measure(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str
     plain: list[float] = []
     asked: dict[str, list[float]] = {key: [] for key in models}
     distilled: dict[str, list[float]] = {key: [] for key in models}
-    for _ in track(range(repeats + 1), "rounds"):  # the first warms up
+    for _ in progress.track(range(repeats + 1), description="rounds"):  # the first warms up
         plain.append(seconds(functools.partial(step, student, inputs), cuda))
         for key, model in models.items():
             asked[key].append(seconds(_question(model, inputs), cuda))
@@ -162,7 +152,9 @@ def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
     return lambda: teacher.ask(student, needs) if teacher else None
 
 
-def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, dict[str, float]]:
+def measure_heads(
+    cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
+) -> dict[str, dict[str, float]]:
     """By head: median seconds of ``head`` and ``backbone``, their ``ratio``, the ``largest`` tensor
     and the MiB ``kept``."""
     network, teacher, heads = build(cfg)
@@ -189,7 +181,7 @@ def measure_heads(cfg: CfgNode, inputs: list[Any], repeats: int) -> dict[str, di
         largest[name] = mode.numel / max(x.numel() for x in student.features.values())
         kept[name] = mebibytes_kept(functools.partial(head, student, answer), head)
     times: dict[str, list[float]] = {name: [] for name in ("backbone", *heads)}
-    for _ in track(range(repeats), "rounds"):
+    for _ in progress.track(range(repeats), description="rounds"):
         times["backbone"].append(seconds(forward, cuda))
         for name, head in heads.items():
             times[name].append(seconds(functools.partial(backward, head), cuda))
@@ -242,42 +234,45 @@ def sections(cfg: CfgNode) -> list[CfgNode]:
     return [cfg.MODEL.DISTILL[name.upper()] for name in cfg.MODEL.DISTILL.HEADS]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--size", default="320x512", help="height x width in pixels")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--objects", type=int, default=8, help="ground-truth boxes a picture")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--heads-only", action="store_true", help="the losses alone")
-    parser.add_argument("--json", type=Path, help="also write the medians here")
-    parser.add_argument("opts", nargs=argparse.REMAINDER)
-    args = parser.parse_args(argv)
-    height, width = (int(x) for x in args.size.split("x"))
-    cfg = setup_config(args.config_file, args.opts)
-    inputs = synthetic_batch(
-        args.batch, height, width, number_of_classes(cfg)[1] or 1, args.objects, seed=0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--size",
+        type=size,
+        default="320x512",
+        metavar="HEIGHTxWIDTH",
+        help="pixels of an image; default: %(default)s",
     )
+    parser.add_argument("--batch", type=at_least(1), default=2, help="images of a step")
+    parser.add_argument("--objects", type=at_least(0), default=8, help="boxes of an image")
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="rounds")
+    parser.add_argument("--heads-only", action="store_true", help="time only the losses")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    cfg = setup_config(args.config_file, args.opts)
+    height, width = args.size
+    classes = number_of_classes(cfg)[1] or 1
+    inputs = synthetic_batch(args.batch, height, width, classes, args.objects, seed=0)
     measured = measure_heads if args.heads_only else measure
-    with EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))):
-        medians = measured(cfg, inputs, args.repeats)
+    with (
+        EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))),
+        Progress(args.json) as progress,
+    ):
+        medians = measured(cfg, inputs, args.repeats, progress)
+    if args.json:
+        facts = {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts |= {"machine": platform.machine(), "command": command()}
+        print(json.dumps({**facts, "medians": medians}, indent=1))
+        return 0
     unit = "heads and their backward" if args.heads_only else "steps"
-    table = Table(title=f"Median seconds of {args.repeats} {unit}, {args.batch} x {args.size}")
+    title = f"Median seconds of {args.repeats} {unit}, {args.batch} x {height}x{width}"
+    table = Table(title=title)
     columns = list(next(iter(medians.values())))
     for column in ("heads", *columns):
         table.add_column(column)
     for key, row in medians.items():
         table.add_row(key, *(f"{row[k]:.3f}" for k in columns))
     Console().print(table)
-    if args.json:
-        facts = {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts |= {"machine": platform.machine(), "command": " ".join(["python", *sys.argv])}
-        write_json(args.json, {**facts, "medians": medians})
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DistillError as e:
-        sys.exit(report(e))

@@ -1,43 +1,28 @@
-"""Distil one student by many methods, from the same start on the same pictures, and compare them.
+"""Distill one student by many methods, from the same start on the same images, and compare them.
 
-    python tools/compare.py --config-file F --heads FitNet FGD MGD FGD+DKD --seeds 3 [KEY VALUE ...]
+    distill compare --config-file F --heads FitNet FGD MGD FGD+DKD --seeds 3 [KEY VALUE ...]
 
 Every seed trains the student alone and with each method: the same initial weights, the same
-pictures in the same order, so that differences are paired. Without --heads, every registered head
+images in the same order, so that differences are paired. Without --heads, every registered head
 that works for the config's student and teacher takes part. The config's sections hold the values
 of the heads; --set changes one for one method. The result is a table, raw values and a figure in
---out. Finished runs are reused, an interrupted one goes on from its checkpoint, and a method that
-fails is a row with its reason.
+--out. Finished runs are reused, an interrupted one continues from its checkpoint, and a method
+that fails is a row with its reason.
 
 Exit code: 0; 1 if a method failed; 2 after one sentence if nothing can be compared.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_report import Report, Row  # beside this file
-from demo import Shapes
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from rich.console import Console
-from stages import (
-    COST,
-    Result,
-    Runner,
-    Stage,
-    commit,
-    progress_bars,
-    replicates,
-    versions,
-    write_json,
-)
 from torch import nn
 
-from distill.config import (
+from ..config import (
     building,
     distill_architectures,
     get_distill_cfg,
@@ -47,19 +32,26 @@ from distill.config import (
     teacher_config,
     validate_config,
 )
-from distill.config.detectron2_rules import check_choice
-from distill.engine import setup_config
-from distill.engine.evaluators import check_test_sets
-from distill.errors import ConfigError
-from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
-from distill.launch.termination import RESUME, explain, report
-from distill.modeling.meta_arch import DistillModel, network_infos
-from distill.modeling.teacher import build_teacher
-from distill.utils.text import choices
+from ..config.detectron2_rules import check_choice
+from ..engine import setup_config
+from ..engine.evaluators import check_test_sets
+from ..errors import ConfigError
+from ..heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
+from ..launch.termination import AGAIN, RESUME, explain
+from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.teacher import build_teacher
+from ..utils.arguments import add_config_arguments, at_least
+from ..utils.io import write_json, write_text
+from ..utils.progress import Progress
+from ..utils.provenance import command, commit, versions
+from ..utils.text import choices, one_line
+from .compare_report import Report, Row
+from .runner import COST, Result, Runner, Stage
+from .shapes import Shapes
+from .summary import replicates
 
 # By task, the first that an evaluation has; an instance segmenter also has AP of boxes.
 METRICS = ("panoptic_seg/PQ", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/mIoU_present")
-AGAIN = "start the same command again."
 
 
 class Pair:
@@ -185,11 +177,11 @@ class Comparison:
         DistillError: nothing can be compared.
     """
 
-    def __init__(self, args: argparse.Namespace, console: Console):
-        self.args, self.console = args, console
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
         self.out: Path = args.out.resolve()
         os.makedirs(self.out, exist_ok=True)
-        self.runner = Runner(self.out, progress_bars(console))
+        self.runner = Runner(self.out, Progress())
         self.data_seed, self.seeds = replicates(args.tune, args.seeds)
         data = self._render() if args.shapes else []
         self.cfg = configure(args.config_file, [*args.opts, *data, "OUTPUT_DIR", str(self.out)])
@@ -204,7 +196,7 @@ class Comparison:
         merge_from_list(cfg, self.args.opts)
         semantic = student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor"
         shapes = Shapes(self.out, self.data_seed, "cityscapes" if semantic else "coco")
-        with progress_bars(self.console) as progress:
+        with Progress() as progress:
             shapes.render(progress)
         return shapes.opts()
 
@@ -219,7 +211,7 @@ class Comparison:
                     self._write()
         self.report.print()
         self.report.draw(self.out / "comparison.png")
-        self.console.print(f"wrote {self.out}/comparison.md, .json and .png", soft_wrap=True)
+        print(f"wrote {self.out}/comparison.md, .json and .png")
         return int(any(row.failures for row in rows))
 
     def _choose(self) -> None:
@@ -245,7 +237,7 @@ class Comparison:
         if not self.report.methods:
             raise ConfigError(f"None of the methods works here: {' '.join(reasons)}")
         for sentence in reasons:
-            self._say(f"left out: {sentence}")
+            print(f"left out: {sentence}")
         if self.args.heads:
             for name, why in refused.items():
                 row = Row(name, failures=dict.fromkeys(self.seeds, why))
@@ -276,23 +268,20 @@ class Comparison:
             result = self._run(stage)
         except Exception as e:
             row.failures[seed] = reason(e, stage.folder / "log.txt")
-            self._say(f"{stage.title} failed: {row.failures[seed]}")
+            print(f"{stage.title} failed: {row.failures[seed]}")
             return
         self.report.metric = self.report.metric or chosen_metric(self.args.metric, result)
         row.results[seed] = result
 
     def _run(self, stage: Stage) -> Result:
-        with progress_bars(self.console) as progress:  # one for all runs would outgrow the screen
+        with Progress() as progress:  # one for all runs would outgrow the screen
             self.runner.progress = progress
             return self.runner.run(stage)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
 
     def _write(self) -> None:
         left_out = "".join(f"- {name}: {why}\n" for name, why in self.skipped.items())
         note = f"\nLeft out:\n\n{left_out}" if left_out else ""
-        (self.out / "comparison.md").write_text(self.report.markdown() + note)
+        write_text(self.out / "comparison.md", self.report.markdown() + note)
         cuda = self.cfg.MODEL.DEVICE.startswith("cuda")
         content = {
             "metric": self.report.metric,
@@ -300,7 +289,7 @@ class Comparison:
             "rows": self.report.raw(),
             "skipped": self.skipped,
             "data_seed": self.data_seed if self.args.shapes else None,
-            "command": " ".join(["python", *sys.argv]),
+            "command": command(),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "threads": torch.get_num_threads(),
             "commit": commit(),
@@ -333,24 +322,23 @@ def reason(error: Exception, log: Path) -> str:
     """Why a run failed, in one sentence."""
     found = explain(error)
     if found:
-        return " ".join(str(found).split()).replace(RESUME, AGAIN)
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said:.200}; the traceback is in {log}."
+        return one_line(found).replace(RESUME, AGAIN)
+    return f"{type(error).__name__}: {one_line(error):.200}; the traceback is in {log}."
 
 
 # ---- The command line.
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config-file", required=True, help="of a distillation")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
     parser.add_argument(
         "--heads",
         nargs="+",
         metavar="METHOD",
+        default=[],
         help="each a method; A+B: both at once; default: all that work",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="number of trainings a method")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="trainings of each method")
     parser.add_argument("--metric", help="such as bbox/AP50; default: that of the task")
     parser.add_argument(
         "--set",
@@ -366,46 +354,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="first train MODEL.DISTILL.TEACHER.CONFIG_FILE on the student's data",
     )
     parser.add_argument(
-        "--shapes", action="store_true", help="on rendered pictures, with a teacher trained on them"
+        "--shapes", action="store_true", help="on rendered images, with a teacher trained on them"
     )
     parser.add_argument("--tune", action="store_true", help="other seeds and scenes than reported")
     parser.add_argument("--out", type=Path, default=Path("output/compare"))
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    names, sections = args.heads or [], get_distill_cfg()
-    # KEY VALUE may stand right behind the heads.
-    end = next((k for k, x in enumerate(names) if x.split(".")[0] in sections), len(names))
-    args.heads, args.opts = list(dict.fromkeys(names[:end])), names[end:] + args.opts
+
+
+def run(args: argparse.Namespace) -> int:
+    sections = get_distill_cfg()
+    # KEY VALUE may stand right after the heads.
+    overrides = (k for k, x in enumerate(args.heads) if x.split(".")[0] in sections)
+    end = next(overrides, len(args.heads))
+    args.heads, args.opts = list(dict.fromkeys(args.heads[:end])), args.heads[end:] + args.opts
     args.train_teacher |= args.shapes
-    check_names(parser, args)
-    return args
+    check_names(args)
+    return Comparison(args).run()
 
 
-def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_names(args: argparse.Namespace) -> None:
     registered = [name for name, _ in DISTILL_HEAD_REGISTRY]
-    try:
-        for method in args.heads:
-            for head in method.split("+"):
-                check_choice("--heads", head, registered)
-        for method, *_ in args.set:
-            check_choice("--set", method, args.heads or registered)
-    except ConfigError as e:
-        parser.error(str(e))
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    console = Console(file=sys.stdout)
-    try:
-        return Comparison(args, console).run()
-    except Exception as e:
-        return report(e)
-    except KeyboardInterrupt:
-        console.print(f"stopped; to go on, {AGAIN}")
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for method in args.heads:
+        for head in method.split("+"):
+            check_choice("--heads", head, registered)
+    for method, *_ in args.set:
+        check_choice("--set", method, args.heads or registered)

@@ -14,7 +14,9 @@ import matplotlib.pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from stages import MEMORY, SECONDS, THREADS, Result, mean_std
+
+from .runner import MEMORY, SECONDS, THREADS, Result
+from .summary import mean_std
 
 TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 Values = dict[int, float]

@@ -1,6 +1,6 @@
-"""Distil a detector on rendered pictures, from nothing to a table, on a CPU.
+"""Distill a detector on rendered images, from nothing to a table, on a CPU.
 
-    python tools/demo.py --seeds 3 --control
+    distill demo --seeds 3 --control
 
 Every seed is a full replicate: a teacher, a student alone, the same student distilled, and, with
 ``--control``, the same student under a randomly initialised teacher. Finished stages are reused,
@@ -10,110 +10,37 @@ an interrupted one resumes.
 import argparse
 import dataclasses
 import functools
-import hashlib
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import seconds  # beside this file
 from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.env import seed_all_rng
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from stages import (
-    ROOT,
-    Result,
-    Runner,
-    Stage,
-    commit,
-    differences,
-    finite,
-    mean_std,
-    progress_bars,
-    replicates,
-    versions,
-    write_json,
-)
 from torch import nn
 
-from distill.data.cityscapes import register_cityscapes_semantic
-from distill.data.shapes import LAYOUTS, SCENES_VERSION, SceneConfig
-from distill.engine import Trainer, setup_config
-from distill.errors import DistillError
-from distill.launch.termination import report
-
-import demo_figure  # isort: skip  beside this file
+from ..config import find_config
+from ..engine import Trainer, setup_config
+from ..utils.arguments import at_least
+from ..utils.io import replacing, write_json
+from ..utils.progress import Progress
+from ..utils.provenance import command, commit, versions
+from ..utils.timing import seconds
+from . import demo_figure
+from .runner import Result, Runner, Stage, finite
+from .shapes import SCENE, SCENES, Shapes
+from .summary import differences, mean_std, replicates
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COST = {"parameters": "M params", "gflops": "GFLOPs", "ms_per_image": "ms/image"}
-SCENES = {"train": 1500, "val": 300}
-# Simple enough to be learned in minutes: large, upright, calmly textured objects.
-SCENE = SceneConfig(
-    max_objects=4,
-    min_size=0.25,
-    max_distractors=2,
-    noise=3.0,
-    max_rotation=15.0,
-    texture_contrast=0.4,
-)
 TIMED_IMAGES = 50
 TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-
-
-class Shapes:
-    """Rendered scenes on disk, in a folder that all of their settings name.
-
-    Args:
-        out: where the folder is.
-        data_seed: of the scenes; tuning uses another one than reporting.
-        layout: coco, for detection, or cityscapes, for semantic segmentation.
-    """
-
-    def __init__(self, out: Path, data_seed: int, layout: str = "coco"):
-        self.data_seed = data_seed
-        self.layout = layout
-        scenes = hashlib.sha256(f"{SCENES}{SCENE}{SCENES_VERSION}".encode()).hexdigest()[:8]
-        kind = "shapes" if layout == "coco" else layout
-        self.folder = out / f"{kind}-{data_seed}-{scenes}"
-
-    def render(self, progress: Progress) -> None:
-        """Write the data set; a finished split is kept."""
-        for split, count in SCENES.items():
-            task = progress.add_task(f"render {split}", total=count)
-            LAYOUTS[self.layout](
-                self.folder,
-                split,
-                count,
-                self.data_seed,
-                SCENE,
-                progress=functools.partial(progress.advance, task),
-            )
-            progress.update(task, completed=count)
-
-    def opts(self) -> list[Any]:
-        """KEY VALUE overrides that name the data."""
-        train, test = (f"demo_{self.folder.name}_{split}" for split in SCENES)
-        named = ["DATASETS.TRAIN", (train,), "DATASETS.TEST", (test,)]
-        if self.layout == "cityscapes":
-            for name, split in zip((train, test), SCENES):
-                register_cityscapes_semantic(name, str(self.folder), split)
-            return named
-        sets = [
-            (
-                name,
-                str(self.folder / "annotations" / f"instances_{split}.json"),
-                str(self.folder / "images" / split),
-            )
-            for name, split in zip((train, test), SCENES)
-        ]
-        return [*named, "DATASETS.COCO_FORMAT", sets]
 
 
 class Demo(Runner):
@@ -125,7 +52,7 @@ class Demo(Runner):
     """
 
     def __init__(self, out: Path, data_seed: int, progress: Progress, layout: str = "coco"):
-        super().__init__(out, progress, Path(__file__))
+        super().__init__(out, progress)
         self.shapes = Shapes(out, data_seed, layout)
 
     @property
@@ -142,14 +69,18 @@ class Demo(Runner):
             config: name of a file in ``configs/quick``.
             opts: KEY VALUE overrides.
         """
-        file = str(ROOT / "configs" / "quick" / config)
         opts = (*self.shapes.opts(), "OUTPUT_DIR", str(self.out), *opts)
-        return self.describe(name, seed, setup_config(file, opts))
+        return self.describe(name, seed, setup_config(quick(config), opts))
 
     def measure(self, stage: Stage, model: nn.Module) -> Result:
         (name,) = stage.cfg.DATASETS.TEST
         results = self.test(stage, model)[name]
         return {**scores(results), **cost(model, Trainer.build_test_loader(stage.cfg, name))}
+
+
+def quick(config: str) -> str:
+    """Return the path of a file of ``configs/quick``."""
+    return find_config(f"configs/quick/{config}")
 
 
 def scores(results: dict[str, dict[str, float]]) -> Result:
@@ -184,9 +115,8 @@ def random_teacher(demo: Demo, teacher: Stage) -> Path:
     if not path.is_file():
         seed_all_rng(teacher.seed + 1_000)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        torch.save({"model": build_model(teacher.cfg).state_dict()}, temporary)
-        temporary.replace(path)
+        with replacing(path) as f:
+            torch.save({"model": build_model(teacher.cfg).state_dict()}, f)
     return path
 
 
@@ -194,8 +124,7 @@ def stages_of_seed(demo: Demo, seed: int, control: bool) -> list[Stage]:
     teacher = demo.stage("teacher", seed, "demo_teacher.yaml")
     stages = [teacher, demo.stage("baseline", seed, "demo_student.yaml")]
     key = "MODEL.DISTILL.TEACHER.WEIGHTS"
-    config = str(ROOT / "configs" / "quick" / "demo_teacher.yaml")
-    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", config)
+    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", quick("demo_teacher.yaml"))
     distilled = (*opts, key, str(teacher.weights))
     stages.append(demo.stage("distilled", seed, "demo_distilled.yaml", *distilled))
     if control:
@@ -220,7 +149,7 @@ def summarize(demo: Demo, stages: list[Stage], seeds: list[int]) -> dict[str, An
         "learning_rate": solver.BASE_LR,
         "iterations": {s.name: s.cfg.SOLVER.MAX_ITER for s in stages},
         "batch": solver.IMS_PER_BATCH,
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "threads": torch.get_num_threads(),
     }
     return {**results, "seeds": seeds, "commit": commit(), "versions": versions()}
@@ -244,7 +173,7 @@ def print_table(results: dict[str, Any]) -> None:
             console.print(f"distilled - {other}: {mean_std(gains)} AP")
 
 
-def tune(demo: Demo, seeds: list[int], console: Console) -> dict[str, Any]:
+def tune(demo: Demo, seeds: list[int]) -> dict[str, Any]:
     """The baseline's own best learning rate."""
     table = {
         str(lr): [
@@ -254,47 +183,33 @@ def tune(demo: Demo, seeds: list[int], console: Console) -> dict[str, Any]:
         for lr in LEARNING_RATES
     }
     for lr, values in table.items():
-        console.print(f"baseline at learning rate {lr}: {mean_std(values)} AP")
+        print(f"baseline at learning rate {lr}: {mean_std(values)} AP")
     return {"AP": table, "seeds": seeds, "data_seed": demo.shapes.data_seed, "commit": commit()}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=1, help="number of replicates")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="number of replicates")
     parser.add_argument("--control", action="store_true", help="add the untrained teacher")
     parser.add_argument("--out", type=Path, default=Path("output/demo"))
     parser.add_argument(
         "--tune", action="store_true", help="instead: the baseline's learning rate, on other seeds"
     )
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    console = Console(file=sys.stdout)
+def run(args: argparse.Namespace) -> int:
     out = args.out.resolve()
     os.makedirs(out, exist_ok=True)
     data_seed, seeds = replicates(args.tune, args.seeds)
-    with progress_bars(console) as progress:
+    with Progress() as progress:
         demo = Demo(out, data_seed, progress)
         demo.render()
         if args.tune:
-            write_json(out / "tuning.json", tune(demo, seeds, console))
+            write_json(out / "tuning.json", tune(demo, seeds))
             return 0
         stages = [s for seed in seeds for s in stages_of_seed(demo, seed, args.control)]
         results = summarize(demo, stages, seeds)
     write_json(out / "results.json", results)
     print_table(results)
     demo_figure.draw(results, stages, out / "summary.png")
-    console.print(f"wrote {out / 'results.json'} and {out / 'summary.png'}")
+    print(f"wrote {out / 'results.json'} and {out / 'summary.png'}")
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DistillError as e:
-        sys.exit(report(e))

@@ -18,7 +18,7 @@ from detectron2.structures import BoxMode
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from distill.config import student_config
+from ..config import student_config
 
 COLORS = {
     "teacher": "#4c72b0",

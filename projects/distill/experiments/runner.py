@@ -1,7 +1,7 @@
-"""Training runs that are kept: what demo.py, ablation.py and compare.py share.
+"""Training runs that are kept, for the demo, the ablations and the comparison of methods.
 
 Config, code and data of a run determine its folder. So a finished run is reused, an interrupted
-one goes on from its checkpoint, and a run of anything else starts anew.
+one continues from its checkpoint, and any other run starts anew.
 """
 
 import contextlib
@@ -13,11 +13,9 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
-import subprocess
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,17 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from torch import nn
 
-import distill
-from distill.checkpoint.load import file_hash, load_strictly
-from distill.config import student_config, teacher_config
-from distill.config.detectron2_rules import leaves
-from distill.engine import Trainer
-from distill.evaluation.sliding_window import with_sliding_window
-
-ROOT = Path(__file__).resolve().parents[1]
+from ..checkpoint.load import file_hash, load_strictly
+from ..config import student_config, teacher_config
+from ..config.detectron2_rules import leaves
+from ..engine import Trainer
+from ..evaluation.sliding_window import with_sliding_window
+from ..utils.io import write_json
+from ..utils.progress import Progress
+from ..utils.provenance import PACKAGE, versions
 
 SECONDS, MEMORY, THREADS = COST = "seconds_per_step", "peak_memory_mb", "threads"
 Result = dict[str, float | None]
@@ -68,15 +65,14 @@ class Runner:
     """Runs stages into ``out`` and remembers their results.
 
     Args:
-        out: folder of everything that a tool writes.
+        out: folder of everything that a command writes.
         progress: shows what runs.
-        sources: files whose code decides about results, beside the package and this one.
     """
 
-    def __init__(self, out: Path, progress: Progress, *sources: Path):
+    def __init__(self, out: Path, progress: Progress):
         self.out = out
         self.progress = progress
-        self.code = code_digest(*sources)
+        self.code = code_digest()
 
     def describe(self, name: str, seed: int, cfg: CfgNode) -> Stage:
         """A run of ``cfg``; its folder is keyed by a hash of config, code and the files it names.
@@ -108,8 +104,7 @@ class Runner:
         """Train and evaluate a stage, or read what an earlier run has measured."""
         result = stage.folder / "result.json"
         if result.is_file():
-            task = self.progress.add_task(f"{stage.title}: reused", total=1)
-            self.progress.advance(task)
+            self.progress.add_task(f"{stage.title}: reused", completed=1, total=1)
             return json.loads(result.read_text())
         stage.folder.mkdir(parents=True, exist_ok=True)
         with quiet(stage.folder / "log.txt"):
@@ -119,9 +114,7 @@ class Runner:
             model = build_model(cfg).eval()
             load_strictly(model, str(stage.weights), "the stage's checkpoint")
             metrics = self.measure(stage, model)
-        temporary = result.with_suffix(".tmp")
-        temporary.write_text(json.dumps(metrics, indent=1))
-        temporary.replace(result)
+        write_json(result, metrics)
         return metrics
 
     def _train(self, stage: Stage) -> None:
@@ -132,8 +125,7 @@ class Runner:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seed_all_rng(stage.seed)
-        task = self.progress.add_task(f"{stage.title}: train", total=cfg.SOLVER.MAX_ITER)
-        trainer = Trainer(cfg, extra_hooks=[Bar(self.progress, task)])
+        trainer = Trainer(cfg, extra_hooks=[ProgressHook(self.progress, f"{stage.title}: train")])
         trainer.resume_or_load(resume=True)
         trainer.train()
 
@@ -192,26 +184,27 @@ def finite(metric: str, value: float) -> float | None:
     return value if math.isfinite(value) else undefined.get(metric)
 
 
-# ---- What runs, and what it leaves on the screen.
+# ---- The display.
 
 
-class Bar(HookBase):
-    """Advances a progress bar with the trainer."""
+class ProgressHook(HookBase):
+    """Shows how far a training is."""
 
-    def __init__(self, progress: Progress, task: Any):
-        self.progress, self.task = progress, task
+    def __init__(self, progress: Progress, title: str):
+        self.progress, self.title = progress, title
 
     def before_train(self) -> None:
-        self.progress.update(self.task, completed=self.trainer.start_iter)
+        done, total = self.trainer.start_iter, self.trainer.max_iter
+        self.task = self.progress.add_task(self.title, completed=done, total=total)
 
     def after_step(self) -> None:
         self.progress.advance(self.task)
 
 
 class WatchedLoader:
-    """A data loader that advances a progress bar."""
+    """A data loader that shows how much of it is read."""
 
-    def __init__(self, loader: Any, progress: Progress, task: Any):
+    def __init__(self, loader: Any, progress: Progress, task: TaskID):
         self.loader, self.progress, self.task = loader, progress, task
 
     def __len__(self) -> int:
@@ -246,26 +239,15 @@ def quiet(log: Path) -> Iterator[None]:
         handler.close()
 
 
-def progress_bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 # ---- What a run depends on.
 
 
-def code_digest(*sources: Path) -> str:
-    """Hash of the package's source, this file, ``sources`` and the libraries' versions."""
+def code_digest() -> str:
+    """Hash of the package's source, except the rooms that train nothing, and of the libraries."""
     digest = hashlib.sha256(json.dumps(versions()).encode())
-    package = sorted(Path(distill.__file__).parent.rglob("*.py"))
-    for path in (Path(__file__), *sources, *package):
-        digest.update(path.read_bytes())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -287,56 +269,3 @@ def content_hash(path: str) -> str:
 @functools.cache
 def _content_hash(path: str, *state: int) -> str:
     return file_hash(path)
-
-
-def commit() -> str | None:
-    """The checked-out commit, "+" if files differ from it; None outside git."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        dirty = subprocess.check_output([*git, "status", "--porcelain"], text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if dirty else "")
-
-
-def versions() -> dict[str, str]:
-    import detectron2
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "distill": distill.__version__,
-    }
-
-
-# ---- What is reported.
-
-
-def replicates(tune: bool, number: int) -> tuple[int, list[int]]:
-    """Seed of the scenes and of each replicate: tuning sees others than what is reported."""
-    data_seed, first = (0, 100) if tune else (1, 0)
-    return data_seed, list(range(first, first + number))
-
-
-def mean_std(values: Sequence[float | None], digits: int = 1) -> str:
-    """Mean ± sample standard deviation, the only value, or "-" if a value is undefined."""
-    if not values or None in values:
-        return "-"
-    x = torch.tensor(values, dtype=torch.float64)
-    mean = f"{x.mean():.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {x.std():.{digits}f}"
-
-
-def differences(
-    values: Sequence[float | None], others: Sequence[float | None]
-) -> list[float | None]:
-    """``values`` - ``others``, paired; None where one of the two is."""
-    return [None if a is None or b is None else a - b for a, b in zip(values, others)]
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")

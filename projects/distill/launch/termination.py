@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import DistillError
+from ..utils.text import print_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPORT_DELAY_S = 2.0  # seconds in which the cause of an echo is heard of
@@ -28,6 +29,7 @@ class EchoError(DistillError):
 
 
 RESUME = "continue with --resume."
+AGAIN = "start the same command again."
 _WORKER = (
     "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS if memory is "
     "short, give /dev/shm more room if shared memory is (docker run --shm-size 8g), and "
@@ -118,11 +120,32 @@ def explain(error: BaseException) -> DistillError | None:
     return explain(before) if before else None
 
 
-def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
+def run_command(run: Callable[[], int]) -> int:
+    """Run a command in this process, and turn every end of it into an exit code.
+
+    This is the rule for all commands: 0 or the command's own finding, 2 after one sentence about a
+    mistake of the user, 1 after the traceback of a bug, 130 and 143 after SIGINT and SIGTERM.
+
+    Args:
+        run: the command; returns its exit code.
+    """
+    with ending_on_signals(lambda: AGAIN):
+        try:
+            return run()
+        except Exception as e:
+            return report(e, advice=AGAIN)
+
+
+def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME) -> int:
     """Print why this process ends: one sentence, or the traceback of a bug.
 
     Processes often find the same, or only hear that another one ended. Whoever started them stops
     the rest after the first end, so those whose sentence may be superfluous wait for that.
+
+    Args:
+        error: what ended it.
+        rank, local_rank: of this process, see :class:`ProcessInfo`.
+        advice: how to continue the command.
 
     Returns:
         The exit code: 2 for an error with a sentence, else 1.
@@ -131,7 +154,7 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
     time.sleep(REPORT_DELAY_S * (local_rank + isinstance(found, EchoError)))
     who = f"rank {rank}: " if rank else ""
     if found:
-        print(f"error: {who}{' '.join(str(found).split())}", file=sys.stderr, flush=True)
+        print_error(f"{who}{found}".replace(RESUME, advice))
         return 2
     trace = "".join(traceback.format_exception(error))
     print(f"{who}{trace}", end="", file=sys.stderr, flush=True)
