@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(name, rest)
     except KeyboardInterrupt:  # while the modules are imported
-        print("stopped by SIGINT", file=sys.stderr)
+        print("stopped by SIGINT: start the same command again.", file=sys.stderr)
         return 130
 
 

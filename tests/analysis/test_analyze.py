@@ -1,7 +1,6 @@
 """The comparison of models: its numbers, its page, the pictures it chooses, and what it refuses."""
 
 import json
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import chain
@@ -14,15 +13,12 @@ from conftest import outspoken_model, tiny_cfg, trainable_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from distill import cli
+from distill.analysis import analyze
 from distill.config import student_config
 from distill.data.shapes import CLASSES
 from distill.engine import evaluate
 from distill.evaluation.coco_errors import CURVES
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import analyze  # noqa: E402
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -50,7 +46,7 @@ class Page(HTMLParser):
 
 
 class Run:
-    """The tool on the shapes; predictions are made of their annotations."""
+    """The command on the shapes; predictions are made of their annotations."""
 
     def __init__(self, folder: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]):
         self.folder, self.shapes, self.capsys = folder, shapes, capsys
@@ -60,7 +56,7 @@ class Run:
 
     def __call__(self, *arguments: str, data: list[str] | None = None) -> int:
         data = self.data if data is None else data
-        return analyze.main([*data, "--out", str(self.out), *arguments])
+        return cli.main(["analyze", *data, "--out", str(self.out), *arguments])
 
     def predictions(
         self, name: str, change: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda x: x
@@ -278,7 +274,7 @@ def test_one_sentence_says_what_is_wrong(run: Run) -> None:
     assert "one of: coco_2017_val, " in line
     line = run.fails(*good, data=["--annotations", "none.json", "--images", run.shapes[2]])
     assert "there is no file 'none.json'" in line
-    assert "at least 10" in run.fails(*good, "--max-detections", "5")
+    assert "number from 10" in run.fails(*good, "--max-detections", "5")
     assert "ends in .html" in run.fails(*good, "--out", str(run.folder / "out" / "report.json"))
     file = run.folder / "file"
     file.write_text("")

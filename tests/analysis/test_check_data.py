@@ -1,28 +1,18 @@
-"""tools/check_data.py: everything at once, whatever the files hold."""
+"""distill check-data: everything at once, whatever the files hold."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import trainable_cfg
 from PIL import Image
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "check_data.py"
+from distill import cli
+
 Shapes = tuple[str, str, str]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_data", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -63,64 +53,62 @@ def spoil_annotations(folder: Path) -> dict[str, int]:
     return dict.fromkeys(kinds, 1)
 
 
-def run_json(tool: ModuleType, config: Path, capsys: Any, *args: str) -> tuple[int, dict[str, int]]:
-    code = tool.main(["--config-file", str(config), "--json", "--workers", "0", *args])
+def run_json(config: Path, capsys: Any, *args: str) -> tuple[int, dict[str, int]]:
+    code = cli.main(["check-data", "--config-file", str(config), "--json", "--workers", "0", *args])
     found: dict[str, int] = {}
     for fault in json.loads(capsys.readouterr().out):
         found[fault["kind"]] = found.get(fault["kind"], 0) + 1
     return code, found
 
 
-def test_a_sound_data_set(tool: ModuleType, config: Path, capsys: Any) -> None:
-    assert run_json(tool, config, capsys) == (0, {})
-    assert tool.main(["--config-file", str(config)]) == 0
+def test_a_sound_data_set(config: Path, capsys: Any) -> None:
+    assert run_json(config, capsys) == (0, {})
+    assert cli.main(["check-data", "--config-file", str(config)]) == 0
     assert "0 fatal faults, 0 remarks" in capsys.readouterr().out
 
 
-def test_everything_at_once(tool: ModuleType, config: Path, capsys: Any) -> None:
+def test_everything_at_once(config: Path, capsys: Any) -> None:
     """Pictures are opened although detectron2 cannot read the annotations."""
     expected = spoil_pictures(config.parent) | spoil_annotations(config.parent)
-    assert run_json(tool, config, capsys) == (1, expected)
+    assert run_json(config, capsys) == (1, expected)
 
 
-def test_without_opening_pictures(tool: ModuleType, config: Path, capsys: Any) -> None:
+def test_without_opening_pictures(config: Path, capsys: Any) -> None:
     spoil_pictures(config.parent)
-    assert run_json(tool, config, capsys, "--no-images") == (1, {"missing file": 1})
+    assert run_json(config, capsys, "--no-images") == (1, {"missing file": 1})
 
 
-def test_remarks_are_not_fatal(tool: ModuleType, config: Path, capsys: Any) -> None:
+def test_remarks_are_not_fatal(config: Path, capsys: Any) -> None:
     spoil_pictures(config.parent)
     kept = {f"{k:012d}.jpg" for k in (3, 4, 5)}
     content = json.loads((config.parent / "a.json").read_text())
     content["images"] = [x for x in content["images"] if x["file_name"] in kept]
     gone = [x for x in content["annotations"] if x["image_id"] <= 3]
     (config.parent / "a.json").write_text(json.dumps(content))
-    assert run_json(tool, config, capsys) == (0, {"CMYK": 1, "unknown picture": len(gone)})
+    assert run_json(config, capsys) == (0, {"CMYK": 1, "unknown picture": len(gone)})
 
 
-def test_the_config_has_to_fit(tool: ModuleType, config: Path, capsys: Any) -> None:
-    code, found = run_json(tool, config, capsys, "MODEL.ROI_HEADS.NUM_CLASSES", "7")
+def test_the_config_has_to_fit(config: Path, capsys: Any) -> None:
+    code, found = run_json(config, capsys, "MODEL.ROI_HEADS.NUM_CLASSES", "7")
     assert code == 1 and list(found) == ["class beyond the config's number"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": 3, "categories": 1}', "\0"])
-def test_annotation_files_of_any_content(
-    text: str, tool: ModuleType, config: Path, capsys: Any
-) -> None:
+def test_annotation_files_of_any_content(text: str, config: Path, capsys: Any) -> None:
     (config.parent / "a.json").write_text(text)
-    code, found = run_json(tool, config, capsys)
+    code, found = run_json(config, capsys)
     assert code == 1 and found
 
 
-def test_a_path_that_leads_out_is_not_opened(tool: ModuleType, config: Path, capsys: Any) -> None:
+def test_a_path_that_leads_out_is_not_opened(config: Path, capsys: Any) -> None:
     (config.parent / "secret.jpg").write_text("no picture")
     content = json.loads((config.parent / "a.json").read_text())
     content["images"][0]["file_name"] = "../secret.jpg"
     content["images"][1]["file_name"] = "\ud800.jpg"  # half of a character
     (config.parent / "a.json").write_text(json.dumps(content))
     expected = {"path out of the folder": 1, "missing file": 1}
-    assert run_json(tool, config, capsys) == (1, expected)
-    assert tool.main(["--config-file", str(config), "--workers", "0"]) == 1
+    assert run_json(config, capsys) == (1, expected)
+    assert cli.main(["check-data", "--config-file", str(config), "--workers", "0"]) == 1
     assert "\\ud800.jpg" in capsys.readouterr().out
 
 
@@ -132,10 +120,8 @@ def test_a_path_that_leads_out_is_not_opened(tool: ModuleType, config: Path, cap
         (["DATASETS.COCO_FORMAT", "(('a', 'b.json', '.'),)"], "b.json"),
     ],
 )
-def test_a_wrong_config(
-    opts: list[str], word: str, tool: ModuleType, config: Path, capsys: Any
-) -> None:
-    assert tool.main(["--config-file", str(config), *opts]) == 2
+def test_a_wrong_config(opts: list[str], word: str, config: Path, capsys: Any) -> None:
+    assert cli.main(["check-data", "--config-file", str(config), *opts]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and word in line
 
@@ -145,7 +131,16 @@ def test_the_table_in_a_process_of_its_own(config: Path) -> None:
     content = json.loads((config.parent / "a.json").read_text())
     content["annotations"][0]["bbox"] = [0, 0, 999, 999]
     (config.parent / "a.json").write_text(json.dumps(content))
-    command = [sys.executable, str(TOOL), "--config-file", str(config), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "distill",
+        "check-data",
+        "--config-file",
+        str(config),
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,10 @@ from matplotlib.image import imread
 from PIL import Image
 from torch import Tensor
 
+from distill import cli
+from distill.analysis import visualize
 from distill.engine import setup_config
 from distill.heads.fpn import cell_labels
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import visualize  # noqa: E402
 
 Shapes = tuple[str, str, str]
 SEMANTIC = "shapes_tiny_semantic"  # semantic labels alone
@@ -48,7 +44,7 @@ case_ids = [f"{head}-{family}" for family, head, _, _ in CASES]
 
 @dataclass
 class Run:
-    """The tool on one tiny config; the teacher is wider, so that the student needs adapters."""
+    """The command on one tiny config; the teacher is wider, so that the student needs adapters."""
 
     folder: Path
     arguments: list[str]
@@ -57,7 +53,7 @@ class Run:
     def main(self, image: str = "0", weights: str = visualize.RANDOM) -> int:
         out = str(self.folder / "figures")
         chosen = ["--weights", weights] if weights else []
-        return visualize.main([*self.arguments, "--image", image, "--out", out, *chosen])
+        return cli.main(["visualize", *self.arguments, "--image", image, "--out", out, *chosen])
 
     def fails(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         """The one line on stderr."""

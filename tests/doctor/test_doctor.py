@@ -28,7 +28,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from distill.doctor import Report, examine, examine_heads, examine_taps, main
+from distill import cli
+from distill.doctor import Report, examine, examine_heads, examine_taps
 from distill.doctor.dry_run import build_dry_run, preserved
 from distill.doctor.examine import measure_cost
 from distill.doctor.losses import loss_warnings
@@ -47,7 +48,6 @@ from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
 from distill.heads.classes import ClassMap
 from distill.utils.seeding import seed_globally
 
-ROOT = Path(__file__).resolve().parents[1]
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 EIGHT += ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 12)
@@ -147,7 +147,7 @@ def test_losses_gradients_and_cosines_are_those_of_the_training(
     levels = ("p3", "p4")
     opts = ("MODEL.DISTILL.FITNET.IN_FEATURES", levels, "MODEL.DISTILL.FITNET.WEIGHT", 3.0)
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *opts)
-    assert main([*written(cfg, tmp_path), "--json"]) == 0
+    assert cli.main(["doctor", *written(cfg, tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     seed_globally(cfg.SEED)
     trainer = Trainer(cfg)
@@ -457,7 +457,7 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     taught: list[Any], tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *taught)
-    assert main([*written(cfg, tmp_path), "--teacher-ap", "4", "--json"]) == 0
+    assert cli.main(["doctor", *written(cfg, tmp_path), "--teacher-ap", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     check = report["teacher_check"]
     assert check["value"] > 0.5 > check["chance"]
@@ -573,7 +573,7 @@ def test_weights_of_the_backbone_alone(tmp_path: Path, shapes: Shapes) -> None:
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     """stdout and the one line on stderr of a run that ends with 2."""
     capsys.readouterr()
-    assert main(arguments) == 2
+    assert cli.main(["doctor", *arguments]) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ")
@@ -607,7 +607,7 @@ def test_errors(
         saved["model"]["backbone.fpn_output2.bias"][0] = math.nan
         torch.save(saved, tmp_path / "teacher.pth")
         capsys.readouterr()
-        assert main(arguments) == 2
+        assert cli.main(["doctor", *arguments]) == 2
         captured = capsys.readouterr()
         lines = captured.err.splitlines()
         assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
@@ -687,7 +687,7 @@ def test_the_text_is_calm(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "mask", HEADS["mask"], "DATASETS.TEST", (shapes[0],))
-    assert main([*written(cfg, tmp_path), "--teacher-ap", "1"]) == 0
+    assert cli.main(["doctor", *written(cfg, tmp_path), "--teacher-ap", "1"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert not captured.err and "\x1b" not in captured.out
@@ -701,21 +701,21 @@ def test_the_text_is_calm(
     assert lines[-1] == f"0 errors, {len(warned)} warnings"
 
 
-@pytest.mark.parametrize("flag, title", [("--list-taps", "Taps"), ("--list-heads", "Heads")])
+@pytest.mark.parametrize("flag, title", [("--list-outputs", "Taps"), ("--list-heads", "Heads")])
 def test_the_lists(
     flag: str, title: str, tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], *NAMED)
-    assert main([*written(cfg, tmp_path), flag]) == 0
+    assert cli.main(["doctor", *written(cfg, tmp_path), flag]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert title in lines and "Losses" not in lines and lines[-1] == "0 errors, 0 warnings"
     assert any("FitNet" in line for line in lines)
 
 
-def test_the_tool(tmp_path: Path, shapes: Shapes) -> None:
+def test_the_command(tmp_path: Path, shapes: Shapes) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *NAMED)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "doctor.py"), *written(cfg, tmp_path), "--json"],
+        [sys.executable, "-m", "distill", "doctor", *written(cfg, tmp_path), "--json"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

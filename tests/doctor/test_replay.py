@@ -31,16 +31,12 @@ from test_nonfinite import (
 )
 from torch import Tensor, nn
 
-from distill.doctor.replay import Replay, _broken, _watching, replay
+from distill import cli
+from distill.doctor.replay import Replay, _broken, _watching, replay, show
 from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.heads.fpn import FitNet
 from distill.structures import Batch, NetworkOutputs
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import replay as tool  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -289,11 +285,11 @@ def saved(
 def test_exit_codes(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main([str(saved)]) == 1
+    assert cli.main(["replay", str(saved)]) == 1
     output = capsys.readouterr().out
     assert "Everything is finite here." in output and "first not finite" not in output
     spoil(monkeypatch, "losses", FitNet, "p3", BadGradient.apply)
-    assert tool.main([str(saved)]) == 0
+    assert cli.main(["replay", str(saved)]) == 0
     output = capsys.readouterr().out
     assert "The run said: the gradient of loss_fitnet/p3 in student." in output
     assert "first not finite: gradient of loss_fitnet/p3 in student.backbone.fpn_output3" in output
@@ -305,7 +301,7 @@ def test_exit_codes(
 
 def test_text_of_the_file_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     odd = Replay("[/b] said", {"[red]loss": 1.0}, {}, ["picture a[/b].jpg"], "[x]")
-    tool.show(odd, tool.console())
+    show(odd)
     output = capsys.readouterr().out
     for text in ("[/b] said", "[red]loss", "first not finite: picture a[/b].jpg", "forward: [x]"):
         assert text in output
@@ -313,7 +309,7 @@ def test_text_of_the_file_is_no_markup(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_long_path_stays_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/".join(["folder"] * 40)
-    tool.show(Replay("x", {}, {}, [f"picture {path}"]), tool.console())
+    show(Replay("x", {}, {}, [f"picture {path}"]))
     assert path in capsys.readouterr().out
 
 
@@ -357,7 +353,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def check_refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert tool.main([str(path)]) == 2
+    assert cli.main(["replay", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "Traceback" not in line
     return line
@@ -401,7 +397,7 @@ def test_a_state_sets_nothing_else_of_the_student(saved: Path, tmp_path: Path) -
 
 def test_overrides_are_checked(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert tool.main([str(saved), "SOLVER.NOTHING", "1"]) == 2
+    assert cli.main(["replay", str(saved), "SOLVER.NOTHING", "1"]) == 2
     assert "SOLVER.NOTHING" in capsys.readouterr().err
-    assert tool.main([str(saved), "MODEL.DISTILL.TEACHER.WEIGHTS", "gone.pth"]) == 2
+    assert cli.main(["replay", str(saved), "MODEL.DISTILL.TEACHER.WEIGHTS", "gone.pth"]) == 2
     assert "gone.pth" in capsys.readouterr().err

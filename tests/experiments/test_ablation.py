@@ -1,19 +1,16 @@
-"""The ablation tool: every study's configs and switches exist, runs are paired and reused."""
+"""Ablations: every study's configs and switches exist, runs are paired and reused."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill import cli
 from distill.config import get_distill_cfg, merge_from_file, merge_from_list, validate_config
+from distill.experiments import ablation, demo, shapes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import ablation  # noqa: E402
-import demo  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 VARIANTS = [
     (study, variant) for study, x in ablation.STUDIES.items() for variant in ("full", *x.switches)
@@ -21,10 +18,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("study", "variant"), VARIANTS)
-def test_a_variant_is_a_valid_config_that_changes_something(
-    study: str, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)  # teachers are named from here
+def test_a_variant_is_a_valid_config_that_changes_something(study: str, variant: str) -> None:
     described = ablation.STUDIES[study]
     cfg = get_distill_cfg()
     merge_from_file(cfg, str(ROOT / "configs" / "quick" / described.distilled))
@@ -58,7 +52,7 @@ def test_differences_are_paired_and_runs_reused(
     monkeypatch.setattr(demo.Demo, "run", run)
     monkeypatch.setattr(demo.Demo, "render", lambda self: write_nothing(self.data))
     arguments = ["tid", "--seeds", "2", "--variants", "full,key only", "--out", str(tmp_path)]
-    assert ablation.main(arguments) == 0
+    assert cli.main(["ablate", *arguments]) == 0
     assert trained == [
         *("teacher 0", "baseline 0", "full 0", "key only 0", "baseline 1", "full 1", "key only 1")
     ]
@@ -71,7 +65,7 @@ def test_differences_are_paired_and_runs_reused(
 def write_nothing(folder: Path) -> None:
     """An empty data set, so that the config's paths exist."""
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    for split in demo.SCENES:
+    for split in shapes.SCENES:
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         (folder / "annotations" / f"instances_{split}.json").write_text("{}")
 
@@ -85,10 +79,10 @@ def test_self_distillation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         )
 
     monkeypatch.setattr(demo.Demo, "stage", stage)
-    monkeypatch.setattr(demo, "SCENES", {"train": 4, "val": 2})
+    monkeypatch.setattr(shapes, "SCENES", {"train": 4, "val": 2})
     monkeypatch.setattr(demo, "TIMED_IMAGES", 1)
     arguments = ["mssd", "--tune", "--variants", "full", "--out", str(tmp_path)]
-    assert ablation.main([*arguments, "--opts", "MODEL.DISTILL.MSSD.WEIGHT", "0.5"]) == 0
+    assert cli.main(["ablate", *arguments, "--opts", "MODEL.DISTILL.MSSD.WEIGHT", "0.5"]) == 0
     content = json.loads(next(tmp_path.glob("mssd_tuning_*.json")).read_text())
     assert set(content["AP"]) == {"baseline", "full"} and content["seeds"] == [100]
     config = next((tmp_path / "stages").glob("full-100-*/student.yaml")).read_text()
@@ -96,6 +90,6 @@ def test_self_distillation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_unknown_variant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        ablation.parse_args(["tid", "--variants", "fulll"])
-    assert "tid has no variant 'fulll'; it has: full, cls only" in capsys.readouterr().err
+    assert cli.main(["ablate", "tid", "--variants", "fulll"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--variants of tid: unknown value 'fulll'; did you mean full? Valid: full" in line

@@ -1,17 +1,14 @@
 """The benchmark runs on a tiny student, with and without a teacher, and reports what it says."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PAFPN, distill_opts, tiny_cfg, write_teacher
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import benchmark  # noqa: E402
+from distill import cli
+from distill.experiments import benchmark
 
 
 def arguments(folder: Path, *opts: object) -> list[str]:
@@ -21,16 +18,18 @@ def arguments(folder: Path, *opts: object) -> list[str]:
     path.write_text(tiny_cfg("faster").dump())
     data = ["DATASETS.TRAIN", sets, "DATASETS.TEST", "()"]
     common = ["--config-file", str(path), "--size", "64x64", "--repeats", "1"]
-    return [*common, "--json", str(folder / "out.json"), *map(str, opts), *data]
+    return ["benchmark", *common, "--json", *map(str, opts), *data]
 
 
 @pytest.mark.parametrize("only", [True, False])
-def test_heads_with_a_teacher(tmp_path: Path, only: bool) -> None:
+def test_heads_with_a_teacher(
+    tmp_path: Path, only: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ("FitNet", "TID")
     opts = [*distill_opts("faster", names), *write_teacher(tmp_path, "faster")]
     flags = ["--heads-only", "--objects", 3] if only else []
-    assert benchmark.main(arguments(tmp_path, *flags, *opts)) == 0
-    medians = json.loads((tmp_path / "out.json").read_text())["medians"]
+    assert cli.main(arguments(tmp_path, *flags, *opts)) == 0
+    medians = json.loads(capsys.readouterr().out)["medians"]
     assert set(medians) == ({*names} if only else {*names, "all"})
     for row in medians.values():
         assert all(value > 0 for value in row.values())
@@ -42,10 +41,12 @@ def test_heads_with_a_teacher(tmp_path: Path, only: bool) -> None:
         assert row["ratio"] == pytest.approx(time / reference)
 
 
-def test_self_distillation_has_no_teacher(tmp_path: Path) -> None:
+def test_self_distillation_has_no_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     opts = [*distill_opts("faster", ("MSSD",)), *PAFPN]
-    assert benchmark.main(arguments(tmp_path, "--heads-only", *opts)) == 0
-    medians = json.loads((tmp_path / "out.json").read_text())["medians"]
+    assert cli.main(arguments(tmp_path, "--heads-only", *opts)) == 0
+    medians = json.loads(capsys.readouterr().out)["medians"]
     assert 0 < medians["MSSD"]["largest"] <= 2
 
 

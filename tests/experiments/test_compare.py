@@ -1,7 +1,6 @@
 """The comparison: paired runs, honest rows, and nothing trained twice."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ from conftest import PAFPN, distill_opts, trainable_cfg, write_teacher
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import Tensor
 
+from distill import cli
+from distill.experiments import compare, runner
+from distill.experiments import shapes as shapes_data
+from distill.experiments.compare_report import Report, Row
 from distill.heads import CWD
 from distill.heads.base import DISTILL_HEAD_REGISTRY
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import compare  # noqa: E402
-import demo  # noqa: E402
-import stages  # noqa: E402
-from compare_report import Report, Row  # noqa: E402
+from distill.utils.arguments import CommandParser
+from distill.utils.progress import Progress
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -40,7 +37,7 @@ def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
 
 def run(folder: Path, config: str, *arguments: str) -> int:
     out = ("--out", str(folder / "out"))
-    return compare.main(["--config-file", config, *out, *arguments])
+    return cli.main(["compare", "--config-file", config, *out, *arguments])
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -82,13 +79,13 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5_000
 
     trained: list[str] = []
-    train = stages.Runner._train
+    train = runner.Runner._train
 
     def watched(self: Any, stage: Any) -> None:
         trained.append(stage.title)
         train(self, stage)
 
-    monkeypatch.setattr(stages.Runner, "_train", watched)
+    monkeypatch.setattr(runner.Runner, "_train", watched)
     heads.remove("MaskKD")
     assert run(tmp_path, config, *heads, *override) == 0  # CWD is mended
     assert trained == ["CWD (seed 0)", "CWD (seed 1)"]
@@ -117,9 +114,9 @@ def test_an_interrupted_comparison_goes_on(
         if len(seen) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.Bar, "after_step", interrupt)
+    monkeypatch.setattr(runner.ProgressHook, "after_step", interrupt)
     assert run(tmp_path, config, "--heads", "FitNet+ROIKD") == 130
-    assert "start the same command again" in capsys.readouterr().out
+    assert "start the same command again" in capsys.readouterr().err
     assert set(content(tmp_path)["rows"]["baseline"]["results"]) == {"0"}
     assert run(tmp_path, config, "--heads", "FitNet+ROIKD") == 0
     assert seen == [0, 1, 2, 0, 1, 2]  # from the checkpoint of iteration 1 on
@@ -128,13 +125,12 @@ def test_an_interrupted_comparison_goes_on(
 def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)  # the config names its teacher from here
-    monkeypatch.setattr(demo, "SCENES", {"train": 5, "val": 2})
+    monkeypatch.setattr(shapes_data, "SCENES", {"train": 5, "val": 2})
     registered = {name: DISTILL_HEAD_REGISTRY.get(name) for name in ("FitNet", "MSSD", "MaskKD")}
     monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
     short = ("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.ROI_BOX_HEAD.FC_DIM", "8")
     short += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8")
-    config = str(ROOT / "configs" / "quick" / "demo_distilled.yaml")
+    config = "configs/quick/demo_distilled.yaml"
     shallow = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_fpn_backbone")
     teacher = [*short, *shallow, "MODEL.RESNETS.DEPTH", "10"]
     opts = ("MODEL.DISTILL.HEADS", "('FitNet',)", "MODEL.DISTILL.TEACHER.OPTS", str(teacher))
@@ -204,7 +200,7 @@ def test_the_metric_is_that_of_the_task() -> None:
     assert compare.chosen_metric("bbox/AP50", boxes) == "bbox/AP50"
     with pytest.raises(compare.ConfigError, match=r"--metric: unknown value 'AP'.*bbox/AP50"):
         compare.chosen_metric("AP", boxes)
-    assert stages.flat({"x": {"bbox": {"AP": float("nan"), "APl": float("nan")}}}) == {
+    assert runner.flat({"x": {"bbox": {"AP": float("nan"), "APl": float("nan")}}}) == {
         "bbox/AP": 0.0,
         "bbox/APl": None,
     }
@@ -222,34 +218,23 @@ def test_the_reason_of_a_failure_is_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--seeds", "0"], "argument --seeds: '0' is not a whole number from 1"),
         (["--heads", "FitNet", "IMAA"], "unknown value 'IMAA'; did you mean IMA?"),
         (["--heads", "FitNet", "--set", "IMA", "SEED", "1"], "--set: unknown value 'IMA'"),
     ],
 )
 def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        compare.parse_args(["--config-file", "any.yaml", *arguments])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert cli.main(["compare", "--config-file", "any.yaml", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
 
 
 def test_keys_may_stand_right_behind_the_heads() -> None:
-    args = compare.parse_args(
-        [
-            "--config-file",
-            "any.yaml",
-            "--heads",
-            "IMA",
-            "CWD",
-            "SEED",
-            "-1",
-            "--seeds",
-            "2",
-            "A.B",
-            "c",
-        ]
-    )
+    parser = CommandParser()
+    compare.add_arguments(parser)
+    heads = ("--heads", "IMA", "CWD", "SEED", "-1", "--seeds", "2", "A.B", "c")
+    args = parser.parse_args(["--config-file", "any.yaml", *heads])
+    compare.split_heads(args)
     assert args.heads == ["IMA", "CWD"] and args.opts == ["SEED", "-1", "A.B", "c"]
 
 
@@ -281,25 +266,24 @@ def test_what_cannot_be_compared_ends_in_one_sentence(
 
 def test_a_run_is_keyed_by_the_files_that_it_names(tmp_path: Path, shapes: Shapes) -> None:
     cfg = compare.configure(config_file(tmp_path, shapes), [])
-    with stages.Progress(disable=True) as progress:
-        runner = stages.Runner(tmp_path, progress)
+    kept = runner.Runner(tmp_path, Progress())
     method = compare.method_config(cfg, "FitNet", [])
     alone = compare.student_alone(cfg)
-    before = [runner.describe("x", 0, c).folder for c in (method, alone)]
+    before = [kept.describe("x", 0, c).folder for c in (method, alone)]
     (tmp_path / "teacher.pth").write_bytes(b"another teacher")
-    after = [runner.describe("x", 0, c).folder for c in (method, alone)]
+    after = [kept.describe("x", 0, c).folder for c in (method, alone)]
     assert before[0] != after[0] and before[1] == after[1]
     other = compare.method_config(cfg, "FitNet", ["MODEL.DISTILL.IMA.WEIGHT", 2.0])
-    assert runner.describe("x", 0, other).folder == after[0]  # which FitNet does not read
+    assert kept.describe("x", 0, other).folder == after[0]  # which FitNet does not read
     yaml = tmp_path / "teacher.yaml"  # that names its weights itself, as a student.yaml does
     yaml.write_text(f"MODEL: {{WEIGHTS: {tmp_path / 'teacher.pth'}}}\n")
     teacher = "MODEL.DISTILL.TEACHER"
     named = compare.method_config(
         cfg, "FitNet", [f"{teacher}.CONFIG_FILE", str(yaml), f"{teacher}.WEIGHTS", ""]
     )
-    before = [runner.describe("x", 0, named).folder]
+    before = [kept.describe("x", 0, named).folder]
     (tmp_path / "teacher.pth").write_bytes(b"a third teacher")
-    assert runner.describe("x", 0, named).folder not in before
+    assert kept.describe("x", 0, named).folder not in before
 
 
 def test_a_teacher_of_the_model_zoo_is_trained_from_where_its_training_begins() -> None:
@@ -322,7 +306,7 @@ def test_the_cost_of_a_training_is_that_of_its_log(tmp_path: Path) -> None:
                 log.write()
     log.close()
     cfg = compare.get_distill_cfg()
-    stage = stages.Stage("x", 0, cfg, tmp_path)
+    stage = runner.Stage("x", 0, cfg, tmp_path)
     own = {"seconds_per_step": 0.2, "threads": torch.get_num_threads()}
     for cfg.MODEL.DEVICE, memory in (("cuda", 99.0), ("cpu", None)):
-        assert stages.training_cost(stage) == {**own, "peak_memory_mb": memory}
+        assert runner.training_cost(stage) == {**own, "peak_memory_mb": memory}

@@ -1,17 +1,15 @@
 """The demo on a few scenes: every stage runs, results are complete, finished stages are reused."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import demo  # noqa: E402
-import stages  # noqa: E402
+from distill import cli
+from distill.experiments import demo, runner, shapes
+from distill.experiments.summary import mean_std
+from distill.utils.progress import Progress
 
 
 @pytest.fixture
@@ -23,14 +21,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         return describe(self, name, seed, config, *short, *opts)
 
     monkeypatch.setattr(demo.Demo, "stage", stage)
-    monkeypatch.setattr(demo, "SCENES", {"train": 6, "val": 5})
+    monkeypatch.setattr(shapes, "SCENES", {"train": 6, "val": 5})
     monkeypatch.setattr(demo, "TIMED_IMAGES", 2)
 
 
 def test_demo_writes_complete_results_and_reuses_finished_stages(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo.main(["--control", "--out", str(tmp_path)]) == 0
+    assert cli.main(["demo", "--control", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     for name in ("teacher", "baseline", "distilled", "control"):
         for key in (*demo.METRICS, *demo.COST):
@@ -45,7 +43,7 @@ def test_demo_writes_complete_results_and_reuses_finished_stages(
         raise AssertionError(f"{stage.name} was trained again")
 
     monkeypatch.setattr(demo.Demo, "_train", train)
-    assert demo.main(["--control", "--out", str(tmp_path)]) == 0
+    assert cli.main(["demo", "--control", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["teacher"] == results["teacher"]
 
 
@@ -59,8 +57,8 @@ def test_an_interrupted_stage_resumes(
         if bar.trainer.iter == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.Bar, "after_step", interrupt)
-    with demo.Progress(disable=True) as progress:
+    monkeypatch.setattr(runner.ProgressHook, "after_step", interrupt)
+    with Progress() as progress:
         one = demo.Demo(tmp_path, 8, progress)
         one.render()
         stage = one.stage("baseline", 0, "demo_student.yaml")
@@ -72,7 +70,7 @@ def test_an_interrupted_stage_resumes(
 
 
 def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None:
-    with demo.Progress(disable=True) as progress:
+    with Progress() as progress:
         one = demo.Demo(tmp_path, 7, progress)  # other scenes have another name
         one.render()
         key = one.stage("baseline", 0, "demo_student.yaml").folder
@@ -85,6 +83,6 @@ def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None
 
 
 def test_mean_and_sample_deviation() -> None:
-    assert stages.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
-    assert stages.mean_std([1.25], 2) == "1.25"
-    assert stages.mean_std([1.0, None]) == stages.mean_std([]) == "-"
+    assert mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_std([1.25], 2) == "1.25"
+    assert mean_std([1.0, None]) == mean_std([]) == "-"

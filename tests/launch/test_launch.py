@@ -37,7 +37,7 @@ from distill.launch.process_group import (
 )
 from distill.launch.termination import EchoError, explain, resume_hint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "train_net.py")
 DEADLINE = 90  # seconds for what takes ten on a free machine
 LAUNCH = ("--num-gpus", "2", "--dist-url", "auto")

@@ -26,7 +26,7 @@ from distill.engine.trainer import scale_to_workers
 from distill.errors import WeightsError
 from distill.launch.main import argument_parser, configure, finished_checkpoint, main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_heads_schedules_scale_with_the_workers() -> None:

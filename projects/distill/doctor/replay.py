@@ -208,11 +208,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     result = replay(args.reproducer, args.opts)
-    show(result, Console(markup=False, highlight=False, soft_wrap=True))
+    show(result)
     return 0 if result.reproduced else 1
 
 
-def show(result: Replay, console: Console) -> None:
+def show(result: Replay) -> None:
+    # Text of a file is printed as it is: no markup, no line broken.
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(f"The run said: {result.what}")
     table = Table("loss", "in the run", "here")
     for name in {**result.saved_losses, **result.losses}:

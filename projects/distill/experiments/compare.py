@@ -217,7 +217,8 @@ class Comparison:
     def _choose(self) -> None:
         """Find the methods that work; then train the teacher if that is asked for."""
         names = self.args.heads or [name for name, _ in DISTILL_HEAD_REGISTRY]
-        teacher = self._own_teacher(names) if self.args.train_teacher else None
+        own = self.args.train_teacher or self.args.shapes
+        teacher = self._own_teacher(names) if own else None
         for name in names:
             opts = [x for method, *pair in self.args.set if method == name for x in pair]
             self.configs[name] = method_config(self.cfg, name, opts)
@@ -361,14 +362,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    split_heads(args)
+    check_names(args)
+    return Comparison(args).run()
+
+
+def split_heads(args: argparse.Namespace) -> None:
+    """Move KEY VALUE that stand right after the heads to the other overrides."""
     sections = get_distill_cfg()
-    # KEY VALUE may stand right after the heads.
     overrides = (k for k, x in enumerate(args.heads) if x.split(".")[0] in sections)
     end = next(overrides, len(args.heads))
     args.heads, args.opts = list(dict.fromkeys(args.heads[:end])), args.heads[end:] + args.opts
-    args.train_teacher |= args.shapes
-    check_names(args)
-    return Comparison(args).run()
 
 
 def check_names(args: argparse.Namespace) -> None:

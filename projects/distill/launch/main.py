@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from .termination import (
     ending_on_signals,
     exit_process,
     explain,
+    quiet_libraries,
     report,
     resume_hint,
     run_command,
@@ -191,6 +191,7 @@ def _start_members(args: Namespace, trainer: type[Trainer]) -> int:
 def _member(
     local_rank: int, args: Namespace, trainer: type[Trainer], first: ProcessInfo, method: str
 ) -> None:
+    quiet_libraries()
     # A spawned process would spawn its data workers too, which then import everything anew.
     set_start_method(method, force=True)
     process = replace(first, rank=first.rank + local_rank, local_rank=local_rank)
@@ -222,7 +223,6 @@ def _take_part(
     Args:
         announce: say which signal ended it; its parent does, otherwise.
     """
-    _quiet_libraries()
     folder = ""
     talks = announce and process.local_rank == 0
     with ending_on_signals((lambda: resume_hint(folder)) if talks else None):
@@ -250,19 +250,3 @@ def _trained_folder(cfg: CfgNode, args: Namespace) -> str:
 def _check_doctor(args: Namespace, process: ProcessInfo) -> None:
     if args.doctor and process.world > 1:
         raise ConfigError("--doctor runs in one process; start it without the others.")
-
-
-def _quiet_libraries() -> None:
-    """Stderr is for our one line."""
-    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
-    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
-    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
-    # TensorBoard's thread would print what its next call raises again in this one.
-    usual = threading.excepthook
-    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
-
-
-def _without_explanation(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and record.exc_info[1] and explain(record.exc_info[1]))

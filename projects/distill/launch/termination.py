@@ -1,6 +1,7 @@
 """How a run ends before its time: one sentence that says why and what to do, and no orphans."""
 
 import errno
+import logging
 import multiprocessing
 import os
 import re
@@ -129,11 +130,34 @@ def run_command(run: Callable[[], int]) -> int:
     Args:
         run: the command; returns its exit code.
     """
-    with ending_on_signals(lambda: AGAIN):
+
+    def exit_message() -> str:
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # show the cursor, which progress bars hide
+        return AGAIN
+
+    quiet_libraries()
+    with ending_on_signals(exit_message):
         try:
             return run()
         except Exception as e:
             return report(e, advice=AGAIN)
+
+
+def quiet_libraries() -> None:
+    """Keep the remarks of libraries from stderr, which is for the one line that says why."""
+    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
+    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
+    # TensorBoard's thread would print what its next call raises again in this one.
+    usual = threading.excepthook
+    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
+
+
+def _without_explanation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and record.exc_info[1] and explain(record.exc_info[1]))
 
 
 def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME) -> int:
