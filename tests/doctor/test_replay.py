@@ -172,7 +172,7 @@ def test_a_weight_of_the_student(
 
 AGAIN = """
 import json, sys, torch
-from distill.engine.replay import replay
+from distill.doctor.replay import replay
 
 torch.set_num_threads(1)
 result = replay(sys.argv[1])

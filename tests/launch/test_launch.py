@@ -148,7 +148,7 @@ def test_variables_that_contradict_each_other(
         (["--num-machines", "2", "--dist-url", "auto"], ["--dist-url auto", "one machine"]),
         (["--num-gpus", "2", "--dist-url", "127.0.0.1:1234"], ["--dist-url is '127.0.0.1:1234'"]),
         (["--num-gpus", "2", "--doctor"], ["--doctor", "one process"]),
-        (["--dist-timeout", "0"], ["--dist-timeout is 0"]),
+        (["--dist-timeout", "0"], ["--dist-timeout: '0' is not a whole number from 1"]),
     ],
 )
 def test_arguments_are_checked_before_anything_starts(

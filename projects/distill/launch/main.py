@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 
 from ..checkpoint.load import readable
 from ..checkpoint.save import damage, resumable
-from ..config import validate_config
+from ..config import find_config, validate_config
 from ..data.datasets import register_coco_format
 from ..engine.trainer import Trainer, evaluate, setup_config
 from ..errors import ConfigError, DistillError
@@ -134,6 +134,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def argument_parser() -> CommandParser:
+    """Parser of :func:`main`, for a script that adds arguments of its own and calls :func:`run`."""
+    parser = CommandParser(description=__doc__)
+    add_arguments(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
     """Train with detectron2's command line, also under ``torchrun`` and ``srun``.
 
@@ -144,9 +151,7 @@ def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) ->
     Returns:
         The exit code, see :func:`run_command`.
     """
-    parser = CommandParser(description=__doc__)
-    add_arguments(parser)
-    return run_command(lambda: run(parser.parse_args(argv), trainer))
+    return run_command(lambda: run(argument_parser().parse_args(argv), trainer))
 
 
 def run(args: Namespace, trainer: type[Trainer] = Trainer) -> int:
@@ -158,6 +163,8 @@ def run(args: Namespace, trainer: type[Trainer] = Trainer) -> int:
         The exit code, 2 after one sentence that says what to change.
     """
     try:
+        if args.config_file:  # detectron2 opens it, too
+            args.config_file = find_config(args.config_file)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return _take_part(args, trainer, from_torchrun(os.environ))
         if args.num_gpus * args.num_machines > 1:
