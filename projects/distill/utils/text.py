@@ -1,6 +1,7 @@
-"""Names nearest to what a user wrote, for messages."""
+"""Text of messages: names nearest to what a user wrote, and lines on stderr."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 
 
@@ -25,3 +26,18 @@ def nearest(value: object, valid: Iterable[str], most: int = 12) -> str:
     names = choices(str(value), valid).split(", ")
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def one_line(text: object) -> str:
+    """The text with every run of white space replaced by one blank."""
+    return " ".join(str(text).split())
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what no terminal shows: file names may hold half a character."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_error(sentence: object) -> None:
+    """Print the line on stderr that says why a command ends with exit code 2."""
+    print(f"error: {one_line(sentence)}", file=sys.stderr, flush=True)
