@@ -22,7 +22,7 @@ ALLOWED = {
     ".checkpoint": "",
     ".checkpoint.load": "* .errors",
     ".checkpoint.save": "* .errors .checkpoint",
-    ".config": "* .errors .heads .losses .nets .utils .modeling.init_from_teacher",
+    ".config": "* .errors .heads .families .losses .nets .utils",
     ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",

@@ -179,10 +179,12 @@ def add_distill_config(cfg: CfgNode) -> None:
     """Add this package's keys with their defaults to a detectron2 config."""
     add_nets_config(cfg)
     cfg.MODEL.DISTILL = CN()
-    # Meta-architecture of the student: GeneralizedRCNN, PanopticFPN, SemanticSegmentor, RetinaNet,
-    # FCOS, ATSS, GFL, RepPoints
-    cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "GeneralizedRCNN"
-    cfg.MODEL.DISTILL.HEADS = ()  # names in DISTILL_HEAD_REGISTRY; empty: train the student alone
+    # Names in DISTILL_HEAD_REGISTRY. They switch distillation on; META_ARCHITECTURE stays the
+    # student's. Empty: train the student without distillation.
+    cfg.MODEL.DISTILL.HEADS = ()
+    # Student of META_ARCHITECTURE DistillRCNN, DistillRetinaNet or DistillSemanticSegmentor, where
+    # it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor: PanopticFPN, FCOS, ATSS, ...
+    cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = ""
     # Parts of the student that start with the teacher's weights where they fit: "neck", "head".
     cfg.MODEL.DISTILL.INHERIT = ()
 
@@ -209,6 +211,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     # A picture that cannot be read or is wrongly annotated: stop | drop (with a count in the log).
     cfg.DATALOADER.ON_BAD_IMAGE = "stop"
     cfg.DATALOADER.TIMEOUT = 600  # seconds >= 0 to wait for a data worker; 0: forever
+    # 1x, 2x or 3x of MAX_ITER and STEPS, as in detectron2's model zoo; applied and reset to 1x when
+    # the config is loaded.
+    cfg.SOLVER.SCHEDULE = "1x"
     cfg.SOLVER.OPTIMIZER = "SGD"  # SGD (detectron2's) | ADAMW
     # Moving average of the student's weights, which is then evaluated and kept as "model".
     cfg.SOLVER.EMA = CN()

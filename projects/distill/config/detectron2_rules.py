@@ -21,6 +21,7 @@ from ..heads.ima import IMA_SCOPES
 from ..heads.mssd import MSSD_MASKS
 from ..losses import TID_AREAS, TID_SCORES
 from ..utils.text import choices, similar
+from .architecture import student_architecture
 
 
 class Rule(NamedTuple):
@@ -347,7 +348,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
     ),
     (
         lambda c: (
-            "PanopticFPN" not in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+            student_architecture(c) != "PanopticFPN"
             or c.MODEL.MASK_ON
             or not c.MODEL.PANOPTIC_FPN.COMBINE.ENABLED
         ),
@@ -374,9 +375,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
     ),
     (
         lambda c: (
-            not c.TEST.SLIDING_WINDOW.ENABLED
-            or "SemanticSegmentor"
-            in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+            not c.TEST.SLIDING_WINDOW.ENABLED or student_architecture(c) == "SemanticSegmentor"
         ),
         "TEST.SLIDING_WINDOW.ENABLED is True, which is for SemanticSegmentor alone; set it False.",
     ),

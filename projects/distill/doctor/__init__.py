@@ -22,7 +22,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from rich.console import Console
 
-from ..engine.trainer import setup_config
+from ..engine import setup_config
 from ..errors import DistillError
 from .examine import Say, examine, examine_heads, examine_taps
 from .render import render
