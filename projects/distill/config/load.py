@@ -45,19 +45,23 @@ def load_config(
         merge_from_file(cfg, config_file)
     of_file = cfg.SOLVER.clone()
     merge_from_list(cfg, list(opts), source)
-    solver, overridden = cfg.SOLVER, {str(key) for key in opts[0::2]}
-    schedule = solver.SCHEDULE
-    check_choice("SOLVER.SCHEDULE", schedule, SCHEDULES)
-    max_iter, steps = scale_schedule(of_file.MAX_ITER, of_file.STEPS, schedule)
-    if "SOLVER.MAX_ITER" not in overridden:
-        solver.MAX_ITER = max_iter
-    if "SOLVER.STEPS" not in overridden and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        solver.STEPS = steps
-    solver.SCHEDULE = "1x"
+    schedule = cfg.SOLVER.SCHEDULE
+    _apply_schedule(cfg.SOLVER, of_file, overridden={str(key) for key in opts[0::2]})
     if not cfg.OUTPUT_DIR:
         other = schedule if schedule != of_file.SCHEDULE else ""
         cfg.OUTPUT_DIR = default_output_dir(config_file, other)
     return cfg
+
+
+def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> None:
+    check_choice("SOLVER.SCHEDULE", solver.SCHEDULE, SCHEDULES)
+    max_iter, steps = scale_schedule(of_file.MAX_ITER, of_file.STEPS, solver.SCHEDULE)
+    if "SOLVER.MAX_ITER" not in overridden:
+        solver.MAX_ITER = max_iter
+    # Other schedulers ignore the steps, which stay as they are.
+    if "SOLVER.STEPS" not in overridden and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        solver.STEPS = steps
+    solver.SCHEDULE = "1x"
 
 
 def scale_schedule(
