@@ -23,7 +23,7 @@ ALLOWED = {
     ".checkpoint": "",
     ".checkpoint.load": "* .errors",
     ".checkpoint.save": "* .errors .checkpoint .utils",
-    ".config": "* .errors .section .heads .nets .utils .modeling.init_from_teacher",
+    ".config": "* .errors .section .heads .families .nets .utils",
     ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",

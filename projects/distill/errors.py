@@ -1,4 +1,9 @@
-"""Errors that a user can mend: one sentence that names what to change."""
+"""Errors that a user can correct: one sentence that names what to change."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DistillError(Exception):
@@ -27,3 +32,31 @@ class NumericalError(DistillError):
 
 class RecorderError(DistillError, RuntimeError):
     """A tapped module that does not exist or did not run."""
+
+
+_UNBUILDABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
+
+@contextmanager
+def building(network: str) -> Iterator[None]:
+    """Say in one sentence what detectron2 asserts about a config that it cannot build.
+
+    Raises:
+        ConfigError: with the statement that failed, which names the key in most cases.
+    """
+    try:
+        yield
+    except DistillError:
+        raise
+    except _UNBUILDABLE as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        reason = " ".join(str(e.args[0] if e.args else "").split())
+        where = f" at {os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+        if (frame.line or "").startswith("raise "):  # then the reason is written for users
+            where = ""
+        raise ConfigError(
+            f"The {network} cannot be built from its config: {type(e).__name__} {reason}{where}"
+        ) from e
