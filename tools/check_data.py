@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from distill.data.checks.guard import inspect_pictures, missing_files
+from distill.data.checks.images import inspect_pictures, missing_files
 from distill.data.checks.issues import Fault
 from distill.data.datasets import find_faults
 from distill.engine import setup_config
