@@ -1,18 +1,18 @@
-"""Names nearest to what a user wrote, for messages."""
+"""Text for messages."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 
 def choices(value: str, valid: Iterable[str]) -> str:
-    """The valid names for a message, nearest to ``value`` first."""
+    """Return the valid names for a message, nearest to ``value`` first."""
     names = sorted(valid)
     near = similar(value, names, 0.5)
     return ", ".join(near + [n for n in names if n not in near])
 
 
 def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str]:
-    """The names that are like ``value``, in capitals or not, the nearest first."""
+    """Return the names similar to ``value`` in any case, nearest first."""
     capitals: dict[str, list[str]] = {}
     for name in names:
         capitals.setdefault(name.upper(), []).append(name)
