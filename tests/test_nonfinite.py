@@ -43,7 +43,7 @@ from distill.engine import Trainer
 from distill.engine.nonfinite import FiniteGuard, from_plain, says_nonfinite, to_plain
 from distill.engine.train_loop import TrainLoop
 from distill.errors import NumericalError
-from distill.heads.fpn import FitNet
+from distill.heads.fitnet import FitNet
 from distill.launch.main import main
 
 AT, LAST = 2, 4  # iteration of the fault, number of iterations
