@@ -22,7 +22,7 @@ ALLOWED = {
     ".families": "* .losses.boxes .structures .errors .utils.training",
     ".checkpoint": "",
     ".checkpoint.unpickler": "*",
-    ".checkpoint.load": "* .errors .checkpoint.unpickler",
+    ".checkpoint.load": "* .errors .utils .checkpoint.unpickler",
     ".checkpoint.save": "* .errors .checkpoint .utils",
     ".config": "* .errors .section .heads .nets .utils .modeling.init_from_teacher",
     ".data": "* .errors .config .nets .utils",

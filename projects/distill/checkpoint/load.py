@@ -28,6 +28,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..errors import DistillError, WeightsError
+from ..utils.text import first_sentence
 from .unpickler import read_pickle, require_dict
 
 logger = logging.getLogger(__name__)
@@ -229,10 +230,9 @@ def readable(path: str, key: str) -> Iterator[None]:
     except DistillError:
         raise
     except Exception as e:  # a damaged file may raise anything
-        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
         raise WeightsError(
             f"{key}: '{path}' cannot be read as a checkpoint (missing, truncated or of another "
-            f"format): {reason}"
+            f"format): {first_sentence(e)}"
         ) from e
 
 

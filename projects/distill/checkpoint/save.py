@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import CheckpointError, WeightsError
 from ..utils.io import replacing
+from ..utils.text import first_sentence
 from .load import SafeCheckpointer, file_hash, read_torch
 
 PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of periodic checkpoints
@@ -191,5 +192,4 @@ def damage(path: str) -> str | None:
         read_torch(path)
         return None
     except Exception as e:  # damaged bytes may raise anything
-        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
-        return f"cannot be read ({reason})"
+        return f"cannot be read ({first_sentence(e)})"
