@@ -1,4 +1,4 @@
-"""Errors that a user can correct: one sentence that names what to change."""
+"""Errors that a user can fix; the message is one sentence that says what to change."""
 
 import os
 import traceback
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 
 class DistillError(Exception):
-    """Base class; the command line prints its message alone and exits with code 2."""
+    """Base class; the command line prints only the message and exits with code 2."""
 
 
 class ConfigError(DistillError, ValueError):
-    """A config key or value that cannot work."""
+    """An invalid config key or value."""
 
 
 class DataError(DistillError, ValueError):
-    """A data set that cannot be trained on."""
+    """A data set that cannot be used for training or evaluation."""
 
 
 class WeightsError(DistillError):
@@ -31,7 +31,7 @@ class NumericalError(DistillError):
 
 
 class RecorderError(DistillError, RuntimeError):
-    """A tapped module that does not exist or did not run."""
+    """A module whose output should be recorded, but which does not exist or did not run."""
 
 
 _UNBUILDABLE = (

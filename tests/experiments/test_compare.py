@@ -211,7 +211,7 @@ def test_the_metric_is_that_of_the_task() -> None:
 def test_the_reason_of_a_failure_is_a_sentence() -> None:
     log = Path("log.txt")
     memory = compare.reason(torch.OutOfMemoryError("CUDA out of memory."), log)
-    assert memory.startswith("the GPU's memory does not suffice") and "--resume" not in memory
+    assert memory.startswith("the GPU is out of memory") and "--resume" not in memory
     assert memory.endswith("and start the same command again.")
     crash = compare.reason(IndexError("index 7 is\nout of bounds"), log)
     assert crash == "IndexError: index 7 is out of bounds; the traceback is in log.txt."

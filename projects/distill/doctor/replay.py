@@ -27,7 +27,7 @@ from ..checkpoint.load import read_torch, readable
 from ..checkpoint.save import StudentState
 from ..engine.nonfinite import bad_gradients, from_plain, says_nonfinite
 from ..engine.setup import be_deterministic, setup_config
-from ..engine.train_loop import arithmetic, seed_step
+from ..engine.train_loop import forward_context, seed_step
 from ..errors import DistillError, WeightsError
 from ..modeling.meta_arch import DistillModel, build_distill_model
 
@@ -103,7 +103,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     result = Replay(saved["what"], {}, seen)
     with EventStorage(saved["iteration"]):
         try:
-            with arithmetic(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
+            with forward_context(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
                 losses = _forward(model, batch, result.sources)
         except DistillError:
             raise

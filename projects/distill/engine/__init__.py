@@ -1,4 +1,4 @@
-"""Training and evaluation: detectron2's trainer for plain and distilled students alike."""
+"""Training and evaluation with detectron2's trainer, for plain and distilled students."""
 
 from .setup import finish_config, setup_config
 from .trainer import Trainer, evaluate, load_student
