@@ -24,6 +24,8 @@ EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
 TEST = ("DATASETS.TEST", ("shapes_tiny",))
 SHORT = ("SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
     """A distillation of a tiny Faster R-CNN, in three iterations."""
