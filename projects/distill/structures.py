@@ -1,4 +1,4 @@
-"""What crosses the boundaries of a detector, in one vocabulary for students and teachers.
+"""Outputs and layouts of networks, in one vocabulary for students and teachers.
 
 Shape shorthand:
 
@@ -24,14 +24,14 @@ SEM_SEG_HEAD = "sem_seg_head"
 
 @dataclass
 class Batch:
-    """The pictures that student and teacher look at.
+    """The images of one iteration, as the student sees them.
 
     Attributes:
         inputs: detectron2's ``batched_inputs``; ``image`` is (C, H, W) in the student's format.
-        padded_size: (height, width) of the student's padded input in pixels. Boxes of every signal
-            are in pixels of this canvas.
+        padded_size: (height, width) in pixels of the student's padded images. All boxes are in
+            pixels of these.
         instances: ground truth on the student's device; empty for semantic segmentation.
-        device: the student's.
+        device: the student's device.
     """
 
     inputs: list[dict[str, Any]]
@@ -41,14 +41,14 @@ class Batch:
 
     @property
     def boxes(self) -> list[Tensor]:
-        """Ground-truth boxes, one (Ri, 4) XYXY tensor an image."""
+        """Ground-truth boxes, one (Ri, 4) XYXY tensor per image."""
         return [x.gt_boxes.tensor for x in self.instances]
 
     @cached_property
     def sem_seg(self) -> Tensor:
-        """Semantic labels, (N, H, W) of the canvas, padded with -1."""
+        """Semantic labels, (N, H, W) of the padded images, -1 in the padding."""
         labels = [x["sem_seg"] for x in self.inputs]
-        square = {"square_size": max(self.padded_size)}  # then cut to the canvas
+        square = {"square_size": max(self.padded_size)}  # then cut to the padded size
         padded = ImageList.from_tensors(labels, pad_value=-1, padding_constraints=square).tensor
         return padded[:, : self.padded_size[0], : self.padded_size[1]].to(self.device)
 
@@ -58,8 +58,8 @@ class DenseOutputs:
     """Outputs of a dense head; the RPN is the dense head of an R-CNN (K = 1, objectness).
 
     Attributes:
-        logits: one (N, R, K) tensor a level, finest first.
-        deltas: one (N, R, D) tensor a level: D is 4, or 4 times the bins of GFL's distributions.
+        logits: one (N, R, K) tensor per level, finest first.
+        deltas: one (N, R, D) tensor per level: D is 4, or 4 times the bins of GFL's distributions.
         sizes: (Hi, Wi) of each level in cells.
     """
 
@@ -70,10 +70,11 @@ class DenseOutputs:
 
 @dataclass
 class HeadFeatures:
-    """Maps inside a dense head, before activations.
+    """Maps inside the subnets of a dense head, before activations.
 
     Attributes:
-        classes, boxes: of the subnets of both tasks; by convolution, then by level, (N, C, Hi, Wi).
+        classes, boxes: (N, C, Hi, Wi) maps of the classification and of the regression subnet, by
+            convolution, then by level.
     """
 
     classes: list[list[Tensor]]
@@ -82,18 +83,18 @@ class HeadFeatures:
 
 @dataclass
 class DenseTargets:
-    """What the student trains its dense outputs on.
+    """Targets of the student's dense outputs.
 
     Attributes:
         labels: (N, R) of all levels, in [0, K]; K is background, -1 is not trained.
-        boxes: (N, R, 4) XYXY of the matched objects, anything where there is none.
+        boxes: (N, R, 4) XYXY of the matched objects, anything for rows without an object.
     """
 
     labels: Tensor
     boxes: Tensor
 
     def positive(self, num_classes: int) -> Tensor:
-        """Return (N, R) bool: the rows that are trained on an object, of ``num_classes`` K."""
+        """Return (N, R) bool: True for rows that are trained on an object."""
         return (self.labels >= 0) & (self.labels < num_classes)
 
 
@@ -102,7 +103,7 @@ class ROIs:
     """Outputs of one box stage on the boxes that the *student* sampled, in the student's order.
 
     Attributes:
-        boxes: one (Ri, 4) tensor an image.
+        boxes: one (Ri, 4) tensor per image.
         logits: (ΣRi, K + 1), background last.
         deltas: (ΣRi, K or 1, 4), divided by the ``box2box_transform``'s weights, so that stages
             and networks with other weights compare.
@@ -120,7 +121,7 @@ class Masks:
     """Mask logits of the student's foreground instances.
 
     Attributes:
-        boxes: one (Ri, 4) tensor an image.
+        boxes: one (Ri, 4) tensor per image.
         logits: (ΣRi, K or 1, M, M).
         labels: (ΣRi,) in [0, K), in the student's classes.
     """
@@ -132,7 +133,7 @@ class Masks:
 
 @dataclass
 class SemSeg:
-    """A semantic head before upsampling.
+    """Maps of a semantic head before upsampling.
 
     Attributes:
         features: (N, C, H, W), the input of the last convolution.
@@ -145,14 +146,14 @@ class SemSeg:
 
 @dataclass
 class NetworkOutputs:
-    """Everything one network said about one batch. What nobody asked for stays empty.
+    """Outputs of one network for one batch. Fields that no head needs stay empty.
 
     Attributes:
         features: (N, C, H, W) outputs of the backbone by name.
-        shallow: of an FPN+PAN neck, the FPN's map of each level by the name of its deep map.
-        dense_boxes: one (N, R, 4) tensor a level: the boxes that ``dense`` predicts, in pixels of
-            the canvas, without gradient.
-        targets: of the student alone.
+        shallow: the FPN's map of each level of an FPN+PAN neck, by the name of its deep map.
+        dense_boxes: one (N, R, 4) tensor per level: the boxes that ``dense`` predicts, in pixels of
+            the padded images, without gradient.
+        targets: targets of ``dense``, only of the student.
     """
 
     batch: Batch
@@ -168,24 +169,24 @@ class NetworkOutputs:
 
     @property
     def maps(self) -> dict[str, Tensor]:
-        """``features`` and, if asked for, those of the semantic head."""
+        """``features`` and, if they are needed, those of the semantic head."""
         head = {SEM_SEG_HEAD: self.sem_seg.features} if self.sem_seg else {}
         return {**self.features, **head}
 
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """Where the rows of a dense head's (N, R, K) outputs lie in the image, and what they encode.
+    """Layout of a dense head: where the rows of its outputs lie in the image, and their encoding.
 
     Attributes:
         objectness: True for the RPN of an R-CNN, whose only class is every object.
         levels: names of the features that the head reads, finest first.
-        strides: of the levels, in pixels.
+        strides: size in pixels of a cell of each level.
         anchors: one (A, 4) XYXY tensor per level, relative to the cell's origin, on the CPU.
-        offset: of the cells' origins from the image's, in strides.
+        offset: distance of the cells' origins from the image's, in strides.
         thresholds: IoU below which an anchor is negative, and from which it is positive.
         box2box_transform: detectron2's transform between anchors and boxes.
-        box_dim: numbers that a box is regressed by: 4, or 4 times the bins of a distribution.
+        box_dim: numbers that encode a box: 4, or 4 times the bins of a distribution.
         reg_max: last bin of the distribution of a box's side; None without distributions.
         candidates: anchors per level and object that ATSS considers in the assignment.
         subnet_channels: output channels of each convolution of the classification and of the
@@ -217,7 +218,7 @@ class DenseLayout:
 
 @dataclass(frozen=True)
 class NetworkInfo:
-    """What a head may know of a network when it is built; a family of networks provides it.
+    """Facts about a network from which heads are built; its family provides them.
 
     Attributes:
         name: "student" or "teacher", for messages.
@@ -267,5 +268,5 @@ class NetworkInfo:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether the network is trained on ground-truth boxes."""
+        """True if the network is trained on ground-truth boxes."""
         return not self.outputs.isdisjoint({"dense", "rois"})
