@@ -218,7 +218,7 @@ def test_the_run_stops_and_nothing_has_changed(
     assert message.startswith(f"Iteration {AT}: {what}")
     names = pictures_of(trainer)
     assert len(names) == 2 and f"(pictures {', '.join(names)})" in message
-    assert f"`tools/replay.py {reproducer(tmp_path)}` repeats the step" in message
+    assert f"`distill replay {reproducer(tmp_path)}` repeats the step" in message
     assert len(watch.states) == AT + 1
     assert differences(watch.states[-1], state(trainer)) == []
     # What a step does change, or the test would not show anything.

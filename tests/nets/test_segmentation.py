@@ -23,7 +23,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import building, student_config, validate_config
-from distill.config.detectron2_rules import check_values
+from distill.config.validate import check_values
 from distill.engine import Trainer
 from distill.errors import ConfigError
 from distill.families import build_family

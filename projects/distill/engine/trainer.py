@@ -343,15 +343,18 @@ def setup_config(config_file: str, opts: Sequence[Any] = (), *, training: bool =
     return cfg
 
 
-def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]":
+def evaluate(
+    cfg: CfgNode, weights: str | None = None, trainer: type[Trainer] = Trainer
+) -> "OrderedDict[str, Any]":
     """Evaluate the student alone; needs none of the teacher's files.
 
     Args:
         cfg: of the training or plain.
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
+        trainer: the class that evaluates.
     """
     check_test_sets(cfg)
-    return Trainer.test(cfg, load_student(cfg, weights or cfg.MODEL.WEIGHTS))
+    return trainer.test(cfg, load_student(cfg, weights or cfg.MODEL.WEIGHTS))
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:

@@ -1,80 +1,39 @@
-"""Distillation heads: which signals are compared, through which adapters."""
+"""Distillation heads: the outputs that are compared, and the adapters between them.
+
+Importing the package imports all of its modules, so a new method needs no line here. Each
+registered head is an attribute of the package: ``distill.heads.FGD``.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, outlasting_phases, teacher_needed
-from .cirkd import CIRKD
-from .crosskd import CrossKD
-from .cwd import CWD, CWDLogits
-from .defeat import DeFeat
 from .dense import DenseDistillHead
-from .densekd import DenseKD
-from .dkd import DKD
-from .fgd import FGD
-from .fgfi import FGFI
-from .fitnet import FitNet
-from .fkd import FKD
 from .fpn import FPNDistillHead
-from .frs import FRS
-from .gid import GID
-from .ifvd import IFVD
-from .ima import IMA
-from .kd import KD
-from .ld import LD
-from .lgd import LGD
 from .mask import InstanceMaskDistillHead
-from .mask_logit_kd import MaskKD
-from .maskd import MasKD, MasKDLogits
-from .mgd import MGD
-from .mkd import MKD
-from .mssd import MSSD
-from .pixelkd import PixelKD
-from .pkd import PKD
-from .review import ReviewKD
 from .roi import ROIDistillHead
-from .roikd import ROIKD
 from .semantic import RelationDistillHead, SemSegDistillHead
-from .skd import SKD
-from .tid import TID
 
 __all__ = [
-    "CIRKD",
-    "CWD",
     "DISTILL_HEAD_REGISTRY",
-    "DKD",
-    "FGD",
-    "FGFI",
-    "FKD",
-    "FRS",
-    "GID",
-    "IFVD",
-    "IMA",
-    "KD",
-    "LD",
-    "LGD",
-    "MGD",
-    "MKD",
-    "MSSD",
-    "PKD",
-    "ROIKD",
-    "SKD",
-    "TID",
-    "CWDLogits",
-    "CrossKD",
-    "DeFeat",
     "DenseDistillHead",
-    "DenseKD",
     "DistillHead",
     "FPNDistillHead",
-    "FitNet",
     "InstanceMaskDistillHead",
-    "MasKD",
-    "MasKDLogits",
-    "MaskKD",
-    "PixelKD",
     "ROIDistillHead",
     "RelationDistillHead",
-    "ReviewKD",
     "SemSegDistillHead",
     "build_heads",
     "outlasting_phases",
     "teacher_needed",
 ]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+
+def __getattr__(name: str) -> Any:
+    if name in DISTILL_HEAD_REGISTRY:
+        return DISTILL_HEAD_REGISTRY.get(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -9,6 +9,7 @@ from detectron2.layers import get_norm
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..losses import (
     ClassQueues,
     class_pixels,
@@ -16,6 +17,7 @@ from ..losses import (
     cross_image_relation,
     memory_contrast,
 )
+from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import gather, reduce_mean
 from .base import DISTILL_HEAD_REGISTRY, StepGenerator
@@ -44,6 +46,27 @@ class CIRKD(RelationDistillHead):
         seed: of all that is drawn.
     """
 
+    section = Section(
+        IN_FEATURES=None,
+        MINIBATCH_WEIGHT=Key(1.0, "factor of the similarities within the batch", at_least(0)),
+        PIXEL_WEIGHT=Key(0.1, "factor of those with the stored pixels", at_least(0)),
+        REGION_WEIGHT=Key(0.1, "factor of those with the stored regions", at_least(0)),
+        POOL=Key(
+            1,
+            "side in cells of the patches that are compared within the batch; the cost falls with "
+            "its 4th power",
+            at_least(1),
+        ),
+        PIXELS=Key(20000, "stored pixels per class", at_least(1)),
+        REGIONS=Key(2000, "stored regions per class", at_least(1)),
+        PIXEL_KEYS=Key(
+            4096, "stored pixels of all classes that an iteration compares with", at_least(1)
+        ),
+        REGION_KEYS=Key(
+            1024, "stored regions of all classes that an iteration compares with", at_least(1)
+        ),
+        NEW_PIXELS=Key(16, "pixels per class and image that are stored", at_least(1)),
+    )
     needs = frozenset({"features", "sem_seg"})
     parts = ("minibatch", "pixel", "region")
 
@@ -86,22 +109,28 @@ class CIRKD(RelationDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node, world = cls.section(cfg), comm.get_world_size()
+        world = comm.get_world_size()
         if cfg.SOLVER.IMS_PER_BATCH // world < 2:
-            logger.warning("CIRKD has one picture a process, and no other to compare it with.")
+            logger.warning("CIRKD compares the images of a process, but each process has only one.")
+        ret = super().from_config(cfg, student, teacher)
+        ret["part_weights"] = [ret.pop(f"{part}_weight") for part in cls.parts]
         return {
-            **super().from_config(cfg, student, teacher),
+            **ret,
             "num_classes": len(student.sem_seg_classes),
-            "part_weights": (node.MINIBATCH_WEIGHT, node.PIXEL_WEIGHT, node.REGION_WEIGHT),
-            "pool": node.POOL,
-            "pixels": node.PIXELS,
-            "regions": node.REGIONS,
-            "pixel_keys": node.PIXEL_KEYS,
-            "region_keys": node.REGION_KEYS,
-            "new_pixels": node.NEW_PIXELS,
             "norm": "SyncBN" if world > 1 and cfg.MODEL.DEVICE != "cpu" else "BN",
             "seed": cfg.SEED,
         }
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        super().check_config(cfg)
+        node, images = cls.config_node(cfg), cfg.SOLVER.IMS_PER_BATCH
+        if images * node.NEW_PIXELS > node.PIXELS or images > node.REGIONS:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH is {images}, of which a step stores more than "
+                f"MODEL.DISTILL.CIRKD.PIXELS {node.PIXELS} or REGIONS {node.REGIONS} hold; raise "
+                "them or lower NEW_PIXELS."
+            )
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         ((s, t),) = self.maps(student, teacher)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..losses import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from ..losses.boxes import box_centerness
 from ..losses.reduce import full_precision
+from ..section import WHOLE, Key, Presets, Section, at_least
 from ..structures import DenseLayout, HeadFeatures, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .authors import with_authors_values
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
 from .dense import AnchorGrids, anchor_problem, grid_problem, layout_of
 from .fpn import FPNDistillHead
@@ -42,6 +42,22 @@ class CrossKD(DistillHead):
         class_weight, box_weight: factors of ``cls`` and of ``box``.
     """
 
+    section = Section(
+        CLASS_WEIGHT=Key(
+            Presets(DenseDetector=1.0, FCOS=0.4), "factor of the classes", at_least(0), term=True
+        ),
+        BOX_WEIGHT=Key(
+            Presets(DenseDetector=1.0, GFL=4.0, FCOS=0.75),
+            "factor of the boxes",
+            at_least(0),
+            term=True,
+        ),
+        REUSED_CONVS=Key(
+            Presets(DenseDetector=1, FCOS=2),
+            "convolutions of the teacher's subnets that read the student's features",
+            WHOLE,
+        ),
+    )
     needs = frozenset({"dense", "dense_boxes", "head_features", "targets"})
 
     @configurable
@@ -74,21 +90,19 @@ class CrossKD(DistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        values = with_authors_values(cls.__name__, cls.section(cfg), student)
+        ret = super().from_config(cfg, student, teacher)
         layout = layout_of(teacher)
         ours, theirs = layout_of(student).subnet_channels, layout.subnet_channels
         assert ours and theirs and teacher.last_layers, "networks with head_features have them"
-        reused = min(int(values["REUSED_CONVS"]), *(len(x) - 1 for x in (*ours, *theirs)))
+        reused = min(ret["reused_convs"], *(len(x) - 1 for x in (*ours, *theirs)))
         return {
-            **super().from_config(cfg, student, teacher),
+            **ret,
             "last_layers": teacher.last_layers(reused),
             "layout": layout,
             "fcos": "FCOS" in teacher.kinds,
             "reused_convs": reused,
             "channels": [(s[-1 - reused], t[-1 - reused]) for s, t in zip(ours, theirs)],
             "grids": AnchorGrids(layout_of(student)),
-            "class_weight": values["CLASS_WEIGHT"],
-            "box_weight": values["BOX_WEIGHT"],
         }
 
     @classmethod

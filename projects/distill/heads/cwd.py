@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..losses import cwd
-from ..structures import Batch, NetworkInfo
+from ..section import POSITIVE, Key, Section
+from ..structures import Batch
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import FPNDistillHead
 from .semantic import SemSegDistillHead
@@ -22,19 +23,15 @@ class CWD(FPNDistillHead):
         temperature: 𝒯 > 0.
     """
 
+    section = Section(
+        WEIGHT=10.0, TEMPERATURE=Key(1.0, "temperature 𝒯 of the softmax over cells", POSITIVE)
+    )
     summed = True
 
     @configurable
     def __init__(self, *, temperature: float = 1.0, **kwargs: Any):
         super().__init__(**kwargs)
         self.temperature = temperature
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        ret = super().from_config(cfg, student, teacher)
-        return {**ret, "temperature": cls.section(cfg).TEMPERATURE}
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return cwd(student, teacher, self.temperature)
@@ -43,6 +40,8 @@ class CWD(FPNDistillHead):
 @DISTILL_HEAD_REGISTRY.register()
 class CWDLogits(SemSegDistillHead):
     """Where each class is, of the logits; see :func:`distill.losses.cwd`."""
+
+    section = Section(WEIGHT=3.0, TEMPERATURE=4.0)
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return cwd(student, teacher, self.temperature)

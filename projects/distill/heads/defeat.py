@@ -6,6 +6,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..losses import defeat, defeat_masks
+from ..section import Key, Section, at_least
 from ..structures import NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import BoxedFPNHead, small_convolution
@@ -21,6 +22,12 @@ class DeFeat(BoxedFPNHead):
         foreground_weight, background_weight: factors of both terms.
     """
 
+    section = Section(
+        FOREGROUND_WEIGHT=Key(3.0, "factor of the cells of objects", at_least(0), term=True),
+        BACKGROUND_WEIGHT=Key(
+            12.0, "factor of the cells of the background", at_least(0), term=True
+        ),
+    )
     summed = False
     adapter = staticmethod(small_convolution)
 
@@ -29,11 +36,6 @@ class DeFeat(BoxedFPNHead):
         super().__init__(**kwargs)
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT")
-        return {key.lower(): values[key] for key in keys}
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         maps = self.maps(student, teacher)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..losses import dkd_rows
-from ..structures import NetworkInfo
+from ..section import Key, Section, at_least
 from .base import DISTILL_HEAD_REGISTRY
 from .kd import KD
 from .roi import ROIPair
@@ -20,19 +20,16 @@ class DKD(KD):
         alpha, beta: factors of both parts.
     """
 
+    section = Section(
+        ALPHA=Key(1.0, "factor α of the label's class (TCKD)", at_least(0), term=True),
+        BETA=Key(0.25, "factor β of the other classes (NCKD)", at_least(0), term=True),
+    )
+
     @configurable
     def __init__(self, *, alpha: float, beta: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.alpha = alpha
         self.beta = beta
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        node = cls.section(cfg)
-        ret = super().from_config(cfg, student, teacher)
-        return {**ret, "alpha": node.ALPHA, "beta": node.BETA}
 
     def divergence(self, rois: ROIPair) -> Tensor:
         target = rois.labels.clamp(min=0)

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import fgd
-from ..structures import Batch
+from ..section import POSITIVE, Key, Presets, Section, at_least
+from ..structures import Batch, NetworkInfo
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import BoxedFPNHead, Level
 
@@ -56,6 +57,38 @@ class FGD(BoxedFPNHead):
         temperature: 𝒯 > 0 of the attention.
     """
 
+    section = Section(
+        ALPHA=Key(
+            Presets(DenseDetector=1e-3, RepPoints=1.6e-3, FCOS=1.6e-3, GeneralizedRCNN=5e-5),
+            "factor α of the foreground",
+            at_least(0),
+            term=True,
+        ),
+        BETA=Key(
+            Presets(DenseDetector=5e-4, RepPoints=8e-4, FCOS=8e-4, GeneralizedRCNN=2.5e-5),
+            "factor β of the background",
+            at_least(0),
+            term=True,
+        ),
+        GAMMA=Key(
+            Presets(DenseDetector=5e-4, RepPoints=8e-4, FCOS=8e-4, GeneralizedRCNN=5e-5),
+            "factor γ of the attention",
+            at_least(0),
+            term=True,
+        ),
+        LAMBDA=Key(
+            Presets(DenseDetector=5e-6, RepPoints=8e-6, FCOS=8e-6, GeneralizedRCNN=5e-7),
+            "factor λ of the global relation",
+            at_least(0),
+            term=True,
+        ),
+        TEMPERATURE=Key(
+            Presets(DenseDetector=0.5, FCOS=0.8, GeneralizedRCNN=0.5),
+            "temperature 𝒯 of the attention",
+            POSITIVE,
+        ),
+    )
+
     @configurable
     def __init__(
         self,
@@ -81,9 +114,12 @@ class FGD(BoxedFPNHead):
         )
 
     @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("ALPHA", "BETA", "GAMMA", "TEMPERATURE")
-        return {**{key.lower(): values[key] for key in keys}, "lambda_": values["LAMBDA"]}
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
+        ret = super().from_config(cfg, student, teacher)
+        ret["lambda_"] = ret.pop("lambda")  # a keyword of Python
+        return ret
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         terms = fgd(student, teacher, batch.boxes, batch.padded_size, self.temperature)

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import fgfi, fgfi_masks
+from ..section import FRACTION, Key, Section
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, layout_of
@@ -25,6 +26,13 @@ class FGFI(BoxedFPNHead):
         threshold: ψ in [0, 1].
     """
 
+    section = Section(
+        IN_FEATURES=None,
+        WEIGHT=0.01,
+        THRESHOLD=Key(
+            0.5, "ψ: share of an object's best IoU from which an anchor is near it", FRACTION
+        ),
+    )
     adapter = staticmethod(small_convolution)
 
     @configurable
@@ -39,10 +47,6 @@ class FGFI(BoxedFPNHead):
     ) -> dict[str, Any]:
         grids = AnchorGrids(layout_of(student))
         return {**super().from_config(cfg, student, teacher), "grids": grids}
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"threshold": values["THRESHOLD"]}
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

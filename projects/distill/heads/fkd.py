@@ -7,9 +7,10 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..losses import fkd, fkd_mask, length_of_gap
+from ..section import POSITIVE, Key, Presets, Section, at_least
 from ..structures import Batch
 from .base import DISTILL_HEAD_REGISTRY
-from .fpn import AuthorsFPNHead, BatchNorm, Level
+from .fpn import BatchNorm, FPNDistillHead, Level
 
 
 class NonLocal(nn.Module):
@@ -61,7 +62,7 @@ class FKDAdapters(nn.Module):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class FKD(AuthorsFPNHead):
+class FKD(FPNDistillHead):
     """Attended maps, their means over cells and over channels, and their relations, see
     :func:`distill.losses.fkd`.
 
@@ -72,7 +73,29 @@ class FKD(AuthorsFPNHead):
         temperature: 𝒯 > 0 of the attention.
     """
 
+    section = Section(
+        ATTENTION_WEIGHT=Key(
+            Presets(DenseDetector=4e-4, GeneralizedRCNN=7e-5),
+            "factor of the attended maps",
+            at_least(0),
+            term=True,
+        ),
+        POOLED_WEIGHT=Key(
+            Presets(DenseDetector=2e-2, GeneralizedRCNN=4e-3),
+            "factor of the maps' means over cells and over channels",
+            at_least(0),
+            term=True,
+        ),
+        RELATION_WEIGHT=Key(
+            Presets(DenseDetector=4e-4, GeneralizedRCNN=7e-5),
+            "factor of the non-local relation",
+            at_least(0),
+            term=True,
+        ),
+        TEMPERATURE=Key(0.5, "temperature 𝒯 of the attention", POSITIVE),
+    )
     adapts = False
+    summed = True
 
     @configurable
     def __init__(
@@ -94,11 +117,6 @@ class FKD(AuthorsFPNHead):
             fine = level.stride <= 8
             stride = max(32 // level.stride, 2)  # the authors': 8, 4, 2, 2, 2 from P2 on
             self.compared[level.student] = FKDAdapters(s, t, 64 if fine else 128, stride)
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("ATTENTION_WEIGHT", "POOLED_WEIGHT", "RELATION_WEIGHT", "TEMPERATURE")
-        return {key.lower(): values[key] for key in keys}
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         compared: Any = self.compared[level.student]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..losses import frequency_mask
+from ..section import TEXTS, Key, Section
 from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.text import choices
-from .authors import with_authors_values
 from .base import DistillHead, StepGenerator
 from .classes import ClassMap, class_map, no_shared_class
 from .dense import anchor_problem, dense_classes, grid_problem, layout_of
@@ -91,6 +91,11 @@ class FPNDistillHead(DistillHead):
         channels: student and teacher channels of each pair.
     """
 
+    section = Section(
+        IN_FEATURES=Key(
+            (), "levels of the student to compare; empty: all whose stride the teacher has", TEXTS
+        )
+    )
     needs = frozenset({"features"})
     adapts: ClassVar[bool] = True  # False: the loss takes maps of different channels
     summed: ClassVar[bool] = False  # what the authors of a method do, whose weights apply then
@@ -120,6 +125,7 @@ class FPNDistillHead(DistillHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
+        ret.pop("in_features", None)
         names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
         ret["levels"] = match_levels(student.maps, teacher.maps, names, key)
@@ -134,7 +140,7 @@ class FPNDistillHead(DistillHead):
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         """The student's levels to compare; empty: see :func:`match_levels`."""
-        return tuple(cls.section(cfg).get("IN_FEATURES", ()))
+        return tuple(cls.config_node(cfg).get("IN_FEATURES", ()))
 
     def maps(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[tuple[Tensor, Tensor]]:
         """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""
@@ -218,30 +224,10 @@ class FrequencyMasks(StepGenerator):
         return frequency_mask(batch, height, width, self.mask_ratio, self.generator(maps.device))
 
 
-class AuthorsFPNHead(FPNDistillHead):
-    """Levels are summed, and values are the authors' where the config does not set them.
-
-    ``VALUES`` in :mod:`distill.heads.authors` has them by the student's detector.
-    """
+class BoxedFPNHead(FPNDistillHead):
+    """Base of the heads that read ground-truth boxes too. Levels are summed."""
 
     summed = True
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        ret = super().from_config(cfg, student, teacher)
-        values = with_authors_values(cls.__name__, cls.section(cfg), student)
-        return {**ret, "weight": values["WEIGHT"], **cls.arguments(values)}
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Further arguments of the class, from the values of its section."""
-        return {}
-
-
-class BoxedFPNHead(AuthorsFPNHead):
-    """What looks at the ground-truth boxes."""
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
@@ -250,13 +236,17 @@ class BoxedFPNHead(AuthorsFPNHead):
         return super().problem(student, teacher)
 
 
-class DenseFPNHead(AuthorsFPNHead):
-    """What looks at the maps that the dense head reads, and at what it predicts of each anchor.
+class DenseFPNHead(FPNDistillHead):
+    """Base of the heads that read dense predictions too, on the levels that the dense head reads.
+
+    Levels are summed.
 
     Args:
-        classes: that both dense heads list.
+        classes: the classes that both dense heads list.
     """
 
+    section = Section(IN_FEATURES=None)
+    summed = True
     needs = frozenset({"features", "dense"})
 
     @configurable

@@ -6,6 +6,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..losses import feature_richness, frs, frs_classes
+from ..section import Key, Presets, Section, at_least
 from ..structures import NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import DenseFPNHead
@@ -20,16 +21,28 @@ class FRS(DenseFPNHead):
         feature_weight, class_weight: factors of both terms.
     """
 
+    section = Section(
+        WARMUP_ITERS=500,
+        FEATURE_WEIGHT=Key(
+            Presets(DenseDetector=0.005, FCOS=0.01, GFL=0.1, GeneralizedRCNN=0.002),
+            "factor of the features",
+            at_least(0),
+            term=True,
+        ),
+        CLASS_WEIGHT=Key(
+            Presets(DenseDetector=0.02, FCOS=0.05, GFL=0.05, GeneralizedRCNN=0.1),
+            "factor of the class logits",
+            at_least(0),
+            term=True,
+        ),
+    )
+
     @configurable
     def __init__(self, *, feature_weight: float, class_weight: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.feature_weight = feature_weight
         self.class_weight = class_weight
         self.parts = tuple(f"{k}/{term}" for k in self.parts for term in ("feature", "class"))
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {key.lower(): values[key] for key in ("FEATURE_WEIGHT", "CLASS_WEIGHT")}
 
     @staticmethod
     def adapter(student: int, teacher: int) -> nn.Module:

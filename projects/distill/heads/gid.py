@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
 from ..losses.boxes import pairwise_iou
+from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
@@ -37,6 +38,18 @@ class GID(DenseFPNHead):
         shared_adapter: the 3x3 convolution.
     """
 
+    section = Section(
+        FEATURE_WEIGHT=Key(5e-4, "factor of the features", at_least(0), term=True),
+        RELATION_WEIGHT=Key(40.0, "factor of the relations", at_least(0), term=True),
+        CLASS_WEIGHT=Key(0.1, "factor of the class logits", at_least(0), term=True),
+        BOX_WEIGHT=Key(1.0, "factor of the box deltas", at_least(0), term=True),
+        SHARED_ADAPTER=Key(
+            True,
+            "a 3x3 convolution of the student's maps that all levels share, as in the paper; "
+            "False: as in the released code",
+            SWITCH,
+        ),
+    )
     needs = frozenset({"features", "dense", "dense_boxes"})
 
     @configurable
@@ -77,11 +90,6 @@ class GID(DenseFPNHead):
             "grids": AnchorGrids(layout),
             "threshold": layout.thresholds[1],
         }
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("FEATURE_WEIGHT", "RELATION_WEIGHT", "CLASS_WEIGHT", "BOX_WEIGHT", "SHARED_ADAPTER")
-        return {key.lower(): values[key] for key in keys}
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

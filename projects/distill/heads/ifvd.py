@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import ifvd
+from ..section import Section
 from ..structures import Batch, NetworkInfo
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import cell_labels
@@ -20,6 +21,7 @@ class IFVD(RelationDistillHead):
         num_classes: of the semantic labels.
     """
 
+    section = Section(WEIGHT=200.0)
     needs = frozenset({"features", "sem_seg"})
 
     @configurable

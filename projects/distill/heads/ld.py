@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import ld, ld_region, padded
+from ..section import POSITIVE, SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
@@ -30,6 +31,16 @@ class LD(DenseDistillHead):
         released_region: see :func:`distill.losses.ld_region`.
     """
 
+    section = Section(
+        TEMPERATURE=Key(10.0, "temperature T of the distributions of box sides", POSITIVE),
+        BOX_WEIGHT=Key(0.25, "factor of the positives' sides", at_least(0), term=True),
+        REGION_WEIGHT=Key(
+            0.25, "factor of the sides in the valuable localization region", at_least(0), term=True
+        ),
+        CLASS_WEIGHT=Key(10.0, "factor of the positives' classes", at_least(0), term=True),
+        CLASS_TEMPERATURE=Key(2.0, "temperature T of the classes", POSITIVE),
+        RELEASED_REGION=Key(False, "the larger region of the authors' code", SWITCH),
+    )
     needs = frozenset({"dense", "targets"})
 
     @configurable
@@ -57,16 +68,10 @@ class LD(DenseDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
             "grids": AnchorGrids(layout_of(student)),
             "candidates": layout_of(student).candidates,
-            "box_weight": node.BOX_WEIGHT,
-            "region_weight": node.REGION_WEIGHT,
-            "class_weight": node.CLASS_WEIGHT,
-            "class_temperature": node.CLASS_TEMPERATURE,
-            "released_region": node.RELEASED_REGION,
         }
 
     @classmethod

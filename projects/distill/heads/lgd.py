@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from ..losses.boxes import padded
 from ..losses.reduce import full_precision
+from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.training import current_iteration
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
@@ -168,6 +169,15 @@ class LGD(DistillHead):
         detach_appearance: the objects' appearances have none.
     """
 
+    section = Section(  # WEIGHT is the factor of both losses
+        DISTILL_WEIGHT=Key(1.0, "λ: factor of the distillation loss", at_least(0)),
+        DETACH_ITERS=Key(
+            30000, "iterations in which the distillation loss trains only its adapter", at_least(0)
+        ),
+        DETACH_APPEARANCE=Key(
+            False, "the objects' appearance has no gradient to the student", SWITCH
+        ),
+    )
     needs = frozenset({"features"})
     needs_teacher = False
     parts = ("distill", "teacher")
@@ -197,7 +207,6 @@ class LGD(DistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
         shapes = student.features
         levels = list(student.detector_levels)
         return {
@@ -206,9 +215,6 @@ class LGD(DistillHead):
             "levels": levels,
             "channels": shapes[levels[0]].channels,
             "num_classes": len(student.classes),
-            "distill_weight": node.DISTILL_WEIGHT,
-            "detach_iters": node.DETACH_ITERS,
-            "detach_appearance": node.DETACH_APPEARANCE,
         }
 
     @classmethod

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..losses import dice_overlap, maskd, receptive_masks
 from ..losses.reduce import connected_zero, full_precision
+from ..section import Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from ..utils.training import current_iteration
-from .base import DISTILL_HEAD_REGISTRY, NonModuleRef
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
 from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead
 
@@ -55,6 +57,17 @@ def frozen(drawn: nn.Module) -> Any:
     return copy.deepcopy(drawn).requires_grad_(False)
 
 
+def check_stages(head: type[DistillHead], cfg: CfgNode) -> None:
+    """Raise ConfigError if no iteration is left after the tokens are learned."""
+    node, last = head.config_node(cfg), cfg.SOLVER.MAX_ITER
+    if min(node.STOP_ITER or last, last) <= node.TOKEN_ITERS:
+        raise ConfigError(
+            f"MODEL.DISTILL.{head.__name__.upper()}.TOKEN_ITERS is {node.TOKEN_ITERS}, and the "
+            f"masks distil from there on; lower it below SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} and "
+            "STOP_ITER."
+        )
+
+
 @torch.no_grad()
 def remember(learned: nn.Module, drawn: nn.Module) -> None:
     """Bring a frozen copy up to date."""
@@ -78,6 +91,19 @@ class MasKD(BoxedFPNHead):
         student_mask_iters: iterations of the second one before the teacher's masks are multiplied
             by the student's.
     """
+
+    section = Section(
+        WEIGHT=Presets(DenseDetector=7.0, FCOS=10.0, RepPoints=10.0, GeneralizedRCNN=1.0),
+        TOKENS=Key(6, "number of masks", at_least(1)),
+        TOKEN_ITERS=Key(
+            2000, "iterations in which the tokens are learned, before they distil", at_least(0)
+        ),
+        STUDENT_MASK_ITERS=Key(
+            5000,
+            "iterations of distillation before the masks are multiplied by the student's",
+            at_least(0),
+        ),
+    )
 
     @configurable
     def __init__(
@@ -110,9 +136,9 @@ class MasKD(BoxedFPNHead):
         return {**ret, "detector_losses": teacher.detector_losses}
 
     @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("TOKENS", "TOKEN_ITERS", "STUDENT_MASK_ITERS")
-        return {key.lower(): values[key] for key in keys}
+    def check_config(cls, cfg: CfgNode) -> None:
+        super().check_config(cfg)
+        check_stages(cls, cfg)
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
@@ -170,6 +196,13 @@ class MasKDLogits(SemSegDistillHead):
         token_iters: iterations of the first stage.
     """
 
+    section = Section(
+        TEMPERATURE=None,
+        TOKENS=Key(8, "number of masks", at_least(1)),
+        TOKEN_ITERS=Key(
+            2000, "iterations in which the tokens are learned, before they distil", at_least(0)
+        ),
+    )
     parts = ("tokens", "masks")
 
     @configurable
@@ -180,12 +213,9 @@ class MasKDLogits(SemSegDistillHead):
         self.learned = frozen(self.drawn)
 
     @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        node = cls.section(cfg)
-        stages = {"tokens": node.TOKENS, "token_iters": node.TOKEN_ITERS}
-        return {**super().from_config(cfg, student, teacher), **stages}
+    def check_config(cls, cfg: CfgNode) -> None:
+        super().check_config(cfg)
+        check_stages(cls, cfg)
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         s, t = self.logits(student, teacher)

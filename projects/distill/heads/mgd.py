@@ -7,9 +7,10 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import mgd
+from ..section import BELOW_1, Key, Presets, Section
 from ..structures import Batch, NetworkInfo
 from .base import DISTILL_HEAD_REGISTRY, StepGenerator
-from .fpn import AuthorsFPNHead, Level
+from .fpn import FPNDistillHead, Level
 
 
 class MGDGenerator(nn.Sequential):
@@ -24,7 +25,7 @@ class MGDGenerator(nn.Sequential):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class MGD(AuthorsFPNHead):
+class MGD(FPNDistillHead):
     """The teacher's map generated from the student's with cells masked out; see
     :func:`distill.losses.mgd`.
 
@@ -32,6 +33,16 @@ class MGD(AuthorsFPNHead):
         mask_ratio: λ, the expected share of the cells that are masked out.
         seed: of the masks.
     """
+
+    section = Section(
+        WEIGHT=Presets(DenseDetector=2e-5, GeneralizedRCNN=5e-7, SemanticSegmentor=2e-5),
+        MASK_RATIO=Key(
+            Presets(DenseDetector=0.65, GeneralizedRCNN=0.45, SemanticSegmentor=0.75),
+            "λ: expected share of the cells that are masked out",
+            BELOW_1,
+        ),
+    )
+    summed = True
 
     @configurable
     def __init__(self, *, mask_ratio: float, seed: int, **kwargs: Any):
@@ -47,10 +58,6 @@ class MGD(AuthorsFPNHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         return {**super().from_config(cfg, student, teacher), "seed": cfg.SEED}
-
-    @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"mask_ratio": values["MASK_RATIO"]}
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         size = (len(student), 1, *student.shape[2:])

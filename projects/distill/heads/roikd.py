@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..losses import categorical_kl
 from ..losses.reduce import full_precision
-from ..structures import NetworkInfo
+from ..section import Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .roi import ROIDistillHead, ROIPair
@@ -28,6 +28,11 @@ class ROIKD(ROIDistillHead):
         box_weight: factor of ``box``; 0 leaves it out.
     """
 
+    section = Section(
+        FOREGROUND_WEIGHT=Key(1.0, "factor of the classes of boxes with an object", at_least(0)),
+        BACKGROUND_WEIGHT=Key(1.0, "factor of the classes of background boxes", at_least(0)),
+        BOX_WEIGHT=Key(1.0, "factor of the box deltas of boxes with an object", at_least(0)),
+    )
     parts = ("cls", "box")
 
     @configurable
@@ -43,18 +48,6 @@ class ROIKD(ROIDistillHead):
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
         self.box_weight = box_weight
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        node = cls.section(cfg)
-        return {
-            **super().from_config(cfg, student, teacher),
-            "foreground_weight": node.FOREGROUND_WEIGHT,
-            "background_weight": node.BACKGROUND_WEIGHT,
-            "box_weight": node.BOX_WEIGHT,
-        }
 
     def loss(self, rois: ROIPair) -> dict[str, Tensor]:
         divergence = categorical_kl(rois.student_logits, rois.teacher_logits, self.temperature)

@@ -5,6 +5,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
+from ..section import TEXTS, Key, Section
 from ..structures import SEM_SEG_HEAD, NetworkInfo, NetworkOutputs
 from .classes import PredictionDistillHead
 from .fpn import FPNDistillHead, on_grid
@@ -63,6 +64,14 @@ class RelationDistillHead(FPNDistillHead):
     By default of the features of the semantic head, where there is one.
     """
 
+    section = Section(
+        IN_FEATURES=Key(
+            (),
+            "maps of the student to compare; empty: the semantic head's (sem_seg_head) if it has "
+            "such a head, else all levels whose stride the teacher has",
+            TEXTS,
+        )
+    )
     adapts = False
 
     @classmethod

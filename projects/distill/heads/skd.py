@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..losses import pairwise_affinity
-from ..structures import Batch, NetworkInfo
+from ..section import SHARE, Key, Section
+from ..structures import Batch
 from .base import DISTILL_HEAD_REGISTRY
 from .semantic import RelationDistillHead
 
@@ -19,16 +20,12 @@ class SKD(RelationDistillHead):
         scale: side of a pooled cell as a share of the map's.
     """
 
+    section = Section(SCALE=Key(0.5, "side of a pooled cell as a share of the map's side", SHARE))
+
     @configurable
     def __init__(self, *, scale: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.scale = scale
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        return {**super().from_config(cfg, student, teacher), "scale": cls.section(cfg).SCALE}
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return pairwise_affinity(student, teacher, self.scale)

@@ -13,9 +13,17 @@ from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
 from ..losses.boxes import box_centerness
+from ..section import BOX_WEIGHTS, POSITIVE, Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
-from .dense import PriorDetector, Scale, detector_arguments, head_arguments
+from .dense import (
+    DENSE_SECTION,
+    FOCAL_LOSS_SECTION,
+    PriorDetector,
+    Scale,
+    detector_arguments,
+    head_arguments,
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -38,6 +46,13 @@ class ATSS(PriorDetector):
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
 
+    section = Section(
+        ANCHOR_SIZE=Key(8.0, "side of the anchor of each cell in strides", POSITIVE),
+        CANDIDATES=Key(9, "candidate anchors per box and level", at_least(1)),
+        BBOX_REG_WEIGHTS=Key((10.0, 10.0, 5.0, 5.0), "weights of Box2BoxTransform", BOX_WEIGHTS),
+        BOX_LOSS_WEIGHT=Key(2.0, "factor of the GIoU loss", at_least(0)),
+        CENTERNESS_LOSS_WEIGHT=Key(1.0, "factor of the centerness loss", at_least(0)),
+    ).on_top_of({**DENSE_SECTION, **FOCAL_LOSS_SECTION})
     score_maps = 1
 
     @configurable

@@ -12,6 +12,25 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..section import FRACTION, INSIDE_0_1, NUMBER, TEXT, TEXTS, Key, Section, at_least
+
+DENSE_SECTION = Section(
+    NUM_CLASSES=Key(80, "number of classes", at_least(1)),
+    IN_FEATURES=Key(["p3", "p4", "p5", "p6", "p7"], "levels that the head reads", TEXTS),
+    NUM_CONVS=Key(4, "convolutions in each tower of the head", at_least(1)),
+    NORM=Key("GN", "norm of the towers", TEXT),
+    PRIOR_PROB=Key(0.01, "initial probability of an object", INSIDE_0_1),
+    SCORE_THRESH_TEST=Key(0.05, "lowest score of a detection", NUMBER),
+    TOPK_CANDIDATES_TEST=Key(1000, "detections per level before NMS", at_least(1)),
+    NMS_THRESH_TEST=Key(0.6, "IoU threshold of NMS", FRACTION),
+)
+"""Keys of every dense detector here, with the names of ``MODEL.RETINANET`` where it has them."""
+
+FOCAL_LOSS_SECTION = Section(
+    FOCAL_LOSS_ALPHA=Key(0.25, "α of the focal loss; below 0: no weighting", NUMBER),
+    FOCAL_LOSS_GAMMA=Key(2.0, "γ of the focal loss", at_least(0)),
+)
+
 
 class Targets(NamedTuple):
     """Training targets of the priors of a batch.

@@ -9,7 +9,8 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from .dense import detector_arguments, head_arguments
+from ..section import NUMBER, POSITIVE, Key, Section
+from .dense import DENSE_SECTION, FOCAL_LOSS_SECTION, detector_arguments, head_arguments
 
 
 @META_ARCH_REGISTRY.register()
@@ -19,6 +20,13 @@ class FCOS(fcos.FCOS):
     detectron2 can build it only from Python. As in detectron2 it has centre sampling, the GIoU loss
     and centerness on the regression tower. Regressions are in units of the level's stride.
     """
+
+    section = Section(
+        SCORE_THRESH_TEST=Key(
+            0.2, "lowest score, √(class probability · centerness), of a detection", NUMBER
+        ),
+        CENTER_SAMPLING_RADIUS=Key(1.5, "radius of the positive region in strides", POSITIVE),
+    ).on_top_of({**DENSE_SECTION, **FOCAL_LOSS_SECTION})
 
     @configurable
     def __init__(self, *, head: nn.Module, **kwargs: Any):

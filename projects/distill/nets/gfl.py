@@ -16,9 +16,10 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss
 from torch import Tensor, nn
 
+from ..section import POSITIVE, Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
-from .dense import PriorDetector, Scale, detector_arguments, head_arguments
+from .dense import DENSE_SECTION, PriorDetector, Scale, detector_arguments, head_arguments
 
 NEAR_END = 0.1  # minimum distance of a target to the last bin, in strides
 
@@ -46,6 +47,15 @@ class GFL(PriorDetector):
         box_loss_weight, dfl_loss_weight: factors of the losses.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
+
+    section = Section(
+        ANCHOR_SIZE=Key(8.0, "side of the anchor of each cell in strides", POSITIVE),
+        CANDIDATES=Key(9, "candidate anchors per box and level", at_least(1)),
+        REG_MAX=Key(16, "last bin of the distribution of a side, in strides", at_least(1)),
+        QFL_BETA=Key(2.0, "exponent β of the quality focal loss", at_least(0)),
+        BOX_LOSS_WEIGHT=Key(2.0, "factor of the GIoU loss", at_least(0)),
+        DFL_LOSS_WEIGHT=Key(0.25, "factor of the distribution focal loss", at_least(0)),
+    ).on_top_of(DENSE_SECTION)
 
     @configurable
     def __init__(

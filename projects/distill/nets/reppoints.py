@@ -14,15 +14,27 @@ from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
+from ..section import POSITIVE, SHARE, Key, Rule, Section, at_least, is_rising, list_of
 from ..utils.distributed import reduce_mean
 from .assign import nearest_point_assign
-from .dense import PriorDetector, Targets, detector_arguments, head_arguments, labelled
+from .dense import (
+    DENSE_SECTION,
+    FOCAL_LOSS_SECTION,
+    PriorDetector,
+    Targets,
+    detector_arguments,
+    head_arguments,
+    labelled,
+)
 
 KERNEL = 3  # side of the deformable convolutions, which sample the map at KERNEL² points
 POINTS = KERNEL**2
 TRAINED = 0.1  # share of the gradient of classes and refinement that reaches the first points
 MOMENT_TRAINED = 0.01  # share of the gradient that reaches the factors of the box sizes
 SMOOTH_L1_BETA = 0.11
+TWO_THRESHOLDS = Rule(
+    lambda x: list_of(SHARE, 2, 2).holds(x) and is_rising(x), "2 rising numbers in (0, 1]"
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,6 +57,20 @@ class RepPoints(PriorDetector):
         init_loss_weight, refine_loss_weight: factors of the losses of the first and refined boxes.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
+
+    section = Section(
+        NUM_CONVS=3,
+        NMS_THRESH_TEST=0.5,
+        POINT_SCALE=Key(4.0, "side of a box in strides of its level", POSITIVE),
+        POINTS_PER_OBJECT=Key(1, "points that are trained to find an object", at_least(1)),
+        IOU_THRESHOLDS=Key(
+            [0.4, 0.5],
+            "IoU thresholds of the refinement: background below the first, object from the second",
+            TWO_THRESHOLDS,
+        ),
+        INIT_LOSS_WEIGHT=Key(0.5, "factor of the loss of the first boxes", at_least(0)),
+        REFINE_LOSS_WEIGHT=Key(1.0, "factor of the loss of the refined boxes", at_least(0)),
+    ).on_top_of({**DENSE_SECTION, **FOCAL_LOSS_SECTION})
 
     @configurable
     def __init__(
