@@ -55,8 +55,8 @@ class DistillHead(nn.Module):
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
 
     parts: tuple[str, ...] = ("",)
-    """Names of the losses that :meth:`losses` returns, the same at every iteration. Loggers would go
-    on showing the last value of a missing name."""
+    """Names of the losses that :meth:`losses` returns, the same at every iteration: loggers would
+    go on showing the last value of a missing name."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
