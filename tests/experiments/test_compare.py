@@ -125,8 +125,10 @@ def test_an_interrupted_comparison_goes_on(
 def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(ROOT)  # the config names its teacher from here
     monkeypatch.setattr(shapes_data, "SCENES", {"train": 5, "val": 2})
-    registered = {name: DISTILL_HEAD_REGISTRY.get(name) for name in ("FitNet", "MSSD", "MaskKD")}
+    names = ("FitNet", "MSSD", "MaskKD", "IMA")  # the config has keys of IMA
+    registered = {name: DISTILL_HEAD_REGISTRY.get(name) for name in names}
     monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
     short = ("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.ROI_BOX_HEAD.FC_DIM", "8")
     short += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8")
@@ -137,7 +139,7 @@ def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     assert run(tmp_path, config, "--shapes", "--tune", *short, *opts) == 0
     found = content(tmp_path)
     assert found["data_seed"] == 0 and found["seeds"] == [100]
-    assert list(found["rows"]) == ["teacher", "baseline", "FitNet"]
+    assert list(found["rows"]) == ["teacher", "baseline", "FitNet", "IMA"]
     assert set(found["skipped"]) == {"MSSD", "MaskKD"}
     assert "bottom-up" in (tmp_path / "out" / "comparison.md").read_text()
     assert not found["rows"]["teacher"]["summary"].keys() & {"gain", "relative_cost"}
@@ -209,7 +211,7 @@ def test_the_metric_is_that_of_the_task() -> None:
 def test_the_reason_of_a_failure_is_a_sentence() -> None:
     log = Path("log.txt")
     memory = compare.reason(torch.OutOfMemoryError("CUDA out of memory."), log)
-    assert memory.startswith("the GPU's memory does not suffice") and "--resume" not in memory
+    assert memory.startswith("the GPU is out of memory") and "--resume" not in memory
     assert memory.endswith("and start the same command again.")
     crash = compare.reason(IndexError("index 7 is\nout of bounds"), log)
     assert crash == "IndexError: index 7 is out of bounds; the traceback is in log.txt."

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError
 from ..utils.seeding import derived_seed, private_randomness
-from .checks.guard import BadPicture, GuardedMapper
+from .checks.images import BadPicture, GuardedMapper
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from distill.data.checks import guard
-from distill.data.checks.guard import BadPicture, GuardedMapper, file_faults, inspect_pictures
+from distill.data.checks import images
+from distill.data.checks.images import BadPicture, GuardedMapper, file_faults, inspect_pictures
 
 WIDTH, HEIGHT = 40, 30
 CASES = 60  # of broken bytes, a format
@@ -54,7 +54,7 @@ def truncate(path: Path) -> None:
 
 def with_exif(path: Path, image: Image.Image, orientation: int) -> None:
     exif = Image.Exif()
-    exif[guard.ExifTag.Orientation] = orientation
+    exif[images.ExifTag.Orientation] = orientation
     image.save(path, exif=exif)
 
 
@@ -316,8 +316,8 @@ def test_a_crashing_decoder_costs_its_own_picture_only(
             os._exit(9)
         return iter(())
 
-    monkeypatch.setattr(guard, "file_faults", crash)  # which forked processes inherit
-    monkeypatch.setattr(guard, "_WINDOW", 2)
+    monkeypatch.setattr(images, "file_faults", crash)  # which forked processes inherit
+    monkeypatch.setattr(images, "_WINDOW", 2)
     found = list(inspect_pictures([entry_of(tmp_path / f"{k}.png") for k in range(5)], 1))
     assert [len(faults) for faults in found] == [0, 1, 0, 0, 0]
     assert "crashes" in found[1][0].detail and found[1][0].fatal

@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from distill.data.checks.coco_file import NOT_EVALUABLE, CocoFile
-from distill.data.checks.guard import GuardedMapper
+from distill.data.checks.images import GuardedMapper
 from distill.data.checks.issues import Fault, as_root, config_faults, entry_faults, path_faults
 from distill.data.datasets import check_test_set, find_faults, load_training_set
 from distill.data.shapes import LAYOUTS, SceneConfig
