@@ -1,4 +1,4 @@
-"""Taps on arithmetic toys: what is recorded, and that nothing stays behind."""
+"""Recorders on arithmetic toys record calls and leave no trace."""
 
 import copy
 import re
@@ -138,7 +138,7 @@ def test_nested_taps_record_apart(toy):
 @pytest.mark.parametrize("name", ["nothing", "inner.nothing", "number"])
 def test_unknown_module(toy, name):
     with (
-        pytest.raises(RecorderError, match=rf"^Toy has no module '{name}' to tap: .*\.$"),
+        pytest.raises(RecorderError, match=rf"^Toy has no module '{name}' to record: .*\.$"),
         record(toy, ["add", name]),
     ):
         pytest.fail("the taps opened")
@@ -149,15 +149,19 @@ def test_a_module_that_did_not_run(toy):
     with record(toy, ["add", "idle"]) as calls:
         toy(torch.tensor(1.0))
     for ask in (calls.all, calls.__getitem__):
-        with pytest.raises(RecorderError, match="tapped module 'idle' did not run in this forward"):
+        with pytest.raises(
+            RecorderError, match="recorded module 'idle' did not run in this forward"
+        ):
             ask("idle")
     assert len(calls.all("add")) == 2
 
 
-def test_a_module_that_is_not_tapped(toy):
+def test_a_module_that_is_not_recorded(toy):
     with record(toy, ["add", "idle"]) as calls:
         toy(torch.tensor(1.0))
-    with pytest.raises(RecorderError, match=r"'inner.times' is not tapped; tapped: add, idle\."):
+    with pytest.raises(
+        RecorderError, match=r"'inner.times' is not recorded; recorded: add, idle\."
+    ):
         calls["inner.times"]
 
 
@@ -186,7 +190,7 @@ def test_what_a_method_returns_is_recorded_itself(labels):
     assert weight.grad == 1
 
 
-def test_methods_and_modules_are_tapped_together(labels):
+def test_methods_and_modules_are_recorded_together(labels):
     with record(labels, ["add", "assign()"]) as calls:
         labels(labels.add(torch.tensor(1.0)))
     assert (calls["add"].output, calls["assign()"].args[0]) == (2, -2)
@@ -242,7 +246,9 @@ def test_a_method_of_another_instance_is_left_alone(labels):
 @pytest.mark.parametrize("name", ["nothing()", "number()", "add()"])
 def test_unknown_method(labels, name):
     with (
-        pytest.raises(RecorderError, match=rf"^Labels has no method '{re.escape(name)}' to tap\.$"),
+        pytest.raises(
+            RecorderError, match=rf"^Labels has no method '{re.escape(name)}' to record\.$"
+        ),
         record(labels, ["add", "assign()", name]),
     ):
         pytest.fail("the taps opened")
