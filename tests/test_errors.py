@@ -361,7 +361,7 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], list[st
     "class beyond the config": (
         lambda c: [a.update(category_id=8) for a in c["annotations"]],
         ["MODEL.ROI_HEADS.NUM_CLASSES", "7"],
-        ["class index 7", ".jpg", "MODEL.ROI_HEADS.NUM_CLASSES", "tools/check_data.py"],
+        ["class index 7", ".jpg", "MODEL.ROI_HEADS.NUM_CLASSES", "`distill check-data"],
     ),
     "two annotations of one id": (
         lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]),

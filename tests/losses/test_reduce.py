@@ -74,7 +74,7 @@ LOSSES = {
 }
 NO_LOSSES = {"MKD_TERMS", "TID_AREAS", "TID_SCORES", "frequency_mask", "gaussian_mask"}
 NO_LOSSES |= {"joint_attention", "matched_iou", "tid_by_value", "tid_information", "tid_mask"}
-NO_LOSSES |= {"tid_score", "tid_value"}
+NO_LOSSES |= {"ld_region", "tid_score", "tid_value"}
 NO_LOSSES |= {"DeFeatTerms", "FGDTerms", "defeat_masks", "feature_richness", "fgd_attention"}
 NO_LOSSES |= {"fgfi_mask", "fgfi_masks", "fkd_mask", "general_instances", "padded"}
 NO_LOSSES |= {"lgd_labels", "lgd_masks", "lgd_pooled", "lgd_rendered", "crosskd_aligned"}

@@ -33,6 +33,7 @@ from ..section import (
     list_of,
     one_of,
 )
+from .architecture import student_architecture
 
 
 def is_writable(folder: str) -> bool:
@@ -218,7 +219,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
     ),
     (
         lambda c: (
-            "PanopticFPN" not in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+            student_architecture(c) != "PanopticFPN"
             or c.MODEL.MASK_ON
             or not c.MODEL.PANOPTIC_FPN.COMBINE.ENABLED
         ),
@@ -245,9 +246,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
     ),
     (
         lambda c: (
-            not c.TEST.SLIDING_WINDOW.ENABLED
-            or "SemanticSegmentor"
-            in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+            not c.TEST.SLIDING_WINDOW.ENABLED or student_architecture(c) == "SemanticSegmentor"
         ),
         "TEST.SLIDING_WINDOW.ENABLED is True, which only SemanticSegmentor can do; set it False.",
     ),

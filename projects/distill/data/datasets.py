@@ -18,7 +18,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils.file_io import PathManager
 
-from ..config import student_config
+from ..config import student_architecture
 from ..errors import DataError
 from ..nets import DENSE_DETECTORS
 from .checks.coco_file import CocoFile
@@ -172,7 +172,7 @@ def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
     Raises:
         DataError: a picture has none, or they have more semantic classes than the network.
     """
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    architecture = student_architecture(cfg)
     for key, what, architectures in _TRAINED_ON:
         if architecture in architectures and not all(key in picture for picture in dicts):
             raise DataError(
@@ -267,7 +267,7 @@ def _stop(name: str, faults: Sequence[Fault]) -> DataError:
     more = hint = ""
     if len(faults) > 1:
         more = (
-            f" (the first of {len(faults)} faults; tools/check_data.py --config-file F shows all)"
+            f" (the first of {len(faults)} faults; `distill check-data --config-file F` shows all)"
         )
     if all(fault.picture for fault in faults):
         hint = "; correct it, or set DATALOADER.ON_BAD_IMAGE drop to train without such pictures"
@@ -288,7 +288,7 @@ def _without(
     if bad:
         kinds = Counter(kind for kind, _ in {(fault.kind, fault.picture) for fault in faults})
         logger.warning(
-            "Data set '%s': left out %d of %d pictures (%s); tools/check_data.py shows them",
+            "Data set '%s': left out %d of %d pictures (%s); `distill check-data` shows them",
             *(name, len(dicts) - len(good), len(dicts)),
             ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()),
         )
@@ -366,7 +366,7 @@ def find_faults(cfg: CfgNode, name: str) -> tuple[list[Fault], list[dict[str, An
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
     """Instance classes that the configured student predicts, and their key; None if it has none."""
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    architecture = student_architecture(cfg)
     if architecture in ("GeneralizedRCNN", "PanopticFPN"):
         section = "ROI_HEADS"
     elif architecture in ("RetinaNet", *DENSE_DETECTORS):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError
 from ..utils.seeding import derived_seed, private_randomness
-from .checks.guard import BadPicture, GuardedMapper
+from .checks.images import BadPicture, GuardedMapper
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _fetched(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _unusable(picture: BadPicture, remedy: str) -> DataError:
     return DataError(
-        f"Picture {picture.file_name}: {picture.reason}. tools/check_data.py lists all such "
+        f"Picture {picture.file_name}: {picture.reason}. `distill check-data` lists all such "
         f"pictures; {remedy}."
     )
 

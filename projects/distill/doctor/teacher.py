@@ -159,7 +159,7 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetworkInfo, pictures: int)
     if kind not in EVALUATED:
         raise ConfigError(
             f"The evaluator of '{name}' ({kind}) needs the whole data set; leave out --teacher-ap "
-            "and run train_net.py --eval-only with the teacher's config."
+            "and run `distill eval` with the teacher's config."
         )
     chosen = DatasetCatalog.get(name)[:pictures]
     names = metadata.get("stuff_classes" if kind == "sem_seg" else "thing_classes")

@@ -1,4 +1,4 @@
-"""The evaluators of a data set, by its ``evaluator_type``."""
+"""Evaluators of a data set, chosen by its ``evaluator_type``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +19,15 @@ from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 
 
 def evaluator_builders(cfg: CfgNode, dataset_name: str, folder: str) -> list[Callable[[], Any]]:
-    """Functions that build the evaluators of a data set, which read its annotations.
+    """Return functions that build the evaluators of a data set and read its annotations.
 
     Args:
-        cfg: of the model; ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE`` are read.
-        dataset_name: of a registered data set.
-        folder: for the files that evaluators write.
+        cfg: config with ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE``.
+        dataset_name: name of a registered data set.
+        folder: folder for the files that evaluators write.
 
     Raises:
-        ConfigError: the data set's ``evaluator_type`` is none or unknown.
+        ConfigError: the data set has no or an unknown ``evaluator_type``.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     builders: dict[str, list[Callable[[], Any]]] = {
@@ -53,25 +53,25 @@ def evaluator_builders(cfg: CfgNode, dataset_name: str, folder: str) -> list[Cal
     if kind not in builders:
         raise ConfigError(
             f"DATASETS.TEST '{dataset_name}' has evaluator type '{kind}'; "
-            f"evaluators exist for: {', '.join(builders)}."
+            f"it must be one of: {', '.join(builders)}."
         )
     return builders[kind]
 
 
 def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
-    """How many detections of a picture COCO's measures look at; None: COCO's 100.
+    """Return the number of detections per image that COCO's metrics count; None: COCO's 100.
 
-    A user's own set may have more objects than that in a picture.
+    An image of a user's own data set may have more objects.
     """
     own = is_own_set(cfg, dataset_name)
     return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Find before the training what would stop the evaluation after it.
+    """Raise an error before the training if the evaluation after it would fail.
 
     Raises:
-        ConfigError, DataError: a test set has no evaluator, no pictures or unreadable annotations.
+        ConfigError, DataError: a test set has no evaluator, no images or unreadable annotations.
     """
     for name in cfg.DATASETS.TEST:
         evaluator_builders(cfg, name, cfg.OUTPUT_DIR)

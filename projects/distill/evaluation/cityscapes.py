@@ -22,15 +22,19 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from cityscapesscripts.helpers.labels import labels as LABELS
-from cityscapesscripts.helpers.labels import name2label
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from PIL import Image
 from tabulate import tabulate
 
-from ..data.cityscapes import INSTANCE_IDS, LABEL_IDS, ground_truth_files, label_id_table
+from ..data.cityscapes import (
+    INSTANCE_IDS,
+    LABEL_IDS,
+    ground_truth_files,
+    label_id_table,
+    label_table,
+)
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -143,7 +147,7 @@ class CityscapesSemanticEvaluator(_CityscapesEvaluator):
         args.exportFile = os.path.join(self.folder, self.export)
         found = script.evaluateImgLists(predictions, truths, args)
         counts = np.array(found["confMatrix"])  # rows: ground truth, by label id
-        evaluated = [label for label in LABELS if label.id >= 0 and not label.ignoreInEval]
+        evaluated = [x for x in label_table().values() if x.id >= 0 and not x.ignoreInEval]
         iou = {label.name: 100 * float(found["classScores"][label.name]) for label in evaluated}
         present = [iou[label.name] for label in evaluated if counts[label.id].any()]
         results = {
@@ -176,7 +180,7 @@ class CityscapesInstanceEvaluator(_CityscapesEvaluator):
             name = self.metadata.thing_classes[index]
             png = f"{path.removesuffix(f'_pred{self.suffix}')}_{number}_{name}.png"
             Image.fromarray(mask.numpy().astype(bool)).save(png)
-            lines.append(f"{os.path.basename(png)} {name2label[name].id} {score}\n")
+            lines.append(f"{os.path.basename(png)} {label_table()[name].id} {score}\n")
         with open(path, "w", encoding="utf-8") as f:
             f.writelines(lines)
 

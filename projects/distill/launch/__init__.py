@@ -1,1 +1,1 @@
-"""The training command: one process or several, and how each one ends."""
+"""Training command, in one process or several, and the end of each process."""

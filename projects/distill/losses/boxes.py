@@ -90,9 +90,10 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Return the (M, R) IoU of (M, 4) and (R, 4) XYXY boxes, to the bit as detectron2 does.
 
     detectron2's own takes its ``Boxes``; torchvision's is NaN for two boxes without area. Three
-    methods need another one: :func:`distill.losses.fgfi.pixel_iou` (boxes of whole pixels),
-    :func:`distill.losses.crosskd.paired_iou` (pairs, with a gradient) and the one of
-    :func:`distill.losses.matched_iou` (all points of an image at once).
+    methods need another one, for boxes of whole pixels
+    (:func:`distill.losses.fgfi.pixel_iou`), for pairs with a gradient
+    (:func:`distill.losses.crosskd.paired_iou`), and for all points of an image at once
+    (:func:`distill.losses.matched_iou`).
     """
     overlap = pairwise_overlap(boxes, others)
     area, other = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (boxes, others))

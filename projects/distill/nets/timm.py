@@ -5,13 +5,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -60,6 +58,8 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             one stride, a fixed image size or channels last have none. Also if there is no file
             ``WEIGHTS``, or if it lacks weights of the model.
     """
+    import timm
+
     node = cfg.MODEL.TIMM
     if not timm.is_model(node.NAME):
         near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
@@ -110,6 +110,8 @@ def _check_maps(name: str, features: nn.Module, channels: int) -> None:
 
 def _indices_from_stride_4(name: str, channels: int) -> tuple[int, ...]:
     """Return the indices of the maps of stride 4 and more."""
+    import timm
+
     model: Any = timm.create_model(name, features_only=True, in_chans=channels)
     strides = model.feature_info.reduction()
     return tuple(i for i, stride in enumerate(strides) if stride >= 4)
@@ -117,6 +119,8 @@ def _indices_from_stride_4(name: str, channels: int) -> tuple[int, ...]:
 
 def _build_from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Build a model, with timm's own weights if ``pretrained``."""
+    import timm
+
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as e:
@@ -139,9 +143,11 @@ def _build_from_file(name: str, path: str, options: dict[str, Any]) -> Any:
     Raises:
         ValueError: if the file does not belong to this model.
     """
+    import timm
+
     source = f"MODEL.TIMM.WEIGHTS '{path}'"
     try:
-        known = set(_digests(load_state_dict(path).values()))
+        known = set(_digests(timm.models.load_state_dict(path).values()))
         overlay = {"file": path}
         model: Any = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, **options

@@ -1,4 +1,4 @@
-"""Counts and tensors of all processes."""
+"""Reductions and exchanges over all processes."""
 
 import torch
 import torch.distributed as dist
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:
-    """Mean of ``count`` over all processes, at least ``minimum`` over the whole batch.
+    """Return the mean of ``count`` over all processes, at least ``minimum`` for the whole batch.
 
-    DistributedDataParallel averages gradients; a sum divided by this mean therefore has the
-    gradient of one process with the joint batch.
+    DistributedDataParallel averages gradients. So a sum divided by this mean has the gradient of
+    one process with the joint batch.
     """
     count = count.detach().clone().float()
     world = comm.get_world_size()

@@ -1,18 +1,25 @@
-"""Names nearest to what a user wrote, for messages."""
+"""Text of messages: names nearest to what a user wrote, and lines on stderr."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 
 
 def choices(value: str, valid: Iterable[str]) -> str:
-    """The valid names for a message, nearest to ``value`` first."""
+    """Return the valid names for a message, nearest to ``value`` first."""
     names = sorted(valid)
     near = similar(value, names, 0.5)
     return ", ".join(near + [n for n in names if n not in near])
 
 
+def shortened(names: Sequence[str], most: int) -> str:
+    """Return the first ``most`` names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str]:
-    """The names that are like ``value``, in capitals or not, the nearest first."""
+    """Return the names similar to ``value`` in any case, nearest first."""
     capitals: dict[str, list[str]] = {}
     for name in names:
         capitals.setdefault(name.upper(), []).append(name)
@@ -22,6 +29,30 @@ def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str
 
 def nearest(value: object, valid: Iterable[str], most: int = 12) -> str:
     """Return the valid names for a message, nearest first, and at most ``most`` of them."""
-    names = choices(str(value), valid).split(", ")
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return shortened(choices(str(value), valid).split(", "), most)
+
+
+def one_line(text: object) -> str:
+    """Replace every run of white space by one space."""
+    return " ".join(str(text).split())
+
+
+def clause(error: BaseException) -> str:
+    """Return the message of an exception in one line, at most 200 characters, to be embedded."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return one_line(text)[:200].rstrip(".!")
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an exception's message, or its type if it has no message."""
+    return one_line(error).split(". ")[0][:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Escape characters that cannot be printed: file names may hold half a character."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_error(sentence: object) -> None:
+    """Print on stderr why a command ends with exit code 2."""
+    print(f"error: {one_line(sentence)}", file=sys.stderr, flush=True)
