@@ -89,7 +89,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
             ["'MODEL.DISTILL.FitNet.WEIGHT'", "has: FITNET,"],
         ),
     ),
-    "head of another family": (["MODEL.DISTILL.HEADS", "('MaskKD',)"], ["HEADS: MaskKD", "FitNet"]),
+    "head of another family": (
+        ["MODEL.DISTILL.HEADS", "('MaskLogitKD',)"],
+        ["HEADS: MaskLogitKD", "FitNet"],
+    ),
     "misspelt architecture": (
         *(["MODEL.META_ARCHITECTURE", "DistilRCNN"],),
         *(["MODEL.META_ARCHITECTURE", "mean DistillRCNN?"],),

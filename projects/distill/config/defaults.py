@@ -86,7 +86,7 @@ add_head_section(
     BACKGROUND_WEIGHT=1.0,  # of the class divergence on background boxes
     BOX_WEIGHT=1.0,  # of the L1 between box deltas on foreground; 0 leaves it out
 )
-add_head_section("MaskKD", TEMPERATURE=1.0)  # T > 0
+add_head_section("MaskLogitKD", TEMPERATURE=1.0)  # T > 0
 add_head_section("CWD", WEIGHT=10.0, IN_FEATURES=(), TEMPERATURE=1.0)  # 𝒯 > 0
 add_head_section("CWDLogits", WEIGHT=3.0, TEMPERATURE=4.0)  # 𝒯 > 0
 add_head_section("PixelKD", TEMPERATURE=1.0)  # T > 0

@@ -9,7 +9,7 @@ from .gid import GID
 from .ima import IMA
 from .ld import LD
 from .lgd import LGD
-from .mask import InstanceMaskDistillHead, MaskKD
+from .mask import InstanceMaskDistillHead, MaskLogitKD
 from .maskd import MasKD, MasKDLogits
 from .mkd import MKD
 from .mssd import MSSD
@@ -51,7 +51,7 @@ __all__ = [
     "InstanceMaskDistillHead",
     "MasKD",
     "MasKDLogits",
-    "MaskKD",
+    "MaskLogitKD",
     "PixelKD",
     "ROIDistillHead",
     "RelationDistillHead",

@@ -32,7 +32,7 @@ class InstanceMaskDistillHead(PredictionDistillHead):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class MaskKD(InstanceMaskDistillHead):
+class MaskLogitKD(InstanceMaskDistillHead):
     """T² KL(σ(t/T) || σ(s/T)) of the mask logits, averaged over cells and instances."""
 
     def loss(self, student: Tensor, teacher: Tensor, known: Tensor) -> Tensor:
