@@ -21,7 +21,7 @@ ALLOWED = {
     ".families": "* .structures .errors",
     ".checkpoint": "",
     ".checkpoint.load": "* .errors",
-    ".checkpoint.save": "* .errors .checkpoint",
+    ".checkpoint.save": "* .errors .utils .checkpoint",
     ".config": "* .errors .heads .losses .nets .utils .modeling.init_from_teacher",
     ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data",

@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
 from ..errors import ConfigError
+from ..utils.old_names import rename_heads, renamed_option
 from .detectron2_rules import leaves, nearest
 
 with warnings.catch_warnings():
@@ -40,6 +41,16 @@ class _SafeCfgNode(FvcoreCfgNode):
             text = io.StringIO(f.read().replace(cls._EVAL, cls._VALUE))
         text.name = filename  # yaml's messages show it
         return text
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """Load a file with today's names; those of a file go before those of its ``_BASE_``."""
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
+        model = loaded.get("MODEL")
+        section = model.get("DISTILL") if isinstance(model, dict) else None
+        if isinstance(section, dict):
+            rename_heads(section, f"Config file '{filename}'")
+        return loaded
 
 
 def merge_from_file(cfg: CfgNode, filename: str) -> None:
@@ -83,8 +94,9 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
         raise ConfigError(f"{options[0]} must stand before the KEY VALUE overrides.")
     if len(opts) % 2:
         raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
-    for key, value in zip(opts[0::2], opts[1::2]):
-        with _keeping_types(cfg, [str(key)], source):
+    for old_key, old_value in zip(opts[0::2], opts[1::2]):
+        key, value = renamed_option(str(old_key), old_value, source)
+        with _keeping_types(cfg, [key], source):
             try:
                 cfg.merge_from_list([key, value])
             except (ValueError, AssertionError) as e:

@@ -22,7 +22,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint.load import load_strictly, readable
-from ..checkpoint.save import StudentCheckpointer, StudentState
+from ..checkpoint.save import HeadState, StudentCheckpointer, StudentState, check_states
 from ..config import (
     building,
     distill_architectures,
@@ -44,6 +44,7 @@ from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
+from ..utils.old_names import HOOKS, with_renamed_keys
 from .evaluators import check_test_sets, evaluator_builders
 from .hooks import (
     BestCheckpointHook,
@@ -54,7 +55,7 @@ from .hooks import (
     TelemetryHook,
 )
 from .nonfinite import FiniteGuard
-from .telemetry import drop_torn_row
+from .telemetry import drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
@@ -108,16 +109,15 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
-        checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
-        if isinstance(model, DistillModel):
-            checkpointables["distill"] = model.heads
+        heads = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         # The trainer's state last: it says which iteration everything before belongs to.
         self.checkpointer = StudentCheckpointer(
             self.student,
             cfg.OUTPUT_DIR,
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             weights_in_place=self.averaged,
-            **checkpointables,
+            student_state=StudentState(self.student),
+            distill=HeadState(heads),
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -138,7 +138,9 @@ class Trainer(DefaultTrainer):
         return EvaluationLoader(cfg, dataset_name)
 
     def build_writers(self) -> list[EventWriter]:
-        drop_torn_row(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        log = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        drop_torn_row(log)
+        rename_losses(log)
         return super().build_writers()
 
     def build_hooks(self) -> list[HookBase]:
@@ -205,14 +207,27 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        place = {key: state_dict[key] for key in ("iteration", "seed")}
+        place = {key: state_dict.get(key) for key in ("iteration", "seed")}
         if not all(isinstance(x, int) and x >= 0 for x in place.values()):
             raise ValueError(f"it was written at {place}, which are no whole numbers from 0")
-        super().load_state_dict(state_dict)
+        hooks = self._checked_hooks(state_dict.get("hooks", {}))
+        super().load_state_dict({**state_dict, "hooks": hooks})
         self.seed = state_dict["seed"]
         world = comm.get_world_size()
         if self.cfg.SOLVER.REFERENCE_WORLD_SIZE and state_dict["world_size"] != world:
             self._rescale(state_dict["world_size"] / world)
+
+    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
+        """States of hooks by the names of today; detectron2 only warns of those that it ignores.
+
+        The moving average may start without a state, from the weights of the checkpoint.
+        """
+        states = with_renamed_keys(states, HOOKS, "The checkpoint")
+        own = {type(hook).__qualname__: hook for hook in self._hooks}
+        needed = [name for name, hook in own.items() if hook is not self.ema and hook.state_dict()]
+        remedy = "set SOLVER.EMA.DECAY, TEST.BEST_METRIC and your own hooks as they were"
+        check_states("hook", states, own, needed, remedy)
+        return states
 
     def _rescale(self, factor: float) -> None:
         """Go on with another number of processes, by which detectron2 scales the schedule.
