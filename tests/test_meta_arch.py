@@ -35,7 +35,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from distill import DistillModel, DistillRCNN, DistillRetinaNet, DistillSemanticSegmentor
-from distill.data.datasets import load_training_set
+from distill.data.datasets import load_training_sets
 from distill.data.loader import build_train_loader
 from distill.engine import Trainer
 from distill.engine.train_loop import repeatable, seed_step
@@ -132,7 +132,7 @@ class StockTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_train_loader(cfg, load_training_set(cfg), train_mapper(cfg), seed=cfg.SEED)
+        return build_train_loader(cfg, load_training_sets(cfg), train_mapper(cfg), seed=cfg.SEED)
 
     def run_step(self) -> None:
         seed_step(self._trainer.model, self.cfg.SEED, self.iter)

@@ -206,6 +206,11 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     # Custom data without Python: (name, annotations.json, image folder) triples in COCO format.
     cfg.DATASETS.COCO_FORMAT = ()
+    # Of detectron2's samplers, which reads these keys and has no defaults for them:
+    # WeightedTrainingSampler: ((data set, factor > 0), ...), by which its images are repeated.
+    cfg.DATASETS.setdefault("TRAIN_REPEAT_FACTOR", ())
+    # RandomSubsetTrainingSampler: share of the images that are trained on, in (0, 1].
+    cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
     # A picture that cannot be read or is wrongly annotated: stop | drop (with a count in the log).
     cfg.DATALOADER.ON_BAD_IMAGE = "stop"
     cfg.DATALOADER.TIMEOUT = 600  # seconds >= 0 to wait for a data worker; 0: forever

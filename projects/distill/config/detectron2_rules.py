@@ -21,6 +21,7 @@ from ..heads.ima import IMA_SCOPES
 from ..heads.mssd import MSSD_MASKS
 from ..losses import TID_AREAS, TID_SCORES
 from ..utils.text import choices, similar
+from .detectron2_values import NAMES, channels
 
 
 class Rule(NamedTuple):
@@ -132,8 +133,13 @@ _RULES: dict[str, Rule] = {
     "SEED": Rule(lambda x: x < 2**31, "below 2^31"),
     "VIS_PERIOD": _at_least(0),
     "DATALOADER.NUM_WORKERS": _at_least(0),
+    "DATALOADER.RANDOM_SUBSET_RATIO": _SHARE,
     "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
     "DATALOADER.TIMEOUT": _at_least(0),
+    "DATASETS.TRAIN_REPEAT_FACTOR": Rule(
+        lambda x: all(isinstance(name, str) and factor > 0 for name, factor in x),
+        "a list of [data set, factor above 0]",
+    ),
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": _SHARE,
     "INPUT.CROP.SIZE": _list_of(_POSITIVE, 2, 2),
     "INPUT.MAX_SIZE_*": _at_least(1),
@@ -262,40 +268,25 @@ _BY_AUTHORS = {
     f"MODEL.DISTILL.{head.upper()}.{key}" for head, keys in VALUES.items() for key in keys
 }
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the largest entry is a norm
-_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "DATALOADER.ON_BAD_IMAGE": ("stop", "drop"),
-    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
-    "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
-    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
-    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "MODEL.DISTILL.IMA.SCOPE": IMA_SCOPES,
     "MODEL.DISTILL.IMA.SCALE_ON": ("standardized", "raw"),
     "MODEL.DISTILL.MSSD.MASK": MSSD_MASKS,
     "MODEL.DISTILL.TID.SCORE": TID_SCORES,
     "MODEL.DISTILL.TID.AREA": TID_AREAS,
-    "MODEL.RESNETS.STEM_TYPE": ("basic", "deeplab"),
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.SEM_SEG_HEAD.LOSS_TYPE": ("cross_entropy", "hard_pixel_mining"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
-    "SOLVER.LR_SCHEDULER_NAME": (
-        "WarmupMultiStepLR",
-        "WarmupCosineLR",
-        "WarmupFlatCosineLR",
-        "WarmupStepWithFixedGammaLR",
-        "WarmupPolyLR",
-    ),
     "SOLVER.ON_NONFINITE": ("stop", "skip"),
     "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
-    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
 # Conditions on several keys, and what to say if one does not hold.
 _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
+    (
+        lambda c: {name for name, _ in c.DATASETS.TRAIN_REPEAT_FACTOR} <= {*c.DATASETS.TRAIN},
+        "DATASETS.TRAIN_REPEAT_FACTOR is {c.DATASETS.TRAIN_REPEAT_FACTOR}; it may only have data "
+        "sets of DATASETS.TRAIN {c.DATASETS.TRAIN}.",
+    ),
     (
         lambda c: c.SOLVER.IMS_PER_BATCH % max(c.SOLVER.REFERENCE_WORLD_SIZE, 1) == 0,
         "SOLVER.IMS_PER_BATCH is {c.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
@@ -339,9 +330,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "in (0, 1] if relative, else whole numbers of pixels.",
     ),
     (
-        lambda c: (
-            len(c.MODEL.PIXEL_MEAN) == len(c.MODEL.PIXEL_STD) == (1 if c.INPUT.FORMAT == "L" else 3)
-        ),
+        lambda c: len(c.MODEL.PIXEL_MEAN) == len(c.MODEL.PIXEL_STD) == channels(c.INPUT.FORMAT),
         "MODEL.PIXEL_MEAN is {c.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD {c.MODEL.PIXEL_STD}; they "
         "must have one number per channel of INPUT.FORMAT {c.INPUT.FORMAT}.",
     ),
@@ -449,6 +438,8 @@ def check_values(cfg: CfgNode) -> None:
     for key, value in leaves(cfg):
         if key in _CHOICES:
             check_choice(key, value, _CHOICES[key])
+        if key in NAMES and not NAMES[key].accepts(value):
+            check_choice(key, value, NAMES[key].listed)
         for rule in _rules(key):
             if not rule.allows(value) and not (key in _BY_AUTHORS and value == AUTO):
                 authors = f", or {AUTO:g} for the authors' value" * (key in _BY_AUTHORS)

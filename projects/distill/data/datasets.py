@@ -137,7 +137,15 @@ def _load(name: str) -> list[dict[str, Any]]:
 
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The dataset dicts of :func:`load_training_sets` in one list."""
+    return [entry for _, dicts in load_training_sets(cfg) for entry in dicts]
+
+
+def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
     """The training pictures as detectron2 dataset dicts, without fatal faults.
+
+    Returns:
+        Names and dicts of the data sets, in the order of ``DATASETS.TRAIN``.
 
     Raises:
         DataError: a set is unreadable or empty, the sets' classes differ, a path leads out of its
@@ -145,13 +153,15 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             annotation is wrong and ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
     names = tuple(cfg.DATASETS.TRAIN)
-    dicts = [picture for name in names for picture in _checked_set(cfg, name)]
+    sets = [(name, _checked_set(cfg, name)) for name in names]
+    dicts = [picture for _, pictures in sets for picture in pictures]
     if not any("annotations" in picture for picture in dicts):
-        return dicts
+        return sets
     if not all("annotations" in picture for picture in dicts):
         raise DataError(f"DATASETS.TRAIN {names} mixes sets with and without instances.")
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        dicts = filter_images_with_only_crowd_annotations(dicts)
+        sets = [(name, filter_images_with_only_crowd_annotations(x)) for name, x in sets]
+        dicts = [picture for _, pictures in sets for picture in pictures]
     if not dicts:
         raise DataError(
             f"No picture of DATASETS.TRAIN {names} has an annotation; set "
@@ -163,7 +173,7 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
     except ValueError as e:  # it names the sets and classes
         raise DataError(f"DATASETS.TRAIN: {one_line(e)}.") from e
-    return dicts
+    return sets
 
 
 def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from ..config import (
     validate_config,
 )
 from ..data.cityscapes import SemanticMapper
-from ..data.datasets import check_labels, load_training_set, register_coco_format
+from ..data.datasets import check_labels, load_training_sets, register_coco_format
 from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import ConfigError
@@ -82,7 +82,7 @@ class Trainer(DefaultTrainer):
             be_deterministic()
         cfg = scale_to_workers(cfg)
         check_batch_size(cfg)
-        self.dataset = load_training_set(cfg)
+        self.sets = load_training_sets(cfg)
         check_test_sets(cfg)
         with building("student"):
             model = self.build_model(cfg)
@@ -130,8 +130,8 @@ class Trainer(DefaultTrainer):
 
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """The training data from iteration ``start`` on."""
-        check_labels(cfg, self.dataset)
-        return build_train_loader(cfg, self.dataset, train_mapper(cfg), seed=self.seed, start=start)
+        check_labels(cfg, [entry for _, entries in self.sets for entry in entries])
+        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=self.seed, start=start)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
