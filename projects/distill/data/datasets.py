@@ -37,7 +37,7 @@ from .cityscapes import check_ground_truth
 
 logger = logging.getLogger(__name__)
 
-_LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names the pictures
+_LISTED = ("coco", "coco_panoptic_seg", "kitti", "lvis", "pascal_voc")  # a file names the pictures
 _CITYSCAPES = ("cityscapes_instance", "cityscapes_sem_seg")
 # Keys of the dataset dicts from which detectron2's mapper makes what its networks train on.
 _TRAINED_ON = (
@@ -124,6 +124,11 @@ def _load(name: str) -> list[dict[str, Any]]:
         return DatasetCatalog.get(name)
     except DataError:
         raise
+    except ModuleNotFoundError as e:
+        raise DataError(
+            f"Data set '{name}' needs the package {e.name}, which is not installed; run "
+            f"`pip install --no-deps {e.name}`."
+        ) from e
     except Exception as e:
         metadata = MetadataCatalog.get(name)
         path = metadata.get("json_file")

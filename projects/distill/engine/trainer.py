@@ -45,7 +45,7 @@ from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
 from ..utils.old_names import HOOKS, with_renamed_keys
-from .evaluators import check_test_sets, evaluator_builders
+from .evaluators import build_evaluators, check_test_sets
 from .hooks import (
     BestCheckpointHook,
     CheckpointHook,
@@ -267,10 +267,17 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
-        """The evaluators of a data set, by its ``evaluator_type``."""
-        builders = evaluator_builders(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
-        return DatasetEvaluators([build() for build in builders])
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluators:
+        """The evaluators of a data set, by its ``evaluator_type``.
+
+        Args:
+            dataset_name: of a registered data set.
+            output_folder: for the files that they write; None: ``OUTPUT_DIR/inference``.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return DatasetEvaluators(build_evaluators(cfg, dataset_name, folder))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
