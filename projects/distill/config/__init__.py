@@ -2,7 +2,7 @@
 
 from .defaults import add_distill_config, add_head_section, get_distill_cfg
 from .load import merge_from_file, merge_from_list
-from .resolve import building, distill_architectures, student_config, teacher_config
+from .resolve import building, distill_architectures, is_student, student_config, teacher_config
 from .validate import validate_config
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "building",
     "distill_architectures",
     "get_distill_cfg",
+    "is_student",
     "merge_from_file",
     "merge_from_list",
     "student_config",

@@ -362,14 +362,6 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "needs the backbone's output stride, by RES4_DILATION and RES5_DILATION 32, 16 or 8.",
     ),
     (
-        lambda c: (
-            not c.TEST.SLIDING_WINDOW.ENABLED
-            or "SemanticSegmentor"
-            in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
-        ),
-        "TEST.SLIDING_WINDOW.ENABLED is True, which is for SemanticSegmentor alone; set it False.",
-    ),
-    (
         lambda c: all(
             map(int.__le__, c.TEST.SLIDING_WINDOW.STRIDE, c.TEST.SLIDING_WINDOW.CROP_SIZE)
         ),

@@ -48,6 +48,12 @@ def distill_architectures() -> list[str]:
     return [name for name, _ in META_ARCH_REGISTRY if name.startswith("Distill")]
 
 
+def is_student(cfg: CfgNode, *bases: type) -> bool:
+    """Whether the class of the student's meta-architecture is one of ``bases`` or a subclass."""
+    student = META_ARCH_REGISTRY.get(student_config(cfg).MODEL.META_ARCHITECTURE)
+    return isinstance(student, type) and issubclass(student, bases)
+
+
 def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     """The teacher's own config, resolved from ``MODEL.DISTILL.TEACHER``.
 

@@ -4,7 +4,12 @@ import warnings
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    SemanticSegmentor,
+)
 
 from ..errors import ConfigError
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
@@ -13,7 +18,7 @@ from .detectron2_rules import check_choice, check_values
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
-from .resolve import distill_architectures, teacher_config
+from .resolve import distill_architectures, is_student, teacher_config
 
 
 def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
@@ -49,6 +54,28 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    _validate_test_modes(cfg)
+
+
+def _validate_test_modes(cfg: CfgNode) -> None:
+    """Refuse an evaluation that the student's architecture does not have."""
+    if cfg.TEST.SLIDING_WINDOW.ENABLED and not is_student(cfg, SemanticSegmentor):
+        raise ConfigError(
+            "TEST.SLIDING_WINDOW.ENABLED is True, which is only for SemanticSegmentor; set it "
+            "False."
+        )
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    if not is_student(cfg, GeneralizedRCNN) or is_student(cfg, PanopticFPN):
+        raise ConfigError(
+            "TEST.AUG.ENABLED is True, but detectron2 has test-time augmentation only for "
+            "GeneralizedRCNN; set it False."
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ConfigError(
+            "TEST.AUG.ENABLED is True, but detectron2's test-time augmentation has no keypoints; "
+            "set it or MODEL.KEYPOINT_ON False."
+        )
 
 
 def _validate_teacher(teacher: CfgNode) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor, build_model
 from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -27,6 +28,7 @@ from ..config import (
     building,
     distill_architectures,
     get_distill_cfg,
+    is_student,
     merge_from_file,
     merge_from_list,
     student_config,
@@ -151,6 +153,9 @@ class Trainer(DefaultTrainer):
                 writers.append(hook)
             elif isinstance(hook, hooks.EvalHook):
                 before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
+                if cfg.TEST.AUG.ENABLED:  # takes 18 forwards per image: only at the end
+                    augmented = partial(self.test_with_TTA, cfg, self.student)
+                    before.append(EvalHook(0, augmented, self.averaged))
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -283,12 +288,29 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
         return super().test(cfg, with_sliding_window(cfg, model), evaluators)
 
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> "OrderedDict[str, Any]":
+        """Evaluate with detectron2's test-time augmentation, ``TEST.AUG``.
+
+        Args:
+            model: a plain ``GeneralizedRCNN``.
+
+        Returns:
+            The results of :meth:`test`, with the suffix ``_TTA`` in the names of tasks, or of data
+            sets if there are several.
+        """
+        logger.info("Evaluating with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
+
 
 def train_mapper(cfg: CfgNode) -> DatasetMapper:
     """detectron2's mapper, that for semantic labels, or the one that knows ignored regions."""
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
-    if semantic or student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+    if semantic or is_student(cfg, SemanticSegmentor):
         return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
@@ -373,7 +395,11 @@ def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
     """
     check_test_sets(cfg)
-    return Trainer.test(cfg, load_student(cfg, weights or cfg.MODEL.WEIGHTS))
+    student = load_student(cfg, weights or cfg.MODEL.WEIGHTS)
+    results: OrderedDict[str, Any] = Trainer.test(cfg, student)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, student))
+    return results
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:
