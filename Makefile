@@ -25,7 +25,7 @@ help:
 	@echo "demo, test, test-faults and lint first install what is missing into .venv (PYTHON=$(PYTHON))."
 
 demo: installed
-	.venv/bin/python tools/demo.py --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
+	.venv/bin/python -m distill demo --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
 
 test: installed
 	.venv/bin/python -m pytest -q $(ARGS)

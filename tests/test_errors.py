@@ -14,7 +14,6 @@ import torch
 from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.utils import comm
 
-from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
 from distill.launch.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -365,7 +364,7 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], list[st
     "class beyond the config": (
         lambda c: [a.update(category_id=8) for a in c["annotations"]],
         ["MODEL.ROI_HEADS.NUM_CLASSES", "7"],
-        ["class index 7", ".jpg", "MODEL.ROI_HEADS.NUM_CLASSES", "tools/check_data.py"],
+        ["class index 7", ".jpg", "MODEL.ROI_HEADS.NUM_CLASSES", "`distill check-data"],
     ),
     "two annotations of one id": (
         lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]),
@@ -470,15 +469,6 @@ def test_resuming_from_a_truncated_checkpoint(run: Run) -> None:
     (run.output / "spoilt.pth").write_bytes(run.teacher.read_bytes()[:999])
     line = run.fails("--resume")
     assert "--resume" in line and "spoilt.pth" in line
-
-
-def test_a_head_without_a_section_says_how_to_add_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registered = dict(DISTILL_HEAD_REGISTRY._obj_map, Unsectioned=FitNet)
-    monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
-    line = run.fails("MODEL.DISTILL.HEADS", "('Unsectioned',)")
-    assert "Unsectioned" in line and "add_head_section('Unsectioned')" in line
 
 
 @pytest.mark.parametrize("weights", ["", "nowhere.pth"])

@@ -43,7 +43,7 @@ from distill.engine import Trainer
 from distill.engine.nonfinite import FiniteGuard, from_plain, says_nonfinite, to_plain
 from distill.engine.train_loop import TrainLoop
 from distill.errors import NumericalError
-from distill.heads.fpn import FitNet
+from distill.heads.fitnet import FitNet
 from distill.launch.main import main
 
 AT, LAST = 2, 4  # iteration of the fault, number of iterations
@@ -218,7 +218,7 @@ def test_the_run_stops_and_nothing_has_changed(
     assert message.startswith(f"Iteration {AT}: {what}")
     names = pictures_of(trainer)
     assert len(names) == 2 and f"(pictures {', '.join(names)})" in message
-    assert f"`tools/replay.py {reproducer(tmp_path)}` repeats the step" in message
+    assert f"`distill replay {reproducer(tmp_path)}` repeats the step" in message
     assert len(watch.states) == AT + 1
     assert differences(watch.states[-1], state(trainer)) == []
     # What a step does change, or the test would not show anything.

@@ -1,34 +1,50 @@
 """Distillation of detectron2 detectors and segmenters.
 
-Importing the package registers its meta-architectures, backbones and heads with detectron2.
+The package registers its meta-architectures, networks, heads and data sets with detectron2 when it
+is imported after detectron2, otherwise when the first of its public names is used. Before that,
+``import distill`` loads neither torch nor detectron2, so that the command line answers at once.
 """
 
-from . import nets  # noqa: F401  registers backbones
-from .config import add_distill_config, add_head_section, get_distill_cfg, validate_config
-from .data import (
-    cityscapes,  # noqa: F401  replaces the loaders of detectron2's Cityscapes sets
-    kitti,  # noqa: F401  registers kitti_train, kitti_val
-)
-from .heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
-from .modeling.meta_arch import (
-    DistillModel,
-    DistillRCNN,
-    DistillRetinaNet,
-    DistillSemanticSegmentor,
-)
+# ruff: noqa: F405
+
+import sys
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# detectron2's anchor generator calls torch.meshgrid without ``indexing``. Python's -W still wins.
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", append=True)
+
 __all__ = [
     "DISTILL_HEAD_REGISTRY",
+    "DenseDistillHead",
     "DistillHead",
     "DistillModel",
     "DistillRCNN",
     "DistillRetinaNet",
     "DistillSemanticSegmentor",
     "FPNDistillHead",
+    "InstanceMaskDistillHead",
+    "Key",
+    "Presets",
+    "ROIDistillHead",
+    "RelationDistillHead",
+    "Section",
+    "SemSegDistillHead",
     "add_distill_config",
-    "add_head_section",
     "get_distill_cfg",
     "validate_config",
 ]
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+elif "detectron2" in sys.modules:
+    import_module(".api", __name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".api", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -8,6 +8,7 @@ Shape shorthand:
     K: foreground classes
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -80,7 +81,7 @@ class HeadFeatures:
 
 
 @dataclass
-class Targets:
+class DenseTargets:
     """What the student trains its dense outputs on.
 
     Attributes:
@@ -90,6 +91,10 @@ class Targets:
 
     labels: Tensor
     boxes: Tensor
+
+    def positive(self, num_classes: int) -> Tensor:
+        """Return (N, R) bool: the rows that are trained on an object, of ``num_classes`` K."""
+        return (self.labels >= 0) & (self.labels < num_classes)
 
 
 @dataclass
@@ -156,7 +161,7 @@ class NetworkOutputs:
     dense: DenseOutputs | None = None
     dense_boxes: list[Tensor] = field(default_factory=list)
     head_features: HeadFeatures | None = None
-    targets: Targets | None = None
+    targets: DenseTargets | None = None
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
     sem_seg: SemSeg | None = None
@@ -169,26 +174,91 @@ class NetworkOutputs:
 
 
 @dataclass(frozen=True)
+class DenseLayout:
+    """Where the rows of a dense head's (N, R, K) outputs lie in the image, and what they encode.
+
+    Attributes:
+        objectness: True for the RPN of an R-CNN, whose only class is every object.
+        levels: names of the features that the head reads, finest first.
+        strides: of the levels, in pixels.
+        anchors: one (A, 4) XYXY tensor per level, relative to the cell's origin, on the CPU.
+        offset: of the cells' origins from the image's, in strides.
+        thresholds: IoU below which an anchor is negative, and from which it is positive.
+        box2box_transform: detectron2's transform between anchors and boxes.
+        box_dim: numbers that a box is regressed by: 4, or 4 times the bins of a distribution.
+        reg_max: last bin of the distribution of a box's side; None without distributions.
+        candidates: anchors per level and object that ATSS considers in the assignment.
+        subnet_channels: output channels of each convolution of the classification and of the
+            regression subnet; None for heads that are not built like a RetinaNetHead.
+        centerness: True if the head predicts the centerness of its boxes.
+    """
+
+    objectness: bool
+    levels: list[str]
+    strides: list[int]
+    anchors: list[Tensor]
+    offset: float
+    thresholds: tuple[float, float]
+    box2box_transform: Any = None
+    box_dim: int = 4
+    reg_max: int | None = None
+    candidates: int = 9
+    subnet_channels: tuple[list[int], list[int]] | None = None
+    centerness: bool = False
+
+    @property
+    def box_encoding(self) -> tuple[type, Any] | None:
+        """Box encoding (transform type and weights), or None if a box is not four numbers."""
+        if self.box_dim != 4:
+            return None
+        transform = self.box2box_transform
+        return type(transform), getattr(transform, "weights", None)
+
+
+@dataclass(frozen=True)
 class NetworkInfo:
-    """What a head may know of a network when it is built.
+    """What a head may know of a network when it is built; a family of networks provides it.
 
     Attributes:
         name: "student" or "teacher", for messages.
-        model: the detectron2 network itself; read its attributes, never run its ``forward``.
+        kinds: class names of the network and its bases, the network's own first.
         features: channels and stride of each of ``NetworkOutputs.features``.
         outputs: names of the :class:`NetworkOutputs` fields that the family produces.
         classes: class names in the order of the network's outputs, background excluded.
-        sem_seg: channels and stride of the semantic head's features; None: it has no such head.
+        sem_seg: channels and stride of the semantic head's features; None without such a head.
         sem_seg_classes: names of the classes of the semantic head's logits.
+        shallow: names of the features that have a shallow map in ``NetworkOutputs.shallow``.
+        dense: layout of the dense head; None without such a head.
+        last_layers: returns the last layers of the dense head, given the number of convolutions of
+            each subnet to keep. They turn maps before an activation, one list of levels per
+            subnet, into (N, R, D) predictions, one tensor per output of the head. None if the
+            network has no ``head_features``.
+        box_in_features: names of the features that the boxes of an R-CNN are cropped from.
+        use_sigmoid_ce: True if an R-CNN scores its boxes by sigmoids.
+        detector_levels: names of the features that ``detector_losses`` reads, finest first.
+        detector_losses: returns the detector's own losses on other maps than its backbone's, given
+            these by name, and leaves the detector as it was. None if it has no boxes to learn.
     """
 
     name: str
-    model: Any
+    kinds: tuple[str, ...]
     features: dict[str, ShapeSpec]
     outputs: frozenset[str]
     classes: tuple[str, ...]
     sem_seg: ShapeSpec | None = None
     sem_seg_classes: tuple[str, ...] = ()
+    shallow: tuple[str, ...] = ()
+    dense: DenseLayout | None = None
+    last_layers: Callable[[int], Callable[..., list[Tensor]]] | None = None
+    box_in_features: tuple[str, ...] = ()
+    use_sigmoid_ce: bool = False
+    detector_levels: tuple[str, ...] = ()
+    detector_losses: Callable[..., dict[str, Tensor]] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Class name of the network, for messages."""
+        return self.kinds[0]
 
     @property
     def maps(self) -> dict[str, ShapeSpec]:

@@ -480,7 +480,7 @@ def test_stop_counts_and_names_the_first(spoil: Callable[..., CfgNode]) -> None:
         load_training_set(spoil(first_two))
     message = str(stopped.value)
     assert "000000000000.jpg (annotation 1): the box [60, 60, 60, 60] is outside" in message
-    assert "first of 2 faults; tools/check_data.py --config-file F shows all" in message
+    assert "first of 2 faults; `distill check-data --config-file F` shows all" in message
     assert "ON_BAD_IMAGE drop" in message and "\n" not in message
 
 

@@ -6,9 +6,6 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from distill import cli
 from distill.errors import DistillError
 from distill.launch.main import main
 
@@ -73,14 +71,9 @@ def command_works(
     return code != 2
 
 
-@cache
-def tool(name: str) -> Callable[[Sequence[str]], int]:
-    """The command of ``tools/<name>.py``."""
-    spec = spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def check_data(argv: Sequence[str]) -> int:
+    """``distill check-data``."""
+    return cli.main(["check-data", *argv])
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from distill.data.shapes import LAYOUTS, VOC_NAMES, SceneConfig
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
 
-from .fuzzing import SCALARS, command_works, encoded, fuzz, garbled, spoilt, tool, works
+from .fuzzing import SCALARS, check_data, command_works, encoded, fuzz, garbled, spoilt, works
 
 SCENE = SceneConfig(height=48, width=48, min_size=0.25)
 
@@ -133,7 +133,7 @@ def test_commands(
     ]
     argv = ["--config-file", str(run.config)]
     if command_works("annotations", [*argv, *opts]):
-        assert command_works("annotations", [*argv, "--workers", "0", *opts], tool("check_data"))
+        assert command_works("annotations", [*argv, "--workers", "0", *opts], check_data)
 
 
 @st.composite

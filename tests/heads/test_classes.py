@@ -5,7 +5,6 @@ import logging
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from torch import nn
 
 from distill.config import get_distill_cfg
 from distill.heads import MaskLogitKD
@@ -24,7 +23,7 @@ every_case = pytest.mark.parametrize("teacher", CASES.values(), ids=CASES)
 
 
 def spec(name, classes):
-    return NetworkInfo(name, nn.Identity(), {"p2": ShapeSpec()}, frozenset(), classes)
+    return NetworkInfo(name, ("Net",), {"p2": ShapeSpec()}, frozenset(), classes)
 
 
 def named_columns(classes, rows=2):

@@ -7,14 +7,15 @@ go in, so that ``torch.load(..., weights_only=True)`` reads it.
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, BinaryIO
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, WeightsError
+from ..utils.io import replacing
 from ..utils.old_names import HEADS, with_renamed_keys
 from .load import SafeCheckpointer, file_hash, read_torch
 
@@ -222,27 +223,6 @@ def write_checked(path: str, data: Any) -> None:
             os.remove(checksum_file(path))  # that of the old file
     with replacing(checksum_file(path)) as f:
         f.write(f"{digest}  {os.path.basename(path)}\n".encode())
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """Write a temporary file that takes the place of ``path`` when all of it is on the disk."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
 
 
 def damage(path: str) -> str | None:

@@ -1,15 +1,15 @@
 """Config keys, how they are loaded, and the checks before a start."""
 
-from .defaults import add_distill_config, add_head_section, get_distill_cfg
-from .load import merge_from_file, merge_from_list
+from .defaults import add_distill_config, get_distill_cfg
+from .load import find_config, merge_from_file, merge_from_list
 from .resolve import building, distill_architectures, is_student, student_config, teacher_config
 from .validate import validate_config
 
 __all__ = [
     "add_distill_config",
-    "add_head_section",
     "building",
     "distill_architectures",
+    "find_config",
     "get_distill_cfg",
     "is_student",
     "merge_from_file",

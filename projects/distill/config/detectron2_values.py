@@ -1,13 +1,13 @@
 """Config values that are names in detectron2's own code.
 
 detectron2 compares them with texts in the function that reads the key. So a value is valid if the
-installed version has it there, whether or not it stands in the lists below, which are for messages.
+installed version has it there, even if it is not among the names that messages list.
 """
 
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.detection_utils import (
@@ -22,12 +22,17 @@ from detectron2.solver import WarmupParamScheduler, build_lr_scheduler
 from detectron2.solver.build import GradientClipType
 from PIL import Image
 
+from ..section import Rule, one_of
 
-class Names(NamedTuple):
-    """Values of a key of detectron2."""
 
-    listed: tuple[str, ...]  # for messages
-    accepts: Callable[[Any], bool]  # whether the installed detectron2 knows a value
+def named_in(function: Callable[..., Any], *names: str) -> Rule:
+    """Return the rule of a key with which detectron2 compares texts.
+
+    Args:
+        function: reads the key.
+        names: valid values for messages, further ones of this package included.
+    """
+    return Rule(lambda x: x in names or x in texts_in(function), " | ".join(names), names)
 
 
 @cache
@@ -36,10 +41,6 @@ def texts_in(function: Callable[..., Any]) -> frozenset[str]:
     constants = inspect.unwrap(function).__code__.co_consts
     groups = [x if isinstance(x, tuple | frozenset) else (x,) for x in constants]
     return frozenset(x for group in groups for x in group if isinstance(x, str))
-
-
-def _named_in(function: Callable[..., Any]) -> Callable[[Any], bool]:
-    return lambda value: value in texts_in(function)
 
 
 @cache
@@ -52,46 +53,38 @@ def channels(image_format: str) -> int:
     return array.shape[2] if array.ndim == 3 else 0
 
 
-_BOX_LOSSES = Names(("smooth_l1", "giou", "diou", "ciou"), _named_in(_dense_box_regression_loss))
-NAMES = {
-    "DATALOADER.SAMPLER_TRAIN": Names(
-        (
-            "TrainingSampler",
-            "RepeatFactorTrainingSampler",
-            "RandomSubsetTrainingSampler",
-            "WeightedTrainingSampler",
-            "WeightedCategoryTrainingSampler",
-        ),
-        _named_in(_train_loader_from_config),
+_BOX_LOSS = named_in(_dense_box_regression_loss, "smooth_l1", "giou", "diou", "ciou")
+_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
+
+NAME_RULES: dict[str, Rule] = {
+    "DATALOADER.SAMPLER_TRAIN": named_in(
+        _train_loader_from_config,
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "RandomSubsetTrainingSampler",
+        "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
     ),
-    "INPUT.CROP.TYPE": Names(
-        ("relative", "relative_range", "absolute", "absolute_range"),
-        _named_in(RandomCrop.__init__),
+    "INPUT.CROP.TYPE": named_in(
+        RandomCrop.__init__, "relative", "relative_range", "absolute", "absolute_range"
     ),
-    "INPUT.FORMAT": Names(("BGR", "RGB", "L", "YUV-BT.601"), lambda value: channels(value) > 0),
-    "INPUT.MASK_FORMAT": Names(("polygon", "bitmask"), _named_in(annotations_to_instances)),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": Names(
-        ("choice", "range"), _named_in(ResizeShortestEdge.__init__)
+    # Pillow's modes with a dimension of channels, too.
+    "INPUT.FORMAT": Rule(lambda x: channels(x) > 0, " | ".join(_FORMATS), _FORMATS),
+    "INPUT.MASK_FORMAT": named_in(annotations_to_instances, "polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": named_in(ResizeShortestEdge.__init__, "choice", "range"),
+    "INPUT.RANDOM_FLIP": named_in(build_augmentation, "horizontal", "vertical", "none"),
+    "MODEL.RESNETS.STEM_TYPE": named_in(build_resnet_deeplab_backbone, "basic", "deeplab"),
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(*(kind.value for kind in GradientClipType)),
+    "SOLVER.LR_SCHEDULER_NAME": named_in(
+        build_lr_scheduler,
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupFlatCosineLR",  # of this package
+        "WarmupStepWithFixedGammaLR",
+        "WarmupPolyLR",  # of detectron2's DeepLab
     ),
-    "INPUT.RANDOM_FLIP": Names(("horizontal", "vertical", "none"), _named_in(build_augmentation)),
-    "MODEL.RESNETS.STEM_TYPE": Names(
-        ("basic", "deeplab"), _named_in(build_resnet_deeplab_backbone)
-    ),
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Names(
-        ("value", "norm"), lambda value: value in [kind.value for kind in GradientClipType]
-    ),
-    "SOLVER.LR_SCHEDULER_NAME": Names(
-        (
-            "WarmupMultiStepLR",
-            "WarmupCosineLR",
-            "WarmupFlatCosineLR",  # ours
-            "WarmupStepWithFixedGammaLR",
-            "WarmupPolyLR",  # of detectron2's DeepLab
-        ),
-        _named_in(build_lr_scheduler),
-    ),
-    "SOLVER.WARMUP_METHOD": Names(("linear", "constant"), _named_in(WarmupParamScheduler.__init__)),
+    "SOLVER.WARMUP_METHOD": named_in(WarmupParamScheduler.__init__, "linear", "constant"),
 }

@@ -1,10 +1,12 @@
 """Config files and overrides, read safely."""
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,7 +16,8 @@ from yaml import YAMLError
 
 from ..errors import ConfigError
 from ..utils.old_names import rename_heads, renamed_option
-from .detectron2_rules import leaves, nearest
+from ..utils.text import nearest
+from .detectron2_rules import leaves
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
@@ -53,14 +56,38 @@ class _SafeCfgNode(FvcoreCfgNode):
         return loaded
 
 
+def find_config(name: str) -> str:
+    """Return the path of a config file.
+
+    Args:
+        name: a file, or a config of this package such as ``COCO-Detection/gfl_R_50_FPN_1x.yaml``,
+            with or without ``configs/`` before it. A file comes first.
+
+    Raises:
+        ConfigError: there is no such config; the message has the nearest names.
+    """
+    if PathManager.isfile(name):
+        return name
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    if not configs.is_dir():  # not installed: they are at the top of the checkout
+        configs = configs.parents[2] / "configs"
+    packaged = {x.relative_to(configs).as_posix(): str(x) for x in configs.rglob("*.yaml")}
+    short = name.removeprefix("configs/")
+    if short not in packaged:
+        raise ConfigError(
+            f"Config file '{name}' does not exist (seen from {os.getcwd()}), nor does this package "
+            f"have a config of that name; it has: {nearest(short, packaged, most=4)}."
+        )
+    return packaged[short]
+
+
 def merge_from_file(cfg: CfgNode, filename: str) -> None:
     """Merge a yaml file and its ``_BASE_`` chain into ``cfg``.
 
     Raises:
         ConfigError: the file is missing, no valid or safe yaml, or has an unknown key.
     """
-    if not PathManager.isfile(filename):
-        raise ConfigError(f"Config file '{filename}' does not exist.")
+    filename = find_config(filename)
     try:
         _merge(cfg, _read_yaml(filename), filename)
     except RecursionError as e:

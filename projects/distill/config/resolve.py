@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
     from detectron2 import model_zoo
 from .defaults import get_distill_cfg
-from .load import merge_from_file, merge_from_list
+from .load import find_config, merge_from_file, merge_from_list
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
@@ -71,15 +71,16 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
             "config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml."
         )
     teacher = get_distill_cfg()
-    own_file = os.path.isfile(node.CONFIG_FILE)
-    path = node.CONFIG_FILE if own_file else _zoo_file(node.CONFIG_FILE)
-    if path is None:
+    # The zoo before this package: of the few names in both, the zoo has trained weights.
+    zoo = None if os.path.isfile(node.CONFIG_FILE) else _zoo_file(node.CONFIG_FILE)
+    try:
+        path = zoo or find_config(node.CONFIG_FILE)
+    except ConfigError as e:
         raise ConfigError(
-            f"MODEL.DISTILL.TEACHER.CONFIG_FILE '{node.CONFIG_FILE}' is neither a file (seen from "
-            f"{os.getcwd()}) nor a config of detectron2's model zoo."
-        )
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE is no config of detectron2's model zoo. {e}"
+        ) from e
     merge_from_file(teacher, path)
-    if trained and not own_file and not node.WEIGHTS:
+    if trained and zoo and not node.WEIGHTS:
         teacher.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
     merge_from_list(teacher, list(node.OPTS), "MODEL.DISTILL.TEACHER.OPTS")
     if node.WEIGHTS:

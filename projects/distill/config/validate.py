@@ -14,7 +14,9 @@ from detectron2.modeling import (
 from ..errors import ConfigError
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..modeling.init_from_teacher import INHERITED_PARTS
-from .detectron2_rules import check_choice, check_values
+from ..section import check_choice
+from .defaults import declared_keys
+from .detectron2_rules import check_rules, check_together, leaves
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
@@ -78,6 +80,21 @@ def _validate_test_modes(cfg: CfgNode) -> None:
         )
 
 
+def check_values(cfg: CfgNode) -> None:
+    """Check the values of a config, each by itself and some together.
+
+    Raises:
+        ConfigError: names the key, its value and the valid values.
+    """
+    declared = declared_keys()
+    for name, value in leaves(cfg):
+        if name in declared:
+            declared[name].check(name, value)
+        else:
+            check_rules(name, value)
+    check_together(cfg)
+
+
 def _validate_teacher(teacher: CfgNode) -> None:
     try:
         check_values(teacher)
@@ -98,44 +115,14 @@ def _validate_distill(cfg: CfgNode) -> None:
         check_choice("MODEL.DISTILL.HEADS", name, [n for n, _ in DISTILL_HEAD_REGISTRY])
         if name.upper() not in node:
             raise ConfigError(
-                f"MODEL.DISTILL.HEADS: {name} has no config section; call "
-                f"add_head_section('{name}') where it is registered."
+                f"MODEL.DISTILL.HEADS: {name} has no config section; import the module that "
+                "registers it before get_distill_cfg()."
             )
-        _validate_terms(name.upper(), node[name.upper()])
+        DISTILL_HEAD_REGISTRY.get(name).check_config(cfg)
     for part in node.INHERIT:
         check_choice("MODEL.DISTILL.INHERIT", part, INHERITED_PARTS)
     if node.INHERIT and not teacher_needed(cfg):
         raise ConfigError(
             f"MODEL.DISTILL.INHERIT is {tuple(node.INHERIT)}, but no head of MODEL.DISTILL.HEADS "
             "has a teacher; name one that has, or empty it."
-        )
-    if "IMA" in node.HEADS and node.IMA.SCOPE == "mask" and not cfg.MODEL.MASK_ON:
-        raise ConfigError(
-            "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
-            "set MODEL.MASK_ON True or SCOPE box."
-        )
-
-
-# Factors of the terms of a loss: without any, adapters would get no gradient.
-_TERMS = {
-    "CROSSKD": ("CLASS_WEIGHT", "BOX_WEIGHT"),
-    "DEFEAT": ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT"),
-    "DKD": ("ALPHA", "BETA"),
-    "FGD": ("ALPHA", "BETA", "GAMMA", "LAMBDA"),
-    "FKD": ("ATTENTION_WEIGHT", "POOLED_WEIGHT", "RELATION_WEIGHT"),
-    "FRS": ("FEATURE_WEIGHT", "CLASS_WEIGHT"),
-    "GID": ("FEATURE_WEIGHT", "RELATION_WEIGHT", "CLASS_WEIGHT", "BOX_WEIGHT"),
-    "LD": ("BOX_WEIGHT", "REGION_WEIGHT", "CLASS_WEIGHT"),
-    "MKD": ("FEA_WEIGHT", "MULTISCALE_WEIGHT", "FDMD_WEIGHT", "FAD_WEIGHT"),
-    "MSSD": ("DISTILL_WEIGHT", "MASK_WEIGHT"),
-    "TID": ("ALPHA_HIGH", "ALPHA_MED", "ALPHA_LOW"),
-}
-
-
-def _validate_terms(head: str, section: CfgNode) -> None:
-    terms = _TERMS.get(head, ())
-    if terms and not any(section[key] for key in terms):
-        raise ConfigError(
-            f"MODEL.DISTILL.{head}: {', '.join(terms)} are all 0; set one of them above 0, or "
-            "WEIGHT 0.0 to switch the head off."
         )

@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapely
-from cityscapesscripts.helpers.labels import labels as LABELS
-from cityscapesscripts.helpers.labels import name2label
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import build_augmentation
@@ -35,7 +32,6 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from numpy.typing import NDArray
 from PIL import Image
-from shapely.geometry import Polygon
 
 from ..errors import DataError
 from .checks.issues import Problem
@@ -45,16 +41,33 @@ IMAGES = "_leftImg8bit.png"
 LABEL_IDS, TRAIN_IDS = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 INSTANCE_IDS, POLYGONS = "_gtFine_instanceIds.png", "_gtFine_polygons.json"
 
-_THINGS = [label.id for label in LABELS if label.hasInstances and not label.ignoreInEval]
 _POOLED = 100  # pictures from which on polygons are read by several processes
 _MOST_WORKERS = 16
+
+
+# cityscapesscripts and shapely are imported where they are used: most trainings need neither.
+
+
+@cache
+def label_table() -> dict[str, Any]:
+    """Cityscapes' own table: its labels by name."""
+    from cityscapesscripts.helpers.labels import name2label
+
+    return dict(name2label)
+
+
+@cache
+def _things() -> list[int]:
+    """Label ids of the classes with instances that are evaluated."""
+    labels = label_table().values()
+    return [label.id for label in labels if label.hasInstances and not label.ignoreInEval]
 
 
 @cache
 def train_id_table() -> NDArray[np.uint8]:
     """(256,): the train id of each label id, :data:`IGNORED` for those without."""
     table = np.full(256, IGNORED, np.uint8)
-    for label in LABELS:
+    for label in label_table().values():
         if label.id >= 0 and 0 <= label.trainId < IGNORED:
             table[label.id] = label.trainId
     return table
@@ -152,6 +165,8 @@ def load_cityscapes_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any
 
 
 def _instances(pair: tuple[str, str]) -> dict[str, Any]:
+    import shapely
+
     picture, path = pair
     try:
         with open(path, encoding="utf-8") as f:
@@ -174,32 +189,38 @@ def _instances(pair: tuple[str, str]) -> dict[str, Any]:
 
 def _visible(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Annotations of what is seen of the objects, of which later ones hide earlier ones."""
-    hidden: Any = Polygon()
+    import shapely
+
+    hidden: Any = shapely.Polygon()
+    labels = label_table()
     annotations = []
     for thing in reversed(objects):
-        label = name2label.get(thing["label"]) or name2label.get(
-            thing["label"].removesuffix("group")
-        )
+        name = thing["label"]
+        label = labels.get(name) or labels.get(name.removesuffix("group"))
         if label is None:
-            raise DataError(f"the label '{thing['label']}' is none of Cityscapes'.")
+            raise DataError(f"the label '{name}' is none of Cityscapes'.")
         if label.id < 0 or "deleted" in thing:
             continue
         # Points are pixels, whose centres are at 0.5; drawing covers every pixel it touches.
-        shape = Polygon(np.asarray(thing["polygon"], np.float32) + 0.5).buffer(0.5, quad_segs=4)
-        seen = shape.difference(hidden) if label.id in _THINGS else None
+        shape = shapely.Polygon(np.asarray(thing["polygon"], np.float32) + 0.5).buffer(
+            0.5, quad_segs=4
+        )
+        seen = shape.difference(hidden) if label.id in _things() else None
         if seen is None or not seen.is_empty:
             hidden = hidden.union(shape)
         if seen is not None and not seen.is_empty:
-            annotations.append(_annotation(seen, label.id, thing["label"].endswith("group")))
+            annotations.append(_annotation(seen, label.id, name.endswith("group")))
     return annotations
 
 
 def _annotation(seen: Any, label_id: int, crowd: bool) -> dict[str, Any]:
+    import shapely
+
     # Outer borders only: COCO's polygons have no holes.
-    parts = [x for x in getattr(seen, "geoms", [seen]) if isinstance(x, Polygon)]
+    parts = [x for x in getattr(seen, "geoms", [seen]) if isinstance(x, shapely.Polygon)]
     return {
         "iscrowd": crowd,
-        "category_id": _THINGS.index(label_id),
+        "category_id": _things().index(label_id),
         "segmentation": [[k for point in x.exterior.coords for k in point] for x in parts],
         "bbox": seen.bounds,
         "bbox_mode": BoxMode.XYXY_ABS,
@@ -238,7 +259,7 @@ def label_problem(path: str) -> Problem | None:
     if path.endswith(TRAIN_IDS):
         kind, known = "train id", {*train_id_table().tolist()}
     else:
-        kind, known = "label id", {label.id for label in LABELS}
+        kind, known = "label id", {label.id for label in label_table().values()}
     with Image.open(path) as image:
         found = np.flatnonzero(np.bincount(np.asarray(image.convert("L")).ravel()))
     wrong = sorted(set(found.tolist()) - known)
@@ -264,8 +285,8 @@ def register_cityscapes_semantic(name: str, root: str, split: str) -> None:
         gt_dir=gt_dir,
         evaluator_type="cityscapes_sem_seg",
         ignore_label=IGNORED,
-        stuff_classes=[x.name for x in LABELS if 0 <= x.trainId < IGNORED],
-        stuff_colors=[x.color for x in LABELS if 0 <= x.trainId < IGNORED],
+        stuff_classes=[x.name for x in label_table().values() if 0 <= x.trainId < IGNORED],
+        stuff_colors=[x.color for x in label_table().values() if 0 <= x.trainId < IGNORED],
     )
 
 

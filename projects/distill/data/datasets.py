@@ -282,7 +282,7 @@ def _stop(name: str, faults: Sequence[Fault]) -> DataError:
     more = hint = ""
     if len(faults) > 1:
         more = (
-            f" (the first of {len(faults)} faults; tools/check_data.py --config-file F shows all)"
+            f" (the first of {len(faults)} faults; `distill check-data --config-file F` shows all)"
         )
     if all(fault.picture for fault in faults):
         hint = "; correct it, or set DATALOADER.ON_BAD_IMAGE drop to train without such pictures"
@@ -303,7 +303,7 @@ def _without(
     if bad:
         kinds = Counter(kind for kind, _ in {(fault.kind, fault.picture) for fault in faults})
         logger.warning(
-            "Data set '%s': left out %d of %d pictures (%s); tools/check_data.py shows them",
+            "Data set '%s': left out %d of %d pictures (%s); `distill check-data` shows them",
             *(name, len(dicts) - len(good), len(dicts)),
             ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()),
         )

@@ -186,7 +186,7 @@ def _fetched(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _unusable(picture: BadPicture, remedy: str) -> DataError:
     return DataError(
-        f"Picture {picture.file_name}: {picture.reason}. tools/check_data.py lists all such "
+        f"Picture {picture.file_name}: {picture.reason}. `distill check-data` lists all such "
         f"pictures; {remedy}."
     )
 

@@ -1,7 +1,7 @@
-"""The doctor: what two batches show about a training before it costs days.
+"""Check a distillation on two batches before it trains for days.
 
-    python tools/doctor.py --config-file F [--teacher-ap N] [--json] [KEY VALUE ...]
-    python tools/doctor.py --config-file F --list-taps | --list-heads
+    distill doctor --config-file F [--teacher-ap N] [--json] [KEY VALUE ...]
+    distill doctor --config-file F --list-outputs | --list-heads
 
 It builds what the trainer builds, takes two batches of the real data, and reports; nothing of the
 run is touched. Errors: exit code 2 and a sentence each; warnings: exit code 0.
@@ -14,21 +14,22 @@ import io
 import json
 import logging
 import math
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
-from rich.console import Console
 
 from ..engine.trainer import setup_config
 from ..errors import DistillError
+from ..utils.arguments import add_config_arguments, at_least
+from ..utils.progress import Progress
+from ..utils.text import print_error
 from .examine import Say, examine, examine_heads, examine_taps
 from .render import render
 from .report import Report
 
-__all__ = ["Report", "examine", "examine_heads", "examine_taps", "main", "run_doctor"]
+__all__ = ["Report", "examine", "examine_heads", "examine_taps", "run_doctor"]
 
 
 def run_doctor(
@@ -36,7 +37,7 @@ def run_doctor(
     *,
     teacher_ap: int = 0,
     as_json: bool = False,
-    list_taps: bool = False,
+    list_outputs: bool = False,
     list_heads: bool = False,
 ) -> int:
     """Examine a training in this one process and print the report.
@@ -45,7 +46,7 @@ def run_doctor(
         cfg: of the training.
         teacher_ap: pictures of the first test set, for the teacher's AP; 0: none.
         as_json: print one JSON object instead of text.
-        list_taps, list_heads: examine the taps or the registered heads alone.
+        list_outputs, list_heads: examine the taps or the registered heads alone.
 
     Returns:
         The exit code: 0, or 2 if the training would be worthless; stderr says why.
@@ -53,26 +54,29 @@ def run_doctor(
     Raises:
         DistillError: what would stop the training before its first step.
     """
-    console = Console(stderr=True)
-    with console.status("") as status, quiet():
+    with Progress(as_json) as progress, quiet():
 
         def say(text: str) -> None:
-            status.update(f"{text} ...")
+            for task in progress.task_ids:
+                progress.update(task, completed=1)
+            progress.add_task(text, total=1)
 
-        report = _examine(cfg, teacher_ap, list_taps, list_heads, say)
+        report = _examine(cfg, teacher_ap, list_outputs, list_heads, say)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(report)), indent=1))
     else:
         render(report)
     for sentence in report.errors:
-        complain(sentence)
+        print_error(sentence)
     return 2 if report.errors else 0
 
 
-def _examine(cfg: CfgNode, teacher_ap: int, list_taps: bool, list_heads: bool, say: Say) -> Report:
+def _examine(
+    cfg: CfgNode, teacher_ap: int, list_outputs: bool, list_heads: bool, say: Say
+) -> Report:
     if list_heads:
         return examine_heads(cfg, say=say)
-    if list_taps:
+    if list_outputs:
         return examine_taps(cfg, say=say)
     return examine(cfg, teacher_pictures=teacher_ap, say=say)
 
@@ -99,17 +103,24 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def complain(sentence: str) -> None:
-    print("error:", " ".join(sentence.split()), file=sys.stderr)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--teacher-ap",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="also measure the teacher on the first N images of DATASETS.TEST[0]",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    lists = parser.add_mutually_exclusive_group()
+    lists.add_argument(
+        "--list-outputs", action="store_true", help="only the recorded outputs and their pairs"
+    )
+    lists.add_argument("--list-heads", action="store_true", help="only the heads that work here")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``tools/doctor.py``.
-
-    Returns:
-        The exit code: 0, or 2 after a sentence on stderr for every error.
-    """
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> int:
     try:
         with quiet():
             cfg = setup_config(args.config_file, args.opts)
@@ -117,32 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             cfg,
             teacher_ap=args.teacher_ap,
             as_json=args.json,
-            list_taps=args.list_taps,
+            list_outputs=args.list_outputs,
             list_heads=args.list_heads,
         )
     except DistillError as e:
         if args.json:
             print(json.dumps(dataclasses.asdict(Report(errors=[str(e)])), indent=1))
-        complain(str(e))
-        return 2
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Examine a training before it costs days.")
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument(
-        "--teacher-ap",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also measure the teacher on the first N pictures of DATASETS.TEST[0]",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    lists = parser.add_mutually_exclusive_group()
-    lists.add_argument("--list-taps", action="store_true", help="the taps and their pairs alone")
-    lists.add_argument("--list-heads", action="store_true", help="the heads that work here, or not")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    args = parser.parse_args(argv)
-    if args.teacher_ap < 0:
-        parser.error("--teacher-ap must be at least 0")
-    return args
+        raise

@@ -129,7 +129,7 @@ def introduction(dry_run: DryRun) -> Report:
             "name a file of its backbone or of the whole student."
         )
     if student and teacher:
-        report.teacher = type(teacher.model).__name__
+        report.teacher = teacher.kind
         report.teacher_weights = teacher_config(cfg).MODEL.WEIGHTS
         report.classes = compare_classes(cfg, student, teacher)
         if not report.classes.known:

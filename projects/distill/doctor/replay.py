@@ -1,5 +1,14 @@
-"""Repeats a step that was not finite, and finds the first module that made it so."""
+"""Repeat a training step that was not finite, and find the first module that made it so.
 
+    distill replay OUTPUT_DIR/nonfinite/... [KEY VALUE ...]
+
+A training writes such a step to OUTPUT_DIR/nonfinite, see SOLVER.ON_NONFINITE. The teacher's files
+and the annotations must be where the run's config says.
+
+Exit code: 0 if the fault shows again, 1 if the step is finite here, 2 if the file cannot be used.
+"""
+
+import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from ..checkpoint.load import read_torch, readable
@@ -187,3 +198,36 @@ def _broken(value: Any) -> bool:
     if is_dataclass(value) and not isinstance(value, type):
         return _broken(vars(value))
     return hasattr(value, "tensor") and _broken(value.tensor)  # Boxes, ImageList
+
+
+# ---- The command line.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reproducer", help="a file of OUTPUT_DIR/nonfinite")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+
+
+def run(args: argparse.Namespace) -> int:
+    result = replay(args.reproducer, args.opts)
+    show(result)
+    return 0 if result.reproduced else 1
+
+
+def show(result: Replay) -> None:
+    # Text of a file is printed as it is: no markup, no line broken.
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The run said: {result.what}")
+    table = Table("loss", "in the run", "here")
+    for name in {**result.saved_losses, **result.losses}:
+        values = (result.saved_losses.get(name), result.losses.get(name))
+        table.add_row(name, *("" if v is None else f"{v:.6g}" for v in values))
+    console.print(table)
+    if result.error:
+        console.print(f"detectron2 stopped the forward: {result.error}")
+    if not result.reproduced:
+        console.print("Everything is finite here.")
+    for k, source in enumerate(result.sources[:10]):
+        console.print(f"{'first not finite' if k == 0 else 'then'}: {source}")
+    if len(result.sources) > 10:
+        console.print(f"and {len(result.sources) - 10} more")

@@ -11,12 +11,12 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.registry import Registry
 
-from ..config.detectron2_rules import nearest
 from ..data.datasets import check_test_set, is_own_set
 from ..errors import ConfigError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 from ..evaluation.lvis import LVISEvaluator
+from ..utils.text import nearest
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 EVALUATOR_REGISTRY.__doc__ = """

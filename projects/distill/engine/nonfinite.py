@@ -161,7 +161,7 @@ class FiniteGuard:
         text = "; ".join(what for what, _ in found)
         text = f"Iteration {get_event_storage().iter}: {text}; no weight was changed"
         if file := next((file for _, file in found if file), ""):
-            text += f"; `tools/replay.py {file}` repeats the step"
+            text += f"; `distill replay {file}` repeats the step"
         self.skips += 1
         most = self.cfg.SOLVER.MAX_SKIPS
         if self.cfg.SOLVER.ON_NONFINITE != "skip":

@@ -387,18 +387,21 @@ def setup_config(config_file: str, opts: Sequence[Any] = (), *, training: bool =
     return cfg
 
 
-def evaluate(cfg: CfgNode, weights: str | None = None) -> "OrderedDict[str, Any]":
+def evaluate(
+    cfg: CfgNode, weights: str | None = None, trainer: type[Trainer] = Trainer
+) -> "OrderedDict[str, Any]":
     """Evaluate the student alone; needs none of the teacher's files.
 
     Args:
         cfg: of the training or plain.
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
+        trainer: the class that evaluates.
     """
     check_test_sets(cfg)
     student = load_student(cfg, weights or cfg.MODEL.WEIGHTS)
-    results: OrderedDict[str, Any] = Trainer.test(cfg, student)
+    results: OrderedDict[str, Any] = trainer.test(cfg, student)
     if cfg.TEST.AUG.ENABLED:
-        results.update(Trainer.test_with_TTA(cfg, student))
+        results.update(trainer.test_with_TTA(cfg, student))
     return results
 
 

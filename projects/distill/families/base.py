@@ -9,7 +9,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..structures import Batch, NetworkOutputs
+from ..structures import Batch, NetworkInfo, NetworkOutputs
 from .recorder import Recorder, record
 
 T = TypeVar("T")
@@ -65,6 +65,27 @@ class Family:
     def num_classes(self) -> int:
         """Number of (foreground) classes that this network predicts."""
         return self.model.num_classes
+
+    def info(
+        self, name: str, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()
+    ) -> NetworkInfo:
+        """Return what heads may know of this network.
+
+        Args:
+            name: "student" or "teacher".
+            classes: names of its classes.
+            sem_seg_classes: names of the classes of its semantic head.
+        """
+        return NetworkInfo(
+            name=name,
+            kinds=tuple(kind.__name__ for kind in type(self.model).__mro__),
+            features=self.feature_shapes,
+            outputs=self.outputs,
+            classes=classes,
+            sem_seg=self.sem_seg_shape,
+            sem_seg_classes=sem_seg_classes,
+            shallow=tuple(self.shallow_names),
+        )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
         """Modules to tap so that :meth:`read` can fill ``needs``; the backbone is always one."""

@@ -1,6 +1,8 @@
 """Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, GFL, ...)."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +10,18 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from torch import Tensor, nn
 
-from ..structures import Batch, DenseOutputs, HeadFeatures, NetworkOutputs, Targets
+from ..losses.boxes import anchor_grid
+from ..structures import (
+    Batch,
+    DenseOutputs,
+    DenseTargets,
+    HeadFeatures,
+    NetworkInfo,
+    NetworkOutputs,
+)
 from .base import Family
+from .detector_losses import DetectorLosses
+from .layout import SUBNETS, LastLayers, before_activations, dense_layout, subnets
 from .recorder import Recorder, record
 
 
@@ -47,35 +59,14 @@ def decode_dense(detector: Any, outputs: NetworkOutputs, needs: Collection[str])
         return
     dense = outputs.dense
     assert dense is not None, "the boxes are decoded from the dense signal"
-    for deltas, anchors in zip(dense.deltas, level_anchors(detector.anchor_generator, dense.sizes)):
+    generator: DefaultAnchorGenerator = detector.anchor_generator
+    cells = zip(generator.cell_anchors, generator.strides, dense.sizes)
+    for deltas, (anchors, stride, size) in zip(dense.deltas, cells):
         deltas = deltas.detach().float()  # FCOS would decode in half precision
-        repeated = anchors.repeat(len(deltas), 1)
+        grid = anchor_grid(anchors, stride, generator.offset, *size)
+        repeated = grid.flatten(0, 2).repeat(len(deltas), 1)
         boxes = detector.box2box_transform.apply_deltas(deltas.flatten(0, 1), repeated)
         outputs.dense_boxes.append(boxes.view(*deltas.shape[:2], 4))
-
-
-def level_anchors(generator: DefaultAnchorGenerator, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Each level's (Hi x Wi x Ai, 4) anchors, as ``generator`` has them.
-
-    Its own forward makes the grid on the CPU and waits for the copy to the device.
-    """
-    anchors = []
-    for (height, width), stride, cell in zip(sizes, generator.strides, generator.cell_anchors):
-        x, y = (
-            (torch.arange(n, device=cell.device) + generator.offset) * stride
-            for n in (width, height)
-        )
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).repeat(1, 1, 2)
-        anchors.append((grid.view(-1, 1, 4) + cell).flatten(0, 1))
-    return anchors
-
-
-SUBNETS = ("cls_subnet", "bbox_subnet")  # of detectron2's RetinaNetHead and those made of it
-
-
-def before_activations(subnet: nn.Sequential) -> list[int]:
-    """Indices of the modules that an activation follows: convolutions, or their norms."""
-    return [k - 1 for k, module in enumerate(subnet) if isinstance(module, nn.ReLU)]
 
 
 class DenseFamily(Family):
@@ -88,11 +79,9 @@ class DenseFamily(Family):
         # RepPoints assigns twice: its classes by the second.
         methods = ("refine_targets", "label_anchors", "targets")
         self.assignment = next((f"{k}()" for k in methods if hasattr(model, k)), None)
-        subnets = (getattr(self.model.head, name, None) for name in SUBNETS)
         self.subnets = {
             f"head.{name}": before_activations(subnet)
-            for name, subnet in zip(SUBNETS, subnets)
-            if isinstance(subnet, nn.Sequential)
+            for name, subnet in subnets(self.model.head).items()
         }
 
     @property
@@ -103,6 +92,20 @@ class DenseFamily(Family):
         if len(self.subnets) == len(SUBNETS):
             outputs.add("head_features")
         return frozenset(outputs)
+
+    def info(
+        self, name: str, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()
+    ) -> NetworkInfo:
+        info = super().info(name, classes, sem_seg_classes)
+        reusable = "head_features" in info.outputs
+        losses = DetectorLosses(self.model)
+        return replace(
+            info,
+            dense=dense_layout(self.model, self.model.head_in_features, info.features),
+            last_layers=partial(LastLayers, self.model) if reusable else None,
+            detector_levels=losses.levels,
+            detector_losses=losses,
+        )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
         names = super().recorded_modules(needs) + (["head"] if "dense" in needs else [])
@@ -124,7 +127,7 @@ class DenseFamily(Family):
                 self.assignment
             ].output  # detectron2's are lists, one entry a picture
             labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
-            outputs.targets = Targets(labels, boxes)
+            outputs.targets = DenseTargets(labels, boxes)
         decode_dense(self.model, outputs, needs)
         return outputs
 

@@ -1,6 +1,7 @@
 """Faster, Mask, Cascade R-CNN and Panoptic FPN."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from detectron2.layers import cat
@@ -10,9 +11,11 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..structures import Batch, Masks, NetworkOutputs, ROIs
+from ..structures import Batch, Masks, NetworkInfo, NetworkOutputs, ROIs
 from .base import Family
 from .dense import decode_dense, dense_outputs
+from .detector_losses import DetectorLosses
+from .layout import dense_layout
 from .recorder import Recorder
 from .semantic import ask_sem_seg, read_sem_seg, sem_seg_modules
 
@@ -62,6 +65,23 @@ class RCNNFamily(Family):
     @property
     def num_classes(self) -> int:
         return self.model.roi_heads.num_classes
+
+    def info(
+        self, name: str, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()
+    ) -> NetworkInfo:
+        info = super().info(name, classes, sem_seg_classes)
+        generator, heads = self.model.proposal_generator, self.model.roi_heads
+        sigmoid = any(getattr(x, "use_sigmoid_ce", False) for x in self.predictors)
+        info = replace(info, box_in_features=tuple(heads.box_in_features), use_sigmoid_ce=sigmoid)
+        if "dense" not in info.outputs:  # without an RPN its losses cannot be computed again
+            return info
+        losses = DetectorLosses(self.model)
+        return replace(
+            info,
+            dense=dense_layout(generator, generator.in_features, info.features, objectness=True),
+            detector_levels=losses.levels,
+            detector_losses=losses,
+        )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
         names = super().recorded_modules(needs)

@@ -4,17 +4,17 @@ import logging
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..losses.reduce import connected_zero
+from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.text import choices
+from ..utils.training import current_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +24,29 @@ Registry of distillation heads.
 
 A registered class is called as ``cls(cfg, student, teacher)`` with the whole config and a
 :class:`~distill.structures.NetworkInfo` for each network; it must be a :class:`DistillHead`.
-Its keys stand in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
+Its keys are in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
 """
 
 
 class DistillHead(nn.Module):
     """Compares what student and teacher said and returns named, weighted losses.
 
-    Subclasses write :meth:`losses`; everything else (schedule, connected zeros, names) is here.
+    A subclass writes :meth:`losses` and declares its config keys in ``section``, on top of those of
+    its bases. Each key is an argument of the constructor, in lower case. The schedule, connected
+    zeros and names are here.
 
     Args:
         weight: factor of the losses; 0 switches the head off.
         warmup_iters: iterations over which the factor rises linearly from 0.
         stop_iter: iteration from which the head is off; 0 means never.
     """
+
+    section: ClassVar[Section] = Section(
+        WEIGHT=Key(1.0, "factor of the head's losses; 0 switches the head off", at_least(0)),
+        WARMUP_ITERS=Key(0, "iterations in which the factor rises linearly from 0", at_least(0)),
+        STOP_ITER=Key(0, "iteration from which the head is off; 0: never", at_least(0)),
+    )
+    """The head's config keys."""
 
     needs: frozenset[str] = frozenset()
     """Fields of :class:`NetworkOutputs` that both networks must produce."""
@@ -49,6 +58,11 @@ class DistillHead(nn.Module):
     """Names of what :meth:`losses` returns, the same at every iteration: loggers go on showing the
     last value of a name that is gone."""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        inherited: Section = super(cls, cls).section  # type: ignore[misc]
+        cls.section = vars(cls).get("section", Section()).on_top_of(inherited)
+
     @configurable
     def __init__(self, *, weight: float = 1.0, warmup_iters: int = 0, stop_iter: int = 0):
         super().__init__()
@@ -57,30 +71,43 @@ class DistillHead(nn.Module):
         self.stop_iter = stop_iter
 
     @classmethod
-    def section(cls, cfg: CfgNode) -> CfgNode:
-        """The head's own config section."""
+    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
+        return {key.lower(): x for key, x in cls.config_values(cfg, student).items()}
+
+    @classmethod
+    def config_node(cls, cfg: CfgNode) -> CfgNode:
+        """Return the head's section of the config."""
         return cfg.MODEL.DISTILL[cls.__name__.upper()]
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
-        return {
-            "weight": node.WEIGHT,
-            "warmup_iters": node.WARMUP_ITERS,
-            "stop_iter": node.STOP_ITER,
-        }
+    def config_values(cls, cfg: CfgNode, student: NetworkInfo) -> CfgNode:
+        """Return the values of the head's keys, with the authors' values for this student."""
+        return cls.section.values_for(cls.config_node(cfg), student.kinds)
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """Raise ConfigError if values of the config do not fit together.
+
+        Each value of ``section`` has been checked before by its own rule.
+        """
+        node, terms = cls.config_node(cfg), cls.section.terms
+        if terms and not any(node[key] for key in terms):
+            raise ConfigError(
+                f"MODEL.DISTILL.{cls.__name__.upper()}: {', '.join(terms)} are all 0; set one of "
+                "them above 0, or WEIGHT 0.0 to switch the head off."
+            )
 
     @classmethod
     def missing_outputs(cls, student: NetworkInfo, teacher: NetworkInfo | None) -> str | None:
         """Which of ``needs`` a network does not produce, or None."""
         if teacher is None and cls.needs_teacher:
-            return "it compares with a teacher, and there is none"
+            return "it compares with a teacher, but no teacher is configured"
         for net in (student, teacher) if teacher and cls.needs_teacher else (student,):
             missing = cls.needs - net.outputs
             if missing:
                 return (
                     f"it compares {', '.join(sorted(missing))}, which the {net.name} "
-                    f"({type(net.model).__name__}) does not produce"
+                    f"({net.kind}) does not produce"
                 )
         return None
 
@@ -137,23 +164,6 @@ class NonModuleRef:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NonModuleRef":
         return self
-
-
-def current_iteration() -> int:
-    """Of the training; 0 outside of one."""
-    return get_event_storage().iter if has_event_storage() else 0
-
-
-def gather(x: Tensor) -> Tensor:
-    """``x`` of all processes, one after the other along the first dimension, without gradient."""
-    world = comm.get_world_size()
-    if world == 1:
-        return x.detach()
-    sent = x.detach().contiguous()
-    sent = sent.byte() if x.dtype == torch.bool else sent  # gloo sends no bool
-    parts = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(parts, sent)
-    return torch.cat(parts).to(x.dtype)
 
 
 class StepGenerator(nn.Module):

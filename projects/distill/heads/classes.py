@@ -7,6 +7,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..section import POSITIVE, Key, Section
 from ..structures import NetworkInfo
 from .base import DistillHead
 
@@ -91,6 +92,8 @@ class PredictionDistillHead(DistillHead):
         temperature: T > 0 of the divergence.
     """
 
+    section = Section(TEMPERATURE=Key(1.0, "temperature T of the logits", POSITIVE))
+
     @configurable
     def __init__(self, *, classes: ClassMap, temperature: float = 1.0, **kwargs: Any):
         super().__init__(**kwargs)
@@ -104,7 +107,6 @@ class PredictionDistillHead(DistillHead):
         ret = super().from_config(cfg, student, teacher)
         names = cls.class_names(student), cls.class_names(teacher)
         ret["classes"] = class_map(cls.__name__, *names)
-        ret["temperature"] = cls.section(cfg).get("TEMPERATURE", 1.0)
         return ret
 
     @classmethod

@@ -10,10 +10,13 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..losses import cwd, fitnet, frequency_mask
+from ..losses import frequency_mask
+from ..section import TEXTS, Key, Section
 from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.text import choices
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, StepGenerator
+from .base import DistillHead, StepGenerator
+from .classes import ClassMap, class_map, no_shared_class
+from .dense import anchor_problem, dense_classes, grid_problem, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,11 @@ class FPNDistillHead(DistillHead):
         channels: student and teacher channels of each pair.
     """
 
+    section = Section(
+        IN_FEATURES=Key(
+            (), "levels of the student to compare; empty: all whose stride the teacher has", TEXTS
+        )
+    )
     needs = frozenset({"features"})
     adapts: ClassVar[bool] = True  # False: the loss takes maps of different channels
     summed: ClassVar[bool] = False  # what the authors of a method do, whose weights apply then
@@ -117,6 +125,7 @@ class FPNDistillHead(DistillHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
+        ret.pop("in_features", None)
         names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
         ret["levels"] = match_levels(student.maps, teacher.maps, names, key)
@@ -131,7 +140,7 @@ class FPNDistillHead(DistillHead):
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         """The student's levels to compare; empty: see :func:`match_levels`."""
-        return tuple(cls.section(cfg).get("IN_FEATURES", ()))
+        return tuple(cls.config_node(cfg).get("IN_FEATURES", ()))
 
     def maps(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[tuple[Tensor, Tensor]]:
         """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""
@@ -215,37 +224,60 @@ class FrequencyMasks(StepGenerator):
         return frequency_mask(batch, height, width, self.mask_ratio, self.generator(maps.device))
 
 
-@DISTILL_HEAD_REGISTRY.register()
-class FitNet(FPNDistillHead):
-    """Mean squared error of feature maps; see :func:`distill.losses.fitnet`."""
-
-    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
-        return fitnet(student, teacher)
-
-
-@DISTILL_HEAD_REGISTRY.register()
-class CWD(FPNDistillHead):
-    """Where each channel is active; see :func:`distill.losses.cwd`.
-
-    Levels are summed, as in the detectors of MMRazor whose weight is the default.
-
-    Args:
-        temperature: 𝒯 > 0.
-    """
+class BoxedFPNHead(FPNDistillHead):
+    """Base of the heads that read ground-truth boxes too. Levels are summed."""
 
     summed = True
 
+    @classmethod
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
+        if not student.has_boxes:
+            return f"a {student.kind} has no ground-truth boxes"
+        return super().problem(student, teacher)
+
+
+class DenseFPNHead(FPNDistillHead):
+    """Base of the heads that read dense predictions too, on the levels that the dense head reads.
+
+    Levels are summed.
+
+    Args:
+        classes: the classes that both dense heads list.
+    """
+
+    section = Section(IN_FEATURES=None)
+    summed = True
+    needs = frozenset({"features", "dense"})
+
     @configurable
-    def __init__(self, *, temperature: float = 1.0, **kwargs: Any):
+    def __init__(self, *, classes: ClassMap, **kwargs: Any):
         super().__init__(**kwargs)
-        self.temperature = temperature
+        self.classes = classes
 
     @classmethod
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
+        names = dense_classes(student), dense_classes(teacher)
         ret = super().from_config(cfg, student, teacher)
-        return {**ret, "temperature": cls.section(cfg).TEMPERATURE}
+        return {**ret, "classes": class_map(cls.__name__, *names)}
 
-    def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
-        return cwd(student, teacher, self.temperature)
+    @classmethod
+    def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
+        return (
+            super().problem(student, teacher)
+            or grid_problem(student, teacher)
+            or anchor_problem(student, teacher)
+            or no_shared_class(dense_classes(student), dense_classes(teacher))
+        )
+
+    @classmethod
+    def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
+        return tuple(layout_of(student).levels)
+
+
+def small_convolution(student: int, teacher: int) -> nn.Conv2d:
+    """3x3 with weights of 1e-4: what FGFI and DeFeat adapt the student with."""
+    convolution = nn.Conv2d(student, teacher, kernel_size=3, padding=1)
+    nn.init.trunc_normal_(convolution.weight, std=1e-4, a=-2e-4, b=2e-4)
+    return convolution

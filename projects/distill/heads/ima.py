@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..losses import ima, ima_classes
 from ..losses.ima import Alignment, class_moments, deflation, instance_moments
 from ..losses.reduce import class_members, connected_zero, same_shape
+from ..section import BELOW_1, FRACTION, SWITCH, Key, Section, one_of
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
@@ -36,6 +37,26 @@ class IMA(FPNDistillHead):
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
         seed: of the frequency masks.
     """
+
+    section = Section(
+        SCOPE=Key(
+            "auto", "definition of an instance; auto: by the student's family", one_of(*IMA_SCOPES)
+        ),
+        MASK_RATIO=Key(
+            0.15, "ζ: expected share of removed frequencies (Eq. 2; paper silent)", BELOW_1
+        ),
+        STANDARDIZE=Key(True, "instance standardization (Eq. 5-7)", SWITCH),
+        STANDARDIZE_TEACHER=Key(
+            True, "standardize the teacher too (Eq. 15); False: Eq. 7 to the letter", SWITCH
+        ),
+        DEFLATE=Key(True, "adaptive scale deflation (Eq. 8-10)", SWITCH),
+        SCALE_ON=Key(
+            "standardized",
+            "maps whose cosine is α; raw: Eq. 8 to the letter",
+            one_of("standardized", "raw"),
+        ),
+        SCALE_FLOOR=Key(0.1, "f: α becomes f + (1 − f) α; 0: the paper to the letter", FRACTION),
+    )
 
     @configurable
     def __init__(
@@ -71,7 +92,6 @@ class IMA(FPNDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node = cls.section(cfg)
         scope = cls.resolved_scope(cfg, student)
         cls.check_scope(scope, student)
         ret = super().from_config(cfg, student, teacher)
@@ -83,31 +103,29 @@ class IMA(FPNDistillHead):
             )
         if scope == "class":
             ret["num_classes"] = len(student.sem_seg_classes)
-        return {
-            **ret,
-            "scope": scope,
-            "mask_ratio": node.MASK_RATIO,
-            "standardize": node.STANDARDIZE,
-            "standardize_teacher": node.STANDARDIZE_TEACHER,
-            "deflate": node.DEFLATE,
-            "scale_on": node.SCALE_ON,
-            "scale_floor": node.SCALE_FLOOR,
-            "seed": cfg.SEED,
-        }
+        return {**ret, "scope": scope, "seed": cfg.SEED}
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        super().check_config(cfg)
+        if cls.config_node(cfg).SCOPE == "mask" and not cfg.MODEL.MASK_ON:
+            raise ConfigError(
+                "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
+                "set MODEL.MASK_ON True or SCOPE box."
+            )
 
     @staticmethod
     def check_scope(scope: str, student: NetworkInfo) -> None:
         """Refuse a scope whose instances the student's data do not label."""
-        network = type(student.model).__name__
         if scope in CROPPED and not student.has_boxes:
             raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a {network} "
-                "has SCOPE class or image."
+                f"MODEL.DISTILL.IMA.SCOPE is {scope}, which needs ground-truth boxes; a "
+                f"{student.kind} has SCOPE class or image."
             )
         if scope == "class" and "sem_seg" not in student.outputs:
             raise ConfigError(
-                f"MODEL.DISTILL.IMA.SCOPE is class, which needs semantic labels; a {network} has "
-                "SCOPE image or box."
+                f"MODEL.DISTILL.IMA.SCOPE is class, which needs semantic labels; a "
+                f"{student.kind} has SCOPE image or box."
             )
 
     @classmethod
@@ -115,12 +133,12 @@ class IMA(FPNDistillHead):
         """Crops come from the levels that the student's own boxes are cropped from."""
         names = super().level_names(cfg, student)
         if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.outputs:
-            return tuple(student.model.roi_heads.box_in_features)
+            return student.box_in_features
         return names
 
     @classmethod
     def resolved_scope(cls, cfg: CfgNode, student: NetworkInfo) -> str:
-        scope = cls.section(cfg).SCOPE
+        scope = cls.config_node(cfg).SCOPE
         return cls.default_scope(student) if scope == "auto" else scope
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Label-guided self-distillation."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from math import gcd, inf
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..losses import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
-from ..losses.cells import padded
+from ..losses.boxes import padded
 from ..losses.reduce import full_precision
+from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
-from .again import detected_levels, detection_losses, no_side_effects
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, current_iteration
+from ..utils.training import current_iteration
+from .base import DISTILL_HEAD_REGISTRY, DistillHead
 
 ATTENTION_HEADS = 8
 
@@ -149,8 +151,8 @@ class LGD(DistillHead):
 
     ``teacher`` is the detection losses of the student's head on these maps, whose gradient reaches
     the head and, through the objects' appearances, the student's backbone; ``distill`` compares
-    the student's maps, adapted, with them. This second run of the head leaves the student as it is,
-    see :func:`unnoticed`; the authors' enters its loss normalizer and running statistics.
+    the student's maps, adapted, with them. This second run of the head leaves the student as it is;
+    the authors' enters its loss normalizer and running statistics.
 
     In the first iterations the distillation loss trains its adapter alone. The authors also freeze
     the backbone below the neck for the first 10000 (1x) or 20000 iterations, from all losses: that
@@ -158,7 +160,7 @@ class LGD(DistillHead):
     whose upper left corners do.
 
     Args:
-        detector: the student. It is not a module of this one.
+        detector_losses: of the student, see :class:`~distill.structures.NetworkInfo`.
         levels: names of the maps that the student's head reads, finest first.
         channels: C of all of them.
         num_classes: K of the student.
@@ -167,6 +169,15 @@ class LGD(DistillHead):
         detach_appearance: the objects' appearances have none.
     """
 
+    section = Section(  # WEIGHT is the factor of both losses
+        DISTILL_WEIGHT=Key(1.0, "λ: factor of the distillation loss", at_least(0)),
+        DETACH_ITERS=Key(
+            30000, "iterations in which the distillation loss trains only its adapter", at_least(0)
+        ),
+        DETACH_APPEARANCE=Key(
+            False, "the objects' appearance has no gradient to the student", SWITCH
+        ),
+    )
     needs = frozenset({"features"})
     needs_teacher = False
     parts = ("distill", "teacher")
@@ -175,7 +186,7 @@ class LGD(DistillHead):
     def __init__(
         self,
         *,
-        detector: nn.Module,
+        detector_losses: Callable[..., dict[str, Tensor]],
         levels: list[str],
         channels: int,
         num_classes: int,
@@ -185,7 +196,7 @@ class LGD(DistillHead):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self._detector = (detector,)  # in a tuple: its parameters are the student's
+        self.detector_losses = detector_losses
         self.levels = levels
         self.distill_weight = distill_weight
         self.detach_iters = detach_iters
@@ -196,24 +207,22 @@ class LGD(DistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
         shapes = student.features
-        levels = sorted(detected_levels(student.model), key=lambda k: shapes[k].stride)
+        levels = list(student.detector_levels)
         return {
             **super().from_config(cfg, student, teacher),
-            "detector": student.model,
+            "detector_losses": student.detector_losses,
             "levels": levels,
             "channels": shapes[levels[0]].channels,
             "num_classes": len(student.classes),
-            "distill_weight": node.DISTILL_WEIGHT,
-            "detach_iters": node.DETACH_ITERS,
-            "detach_appearance": node.DETACH_APPEARANCE,
         }
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: Any) -> str | None:
         if not student.has_boxes:
-            return f"a {type(student.model).__name__} has no ground-truth boxes"
+            return f"a {student.kind} has no ground-truth boxes"
+        if student.detector_losses is None:
+            return "the student has no RPN, whose losses it needs"
         return super().problem(student, teacher)
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
@@ -225,9 +234,7 @@ class LGD(DistillHead):
             [x.gt_classes for x in batch.instances],
             batch.padded_size,
         )
-        (detector,) = self._detector
-        with no_side_effects(detector, made[0].device):
-            detection = detection_losses(detector, dict(zip(self.levels, made)), batch)
+        detection = self.detector_losses(dict(zip(self.levels, made)), batch)
         taught = detached if current_iteration() < self.detach_iters else maps
         return {
             "distill": self.distill_weight * lgd([self.adapter(x) for x in taught], made),

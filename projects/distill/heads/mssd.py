@@ -6,10 +6,9 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import fitnet, gaussian_mask, mssd
+from ..section import POSITIVE, SHARE, Key, Section, at_least, one_of
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-
-MSSD_MASKS = ("gaussian", "binary")
 
 
 class MaskAdapter(nn.Sequential):
@@ -39,6 +38,15 @@ class MSSD(DistillHead):
         sigma2: σ² of the Gaussian masks.
     """
 
+    section = Section(
+        DISTILL_WEIGHT=Key(1.0, "factor of L_distill (Eq. 4)", at_least(0), term=True),
+        MASK_WEIGHT=Key(1.0, "factor of L_mask (Eq. 6)", at_least(0), term=True),
+        GAMMA=Key(0.05, "γ: factor of the finest level (Eq. 3; the best of Table 5)", SHARE),
+        MASK=Key(
+            "gaussian", "kind of the masks (Eq. 5); binary: σ² = ∞", one_of("gaussian", "binary")
+        ),
+        SIGMA2=Key(2.0, "σ² of the Gaussian masks (the best of Table 6)", POSITIVE),
+    )
     needs = frozenset({"features", "shallow"})
     needs_teacher = False
 
@@ -71,20 +79,14 @@ class MSSD(DistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
-        levels = sorted(
-            student.model.backbone.shallow_features, key=lambda k: student.features[k].stride
-        )
+        levels = sorted(student.shallow, key=lambda k: student.features[k].stride)
+        ret = super().from_config(cfg, student, teacher)
+        ret["binary"] = ret.pop("mask") == "binary"
         return {
-            **super().from_config(cfg, student, teacher),
+            **ret,
             "levels": levels,
             "strides": [student.features[k].stride for k in levels],
             "channels": [student.features[k].channels for k in levels],
-            "distill_weight": node.DISTILL_WEIGHT,
-            "mask_weight": node.MASK_WEIGHT,
-            "gamma": node.GAMMA,
-            "binary": node.MASK == "binary",
-            "sigma2": node.SIGMA2,
         }
 
     @classmethod
@@ -95,7 +97,7 @@ class MSSD(DistillHead):
                 "build_..._pafpn_backbone"
             )
         if not student.has_boxes:
-            return f"a {type(student.model).__name__} has no ground-truth boxes"
+            return f"a {student.kind} has no ground-truth boxes"
         return super().problem(student, teacher)
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:

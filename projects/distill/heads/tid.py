@@ -7,13 +7,26 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses import matched_iou, tid, tid_by_value, tid_information, tid_mask, tid_score, tid_value
+from ..losses import (
+    TID_AREAS,
+    TID_SCORES,
+    matched_iou,
+    tid,
+    tid_by_value,
+    tid_information,
+    tid_mask,
+    tid_score,
+    tid_value,
+)
+from ..section import FRACTION, SWITCH, Key, Rule, Section, at_least, one_of
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
-from .dense import DenseLayout, dense_classes, grid_problem
+from .dense import dense_classes, grid_problem, layout_of
 from .fpn import FPNDistillHead
+
+SHARE_OF_POINTS = Rule(lambda x: 1e-6 <= x <= 1, "in (0, 1], and at least 0.000001")
 
 
 class Judgement(NamedTuple):
@@ -43,6 +56,22 @@ class TID(FPNDistillHead):
         top, parts, raw_iou: see :func:`distill.losses.tid_score`.
     """
 
+    section = Section(
+        IN_FEATURES=None,
+        GAMMA=Key(
+            0.05, "γ: share of the points in the key and weak areas (paper silent)", SHARE_OF_POINTS
+        ),
+        TOP=Key(0.025, "share of the points whose Score_c is 1.5", SHARE_OF_POINTS),
+        SCORE=Key("both", "tasks that the score judges", one_of(*TID_SCORES)),
+        RAW_IOU=Key(
+            False, "Score_r is IOU_max itself, not IOU_max by the detector's thresholds", SWITCH
+        ),
+        AREA=Key("both", "areas that have a value", one_of(*TID_AREAS)),
+        NMS_IOU=Key(0.6, "IoU of the NMS of the weak area's boxes (paper silent)", FRACTION),
+        ALPHA_HIGH=Key(1.0, "α_high: factor of the loss where V >= 1", at_least(0), term=True),
+        ALPHA_MED=Key(1.0, "α_med: factor where 0.01 <= V < 1", at_least(0), term=True),
+        ALPHA_LOW=Key(1.0, "α_low: factor where V < 0.01", at_least(0), term=True),
+    )
     needs = frozenset({"features", "dense", "dense_boxes"})
 
     @configurable
@@ -73,24 +102,19 @@ class TID(FPNDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node = cls.section(cfg)
+        ret = super().from_config(cfg, student, teacher)
+        ret["alphas"] = tuple(ret.pop(f"alpha_{value}") for value in ("high", "med", "low"))
+        ret["parts"] = ret.pop("score")
         return {
-            **super().from_config(cfg, student, teacher),
-            "thresholds": tuple(DenseLayout.of(net).thresholds for net in (student, teacher)),
+            **ret,
+            "thresholds": tuple(layout_of(net).thresholds for net in (student, teacher)),
             "classes": class_map(cls.__name__, dense_classes(student), dense_classes(teacher)),
-            "objectness": DenseLayout.of(student).objectness,
-            "alphas": (node.ALPHA_HIGH, node.ALPHA_MED, node.ALPHA_LOW),
-            "gamma": node.GAMMA,
-            "nms_iou": node.NMS_IOU,
-            "area": node.AREA,
-            "top": node.TOP,
-            "parts": node.SCORE,
-            "raw_iou": node.RAW_IOU,
+            "objectness": layout_of(student).objectness,
         }
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

@@ -1,8 +1,7 @@
-"""The command line: one process or several."""
+"""Train or evaluate a plain or distilled detectron2 model, in one process or several."""
 
 import logging
 import os
-import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,30 +18,34 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 
 from ..checkpoint.load import readable
 from ..checkpoint.save import damage, resumable
-from ..config import validate_config
+from ..config import find_config, validate_config
 from ..data.datasets import register_coco_format
 from ..engine.trainer import Trainer, evaluate, setup_config
 from ..errors import ConfigError, DistillError
+from ..utils.arguments import CommandParser, add_config_arguments, at_least
 from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
 from .termination import (
     PATIENCE,
     ending_on_signals,
     exit_process,
     explain,
+    quiet_libraries,
     report,
     resume_hint,
+    run_command,
     started_quietly,
 )
 
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: CfgNode, args: Namespace, finished: str | None) -> int:
-    """One process of a training, an evaluation or a check.
+def train(cfg: CfgNode, args: Namespace, finished: str | None, trainer: type[Trainer]) -> int:
+    """Be one process of a training, an evaluation or a check.
 
     Args:
-        cfg: of :func:`configure`.
-        finished: likewise.
+        cfg, finished: of :func:`configure`.
+        args: of :func:`add_arguments`.
+        trainer: the class that trains and evaluates.
 
     Returns:
         The exit code.
@@ -54,14 +57,14 @@ def run(cfg: CfgNode, args: Namespace, finished: str | None) -> int:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill")
     default_setup(cfg, args)
     if args.eval_only:
-        evaluate(cfg)
+        evaluate(cfg, trainer=trainer)
     elif finished:
         logger.info("%s is trained already; evaluating %s", cfg.OUTPUT_DIR, finished)
-        evaluate(cfg, finished)
+        evaluate(cfg, finished, trainer)
     else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+        training = trainer(cfg)
+        training.resume_or_load(resume=args.resume)
+        training.train()
     return 0
 
 
@@ -96,9 +99,27 @@ def finished_checkpoint(cfg: CfgNode) -> str | None:
         return path if saved["iteration"] + 1 >= cfg.SOLVER.MAX_ITER else None
 
 
-def argument_parser() -> ArgumentParser:
-    """detectron2's, and what it lacks."""
-    parser = default_argument_parser()
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add detectron2's arguments, ``--doctor`` and ``--dist-timeout``."""
+    stock = default_argument_parser()
+    add_config_arguments(parser, required=False)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training"
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default=stock.get_default("dist_url"),
+        metavar="URL",
+        help="where processes meet: tcp://HOST:PORT of machine 0, or auto on one machine",
+    )
     parser.add_argument(
         "--doctor",
         action="store_true",
@@ -106,36 +127,54 @@ def argument_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--dist-timeout",
-        type=int,
+        type=at_least(1),
         default=int(DEFAULT_TIMEOUT.total_seconds()),
         metavar="SECONDS",
         help="how long a process waits for another one before it gives up (default: %(default)s)",
     )
+
+
+def argument_parser() -> CommandParser:
+    """Parser of :func:`main`, for a script that adds arguments of its own and calls :func:`run`."""
+    parser = CommandParser(description=__doc__)
+    add_arguments(parser)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``train_net.py``: detectron2's command line, also under ``torchrun`` and ``srun``.
+def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
+    """Train with detectron2's command line, also under ``torchrun`` and ``srun``.
+
+    Args:
+        argv: arguments; by default, those of this process.
+        trainer: a subclass of :class:`Trainer` to use instead.
+
+    Returns:
+        The exit code, see :func:`run_command`.
+    """
+    return run_command(lambda: run(argument_parser().parse_args(argv), trainer))
+
+
+def run(args: Namespace, trainer: type[Trainer] = Trainer) -> int:
+    """Start this machine's processes, or be the one that was started.
 
     SIGINT and SIGTERM end the process itself, with exit code 130 or 143.
 
     Returns:
-        The exit code: 0, or 2 after one sentence that says what to change.
+        The exit code, 2 after one sentence that says what to change.
     """
-    args = argument_parser().parse_args(argv)
     try:
-        if args.dist_timeout < 1:
-            raise ConfigError(f"--dist-timeout is {args.dist_timeout}; it must be at least 1.")
+        if args.config_file:  # detectron2 opens it, too
+            args.config_file = find_config(args.config_file)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            return _take_part(args, from_torchrun(os.environ))
+            return _take_part(args, trainer, from_torchrun(os.environ))
         if args.num_gpus * args.num_machines > 1:
-            return _start_members(args)
-        return _take_part(args, from_slurm(os.environ) or ProcessInfo())
+            return _start_members(args, trainer)
+        return _take_part(args, trainer, from_slurm(os.environ) or ProcessInfo())
     except DistillError as e:
         return report(e)
 
 
-def _start_members(args: Namespace) -> int:
+def _start_members(args: Namespace, trainer: type[Trainer]) -> int:
     """This machine's processes, as detectron2's ``launch`` starts them; returns the exit code."""
     cfg, _ = configure(args)  # whatever is wrong with it is said once, here
     first = from_arguments(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
@@ -146,7 +185,7 @@ def _start_members(args: Namespace) -> int:
     with ending_on_signals(lambda: resume_hint(_trained_folder(cfg, args)), PATIENCE):
         with started_quietly():
             context = start_processes(
-                _member, (args, first, get_start_method()), first.local_size, join=False
+                _member, (args, trainer, first, get_start_method()), first.local_size, join=False
             )
         try:
             while not context.join():
@@ -156,11 +195,14 @@ def _start_members(args: Namespace) -> int:
     return 0
 
 
-def _member(local_rank: int, args: Namespace, first: ProcessInfo, method: str) -> None:
+def _member(
+    local_rank: int, args: Namespace, trainer: type[Trainer], first: ProcessInfo, method: str
+) -> None:
+    quiet_libraries()
     # A spawned process would spawn its data workers too, which then import everything anew.
     set_start_method(method, force=True)
     process = replace(first, rank=first.rank + local_rank, local_rank=local_rank)
-    _take_part(args, process, announce=False)
+    _take_part(args, trainer, process, announce=False)
 
 
 def _exit_code(ended: ProcessExitedException) -> int:
@@ -180,13 +222,14 @@ def _exit_code(ended: ProcessExitedException) -> int:
     )
 
 
-def _take_part(args: Namespace, process: ProcessInfo, announce: bool = True) -> int:
+def _take_part(
+    args: Namespace, trainer: type[Trainer], process: ProcessInfo, announce: bool = True
+) -> int:
     """Be one process; returns the exit code if it is the only one, else ends with it.
 
     Args:
         announce: say which signal ended it; its parent does, otherwise.
     """
-    _quiet_libraries()
     folder = ""
     talks = announce and process.local_rank == 0
     with ending_on_signals((lambda: resume_hint(folder)) if talks else None):
@@ -195,7 +238,7 @@ def _take_part(args: Namespace, process: ProcessInfo, announce: bool = True) -> 
             cfg, finished = configure(args)
             process.join(cfg.MODEL.DEVICE, timedelta(seconds=args.dist_timeout))
             folder = _trained_folder(cfg, args)
-            code = run(cfg, args, finished)
+            code = train(cfg, args, finished, trainer)
             comm.synchronize()  # nobody leaves while another process still talks to it
         except Exception as e:
             if not process.url and not explain(e):
@@ -214,19 +257,3 @@ def _trained_folder(cfg: CfgNode, args: Namespace) -> str:
 def _check_doctor(args: Namespace, process: ProcessInfo) -> None:
     if args.doctor and process.world > 1:
         raise ConfigError("--doctor runs in one process; start it without the others.")
-
-
-def _quiet_libraries() -> None:
-    """Stderr is for our one line."""
-    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
-    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
-    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
-    # TensorBoard's thread would print what its next call raises again in this one.
-    usual = threading.excepthook
-    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
-
-
-def _without_explanation(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and record.exc_info[1] and explain(record.exc_info[1]))

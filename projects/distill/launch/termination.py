@@ -1,6 +1,7 @@
 """How a run ends before its time: one sentence that says why and what to do, and no orphans."""
 
 import errno
+import logging
 import multiprocessing
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import DistillError
+from ..utils.text import print_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPORT_DELAY_S = 2.0  # seconds in which the cause of an echo is heard of
@@ -28,6 +30,7 @@ class EchoError(DistillError):
 
 
 RESUME = "continue with --resume."
+AGAIN = "start the same command again."
 _WORKER = (
     "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS if memory is "
     "short, give /dev/shm more room if shared memory is (docker run --shm-size 8g), and "
@@ -118,11 +121,55 @@ def explain(error: BaseException) -> DistillError | None:
     return explain(before) if before else None
 
 
-def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
+def run_command(run: Callable[[], int]) -> int:
+    """Run a command in this process, and turn every end of it into an exit code.
+
+    This is the rule for all commands: 0 or the command's own finding, 2 after one sentence about a
+    mistake of the user, 1 after the traceback of a bug, 130 and 143 after SIGINT and SIGTERM.
+
+    Args:
+        run: the command; returns its exit code.
+    """
+
+    def exit_message() -> str:
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # show the cursor, which progress bars hide
+        return AGAIN
+
+    quiet_libraries()
+    with ending_on_signals(exit_message):
+        try:
+            return run()
+        except Exception as e:
+            return report(e, advice=AGAIN)
+
+
+def quiet_libraries() -> None:
+    """Keep the remarks of libraries from stderr, which is for the one line that says why."""
+    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
+    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
+    # TensorBoard's thread would print what its next call raises again in this one.
+    usual = threading.excepthook
+    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
+
+
+def _without_explanation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and record.exc_info[1] and explain(record.exc_info[1]))
+
+
+def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME) -> int:
     """Print why this process ends: one sentence, or the traceback of a bug.
 
     Processes often find the same, or only hear that another one ended. Whoever started them stops
     the rest after the first end, so those whose sentence may be superfluous wait for that.
+
+    Args:
+        error: what ended it.
+        rank, local_rank: of this process, see :class:`ProcessInfo`.
+        advice: how to continue the command.
 
     Returns:
         The exit code: 2 for an error with a sentence, else 1.
@@ -131,7 +178,7 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0) -> int:
     time.sleep(REPORT_DELAY_S * (local_rank + isinstance(found, EchoError)))
     who = f"rank {rank}: " if rank else ""
     if found:
-        print(f"error: {who}{' '.join(str(found).split())}", file=sys.stderr, flush=True)
+        print_error(f"{who}{found}".replace(RESUME, advice))
         return 2
     trace = "".join(traceback.format_exception(error))
     print(f"{who}{trace}", end="", file=sys.stderr, flush=True)

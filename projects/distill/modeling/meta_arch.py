@@ -126,34 +126,12 @@ def network_infos(
     names = class_names(cfg, _semantic(student))
     if names is None or len(names) != student.num_classes:
         names = tuple(f"class {i}" for i in range(student.num_classes))
-    own = network_info("student", student, names, _semantic_classes(cfg, student, names))
+    own = student.info("student", names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
     taught = _teacher_classes(cfg, names, teacher)
     semantic = _semantic_classes(teacher_config(cfg), teacher, taught, own.sem_seg_classes)
-    return own, network_info("teacher", teacher, taught, semantic)
-
-
-def network_info(
-    name: str, family: Family, classes: tuple[str, ...], semantic: tuple[str, ...] = ()
-) -> NetworkInfo:
-    """What heads may know of one network.
-
-    Args:
-        name: "student" or "teacher".
-        family: of it.
-        classes: names of its classes.
-        semantic: likewise of its semantic head's.
-    """
-    return NetworkInfo(
-        name,
-        family.model,
-        family.feature_shapes,
-        family.outputs,
-        classes,
-        family.sem_seg_shape,
-        semantic,
-    )
+    return own, teacher.info("teacher", taught, semantic)
 
 
 def _semantic_classes(

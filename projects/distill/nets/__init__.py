@@ -1,8 +1,9 @@
 """Networks that detectron2 lacks, as ordinary registered components.
 
-A checkpoint of a student that uses one needs only ``import distill.nets`` beside detectron2, and
-``distill.nets.add_nets_config(cfg)`` if its ``student.yaml`` has keys of this package: those of
-dense detectors, timm backbones, dilated backbones and the semantic heads here.
+Stock detectron2 can load a student that uses one of these networks after ``import distill.nets``.
+If its ``student.yaml`` has keys of this package, call ``distill.nets.add_nets_config(cfg)``
+first. These are the keys of dense detectors, timm backbones, dilated backbones and the semantic
+heads.
 """
 
 from . import necks

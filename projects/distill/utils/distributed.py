@@ -1,5 +1,6 @@
-"""Counts over all processes."""
+"""Counts and tensors of all processes."""
 
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor
@@ -16,3 +17,15 @@ def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:
     if world > 1:
         dist.all_reduce(count)
     return count.clamp(min=minimum) / world
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate ``x`` of all processes along the first dimension, without gradient."""
+    world = comm.get_world_size()
+    if world == 1:
+        return x.detach()
+    sent = x.detach().contiguous()
+    sent = sent.byte() if x.dtype == torch.bool else sent  # gloo sends no bool
+    parts = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts).to(x.dtype)

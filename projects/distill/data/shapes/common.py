@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ...utils.io import write_text
 from .scenes import SCENES_VERSION, Scene, SceneConfig, iter_scenes
 
 Progress = Callable[[], None]
@@ -103,27 +104,25 @@ def staging(root: Path, job: Job, owned: Sequence[str], overwrite: bool) -> Iter
         yield folder
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         state["files"] = len(files)
-        write_json(marker, {**state, "complete": False})
+        write_text(marker, json.dumps({**state, "complete": False}))
         for path in existing:
             path.unlink()
         for path in files:
             target = root / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-        write_json(marker, state)
+        write_text(marker, json.dumps(state))
 
 
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Write lines atomically."""
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file below the folder of :func:`staging`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, [json.dumps(content, separators=(",", ":"))])
+    """Write compact JSON below the folder of :func:`staging`."""
+    write_lines(path, [json.dumps(content, separators=(",", ":"))])
 
 
 def write_image(path: Path, image: NDArray[np.integer[Any]]) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import Job, Progress, staging, write_image, write_text
+from .common import Job, Progress, staging, write_image, write_lines
 from .scenes import CLASSES, Scene, SceneConfig
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -64,8 +64,8 @@ def write_kitti(
         for index, scene in enumerate(job.scenes(progress)):
             write_image(folder / f"training/image_2/{names[index]}.png", scene.image)
             lines = _label_lines(scene, hide_one=index % _DONT_CARE_EVERY == 0)
-            write_text(folder / f"training/label_2/{names[index]}.txt", lines)
-        write_text(folder / f"ImageSets/{split}.txt", names)
+            write_lines(folder / f"training/label_2/{names[index]}.txt", lines)
+        write_lines(folder / f"ImageSets/{split}.txt", names)
 
 
 def _label_lines(scene: Scene, hide_one: bool) -> list[str]:

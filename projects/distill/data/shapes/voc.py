@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from .common import Job, Progress, staging, write_image, write_text
+from ...utils.io import write_text
+from .common import Job, Progress, staging, write_image, write_lines
 from .scenes import CLASSES, Image, Scene, SceneConfig
 
 VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat")
@@ -47,16 +48,17 @@ def write_voc(
             for name, scene in zip(names, job.scenes(progress), strict=True):
                 _write_scene(folder, name, scene)
             for kind in ("Main", "Segmentation"):
-                write_text(folder / f"ImageSets/{kind}/{split}.txt", names)
+                write_lines(folder / f"ImageSets/{kind}/{split}.txt", names)
     for kind in ("Main", "Segmentation"):
         lists = [root / f"ImageSets/{kind}/{part}.txt" for part in ("train", "val")]
-        lines = [line for path in lists if path.is_file() for line in path.read_text().split()]
-        write_text(root / f"ImageSets/{kind}/trainval.txt", lines)
+        names = [line for path in lists if path.is_file() for line in path.read_text().split()]
+        text = "".join(f"{name}\n" for name in names)
+        write_text(root / f"ImageSets/{kind}/trainval.txt", text)
 
 
 def _write_scene(folder: Path, name: str, scene: Scene) -> None:
     write_image(folder / f"JPEGImages/{name}.jpg", scene.image)
-    write_text(folder / f"Annotations/{name}.xml", _annotation(name, scene))
+    write_lines(folder / f"Annotations/{name}.xml", _annotation(name, scene))
     semantic = scene.semantic
     classes = np.where(semantic < len(CLASSES), semantic + 1, 0).astype(np.uint8)
     objects = np.zeros_like(classes)

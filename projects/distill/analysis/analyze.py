@@ -1,0 +1,328 @@
+"""Compare the detections of several models on one data set: errors, recall, cost, images.
+
+    distill analyze --dataset coco_2017_val --out report.html
+        --model baseline output/baseline/inference/coco_instances_results.json
+        --model distilled output/distilled --model teacher output/teacher
+
+A model is a file of predictions in COCO's format, which evaluation writes, or the OUTPUT_DIR of a
+training, whose network then detects on the data set here; only that shows the cost of the network.
+The report is one HTML file that needs no other, and its numbers are in a JSON file beside it.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+
+from ..config import get_distill_cfg
+from ..config.detectron2_rules import is_writable
+from ..data.datasets import register_coco_format
+from ..errors import ConfigError, DataError, DistillError
+from ..evaluation.coco_errors import (
+    CURVES,
+    Judged,
+    coco_evaluation,
+    coco_metrics,
+    error_curves,
+    judge,
+)
+from ..evaluation.coco_format import load_results, load_truth, read_results
+from ..utils.arguments import at_least, size
+from ..utils.io import write_json, write_text
+from ..utils.progress import Progress
+from ..utils.provenance import command, versions
+from ..utils.text import nearest
+from .figures import DrawnBox, draw_curves, draw_panels
+from .models import WEIGHTS, Triples, detect, read_config
+from .page import render
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set.
+
+    Attributes:
+        name: under which detectron2 knows it.
+        triples: its entry of ``DATASETS.COCO_FORMAT``, if it needs one.
+        truth: its annotations.
+        image_root: folder of the pictures.
+    """
+
+    name: str
+    triples: Triples
+    truth: COCO
+    image_root: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What there is to say about a model.
+
+    Attributes:
+        name, source: as the user gives them.
+        shown: the detections of at least ``--min-score``, by their ids.
+        metrics: AP and AR, 0 ... 1.
+        curves: precision (7, R, K), see :func:`error_curves`.
+        judged: by the id of each picture.
+        efficiency: a row of the table; None of a file of predictions.
+    """
+
+    name: str
+    source: str
+    shown: dict[int, dict[str, Any]]
+    metrics: dict[str, float]
+    curves: NDArray[np.float64]
+    judged: dict[Any, Judged]
+    efficiency: dict[str, Any] | None
+
+
+def open_data(args: argparse.Namespace) -> Data:
+    """The data set that the command line names.
+
+    Raises:
+        ConfigError, DataError: there is none, or it cannot be evaluated.
+    """
+    cfg, name = get_distill_cfg(), args.dataset
+    if args.annotations:
+        name = f"{args.annotations} with {args.images}"
+        cfg.DATASETS.COCO_FORMAT = ((name, args.annotations, args.images),)
+        register_coco_format(cfg)
+    elif name not in DatasetCatalog.list():
+        raise ConfigError(
+            f"--dataset '{name}' is not registered; give --annotations and --images, or one of: "
+            f"{nearest(name, DatasetCatalog.list())}."
+        )
+    truth = load_truth(cfg, name)
+    metadata = MetadataCatalog.get(name)
+    root = metadata.get("image_root") or ""
+    in_file = metadata.get("json_file")  # without one, detectron2's reader tells whole paths
+    return Data(name, cfg.DATASETS.COCO_FORMAT, truth, root if in_file else "")
+
+
+def analyze_model(
+    name: str, path: Path, source: Any, data: Data, args: argparse.Namespace, progress: Progress
+) -> Analysis:
+    """Compare a model with the data set; ``source``: its config, or its detections."""
+    results, cost = source, None
+    if isinstance(source, CfgNode):
+        weights = str(path / WEIGHTS)
+        results, cost = detect(source, weights, data.name, args.size, progress, f"{name}: detect")
+    detections = load_results(data.truth, results, f"'{path}'")
+    task = progress.add_task(f"{name}: analyze", total=2)
+    evaluation = coco_evaluation(data.truth, detections, args.max_detections)
+    progress.advance(task)
+    curves, judged = error_curves(evaluation), judge(evaluation, args.min_score)
+    progress.advance(task)
+    shown = {i: x for i, x in detections.anns.items() if x["score"] >= args.min_score}
+    metrics = coco_metrics(evaluation)
+    return Analysis(name, str(path), shown, metrics, curves, judged, cost)
+
+
+def most_different(analyses: Sequence[Analysis], number: int) -> list[Any]:
+    """Ids of the pictures with the largest differences between the highest F1 and the lowest.
+
+    Of equal ones those with more objects come first, then those of lower id. Pictures on which all
+    models are equal are left out.
+    """
+    ranks = {}
+    for image, (right, _, missed) in analyses[0].judged.items():
+        scores = [x.judged[image].f1 for x in analyses]
+        gap = round(max(scores) - min(scores), 9)
+        if gap:
+            ranks[image] = (-gap, -len(right) - len(missed))
+    return sorted(ranks, key=lambda image: ranks[image])[:number]
+
+
+def draw_picture(image: Any, analyses: Sequence[Analysis], data: Data) -> bytes:
+    """Ground truth and what each model makes of it."""
+    path = os.path.join(data.image_root, data.truth.imgs[image]["file_name"])
+    try:
+        pixels = read_image(path, "RGB")
+    except (OSError, ValueError) as e:
+        raise DataError(f"'{path}' cannot be read as a picture: {e}.") from e
+
+    def boxes(annotations: Iterable[dict[str, Any]], kind: str) -> list[DrawnBox]:
+        names = ((x, data.truth.cats[x["category_id"]]["name"]) for x in annotations)
+        return [
+            DrawnBox(x["bbox"], f"{k} {x['score']:.2f}" if "score" in x else k, kind)
+            for x, k in names
+        ]
+
+    objects = [x for x in data.truth.imgToAnns[image] if not x["iscrowd"]]
+    panels = {"ground truth": boxes(objects, "object")}
+    for model in analyses:
+        judged = model.judged[image]
+        panels[f"{model.name}, F1 {judged.f1:.2f}"] = [
+            *boxes((data.truth.anns[i] for i in judged.missed), "missed"),
+            *boxes((model.shown[i] for i in judged.wrong), "wrong"),
+            *boxes((model.shown[i] for i in judged.right), "right"),
+        ]
+    return draw_panels(pixels, panels)
+
+
+def as_report(
+    analyses: Sequence[Analysis], pictures: Sequence[Any], data: Data, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What the JSON file holds."""
+    objects = [x for x in data.truth.anns.values() if not x["iscrowd"]]
+    classes = [data.truth.cats[i] for i in sorted(data.truth.cats)]
+    rule = (
+        "The pictures with the largest difference between the highest and the lowest F1 of the "
+        f"models, at IoU 0.5 and with detections of score {args.min_score:g} or more; of equal "
+        "ones those with more objects, then those of lower id."
+    )
+    return {
+        "data": {
+            "name": args.dataset or args.annotations,
+            "pictures": len(data.truth.imgs),
+            "objects": len(objects),
+            "classes": [x["name"] for x in classes],
+            "supercategories": sorted({str(x.get("supercategory") or "") for x in classes} - {""}),
+        },
+        "max_detections": args.max_detections,
+        "min_score": args.min_score,
+        "models": {x.name: model_report(x) for x in analyses},
+        "pictures_chosen_by": rule,
+        "pictures": [
+            {
+                "file_name": data.truth.imgs[image]["file_name"],
+                "id": data.truth.imgs[image]["id"],
+                "f1": {x.name: x.judged[image].f1 for x in analyses},
+            }
+            for image in pictures
+        ],
+        "command": command(),
+        "versions": versions(),
+    }
+
+
+def model_report(analysis: Analysis) -> dict[str, Any]:
+    areas = analysis.curves.mean(1)  # (7, K)
+    return {
+        "source": analysis.source,
+        "metrics": {k: percent(x) for k, x in analysis.metrics.items()},
+        "errors": dict(zip(CURVES, map(percent, overall(areas)))),
+        "errors_of_classes": [dict(zip(CURVES, map(percent, x))) for x in areas.T],
+        "precision": dict(zip(CURVES, overall(analysis.curves).round(4).tolist())),
+        "efficiency": analysis.efficiency,
+    }
+
+
+def overall(curves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the classes, the last axis, that have objects."""
+    return curves[..., ~np.isnan(curves).any(tuple(range(curves.ndim - 1)))].mean(-1)
+
+
+def percent(value: float) -> float | None:
+    return None if math.isnan(value) else 100 * float(value)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before the first network runs.
+
+    Raises:
+        ConfigError: with the option to change.
+    """
+    names = [name for name, _ in args.model]
+    if not names:
+        raise ConfigError("There is no model; give --model NAME PATH at least once.")
+    if double := [x for x in names if names.count(x) > 1]:
+        raise ConfigError(f"--model '{double[0]}' is given twice; choose another name.")
+    if bool(args.dataset) == bool(args.annotations) or bool(args.annotations) != bool(args.images):
+        raise ConfigError("Give either --dataset, or --annotations and --images.")
+    for name, path in args.model:
+        if not Path(path).exists():
+            raise ConfigError(f"--model {name}: there is no file or folder '{path}'.")
+    if args.out.suffix != ".html" or args.out.is_dir():
+        raise ConfigError(f"--out '{args.out}' must be a file that ends in .html.")
+    if not is_writable(str(args.out.parent)):
+        raise ConfigError(f"--out: '{args.out}' cannot be written.")
+    numbers = args.out.with_suffix(".json").resolve()
+    if numbers in {Path(x).resolve() for x in (args.annotations, *(y for _, y in args.model))}:
+        raise ConfigError(f"--out: '{numbers}' would be overwritten; choose another name.")
+
+
+@contextmanager
+def naming(model: str) -> Iterator[None]:
+    try:
+        yield
+    except DistillError as e:
+        raise ConfigError(f"--model {model}: {e}") from e
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(f"--out: '{path}' cannot be written: {e.strerror}.") from e
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", default="", help="name of a registered data set")
+    parser.add_argument(
+        "--annotations", default="", help="file of another data set, in COCO's format"
+    )
+    parser.add_argument("--images", default="", help="folder of its images")
+    parser.add_argument(
+        "--model",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "PATH"),
+        help="predictions or the OUTPUT_DIR of a training; repeatable",
+    )
+    parser.add_argument("--out", type=Path, default=Path("output/analysis/report.html"))
+    parser.add_argument(
+        "--max-detections",
+        type=at_least(10),
+        default=100,
+        help="detections of a class in an image; COCO's are 100",
+    )
+    parser.add_argument("--pictures", type=at_least(0), default=8, help="number of images to show")
+    parser.add_argument("--min-score", type=float, default=0.5, help="score of the boxes to show")
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="WIDTHxHEIGHT",
+        help="pixels of the image whose cost is measured; default: as the model's config says",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    check_args(args)
+    data = open_data(args)
+    paths = {name: Path(path) for name, path in args.model}
+    sources, analyses = {}, []
+    for name, path in paths.items():  # all, before the first network runs
+        with naming(name):
+            trained = path.is_dir() and read_config(path, data.name, data.triples)
+            sources[name] = trained or read_results(str(path))
+    with Progress() as progress:
+        for name, path in paths.items():
+            with naming(name):
+                model = analyze_model(name, path, sources.pop(name), data, args, progress)
+            analyses.append(model)
+        chosen = most_different(analyses, args.pictures)
+        content = as_report(analyses, chosen, data, args)
+        numbers = args.out.with_suffix(".json")
+        with writing(numbers):
+            write_json(numbers, content)
+        drawn = progress.track(chosen, description="draw pictures")
+        pictures = [draw_picture(image, analyses, data) for image in drawn]
+    curves = draw_curves({x.name: overall(x.curves) for x in analyses})
+    with writing(args.out):
+        write_text(args.out, render(content, curves, pictures))
+    print(f"wrote {args.out} and {numbers}")
+    return 0

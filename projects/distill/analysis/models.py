@@ -1,0 +1,153 @@
+"""Detections of a trained network, and their cost."""
+
+import gc
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils.analysis import FlopCountAnalysis
+from torch import nn
+from torch.nn.functional import interpolate
+
+from ..data.datasets import number_of_classes
+from ..engine import Trainer, load_student, setup_config
+from ..errors import ConfigError
+from ..utils.progress import Progress
+from ..utils.timing import seconds
+
+CONFIGS = ("student.yaml", "config.yaml")  # of a training, the plain one first
+WEIGHTS = "model_final.pth"
+WARM_UP, REPEATS = 3, 20  # forwards of the network whose cost is measured
+Triples = tuple[tuple[str, str, str], ...]
+
+
+def detect(
+    cfg: CfgNode,
+    weights: str,
+    name: str,
+    size: tuple[int, int] | None,
+    progress: Progress,
+    title: str,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """COCO's results of a trained network, and its :func:`efficiency`.
+
+    Args:
+        cfg: of its training, see :func:`read_config`.
+        weights: file of its checkpoint.
+        name: of the data set.
+        size: of the picture whose cost is measured, see :func:`efficiency`.
+        progress, title: of the bar that is shown.
+
+    Raises:
+        DistillError: there is no network, or it does not fit the data set.
+    """
+    model = load_student(cfg, weights).eval()
+    loader = Trainer.build_test_loader(cfg, name)
+    check_classes(cfg, name)
+    measured = efficiency(model, next(iter(loader))[0], size)
+    task = progress.add_task(title, total=len(loader))
+    advance = {"after_inference": partial(progress.advance, task)}
+    return inference_on_dataset(model, loader, Collector(name), advance), measured
+
+
+def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
+    """The config of a training, with the data set ``name`` to test on.
+
+    Args:
+        folder: OUTPUT_DIR of the training.
+        triples: ``DATASETS.COCO_FORMAT``, with the data set if it needs that.
+    """
+    config = next((folder / x for x in CONFIGS if (folder / x).is_file()), None)
+    if config is None:
+        raise ConfigError(
+            f"'{folder}' has neither {' nor '.join(CONFIGS)}; name the OUTPUT_DIR of a training or "
+            "a file of predictions."
+        )
+    own = ["DATASETS.COCO_FORMAT", triples, "DATASETS.TEST", (name,)]
+    return setup_config(str(config), own, training=False)
+
+
+def check_classes(cfg: CfgNode, name: str) -> None:
+    """Refuse a network that detects no objects, or more classes than the data set has."""
+    (key, predicted), known = number_of_classes(cfg), len(MetadataCatalog.get(name).thing_classes)
+    if predicted is None:
+        raise ConfigError(f"{cfg.MODEL.META_ARCHITECTURE} detects no boxes; name a detector.")
+    if predicted > known:
+        raise ConfigError(
+            f"{key} of the training is {predicted}, but data set '{name}' has {known} classes; "
+            "choose another of the two."
+        )
+
+
+@torch.no_grad()
+def efficiency(
+    model: nn.Module, entry: dict[str, Any], size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What one picture costs.
+
+    Args:
+        entry: of a test loader.
+        size: width and height in pixels that the picture gets; None: it stays as it is.
+
+    Returns:
+        ``input`` (width x height), ``device``, ``parameters`` (millions), ``gflops``, ``memory``
+        (MiB at its peak, None on a CPU) and ``fps``.
+    """
+    if size:
+        picture = interpolate(entry["image"][None].float(), size[::-1], mode="bilinear")[0]
+        entry = {**entry, "image": picture}
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    run = partial(model, [entry])
+    for _ in range(WARM_UP):
+        run()
+    memory = None
+    if cuda:
+        gc.collect()  # a model before this one may still be there
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    time = statistics.median(seconds(run, cuda) for _ in range(REPEATS))
+    counter = FlopCountAnalysis(model, [entry]).unsupported_ops_warnings(False)
+    height, width = entry["image"].shape[1:]
+    threads = torch.get_num_threads()
+    return {
+        "input": f"{width} x {height}",
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, threads: {threads}",
+        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "gflops": counter.total() / 1e9,
+        "memory": memory,
+        "fps": 1 / time,
+    }
+
+
+class Collector(DatasetEvaluator):
+    """Keeps detected boxes as COCO's results, with the categories of the data set."""
+
+    def __init__(self, dataset_name: str):
+        known = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id", {})
+        self.categories = {index: category for category, index in known.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for entry, output in zip(inputs, outputs):
+            instances = output["instances"].to("cpu")
+            for other in ("pred_masks", "pred_keypoints"):
+                if instances.has(other):
+                    instances.remove(other)
+            self.results += instances_to_coco_json(instances, entry["image_id"])
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        for result in self.results:
+            index = result["category_id"]
+            result["category_id"] = self.categories.get(index, index)
+        return self.results

@@ -1,0 +1,96 @@
+"""The command ``distill``: training, evaluation, checks, experiments and analysis.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args)``, which returns the exit code.
+Only the module of the command that runs is imported, so that ``distill --help`` answers at once.
+"""
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from . import __version__
+from .utils.arguments import CommandParser
+from .utils.text import choices, print_error
+
+
+class Command(NamedTuple):
+    """A row of the table of commands.
+
+    Attributes:
+        module: below ``distill``.
+        help: one line.
+        options: arguments that always come first.
+    """
+
+    module: str
+    help: str
+    options: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command("launch.main", "train a plain or distilled model"),
+    "eval": Command("launch.main", "evaluate a trained model", ("--eval-only",)),
+    "doctor": Command("doctor", "check a distillation on two batches before it trains"),
+    "check-data": Command("analysis.check_data", "list every fault in the data sets of a config"),
+    "compare": Command("experiments.compare", "train one student with many methods, and compare"),
+    "ablate": Command("experiments.ablation", "compare the variants of a method on rendered data"),
+    "analyze": Command("analysis.analyze", "compare the detections of several models"),
+    "visualize": Command("analysis.visualize", "draw what methods look at in an image"),
+    "replay": Command("doctor.replay", "repeat a training step that was not finite"),
+    "benchmark": Command("experiments.benchmark", "measure the time and memory of distillation"),
+    "shapes": Command("experiments.shapes", "render the shapes data set"),
+    "demo": Command("experiments.demo", "distill a detector on rendered data, in minutes on a CPU"),
+    "support-matrix": Command("experiments.support_matrix", "write docs/support-matrix.md anew"),
+}
+HELP = """usage: distill COMMAND [--help] ...
+
+{commands}
+
+`distill COMMAND --help` lists the options of a command. As in detectron2, a config is given by
+--config-file FILE KEY VALUE ...; FILE may be the name of a config of this package, such as
+quick/faster_rcnn_student.yaml.
+
+Exit codes: 0; 1 if a check found something, or after the traceback of a bug; 2 after one sentence
+on stderr that says what to change; 130 and 143 after SIGINT and SIGTERM."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` (by default, that of this process) names.
+
+    Returns:
+        The exit code, see :data:`HELP`.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ("--help",)
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        rows = (f"  {key:{width}}  {command.help}" for key, command in COMMANDS.items())
+        print(HELP.format(commands="\n".join(rows)))
+        return 0
+    if name == "--version":
+        print(f"distill {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print_error(f"'{name}' is no command of distill; there are: {choices(name, COMMANDS)}.")
+        return 2
+    try:
+        return _run(name, rest)
+    except KeyboardInterrupt:  # while the modules are imported
+        print("stopped by SIGINT: start the same command again.", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    command = COMMANDS[name]
+    module = import_module(f".{command.module}", __package__)
+    parser = CommandParser(
+        prog=f"distill {name}",
+        description=module.__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    # Imported here because it imports torch.
+    from .launch.termination import run_command
+
+    return run_command(lambda: module.run(parser.parse_args([*command.options, *argv])))

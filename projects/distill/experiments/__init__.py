@@ -1,0 +1,1 @@
+"""Experiments on rendered or real data: demo, comparison of methods, ablations, benchmarks."""

@@ -1,0 +1,265 @@
+"""Compare methods and their variants on rendered images, with the same students and seeds.
+
+    distill ablate ima mkd --seeds 3
+
+A study is a teacher, a baseline and variants of its distillation. All students of a study share
+one teacher, as in the papers; every seed trains the baseline and each variant from the same
+initial weights on the same images, so that differences are paired. Finished runs are reused.
+"""
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..section import check_choice
+from ..utils.arguments import at_least
+from ..utils.io import write_json
+from ..utils.progress import Progress
+from ..utils.provenance import command, commit, versions
+from .demo import Demo, quick
+from .runner import Stage
+from .summary import differences, mean_std, replicates
+
+HEADS = "MODEL.DISTILL"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One method on one pair of networks; configs are names in ``configs/quick``.
+
+    Args:
+        baseline: the student alone.
+        distilled: the student with the method.
+        teacher: "" for self-distillation.
+        switches: KEY VALUE overrides of ``distilled`` by the name of the variant.
+        metric: that is compared.
+    """
+
+    baseline: str
+    distilled: str
+    teacher: str
+    switches: dict[str, tuple[Any, ...]]
+    metric: str = "AP"
+
+    @property
+    def layout(self) -> str:
+        """Of the rendered data."""
+        return "cityscapes" if self.metric == "mIoU" else "coco"
+
+
+def overrides(head: str, keys: dict[str, Any]) -> tuple[Any, ...]:
+    """KEY VALUE of one head's section."""
+    return tuple(x for key, value in keys.items() for x in (f"{HEADS}.{head}.{key}", value))
+
+
+def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Overrides by which one head replaces all others, by its name, with values of its keys."""
+    return {
+        name: (f"{HEADS}.HEADS", (name,), *overrides(name.upper(), keys))
+        for name, keys in heads.items()
+    }
+
+
+def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Overrides of one head's keys, by variant; underscores of the names become spaces."""
+    return {name.replace("_", " "): overrides(head, keys) for name, keys in variants.items()}
+
+
+IMA_OFF = {"MASK_RATIO": 0.0, "STANDARDIZE": False, "DEFLATE": False}
+MKD_OFF = {f"{term}_WEIGHT": 0.0 for term in ("FEA", "MULTISCALE", "FDMD", "FAD")}
+FRCNN = ("demo_student.yaml", "demo_teacher.yaml")
+RETINANET = ("demo_retinanet_student.yaml", "demo_retinanet_teacher.yaml")
+DENSE = (("tid", "gfl"), ("tid", "atss"), ("ima", "fcos"), ("ima", "reppoints"))
+TID_SWITCHES = switches(
+    "TID",
+    cls_only={"SCORE": "cls"},
+    reg_only={"SCORE": "reg"},
+    key_only={"AREA": "key"},
+    weak_only={"AREA": "weak"},
+    raw_IoU={"RAW_IOU": True},
+)
+STUDIES = {
+    "ima": Study(
+        FRCNN[0],
+        "demo_ima.yaml",
+        FRCNN[1],
+        switches(
+            "IMA",
+            scope_image={"SCOPE": "image"},
+            plain_features=IMA_OFF,
+            mask_only={**IMA_OFF, "MASK_RATIO": 0.15},
+            mask_and_standardization={"DEFLATE": False},
+            deflation_to_the_letter={"SCALE_ON": "raw", "SCALE_FLOOR": 0.0},
+        ),
+    ),
+    "mkd": Study(
+        FRCNN[0],
+        "demo_mkd.yaml",
+        FRCNN[1],
+        switches(
+            "MKD",
+            fea_only={**MKD_OFF, "FEA_WEIGHT": 1.0},
+            multiscale_only={**MKD_OFF, "MULTISCALE_WEIGHT": 1.0},
+            FDMD_only={**MKD_OFF, "FDMD_WEIGHT": 1.0},
+            FAD_only={**MKD_OFF, "FAD_WEIGHT": 1.0},
+            all_levels={"IN_FEATURES": ()},
+        ),
+    ),
+    "tid": Study(FRCNN[0], "demo_tid.yaml", FRCNN[1], TID_SWITCHES),
+    "tid_retinanet": Study(RETINANET[0], "demo_retinanet_tid.yaml", RETINANET[1], TID_SWITCHES),
+    "ima_retinanet": Study(RETINANET[0], "demo_retinanet_ima.yaml", RETINANET[1], {}),
+    "mkd_retinanet": Study(RETINANET[0], "demo_retinanet_mkd.yaml", RETINANET[1], {}),
+    "mssd": Study(
+        "demo_pafpn_student.yaml",
+        "demo_mssd.yaml",
+        "",
+        switches(
+            "MSSD",
+            distill_only={"MASK_WEIGHT": 0.0},
+            mask_only={"DISTILL_WEIGHT": 0.0},
+            binary_mask={"MASK": "binary"},
+            gamma_1={"GAMMA": 1.0},
+        ),
+    ),
+    "mask": Study(
+        "demo_mask_student.yaml",
+        "demo_mask_ima.yaml",
+        "demo_mask_teacher.yaml",
+        methods(MaskLogitKD={"WEIGHT": 30.0}, MKD={"WEIGHT": 20.0, "IN_FEATURES": ("p2",)}),
+        "mask AP",
+    ),
+    "semantic": Study(
+        "demo_semantic_student.yaml",
+        "demo_semantic_ima.yaml",
+        "demo_semantic_teacher.yaml",
+        {
+            **switches("IMA", scope_image={"SCOPE": "image", "WEIGHT": 20.0}),
+            **methods(
+                MKD={"IN_FEATURES": ("sem_seg_head",), "WEIGHT": 10.0},
+                CWD={"IN_FEATURES": ("sem_seg_head",), "WEIGHT": 50.0, "TEMPERATURE": 4.0},
+                CWDLogits={},
+                PixelKD={"WEIGHT": 5.0},
+                SKD={},
+                IFVD={},
+                CIRKD={"PIXELS": 2000, "REGIONS": 500},
+                MasKDLogits={"TOKEN_ITERS": 100},
+            ),
+        },
+        "mIoU",
+    ),
+    "mssd_retinanet": Study(
+        "demo_retinanet_pafpn_student.yaml", "demo_retinanet_mssd.yaml", "", {}
+    ),
+    **{
+        f"{method}_{detector}": Study(
+            f"demo_{detector}_student.yaml",
+            f"demo_{detector}_{method}.yaml",
+            f"demo_{detector}_teacher.yaml",
+            {},
+        )
+        for method, detector in DENSE
+    },
+    "mssd_fcos": Study("demo_fcos_pafpn_student.yaml", "demo_fcos_mssd.yaml", "", {}),
+}
+
+
+class Ablation:
+    """Runs the stages of studies.
+
+    Args:
+        demo: where and how stages run.
+        teacher_seed: of the teacher that all students share.
+        opts: KEY VALUE overrides of the distilled configs, for tuning.
+    """
+
+    def __init__(self, demo: Demo, teacher_seed: int, opts: list[str]):
+        self.demo = demo
+        self.teacher_seed = teacher_seed
+        self.opts = tuple(opts)
+
+    def study(self, study: Study, seeds: list[int], variants: list[str] | None) -> dict[str, Any]:
+        """The metric of every seed by variant, the teacher's and the baseline's included."""
+        results: dict[str, Any] = {}
+        teacher: tuple[Any, ...] = ()
+        if study.teacher:
+            stage = self.demo.stage("teacher", self.teacher_seed, study.teacher)
+            results["teacher"] = [self.demo.run(stage)[study.metric]]
+            teacher = (
+                *(f"{HEADS}.TEACHER.CONFIG_FILE", quick(study.teacher)),
+                *(f"{HEADS}.TEACHER.WEIGHTS", str(stage.weights)),
+            )
+        chosen = {"full": (), **study.switches}
+        if variants is not None:
+            chosen = {name: chosen[name] for name in variants}
+        for seed in seeds:
+            stages = [self.demo.stage("baseline", seed, study.baseline)]
+            stages += [self._variant(study, k, seed, teacher, v) for k, v in chosen.items()]
+            for stage in stages:
+                results.setdefault(stage.name, []).append(self.demo.run(stage)[study.metric])
+        return results
+
+    def _variant(
+        self, study: Study, name: str, seed: int, teacher: tuple[Any, ...], opts: tuple[Any, ...]
+    ) -> Stage:
+        return self.demo.stage(name, seed, study.distilled, *teacher, *self.opts, *opts)
+
+
+def print_table(title: str, metric: str, results: dict[str, Any]) -> None:
+    table = Table(title=f"{title}: {metric} on the shapes data", box=box.SIMPLE)
+    for column in ("", metric, "- baseline, paired"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, values in results.items():
+        gains = differences(values, results["baseline"])
+        gain = "" if name in ("teacher", "baseline") else mean_std(gains)
+        table.add_row(name, mean_std(values), gain)
+    Console().print(table)
+
+
+def result_suffix(args: argparse.Namespace) -> str:
+    """Suffix of the raw file: runs of other variants, seeds or overrides do not replace it."""
+    described = f"{args.seeds} {args.variants} {args.opts}"
+    digest = hashlib.sha256(described.encode()).hexdigest()[:6]
+    return f"{'_tuning' if args.tune else ''}_{digest}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar=f"{{{','.join(STUDIES)}}}")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="students of each variant")
+    parser.add_argument(
+        "--variants",
+        type=lambda names: names.split(","),
+        help="comma-separated names; default: full and all switches",
+    )
+    parser.add_argument("--tune", action="store_true", help="other scenes and seeds than reported")
+    parser.add_argument("--out", type=Path, default=Path("output/ablation"))
+    parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE of the distilled configs")
+
+
+def run(args: argparse.Namespace) -> int:
+    for study in args.studies:
+        for name in args.variants or ():
+            check_choice(f"--variants of {study}", name, ("full", *STUDIES[study].switches))
+    out = args.out.resolve()
+    os.makedirs(out, exist_ok=True)
+    data_seed, seeds = replicates(args.tune, args.seeds)
+    for name in args.studies:
+        with Progress() as progress:
+            demo = Demo(out, data_seed, progress, STUDIES[name].layout)
+            demo.render()
+            ablation = Ablation(demo, seeds[0], args.opts)
+            results = ablation.study(STUDIES[name], seeds, args.variants)
+        metric = STUDIES[name].metric
+        print_table(name, metric, results)
+        facts = {"seeds": seeds, "data_seed": data_seed, "teacher_seed": seeds[0]}
+        facts |= {"opts": args.opts, "command": command(), "commit": commit()}
+        path = out / f"{name}{result_suffix(args)}.json"
+        write_json(path, {metric: results, **facts, "versions": versions()})
+        print(f"wrote {path}")
+    return 0

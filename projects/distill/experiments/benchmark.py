@@ -1,0 +1,278 @@
+"""Measure what distillation costs on top of the student's step and the teacher's forward.
+
+    distill benchmark --config-file F [--size 320x512 --batch 2] [KEY VALUE ...]
+
+Weights and images are random: only time is measured. In one process and interleaved, every round
+times the plain student's step, and for each head alone and for all together the teacher's answer
+and the distilled step. Reported are medians, and the ratio
+distilled / (plain + teacher).
+
+With ``--heads-only`` every round times each head's losses with their backward to the features, and
+the student's backbone forward; reported are medians, their ratio, the largest tensor that the head
+makes, as a multiple of the largest feature map, and the MiB that it keeps for its backward.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..config import student_config, teacher_config
+from ..data.datasets import number_of_classes
+from ..engine import setup_config
+from ..families import build_family
+from ..heads import build_heads, teacher_needed
+from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.teacher import Teacher
+from ..structures import NetworkOutputs
+from ..utils.arguments import add_config_arguments, at_least, size
+from ..utils.progress import Progress
+from ..utils.provenance import command, commit
+from ..utils.timing import seconds
+
+
+def synthetic_batch(
+    batch: int, height: int, width: int, classes: int, objects: int, seed: int
+) -> list[Any]:
+    """``batched_inputs`` of random pictures with boxes, polygons, classes and those of pixels."""
+    g = torch.Generator().manual_seed(seed)
+    entries = []
+    for _ in range(batch):
+        low = torch.rand((objects, 2), generator=g) * torch.tensor([width, height]) * 0.6
+        size = torch.tensor([width, height]) * (0.1 + 0.3 * torch.rand((objects, 2), generator=g))
+        boxes = torch.cat([low, low + size], 1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(classes, (objects,), generator=g)
+        corners = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
+        instances.gt_masks = PolygonMasks(corners)
+        image = torch.randint(0, 256, (3, height, width), generator=g).float()
+        labels = torch.randint(classes, (height, width), generator=g)
+        entry = {"image": image, "instances": instances, "sem_seg": labels}
+        entries.append({**entry, "height": height, "width": width})
+    return entries
+
+
+def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
+    """Student, teacher (if a head needs one) and all configured heads with random weights."""
+    torch.manual_seed(0)
+    student = build_model(student_config(cfg)).train()
+    if not teacher_needed(cfg):
+        heads = build_heads(cfg, *network_infos(cfg, build_family(student), None))
+        return student, None, heads.to(cfg.MODEL.DEVICE)
+    config = student_config(teacher_config(cfg))
+    config.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher = Teacher(
+        build_family(build_model(config)),
+        input_format=config.INPUT.FORMAT,
+        student_format=cfg.INPUT.FORMAT,
+    )
+    heads = build_heads(cfg, *network_infos(cfg, build_family(student), teacher.family))
+    return student, teacher, heads.to(cfg.MODEL.DEVICE)
+
+
+def step(model: nn.Module, inputs: list[Any]) -> None:
+    model.zero_grad(set_to_none=True)
+    sum(model(inputs).values()).backward()
+
+
+def measure(
+    cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Median seconds by head set: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
+    student, teacher, heads = build(cfg)
+    cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    sets = {name: [name] for name in heads} | {"all": list(heads)}
+    models: dict[str, DistillModel] = {
+        key: cls(
+            student=student,
+            teacher=teacher,
+            heads=nn.ModuleDict({n: heads[n] for n in names}),
+        ).train()
+        for key, names in sets.items()
+    }
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    plain: list[float] = []
+    asked: dict[str, list[float]] = {key: [] for key in models}
+    distilled: dict[str, list[float]] = {key: [] for key in models}
+    for _ in progress.track(range(repeats + 1), description="rounds"):  # the first warms up
+        plain.append(seconds(functools.partial(step, student, inputs), cuda))
+        for key, model in models.items():
+            asked[key].append(seconds(_question(model, inputs), cuda))
+            distilled[key].append(seconds(functools.partial(step, model, inputs), cuda))
+    medians = {
+        key: {
+            "plain": statistics.median(plain[1:]),
+            "teacher": statistics.median(asked[key][1:]),
+            "distilled": statistics.median(distilled[key][1:]),
+        }
+        for key in models
+    }
+    for row in medians.values():
+        row["ratio"] = row["distilled"] / (row["plain"] + row["teacher"])
+    return medians
+
+
+def _said(model: DistillModel, inputs: list[Any]) -> NetworkOutputs:
+    """What the student says of ``inputs``."""
+    needs = model.active_needs()
+    with torch.no_grad(), model.family.record(needs) as calls:
+        model.student(inputs)
+    return model.family.read(calls, model.family.batch(calls, inputs), needs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors inside lists, dictionaries and structures."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | dict):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(x)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
+
+
+def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
+    """The teacher's answer to what the student says of ``inputs``, as a call to be timed."""
+    student, teacher, needs = _said(model, inputs), model.teacher, model.active_needs(True)
+    return lambda: teacher.ask(student, needs) if teacher else None
+
+
+def measure_heads(
+    cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """By head: median seconds of ``head`` and ``backbone``, their ``ratio``, the ``largest`` tensor
+    and the MiB ``kept``."""
+    network, teacher, heads = build(cfg)
+    cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    model: DistillModel = cls(student=network, teacher=teacher, heads=heads).train()
+    student = _said(model, inputs)
+    answer = teacher.ask(student, model.active_needs(True)) if teacher else None
+    for x in _tensors([v for k, v in vars(student).items() if k != "batch"]):
+        x.requires_grad_(x.is_floating_point())
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    images = model.family.preprocess([x["image"] for x in inputs], student.batch.padded_size)
+
+    def backward(head: nn.Module) -> None:
+        sum(head(student, answer).values()).backward()
+
+    @torch.no_grad()
+    def forward() -> None:
+        network.backbone(images)  # type: ignore[operator]
+
+    largest, kept = {}, {}
+    for name, head in heads.items():
+        with LargestTensor() as mode:
+            backward(head)
+        largest[name] = mode.numel / max(x.numel() for x in student.features.values())
+        kept[name] = mebibytes_kept(functools.partial(head, student, answer), head)
+    times: dict[str, list[float]] = {name: [] for name in ("backbone", *heads)}
+    for _ in progress.track(range(repeats), description="rounds"):
+        times["backbone"].append(seconds(forward, cuda))
+        for name, head in heads.items():
+            times[name].append(seconds(functools.partial(backward, head), cuda))
+    medians = {name: statistics.median(x) for name, x in times.items()}
+    backbone = medians.pop("backbone")
+    return {
+        name: {
+            **{"head": x, "backbone": backbone, "ratio": x / backbone},
+            **{"largest": largest[name], "kept": kept[name]},
+        }
+        for name, x in medians.items()
+    }
+
+
+def mebibytes_kept(forward: Callable[[], Any], head: nn.Module) -> float:
+    """What autograd stores in a forward, beside the head's own parameters."""
+    own = {x.untyped_storage().data_ptr() for x in head.parameters()}
+    sizes: dict[int, int] = {}
+    stored = []  # or another tensor would get the memory of one that is gone
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        stored.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses = forward()
+    del losses
+    return sum(sizes.values()) / 2**20
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that an operation has returned, views excluded."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for x in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(x, Tensor):
+                    parts = 2 if x.is_complex() else 1
+                    self.numel = max(self.numel, x.numel() * parts)
+        return result
+
+
+def sections(cfg: CfgNode) -> list[CfgNode]:
+    return [cfg.MODEL.DISTILL[name.upper()] for name in cfg.MODEL.DISTILL.HEADS]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--size",
+        type=size,
+        default="320x512",
+        metavar="HEIGHTxWIDTH",
+        help="pixels of an image; default: %(default)s",
+    )
+    parser.add_argument("--batch", type=at_least(1), default=2, help="images of a step")
+    parser.add_argument("--objects", type=at_least(0), default=8, help="boxes of an image")
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="rounds")
+    parser.add_argument("--heads-only", action="store_true", help="time only the losses")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    cfg = setup_config(args.config_file, args.opts)
+    height, width = args.size
+    classes = number_of_classes(cfg)[1] or 1
+    inputs = synthetic_batch(args.batch, height, width, classes, args.objects, seed=0)
+    measured = measure_heads if args.heads_only else measure
+    with (
+        EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))),
+        Progress(args.json) as progress,
+    ):
+        medians = measured(cfg, inputs, args.repeats, progress)
+    if args.json:
+        facts = {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts |= {"machine": platform.machine(), "command": command()}
+        print(json.dumps({**facts, "medians": medians}, indent=1))
+        return 0
+    unit = "heads and their backward" if args.heads_only else "steps"
+    title = f"Median seconds of {args.repeats} {unit}, {args.batch} x {height}x{width}"
+    table = Table(title=title)
+    columns = list(next(iter(medians.values())))
+    for column in ("heads", *columns):
+        table.add_column(column)
+    for key, row in medians.items():
+        table.add_row(key, *(f"{row[k]:.3f}" for k in columns))
+    Console().print(table)
+    return 0

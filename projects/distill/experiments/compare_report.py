@@ -1,0 +1,179 @@
+"""What a comparison shows: a table, raw values, and gains over costs as a picture."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .runner import MEMORY, SECONDS, THREADS, Result
+from .summary import mean_std
+
+TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
+Values = dict[int, float]
+"""By seed, of those seeds that have one."""
+
+
+@dataclass(eq=False)
+class Row:
+    """What became of a method, of the student alone or of the teacher.
+
+    Args:
+        extra_parameters: that only the training has, those of the heads; None: of no interest.
+        results: of the finished runs, by seed.
+        failures: why the others have none, by seed.
+        notes: what a reader of its values should know.
+    """
+
+    name: str
+    extra_parameters: int | None = None
+    results: dict[int, Result] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def values(self, key: str) -> Values:
+        found = {seed: result.get(key) for seed, result in self.results.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @property
+    def remark(self) -> str:
+        """Notes, and every reason of a failure once, with its seeds if others fared otherwise."""
+        seeds: dict[str, list[str]] = {}
+        for seed, reason in self.failures.items():
+            seeds.setdefault(reason, []).append(str(seed))
+        if not self.results and len(seeds) == 1:
+            return next(iter(seeds))
+        failures = [f"Seed {', '.join(s)}: {reason}" for reason, s in seeds.items()]
+        return " ".join([*self.notes, *failures])
+
+
+@dataclass(eq=False)
+class Report:
+    """All rows, and the metric by which they are compared; empty: no run has finished yet."""
+
+    metric: str = ""
+    teacher: Row | None = None
+    baseline: Row = field(default_factory=lambda: Row("baseline"))
+    methods: list[Row] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The teacher, the student alone, and the methods from the best to the worst."""
+        gains = {row.name: list(self.gains(row).values()) for row in self.methods}
+        best = sorted(
+            self.methods,
+            key=lambda row: statistics.mean(gains[row.name] or [float("-inf")]),
+            reverse=True,
+        )
+        return [*([self.teacher] if self.teacher else []), self.baseline, *best]
+
+    def gains(self, row: Row) -> Values:
+        """Differences of the metric to the student alone of the same seed."""
+        alone = self.baseline.values(self.metric)
+        return {s: x - alone[s] for s, x in row.values(self.metric).items() if s in alone}
+
+    def costs(self, row: Row) -> Values:
+        """Time of a step over that of the student alone, of the same seed and as many threads."""
+        alone, threads = self.baseline.values(SECONDS), self.baseline.values(THREADS)
+        own = row.values(THREADS)
+        seconds = {s: x for s, x in row.values(SECONDS).items() if own.get(s) == threads.get(s)}
+        return {s: x / alone[s] for s, x in seconds.items() if s in alone}
+
+    def columns(self) -> dict[str, list[str]]:
+        """The cells of the table by column, those of the names and remarks excepted."""
+        rows, distilled = self.rows, [row in self.methods for row in self.rows]
+        students = [row is not self.teacher for row in rows]
+        columns = {
+            self.metric or "metric": [cell(row.values(self.metric), 1) for row in rows],
+            "- baseline": [cell(self.gains(r), 1) if d else "" for r, d in zip(rows, distilled)],
+            "s/step": [cell(row.values(SECONDS), 3) for row in rows],
+            "x baseline": [cell(self.costs(r), 2) if s else "" for r, s in zip(rows, students)],
+            "GPU MiB": [cell(row.values(MEMORY), 0) for row in rows],
+            "head parameters": [
+                "" if row.extra_parameters is None else f"{row.extra_parameters:,}" for row in rows
+            ],
+        }
+        if not any(row.values(MEMORY) for row in rows):
+            del columns["GPU MiB"]
+        return columns
+
+    def markdown(self) -> str:
+        columns = {"": [row.name for row in self.rows], **self.columns()}
+        columns["remark"] = [row.remark.replace("|", "\\|") for row in self.rows]
+        lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values()))]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def print(self) -> None:
+        console = Console(width=TABLE_WIDTH)
+        columns = {"": [row.name for row in self.rows], **self.columns()}
+        table = Table(box=box.SIMPLE)
+        for name in columns:
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for line in zip(*columns.values()):
+            table.add_row(*line)
+        console.print(table)
+        for row in self.rows:
+            if row.remark:
+                console.print(f"{row.name}: {row.remark}", highlight=False, soft_wrap=True)
+
+    def raw(self) -> dict[str, Any]:
+        """Of JSON: every value by seed, and what they come to."""
+        return {
+            row.name: {
+                "extra_parameters": row.extra_parameters,
+                "summary": {name: summary(values) for name, values in self._measured(row)},
+                "results": row.results,
+                "failures": row.failures,
+                "notes": row.notes,
+            }
+            for row in self.rows
+        }
+
+    def _measured(self, row: Row) -> Iterator[tuple[str, Values]]:
+        if self.metric:
+            yield self.metric, row.values(self.metric)
+        yield SECONDS, row.values(SECONDS)
+        if row in self.methods:
+            yield "gain", self.gains(row)
+            yield "relative_cost", self.costs(row)
+
+    def draw(self, path: Path) -> None:
+        """Write each method's mean gain over its mean cost; the student alone is at (1, 0)."""
+        figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
+        ax.axhline(0, color="0.8", zorder=0)
+        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
+        ax.plot(1, 0, "s", color="0.5")
+        ax.annotate("student alone", (1, 0), xytext=(6, -12), color="0.4", **style)
+        for row in self.methods:
+            gains, costs = list(self.gains(row).values()), list(self.costs(row).values())
+            if gains and costs:
+                x, y = statistics.mean(costs), statistics.mean(gains)
+                spread = statistics.stdev(gains) if gains[1:] else None
+                color = ax.errorbar(x, y, yerr=spread, fmt="o", capsize=3).lines[0].get_color()
+                ax.annotate(row.name, (x, y), xytext=(6, 5), color=color, **style)
+        ax.set_xlabel("seconds per step / those of the student alone")
+        ax.set_ylabel(f"{self.metric} - that of the student alone")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def cell(values: Values, digits: int) -> str:
+    return mean_std(list(values.values()), digits)
+
+
+def summary(values: Values) -> dict[str, Any]:
+    x = list(values.values())
+    return {
+        "mean": statistics.mean(x) if x else None,
+        "std": statistics.stdev(x) if x[1:] else None,
+        "values": values,
+    }

@@ -1,0 +1,271 @@
+"""Training runs that are kept, for the demo, the ablations and the comparison of methods.
+
+Config, code and data of a run determine its folder. So a finished run is reused, an interrupted
+one continues from its checkpoint, and any other run starts anew.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import hashlib
+import json
+import logging
+import math
+import os
+import statistics
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from rich.progress import TaskID
+from torch import nn
+
+from ..checkpoint.load import file_hash, load_strictly
+from ..config import student_config, teacher_config
+from ..config.detectron2_rules import leaves
+from ..engine import Trainer
+from ..evaluation.sliding_window import with_sliding_window
+from ..utils.io import write_json
+from ..utils.progress import Progress
+from ..utils.provenance import PACKAGE, versions
+
+SECONDS, MEMORY, THREADS = COST = "seconds_per_step", "peak_memory_mb", "threads"
+Result = dict[str, float | None]
+"""What a run has measured, by name; None: undefined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run: a config, overrides, and the folder that they and the code determine."""
+
+    name: str
+    seed: int
+    cfg: CfgNode
+    folder: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model_final.pth"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} (seed {self.seed})"
+
+
+class Runner:
+    """Runs stages into ``out`` and remembers their results.
+
+    Args:
+        out: folder of everything that a command writes.
+        progress: shows what runs.
+    """
+
+    def __init__(self, out: Path, progress: Progress):
+        self.out = out
+        self.progress = progress
+        self.code = code_digest()
+
+    def describe(self, name: str, seed: int, cfg: CfgNode) -> Stage:
+        """A run of ``cfg``; its folder is keyed by a hash of config, code and the files it names.
+
+        Data that detectron2 registers itself are known by their names alone.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SEED, cfg.OUTPUT_DIR = seed, "."
+        described = cfg.dump()
+        files = self._files(cfg)
+        if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+            teacher = teacher_config(cfg)
+            described += teacher.dump()
+            files += self._files(teacher)
+        described = described.replace(str(self.out), "OUT") + files
+        digest = hashlib.sha256(f"{described}{self.code}".encode()).hexdigest()[:12]
+        folder = self.out / "stages" / f"{name}-{seed}-{digest}"
+        cfg.OUTPUT_DIR = str(folder)
+        return Stage(name, seed, cfg, folder)
+
+    def _files(self, cfg: CfgNode) -> str:
+        """Hashes of the files that a config names; a stage's file has the hash in its name."""
+        found = {x for _, value in leaves(cfg) for x in texts(value) if os.path.isfile(x)}
+        own = str(self.out / "stages") + os.sep
+        return "".join(f" {content_hash(x)}" for x in sorted(found) if not x.startswith(own))
+
+    def run(self, stage: Stage) -> Result:
+        """Train and evaluate a stage, or read what an earlier run has measured."""
+        result = stage.folder / "result.json"
+        if result.is_file():
+            self.progress.add_task(f"{stage.title}: reused", completed=1, total=1)
+            return json.loads(result.read_text())
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        with quiet(stage.folder / "log.txt"):
+            if not stage.weights.is_file():
+                self._train(stage)
+            cfg = student_config(stage.cfg)
+            model = build_model(cfg).eval()
+            load_strictly(model, str(stage.weights), "the stage's checkpoint")
+            metrics = self.measure(stage, model)
+        write_json(result, metrics)
+        return metrics
+
+    def _train(self, stage: Stage) -> None:
+        cfg = stage.cfg.clone()
+        cfg.DATASETS.TEST = ()
+        gc.collect()  # what an earlier run has left
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seed_all_rng(stage.seed)
+        trainer = Trainer(cfg, extra_hooks=[ProgressHook(self.progress, f"{stage.title}: train")])
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+
+    def measure(self, stage: Stage, model: nn.Module) -> Result:
+        """What is remembered of a run: every metric of its evaluation, and what it cost.
+
+        Args:
+            model: the trained student as a plain network, in evaluation mode.
+        """
+        return {**flat(self.test(stage, model)), **training_cost(stage)}
+
+    def test(self, stage: Stage, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """The evaluation of each of ``DATASETS.TEST``, as detectron2's evaluators return it."""
+        results = {}
+        for name in stage.cfg.DATASETS.TEST:
+            loader = Trainer.build_test_loader(stage.cfg, name)
+            task = self.progress.add_task(f"{stage.title}: evaluate", total=len(loader))
+            results[name] = inference_on_dataset(
+                with_sliding_window(stage.cfg, model),
+                WatchedLoader(loader, self.progress, task),
+                Trainer.build_evaluator(stage.cfg, name),
+            )
+        return results
+
+
+def training_cost(stage: Stage) -> Result:
+    """Median seconds of a step, and the GPU's peak memory in MiB, from the training's own log.
+
+    None is what cannot be known: a process on a CPU holds more than one training. Seconds of
+    different numbers of threads are not compared.
+    """
+    # A value that is not of each step, as the accuracy of objects, may have a row of its own.
+    rows = [json.loads(x) for x in (stage.folder / "metrics.json").read_text().splitlines()]
+    seconds = [row["time"] for row in rows if "time" in row]
+    cuda = stage.cfg.MODEL.DEVICE.startswith("cuda")
+    return {
+        SECONDS: statistics.median(seconds) if seconds else None,
+        MEMORY: max(row["memory_mb"] for row in rows if "memory_mb" in row) if cuda else None,
+        THREADS: torch.get_num_threads(),
+    }
+
+
+def flat(results: dict[str, dict[str, Any]]) -> Result:
+    """Metrics named as the trainer logs them, "bbox/AP" say, with a test set's name if several."""
+    (first, *others) = results.values()
+    metrics = flatten_results_dict(results if others else first)
+    return {k: finite(k.rpartition("/")[2], float(v)) for k, v in metrics.items()}
+
+
+def finite(metric: str, value: float) -> float | None:
+    """A metric without NaN, which is no JSON.
+
+    COCO's AP is 0 for a model that detects nothing; AP of a size that no object has is None.
+    """
+    undefined = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    return value if math.isfinite(value) else undefined.get(metric)
+
+
+# ---- The display.
+
+
+class ProgressHook(HookBase):
+    """Shows how far a training is."""
+
+    def __init__(self, progress: Progress, title: str):
+        self.progress, self.title = progress, title
+
+    def before_train(self) -> None:
+        done, total = self.trainer.start_iter, self.trainer.max_iter
+        self.task = self.progress.add_task(self.title, completed=done, total=total)
+
+    def after_step(self) -> None:
+        self.progress.advance(self.task)
+
+
+class WatchedLoader:
+    """A data loader that shows how much of it is read."""
+
+    def __init__(self, loader: Any, progress: Progress, task: TaskID):
+        self.loader, self.progress, self.task = loader, progress, task
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        return iter(self.progress.track(self.loader, task_id=self.task))
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Send detectron2's and pycocotools' output to a file, and what went wrong; the bars stay."""
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    loggers = [logging.getLogger(n) for n in ("detectron2", "distill", "fvcore")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    # It remarks on what detectron2 asks of torch.fx.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    try:
+        with open(log, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+            try:
+                yield
+            except Exception:
+                traceback.print_exc()
+                raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+
+# ---- What a run depends on.
+
+
+def code_digest() -> str:
+    """Hash of the package's source, except the rooms that train nothing, and of the libraries."""
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in a value of a config."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for x in value:
+            yield from texts(x)
+
+
+def content_hash(path: str) -> str:
+    """Of a file, read once while it stays as it is."""
+    state = os.stat(path)
+    return _content_hash(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.cache
+def _content_hash(path: str, *state: int) -> str:
+    return file_hash(path)

@@ -1,0 +1,55 @@
+"""Command-line arguments that several commands share."""
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import NoReturn
+
+from ..errors import ConfigError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, as all mistakes of a user are.
+
+    Raises:
+        ConfigError: by ``parse_args``, if the arguments are wrong.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`.")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add detectron2's ``--config-file FILE`` and ``KEY VALUE ...``."""
+    parser.add_argument(
+        "--config-file",
+        required=required,
+        default="",
+        metavar="FILE",
+        help="a yaml file, or the name of a config of this package",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="overrides of the config, after all options",
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the ``type`` of an option whose value is a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse ``"256x128"``, or ``"128"`` for a square, as two numbers of pixels from 1."""
+    match = re.fullmatch(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 128 or 256x128")
+    return int(match[1]), int(match[2] or match[1])

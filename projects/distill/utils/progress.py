@@ -1,0 +1,99 @@
+"""Progress of a command's stages: bars on a terminal, lines anywhere else."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+from .text import printable
+
+PARTS = 10  # of a stage; a line follows each
+LINE_PERIOD_S = 2.0  # least time between two of these lines, so that quick stages print few
+
+
+class Progress(RichProgress):
+    """rich's progress bars. Where stdout is no terminal, they are lines.
+
+    A stage prints a line when it starts, one when it ends, and for every 10 % of it a line with
+    the time that remains. stderr stays free for errors.
+
+    Args:
+        json: the command prints JSON on stdout. Bars are then on stderr if that is a terminal, and
+            there are no lines.
+    """
+
+    def __init__(self, json: bool = False):
+        # The stream of now: bars stay visible while a stage's own output goes to a file.
+        console = Console(file=sys.stderr if json else sys.stdout)
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._lines: dict[TaskID, _Lines] | None = {} if self.disable and not json else None
+
+    def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
+        task_id = super().add_task(*args, **kwargs)
+        self._print_line(task_id)
+        return task_id
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        super().update(task_id, **kwargs)
+        self._print_line(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._print_line(task_id)
+
+    def _print_line(self, task_id: TaskID) -> None:
+        if self._lines is None:
+            return
+        with self._lock:  # a thread advances the task of a tracked sequence
+            task = self._tasks[task_id]
+            line = self._lines.setdefault(task_id, _Lines(task)).due(task)
+            if line:
+                print(printable(line), file=self.console.file, flush=True)
+
+
+class _Lines:
+    """The lines of one stage."""
+
+    def __init__(self, task: Task):
+        self.start = self.last = time.monotonic()
+        self.done_at_start = task.completed  # by an earlier run
+        self.part = -1  # parts of the stage that were done at the last line
+
+    def due(self, task: Task) -> str | None:
+        """Return the line to print now, or None."""
+        now, name, done, total = time.monotonic(), task.description, task.completed, task.total or 0
+        part = int(done * PARTS // total) if total else PARTS
+        if self.part < 0:
+            line = f"{name}: {done:g} of {total:g}" if part < PARTS else name
+        elif part == PARTS > self.part:
+            line = f"{name}: done in {_duration(now - self.start)}"
+        elif part > self.part and now - self.last >= LINE_PERIOD_S:
+            left = (now - self.start) / (done - self.done_at_start) * (total - done)
+            line = f"{name}: {done:g} of {total:g}, ETA {_duration(left)}"
+        else:
+            return None
+        self.last, self.part = now, part
+        return line
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,18 @@
+"""Wall-clock time of calls."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def seconds(function: Callable[[], Any], cuda: bool) -> float:
+    """Time of one call in seconds, with everything that it computes on a GPU if ``cuda``."""
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
