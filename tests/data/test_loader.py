@@ -137,7 +137,7 @@ def test_detectron2s_other_samplers_are_functions_of_seed_and_iteration(name: st
 
 def test_a_random_subset_is_always_the_same() -> None:
     seen = {x for batch in order("RandomSubsetTrainingSampler", 3, count=30) for x in batch}
-    assert len(seen) == 5  # of 11
+    assert len(seen) == 5 < len(DICTS) / 2
 
 
 @pytest.mark.parametrize("by_category", [False, True])

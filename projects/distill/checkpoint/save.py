@@ -189,11 +189,11 @@ def check_states(
     """Raise a WeightsError if a checkpoint has other states than this training.
 
     Args:
-        kind: of what has a state, such as "hook".
+        kind: noun for the message, such as "hook".
         saved: names of those whose state is in the checkpoint.
         own: names of those in this training.
         needed: names of those that cannot start without a state.
-        remedy: what to do, for the message.
+        remedy: advice for the message.
     """
     unknown, missing = sorted({*saved} - {*own}), sorted({*needed} - {*saved})
     if unknown or missing:

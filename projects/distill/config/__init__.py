@@ -2,7 +2,7 @@
 
 from .defaults import add_distill_config, get_distill_cfg
 from .load import find_config, merge_from_file, merge_from_list
-from .resolve import building, distill_architectures, is_student, student_config, teacher_config
+from .resolve import building, distill_architectures, student_class, student_config, teacher_config
 from .validate import validate_config
 
 __all__ = [
@@ -11,9 +11,9 @@ __all__ = [
     "distill_architectures",
     "find_config",
     "get_distill_cfg",
-    "is_student",
     "merge_from_file",
     "merge_from_list",
+    "student_class",
     "student_config",
     "teacher_config",
     "validate_config",

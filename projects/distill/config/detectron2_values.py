@@ -82,9 +82,9 @@ NAME_RULES: dict[str, Rule] = {
         build_lr_scheduler,
         "WarmupMultiStepLR",
         "WarmupCosineLR",
-        "WarmupFlatCosineLR",  # of this package
+        "WarmupFlatCosineLR",  # this package has it
         "WarmupStepWithFixedGammaLR",
-        "WarmupPolyLR",  # of detectron2's DeepLab
+        "WarmupPolyLR",  # detectron2's DeepLab has it
     ),
     "SOLVER.WARMUP_METHOD": named_in(WarmupParamScheduler.__init__, "linear", "constant"),
 }

@@ -48,10 +48,11 @@ def distill_architectures() -> list[str]:
     return [name for name, _ in META_ARCH_REGISTRY if name.startswith("Distill")]
 
 
-def is_student(cfg: CfgNode, *bases: type) -> bool:
-    """Whether the class of the student's meta-architecture is one of ``bases`` or a subclass."""
-    student = META_ARCH_REGISTRY.get(student_config(cfg).MODEL.META_ARCHITECTURE)
-    return isinstance(student, type) and issubclass(student, bases)
+def student_class(cfg: CfgNode) -> type:
+    """Return the class of the student's meta-architecture; ``object`` if a function builds it."""
+    name = student_config(cfg).MODEL.META_ARCHITECTURE
+    found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return found if isinstance(found, type) else object
 
 
 def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:

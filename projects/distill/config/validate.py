@@ -20,7 +20,7 @@ from .detectron2_rules import check_rules, check_together, leaves
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
-from .resolve import distill_architectures, is_student, teacher_config
+from .resolve import distill_architectures, student_class, teacher_config
 
 
 def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
@@ -61,14 +61,15 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
 
 def _validate_test_modes(cfg: CfgNode) -> None:
     """Refuse an evaluation that the student's architecture does not have."""
-    if cfg.TEST.SLIDING_WINDOW.ENABLED and not is_student(cfg, SemanticSegmentor):
+    student = student_class(cfg)
+    if cfg.TEST.SLIDING_WINDOW.ENABLED and not issubclass(student, SemanticSegmentor):
         raise ConfigError(
             "TEST.SLIDING_WINDOW.ENABLED is True, which is only for SemanticSegmentor; set it "
             "False."
         )
     if not cfg.TEST.AUG.ENABLED:
         return
-    if not is_student(cfg, GeneralizedRCNN) or is_student(cfg, PanopticFPN):
+    if not issubclass(student, GeneralizedRCNN) or issubclass(student, PanopticFPN):
         raise ConfigError(
             "TEST.AUG.ENABLED is True, but detectron2 has test-time augmentation only for "
             "GeneralizedRCNN; set it False."

@@ -32,8 +32,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators
     """Build the evaluators of a data set, which read its annotations.
 
     Args:
-        cfg: of the model; ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE`` are read.
-        dataset_name: of a registered data set.
+        cfg: the whole config; ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE`` are read.
+        dataset_name: name of a registered data set.
         folder: for the files that evaluators write.
     """
     kind = MetadataCatalog.get(dataset_name).evaluator_type
@@ -45,7 +45,7 @@ def check_test_sets(cfg: CfgNode) -> None:
     """Find before the training what would stop the evaluation after it.
 
     Raises:
-        ConfigError, DataError: a test set has no evaluator, no pictures or unreadable annotations.
+        ConfigError, DataError: a test set has no evaluator, no images or unreadable annotations.
     """
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type")
@@ -104,9 +104,9 @@ def sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 
 
 def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
-    """How many detections of a picture COCO's measures look at; None: COCO's 100.
+    """Return the number of detections per image that COCO's measures count; None: COCO's 100.
 
-    A user's own set may have more objects than that in a picture.
+    An image of a user's own set may have more objects than that.
     """
     own = is_own_set(cfg, dataset_name)
     return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None

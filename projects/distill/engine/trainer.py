@@ -28,9 +28,9 @@ from ..config import (
     building,
     distill_architectures,
     get_distill_cfg,
-    is_student,
     merge_from_file,
     merge_from_list,
+    student_class,
     student_config,
     validate_config,
 )
@@ -278,7 +278,7 @@ class Trainer(DefaultTrainer):
         """The evaluators of a data set, by its ``evaluator_type``.
 
         Args:
-            dataset_name: of a registered data set.
+            dataset_name: name of a registered data set.
             output_folder: for the files that they write; None: ``OUTPUT_DIR/inference``.
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -310,7 +310,7 @@ def train_mapper(cfg: CfgNode) -> DatasetMapper:
     """detectron2's mapper, that for semantic labels, or the one that knows ignored regions."""
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
-    if semantic or is_student(cfg, SemanticSegmentor):
+    if semantic or issubclass(student_class(cfg), SemanticSegmentor):
         return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)

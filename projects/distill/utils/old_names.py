@@ -21,7 +21,7 @@ HOOKS = {
     "WeightsEMA": "EMAHook",
 }
 HEADS = {"MaskKD": "MaskLogitKD"}
-SECTIONS = {old.upper(): new.upper() for old, new in HEADS.items()}  # of MODEL.DISTILL
+SECTIONS = {old.upper(): new.upper() for old, new in HEADS.items()}
 LOSSES = {old.lower(): new.lower() for old, new in HEADS.items()}  # loss_<head>, kd_ratio/<head>
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def with_renamed_keys(
 
     Args:
         mapping: such as the states of hooks by name, or losses.
-        table: of this module.
+        table: one of the tables in this module.
         source: where the names come from, for the line in the log that says the new ones.
     """
     log_old_names(mapping, table, source)
