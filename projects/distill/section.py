@@ -20,7 +20,7 @@ class Rule(NamedTuple):
 
     holds: Callable[[Any], bool]  # it raises if the value has a wrong type
     text: str  # completes the sentence "it must be ..."
-    names: tuple[str, ...] = ()  # the valid values if they are a few names
+    names: tuple[str, ...] = ()  # the valid values for messages, if they are names
 
     def allows(self, value: Any) -> bool:
         try:
@@ -41,9 +41,11 @@ class Rule(NamedTuple):
         Args:
             alternative: a further valid value, for the message.
         """
+        if self.allows(value):
+            return
         if self.names:
             check_choice(key, value, self.names)
-        elif not self.allows(value):
+        else:
             raise ConfigError(f"{key} is {value!r:.200}; it must be {self.text}{alternative}.")
 
 
