@@ -59,10 +59,12 @@ def check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
 
 
 def one_of(*names: str) -> Rule:
+    """Return the rule of a value that is one of a few names."""
     return Rule(lambda x: x in names, " | ".join(names), names)
 
 
 def at_least(minimum: int) -> Rule:
+    """Return the rule of a number with a lower limit."""
     return Rule(lambda x: x >= minimum, f"at least {minimum}")
 
 
