@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAFPN, distill_opts, outspoken_model, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.image import imread
@@ -21,6 +20,8 @@ from distill import cli
 from distill.analysis import visualize
 from distill.engine import setup_config
 from distill.heads.fpn import cell_labels
+from tests.support.networks import PAFPN, distill_opts, outspoken_model, write_config
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 SEMANTIC = "shapes_tiny_semantic"  # semantic labels alone
@@ -79,8 +80,7 @@ def prepare(folder: Path, shapes: Shapes, family: str, heads: tuple[str, ...], *
     cfg = trainable_cfg(family, shapes, folder / "output", *opts)
     if family == "semantic":
         cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TRAIN = (), (semantic_set(shapes),)
-    config = folder / "config.yaml"
-    config.write_text(cfg.dump())
+    config = write_config(cfg, folder / "config.yaml")
     return Run(folder, ["--config-file", str(config)], setup_config(str(config)))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg, tiny_model
 from detectron2.data import DatasetMapper
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from distill.data.checks import images
 from distill.data.checks.images import BadPicture, GuardedMapper, file_faults, inspect_pictures
+from tests.support.networks import tiny_cfg, tiny_model
 
 WIDTH, HEIGHT = 40, 30
 CASES = 60  # of broken bytes, a format

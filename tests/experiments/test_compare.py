@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAFPN, distill_opts, trainable_cfg, write_teacher
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from distill.heads import CWD
 from distill.heads.base import DISTILL_HEAD_REGISTRY
 from distill.utils.arguments import CommandParser
 from distill.utils.progress import Progress
+from tests.support.networks import PAFPN, distill_opts, write_config
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -32,9 +33,7 @@ def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
     teacher = write_teacher(folder, "faster", *EIGHT, fpn=24)
     opts = (*distill_opts("faster", ["FitNet"]), *teacher, *TEST, *SHORT, *opts)
     cfg = trainable_cfg("faster", shapes, folder / "unused", *opts, norm="BN")
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return str(path)
+    return str(write_config(cfg, folder / "config.yaml"))
 
 
 def run(folder: Path, config: str, *arguments: str) -> int:

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from conftest import DENSE, network_info, outspoken_model, picture, tiny_fcos, tiny_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from distill.families import build_family
 from distill.modeling.teacher import Teacher
+from tests.support.networks import (
+    DENSE,
+    network_info,
+    outspoken_model,
+    picture,
+    tiny_fcos,
+    tiny_model,
+)
 
 FAMILIES = ("retinanet", *DENSE)
 SECTIONS = {"retinanet": "RETINANET", **{k: v.upper() for k, v in DENSE.items()}}

@@ -1,13 +1,15 @@
 """CrossKD: the teacher's last layers on the student's features, layer by layer and in NumPy."""
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from torch import nn
+
+from distill.heads import CrossKD
+from tests.reference import literal_methods as literal
+from tests.support.networks import (
     distilled,
     kd_losses,
     network_info,
@@ -16,12 +18,6 @@ from conftest import (
     tiny_fcos,
     tiny_model,
 )
-from torch import nn
-
-from distill.heads import CrossKD
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
 
 FAMILIES = {"retinanet": "RETINANET", "fcos": "FCOS", "atss": "ATSS", "gfl": "GFL"}
 REUSED = {"retinanet": 1, "fcos": 2, "atss": 1, "gfl": 1}

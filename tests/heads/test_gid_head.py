@@ -1,21 +1,8 @@
 """GID: which boxes are general instances, and what is compared of them, by plain loops."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    built_head,
-    distilled,
-    kd_losses,
-    network_info,
-    outputs,
-    outspoken_model,
-    picture,
-    tiny_model,
-)
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import roi_align
@@ -26,9 +13,17 @@ from distill.heads.classes import ClassMap
 from distill.heads.dense import AnchorGrids
 from distill.heads.fpn import Level
 from distill.structures import DenseLayout, DenseOutputs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
+from tests.reference import literal_methods as literal
+from tests.support.networks import (
+    built_head,
+    distilled,
+    kd_losses,
+    network_info,
+    outputs,
+    outspoken_model,
+    picture,
+    tiny_model,
+)
 
 # ---- General instances
 

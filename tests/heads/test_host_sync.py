@@ -8,13 +8,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import FAMILIES, HEADS, distilled, picture
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.heads import DISTILL_HEAD_REGISTRY
+from tests.support.networks import FAMILIES, HEADS, distilled, picture
 
 # What detectron2 and torchvision wait for.
 DETECTRON2S = (

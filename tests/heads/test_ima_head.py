@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from conftest import (
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+from distill.heads import IMA
+from distill.heads.fpn import Level, cell_labels
+from distill.heads.ima import CROP_SIZE
+from distill.losses import fitnet, ima_classes
+from distill.structures import Batch
+from tests.support.networks import (
     built_head,
     distilled,
     feature_head,
@@ -13,13 +20,6 @@ from conftest import (
     tiny_cfg,
     tiny_model,
 )
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-
-from distill.heads import IMA
-from distill.heads.fpn import Level, cell_labels
-from distill.heads.ima import CROP_SIZE
-from distill.losses import fitnet, ima_classes
-from distill.structures import Batch
 
 BOX = (0.0, 0.0, 32.0, 32.0)
 

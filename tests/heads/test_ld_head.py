@@ -1,22 +1,26 @@
 """LD on hand-made signals: regions, weights and temperatures by plain loops."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, kd_losses, network_info, outputs, picture, tiny_cfg, tiny_model
 from detectron2.structures import Boxes, Instances
 
 from distill.heads import LD
 from distill.heads.classes import ClassMap
 from distill.heads.dense import AnchorGrids
 from distill.structures import DenseLayout, DenseOutputs, DenseTargets
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
+from tests.reference import literal_methods as literal
+from tests.support.networks import (
+    distilled,
+    kd_losses,
+    network_info,
+    outputs,
+    picture,
+    tiny_cfg,
+    tiny_model,
+)
 
 CLASSES = ("circle", "square", "star")
 SIZES, STRIDES = [(6, 8), (3, 4)], [8, 16]

@@ -5,17 +5,6 @@ import logging
 
 import pytest
 import torch
-from conftest import (
-    FAMILIES,
-    STOCK_P3_P7,
-    distill_opts,
-    distilled,
-    kd_losses,
-    outspoken_model,
-    picture,
-    tiny_cfg,
-    trainable_cfg,
-)
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -25,6 +14,17 @@ from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
 from distill.heads.lgd import ImplicitTeacher
+from tests.support.networks import (
+    FAMILIES,
+    STOCK_P3_P7,
+    distill_opts,
+    distilled,
+    kd_losses,
+    outspoken_model,
+    picture,
+    tiny_cfg,
+)
+from tests.support.trainings import trainable_cfg
 
 DETECTORS = [family for family in FAMILIES if family != "semantic"]
 CPU = torch.device("cpu")

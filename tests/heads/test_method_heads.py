@@ -1,17 +1,13 @@
 """The heads of the comparison methods on hand-made signals, against their formulas.
 
 What is expected is computed from the maps, the boxes and the head's own parameters by
-tests/losses/literal_methods.py and plain loops; nothing of distill.losses is used.
+tests/reference/literal_methods.py and plain loops; nothing of distill.losses is used.
 """
-
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import built_head, outputs
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -24,9 +20,8 @@ from distill.heads.fkd import NonLocal
 from distill.heads.fpn import Level
 from distill.heads.review import MIDDLE, AttentionBasedFusion
 from distill.structures import DenseLayout, DenseOutputs, ROIs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
+from tests.reference import literal_methods as literal
+from tests.support.networks import built_head, outputs
 
 CANVAS = (64, 80)  # the second picture is smaller
 SIZES = {"p3": (8, 10), "p4": (4, 5)}

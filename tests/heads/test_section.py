@@ -1,7 +1,6 @@
 """Keys of the heads: declaration, checks, and the authors' values number by number."""
 
 import pytest
-from conftest import built_head, distill_opts, network_info, tiny_cfg, tiny_model
 from detectron2.config import configurable
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
 from detectron2.modeling.meta_arch import fcos
@@ -20,6 +19,7 @@ from distill.nets.gfl import GFL
 from distill.nets.reppoints import RepPoints
 from distill.section import AUTO, POSITIVE, Key, Presets, Section, at_least
 from distill.structures import NetworkInfo
+from tests.support.networks import built_head, distill_opts, network_info, tiny_cfg, tiny_model
 
 HEADS = dict(iter(DISTILL_HEAD_REGISTRY))
 PRESETS = {

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from distill.errors import ConfigError
+from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKDLogits, PixelKD, build_heads
+from distill.heads.fpn import cell_labels
+from distill.losses import cwd, pixel_kd
+from distill.structures import SEM_SEG_HEAD, Batch, NetworkOutputs, SemSeg
+from tests.support.networks import (
     CLASSES,
     built_head,
     distilled,
@@ -16,14 +24,6 @@ from conftest import (
     tiny_cfg,
     tiny_model,
 )
-from detectron2.utils.events import EventStorage
-from torch import Tensor
-
-from distill.errors import ConfigError
-from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKDLogits, PixelKD, build_heads
-from distill.heads.fpn import cell_labels
-from distill.losses import cwd, pixel_kd
-from distill.structures import SEM_SEG_HEAD, Batch, NetworkOutputs, SemSeg
 
 EVERY = ("CWD", "CWDLogits", "PixelKD", "SKD", "IFVD", "CIRKD", "MasKDLogits")
 NAMES = (*CLASSES, "background")
