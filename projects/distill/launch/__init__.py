@@ -1,1 +1,1 @@
-"""The training command: one process or several, and how each one ends."""
+"""The training command, in one process or several."""

@@ -1,4 +1,4 @@
-"""Several processes: where each one stands, and how they meet."""
+"""Processes of a training: their ranks, and how they meet."""
 
 import re
 import socket
@@ -18,24 +18,24 @@ from .termination import PORT_TAKEN
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """A process among ``world`` ones, of which every machine has ``local_size``."""
+    """Rank of a process among ``world`` processes, ``local_size`` on each machine."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_size: int = 1
-    url: str = ""  # where they meet, for init_process_group; empty: there is nobody else
+    url: str = ""  # where they meet, for init_process_group; "" for a single process
 
     def join(self, device: str, timeout: timedelta) -> None:
         """Meet the other processes.
 
         Args:
-            device: ``MODEL.DEVICE``; "cpu" talks by gloo, a GPU by NCCL.
-            timeout: for this and for every later exchange.
+            device: ``MODEL.DEVICE``; "cpu" uses gloo, a GPU uses NCCL.
+            timeout: of this and of every later exchange.
 
         Raises:
-            DistillError: nobody answers at ``url``, or there are too few GPUs.
-            RuntimeError: of torch; `endings.explain` knows what they mean.
+            DistillError: no process answers at ``url``, or there are too few GPUs.
+            RuntimeError: an error of torch, see :func:`distill.launch.termination.explain`.
         """
         if not self.url:
             return
@@ -58,7 +58,7 @@ class ProcessInfo:
 
 
 def check_gpus(device: str, processes: int) -> None:
-    """Raises ConfigError if this machine has fewer GPUs than processes that want one."""
+    """Raise ConfigError if this machine has fewer GPUs than processes."""
     visible = torch.cuda.device_count()
     if device.startswith("cuda") and visible < processes:
         raise ConfigError(
@@ -68,10 +68,10 @@ def check_gpus(device: str, processes: int) -> None:
 
 
 def await_first(url: str, timeout: timedelta) -> None:
-    """Return when rank 0 listens; torch itself fills the screen before it gives up.
+    """Wait until rank 0 listens; torch itself would print many lines before it gives up.
 
     Raises:
-        DistillError: it does not within ``timeout``.
+        DistillError: rank 0 does not listen within ``timeout``.
     """
     where, seconds = urlsplit(url), timeout.total_seconds()
     deadline = time.monotonic() + seconds
@@ -90,18 +90,19 @@ def await_first(url: str, timeout: timedelta) -> None:
 
 
 def from_arguments(num_gpus: int, num_machines: int, machine_rank: int, url: str) -> ProcessInfo:
-    """The first process that this machine starts, by detectron2's arguments.
+    """Return the first process that this machine starts, by detectron2's arguments.
 
     Args:
-        num_gpus: processes per machine, also of CPUs.
-        url: "auto": a free port of this machine.
+        num_gpus: processes per machine, also on CPUs.
+        num_machines, machine_rank: the machines, and the number of this one.
+        url: where processes meet, or "auto" for a free port of this machine.
 
     Raises:
         ConfigError: the arguments contradict each other, or the port is taken.
     """
     if not 0 <= machine_rank < num_machines:
         raise ConfigError(
-            f"--machine-rank is {machine_rank}; of --num-machines {num_machines} it must be one of "
+            f"--machine-rank is {machine_rank}; with --num-machines {num_machines} it must be "
             f"0 to {num_machines - 1}."
         )
     if url == "auto" and num_machines > 1:
@@ -118,7 +119,7 @@ def from_arguments(num_gpus: int, num_machines: int, machine_rank: int, url: str
 
 
 def port_of(url: str) -> int:
-    """Raises ConfigError unless ``url`` is tcp://HOST:PORT."""
+    """Return the port of tcp://HOST:PORT; raise ConfigError for any other text."""
     try:
         parts = urlsplit(url)
         if parts.scheme == "tcp" and parts.hostname and parts.port:
@@ -129,7 +130,7 @@ def port_of(url: str) -> int:
 
 
 def from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
-    """The place that ``torchrun`` gave to this process."""
+    """Return the rank that ``torchrun`` gave to this process."""
     return ProcessInfo(
         rank=int(env["RANK"]),
         world=int(env["WORLD_SIZE"]),
@@ -140,11 +141,11 @@ def from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
 
 
 def from_slurm(env: Mapping[str, str]) -> ProcessInfo | None:
-    """The place that ``srun`` gave to this process; None if it started no other one.
+    """Return the rank that ``srun`` gave to this process, or None for a single process.
 
-    Only the variables of the step count: in a batch script SLURM_NTASKS speaks of tasks that
-    nobody has started yet. ``MASTER_ADDR`` and ``MASTER_PORT`` have precedence over the step's
-    first host and over a port made of the numbers of job and step.
+    Only the variables of the step count: in a batch script, SLURM_NTASKS counts tasks that have
+    not been started. ``MASTER_ADDR`` and ``MASTER_PORT`` have precedence over the step's first
+    host and over a port that is computed from the numbers of job and step.
 
     Raises:
         ConfigError: a variable is missing or contradicts the others.
@@ -179,10 +180,10 @@ def from_slurm(env: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM list: ``gpu[02-04,07],cpu1`` gives gpu02.
+    """Return the first name of a SLURM list: ``gpu[02-04,07],cpu1`` gives gpu02.
 
     Raises:
-        ConfigError: it is no such list.
+        ConfigError: the text is not such a list.
     """
     name = r"[A-Za-z0-9_.-]*"
     found = re.match(rf"({name})(?:\[(\d+)[^\[\]]*\]({name}))?(?:,|$)", nodes)
@@ -194,10 +195,10 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form: ``2(x2),1`` gives [2, 2, 1].
+    """Parse SLURM's short form: ``2(x2),1`` gives [2, 2, 1].
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the text has another form.
     """
     sizes: list[int] = []
     for part in text.split(","):

@@ -1,4 +1,4 @@
-"""How a run ends before its time: one sentence that says why and what to do, and no orphans."""
+"""Early ends of a command: one sentence that says why and what to do, and no orphans."""
 
 import errno
 import logging
@@ -21,12 +21,12 @@ from ..errors import DistillError
 from ..utils.text import print_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-REPORT_DELAY_S = 2.0  # seconds in which the cause of an echo is heard of
+REPORT_DELAY_S = 2.0  # time for the process that ended first to report
 PATIENCE = 5.0  # seconds that started processes have to end, before they are killed
 
 
 class EchoError(DistillError):
-    """The end of a process because another one ended, whose own sentence is the better one."""
+    """The end of a process because another one ended, which reports the reason itself."""
 
 
 RESUME = "continue with --resume."
@@ -106,10 +106,9 @@ _EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
 
 
 def explain(error: BaseException) -> DistillError | None:
-    """What a user can do about an error; None if it is a bug, whose traceback is needed.
+    """Return an error that tells the user what to do, or None for a bug with its traceback.
 
-    An error that was raised while another one was handled counts as that one if it says nothing
-    itself.
+    If the error itself is unknown, the error that was handled when it was raised counts.
     """
     if isinstance(error, DistillError):
         return error
@@ -145,13 +144,13 @@ def run_command(run: Callable[[], int]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep the remarks of libraries from stderr, which is for the one line that says why."""
-    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
+    """Keep stderr free of remarks of libraries, so that an error is its only line."""
+    # They warn of a CUDA toolkit without a GPU, and of a call in detectron2.
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
-    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
-    # TensorBoard's thread would print what its next call raises again in this one.
+    logging.raiseExceptions = False  # on a full disk, each line would have a traceback
+    # TensorBoard's thread would print an error that its next call raises here again.
     usual = threading.excepthook
     threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
 
@@ -163,12 +162,13 @@ def _without_explanation(record: logging.LogRecord) -> bool:
 def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME) -> int:
     """Print why this process ends: one sentence, or the traceback of a bug.
 
-    Processes often find the same, or only hear that another one ended. Whoever started them stops
-    the rest after the first end, so those whose sentence may be superfluous wait for that.
+    Several processes often find the same error, or lose the connection to the one that ended. Their
+    parent stops all of them after the first end, so a process whose sentence may be superfluous
+    waits before it prints.
 
     Args:
-        error: what ended it.
-        rank, local_rank: of this process, see :class:`ProcessInfo`.
+        error: the error that ended the process.
+        rank, local_rank: see :class:`ProcessInfo`.
         advice: how to continue the command.
 
     Returns:
@@ -189,14 +189,14 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str
 def ending_on_signals(
     exit_message: Callable[[], str] | None, patience: float = 0.0
 ) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM end this process and those it started with exit code 130 or 143.
+    """Let SIGINT and SIGTERM end this process and its children with exit code 130 or 143.
 
-    It ends where it is, as if it were killed: raising an exception from a signal handler can be
-    swallowed, and the way out may lead through a collective that nobody answers.
+    The process ends at once, as if it were killed: an exception from a signal handler can be
+    swallowed, and unwinding may enter a collective that no other process answers.
 
     Args:
-        last_words: called when the signal comes, for the line on stderr; None: no line.
-        patience: see :func:`leave`.
+        exit_message: called when the signal comes, for the line on stderr; None prints no line.
+        patience: see :func:`exit_process`.
     """
     if threading.current_thread() is not threading.main_thread():  # Python's rule for handlers
         yield
@@ -223,9 +223,9 @@ def ending_on_signals(
 
 @contextmanager
 def started_quietly() -> Iterator[None]:
-    """Signals wait while processes are started within, and SIGINT until these are ready for it.
+    """Delay signals while processes are started, and SIGINT until they can handle it.
 
-    Else Ctrl-C prints a traceback of each one's imports.
+    Otherwise Ctrl-C prints a traceback of each process's imports.
     """
     resource_tracker.ensure_running()  # it is started with the first process, and unblocks SIGINT
     came: list[int] = []
@@ -253,11 +253,11 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def exit_process(code: int, patience: float = 0.0) -> NoReturn:
-    """End this process at once, and those that it started.
+    """End this process and its children at once.
 
     Args:
         code: exit code.
-        patience: seconds for the started ones to end, before they are killed.
+        patience: seconds that the children have to end before they are killed.
     """
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises
@@ -276,7 +276,7 @@ def exit_process(code: int, patience: float = 0.0) -> NoReturn:
 
 
 def resume_hint(folder: str) -> str:
-    """What became of a training that writes into ``folder``; empty: none had begun."""
+    """Return how to continue a training in ``folder``; "" if none had begun."""
     if not folder:
         return "no training was under way."
     try:
