@@ -68,9 +68,9 @@ HEADS = {
         *("FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"),
         *("CWD", "KD", "DKD", "MasKD", "LGD", *FEATURE_HEADS),
     ),
-    "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
-    "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
-    "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
+    "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
+    "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
     "retinanet": (
         *("FitNet", "IMA", "MKD", "TID", "DenseKD"),
         *("CrossKD", "GID", "MasKD", "LGD", *FEATURE_HEADS),
@@ -208,9 +208,7 @@ def tiny_fcos(seed: int = 0, backbone: str = "build_shallow_resnet_fpn_backbone"
 def network_info(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetworkInfo:
     """What heads may know of a network."""
     family, classes = build_family(model), tuple(classes)
-    shape = family.sem_seg_shape
-    semantic = (*classes, "background") if shape else ()
-    return NetworkInfo(name, model, family.feature_shapes, family.outputs, classes, shape, semantic)
+    return family.info(name, classes, (*classes, "background") if family.sem_seg_shape else ())
 
 
 def distilled(

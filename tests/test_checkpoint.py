@@ -36,7 +36,7 @@ EIGHT_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES"
 FAMILIES = ("faster", "mask", "retinanet")
 HEADS = {
     "faster": ("FitNet", "IMA", "ROIKD", "DenseKD"),
-    "mask": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "ROIKD", "MaskLogitKD", "DenseKD"),
     "retinanet": ("FitNet", "IMA", "DenseKD"),
 }
 Shapes = tuple[str, str, str]
@@ -357,7 +357,7 @@ def test_the_newest_intact_checkpoint_is_found(
     caplog.clear()
     found = three.newest_intact()
     assert found == str(tmp_path / "model_0000002.pth")
-    assert ("model_0000003.pth" in caplog.text and "taking the one before" in caplog.text) == (
+    assert ("model_0000003.pth" in caplog.text and "using the one before" in caplog.text) == (
         name != "removed"
     )
 
@@ -367,7 +367,7 @@ def test_all_damaged_is_an_error_rather_than_a_new_start(
 ) -> None:
     for k in (1, 2, 3):
         flip(tmp_path / f"model_{k:07d}.pth")
-    with pytest.raises(WeightsError, match=r"0000003.* no intact checkpoint is left of 3"):
+    with pytest.raises(WeightsError, match=r"0000003.* none of 3 checkpoints is intact"):
         three.newest_intact()
 
 

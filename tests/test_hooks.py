@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from test_resume import Interrupted, Interruption, differences
 
 from distill.engine import Trainer
-from distill.engine.hooks import BestCheckpointHook, LossHealthHook, typical
+from distill.engine.hooks import BestCheckpointHook, LossHealthHook, median_of_nonzero
 from distill.heads import DistillHead
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -169,7 +169,7 @@ def test_an_unknown_metric_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     train(evaluated(shapes, tmp_path, "TEST.BEST_METRIC", "bbox/APs"))
-    assert "TEST.BEST_METRIC bbox/APs is not among the evaluation's metrics" in caplog.text
+    assert "TEST.BEST_METRIC bbox/APs is not a metric of the evaluation" in caplog.text
     assert "model_best.pth" not in names(tmp_path)
 
 
@@ -228,14 +228,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "dead": (fitnet(p2=0.0, p3=0.0), "fitnet is dead: its loss is exactly 0"),
     "against": (
         {**fitnet(p2=1.0), "kd_cosine/fitnet": -0.7},
-        "fitnet has a gradient against that of the task loss (cosine -0.70",
+        "fitnet has a gradient that opposes that of the task loss (cosine -0.70",
     ),
     "slow data": ({"data_share": 0.75}, "75% of the time is spent waiting for data; raise DATALOA"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_alarm_is_raised_once(case: str, log: Log) -> None:
+def test_each_warning_is_given_once(case: str, log: Log) -> None:
     scalars, sentence = CASES[case]
     (warning,) = log.warnings(**scalars)
     assert warning.startswith(f"Iteration 19: {sentence}")
@@ -285,8 +285,8 @@ def test_other_processes_have_nothing_to_say(log: Log) -> None:
 
 
 def test_typical_values() -> None:
-    assert typical([]) == typical([0.0, 0.0]) == 0
-    assert typical([0.0, 3.0, 0.0, 1.0, 2.0]) == 2
+    assert median_of_nonzero([]) == median_of_nonzero([0.0, 0.0]) == 0
+    assert median_of_nonzero([0.0, 3.0, 0.0, 1.0, 2.0]) == 2
 
 
 def test_a_run_with_a_tiny_weight(

@@ -43,14 +43,14 @@ from distill.engine import Trainer
 from distill.engine.nonfinite import FiniteGuard, from_plain, says_nonfinite, to_plain
 from distill.engine.train_loop import TrainLoop
 from distill.errors import NumericalError
-from distill.heads.fpn import FitNet
+from distill.heads.fitnet import FitNet
 from distill.launch.main import main
 
 AT, LAST = 2, 4  # iteration of the fault, number of iterations
 HEADS = {
     "faster": ("FitNet", "IMA"),
     "retinanet": ("FitNet", "DenseKD"),
-    "mask": ("FitNet", "MaskKD"),
+    "mask": ("FitNet", "MaskLogitKD"),
     "semantic": ("FitNet", "IMA", "CIRKD"),
 }
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
@@ -217,7 +217,7 @@ def test_the_run_stops_and_nothing_has_changed(
 
     assert message.startswith(f"Iteration {AT}: {what}")
     names = pictures_of(trainer)
-    assert len(names) == 2 and f"(pictures {', '.join(names)})" in message
+    assert len(names) == 2 and f"(images {', '.join(names)})" in message
     assert f"`distill replay {reproducer(tmp_path)}` repeats the step" in message
     assert len(watch.states) == AT + 1
     assert differences(watch.states[-1], state(trainer)) == []
@@ -253,7 +253,7 @@ def test_the_command_line_says_it_in_one_line(
     assert "Traceback" not in output.out + output.err
     (line,) = output.err.splitlines()
     assert line.startswith(f"error: Iteration {AT}: the gradient of loss_fitnet/p3 in student.")
-    assert " more is not finite (pictures " in line
+    assert " more is not finite (images " in line
     assert line.endswith("or set SOLVER.ON_NONFINITE skip.")
 
 
@@ -268,7 +268,7 @@ def test_a_full_disk_does_not_hide_the_fault(
     (tmp_path / "nonfinite").write_text("no folder")
     _, message = stopped(config("faster", shapes, teachers, tmp_path))
     assert "loss_cls is nan" in message and "replay.py" not in message
-    assert "Without a reproducer" in caplog.text
+    assert "There is no reproducer" in caplog.text
 
 
 # ---- Skipping.
@@ -333,7 +333,7 @@ def test_skips_are_bounded_and_counted_over_a_resume(
     with pytest.raises(NumericalError) as error:
         trainer.train()
     assert str(error.value).startswith("Iteration 3: loss_fitnet/p3 is nan")
-    assert str(error.value).endswith("2 steps were skipped, as many as SOLVER.MAX_SKIPS allows.")
+    assert "2 steps were skipped before, as many as SOLVER.MAX_SKIPS allows" in str(error.value)
 
 
 @first_step_skipped
@@ -494,9 +494,9 @@ def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path
         "iteration_0000007_rank_1.pth",
     }
     assert first["message"] == second["message"]
-    assert first["message"].startswith("Iteration 1: loss_fitnet/p3 is inf (pictures ")
+    assert first["message"].startswith("Iteration 1: loss_fitnet/p3 is inf (images ")
     assert "iteration_0000001_rank_1.pth` repeats" in first["message"]
-    assert "it cannot be skipped, as the other processes wait" in second["alone"]
+    assert "the step cannot be skipped, because the other processes wait" in second["alone"]
 
 
 # ---- Reproducers.

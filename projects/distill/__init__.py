@@ -8,10 +8,14 @@ is imported after detectron2, otherwise when the first of its public names is us
 # ruff: noqa: F405
 
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# detectron2's anchor generator calls torch.meshgrid without ``indexing``. Python's -W still wins.
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", append=True)
 
 __all__ = [
     "DISTILL_HEAD_REGISTRY",
@@ -23,11 +27,13 @@ __all__ = [
     "DistillSemanticSegmentor",
     "FPNDistillHead",
     "InstanceMaskDistillHead",
+    "Key",
+    "Presets",
     "ROIDistillHead",
     "RelationDistillHead",
+    "Section",
     "SemSegDistillHead",
     "add_distill_config",
-    "add_head_section",
     "get_distill_cfg",
     "validate_config",
 ]

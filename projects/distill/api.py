@@ -3,7 +3,7 @@
 # ruff: noqa: F401
 
 from . import nets  # registers backbones, detectors and semantic heads
-from .config import add_distill_config, add_head_section, get_distill_cfg, validate_config
+from .config import add_distill_config, get_distill_cfg, validate_config
 from .data import (
     cityscapes,  # replaces the loaders of detectron2's Cityscapes sets
     kitti,  # registers kitti_train, kitti_val
@@ -24,3 +24,4 @@ from .modeling.meta_arch import (
     DistillRetinaNet,
     DistillSemanticSegmentor,
 )
+from .section import Key, Presets, Section

@@ -1,16 +1,21 @@
-"""Errors that a user can mend: one sentence that names what to change."""
+"""Errors that a user can fix; the message is one sentence that says what to change."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DistillError(Exception):
-    """Base class; the command line prints its message alone and exits with code 2."""
+    """Base class; the command line prints only the message and exits with code 2."""
 
 
 class ConfigError(DistillError, ValueError):
-    """A config key or value that cannot work."""
+    """An invalid config key or value."""
 
 
 class DataError(DistillError, ValueError):
-    """A data set that cannot be trained on."""
+    """A data set that cannot be used for training or evaluation."""
 
 
 class WeightsError(DistillError):
@@ -26,4 +31,32 @@ class NumericalError(DistillError):
 
 
 class RecorderError(DistillError, RuntimeError):
-    """A tapped module that does not exist or did not run."""
+    """A module whose output should be recorded, but which does not exist or did not run."""
+
+
+_UNBUILDABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
+
+@contextmanager
+def building(network: str) -> Iterator[None]:
+    """Say in one sentence what detectron2 asserts about a config that it cannot build.
+
+    Raises:
+        ConfigError: with the statement that failed, which names the key in most cases.
+    """
+    try:
+        yield
+    except DistillError:
+        raise
+    except _UNBUILDABLE as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        reason = " ".join(str(e.args[0] if e.args else "").split())
+        where = f" at {os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+        if (frame.line or "").startswith("raise "):  # then the reason is written for users
+            where = ""
+        raise ConfigError(
+            f"The {network} cannot be built from its config: {type(e).__name__} {reason}{where}"
+        ) from e

@@ -1,4 +1,4 @@
-"""What crosses the boundaries of a detector, in one vocabulary for students and teachers.
+"""Outputs of networks in the same form for students and teachers.
 
 Shape shorthand:
 
@@ -8,6 +8,7 @@ Shape shorthand:
     K: foreground classes
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,19 +19,19 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 SEM_SEG_HEAD = "sem_seg_head"
-"""Name of a semantic head's features, its predictor's input, among a network's maps."""
+"""Key of a semantic head's features (the input of its predictor) in ``NetworkOutputs.maps``."""
 
 
 @dataclass
 class Batch:
-    """The pictures that student and teacher look at.
+    """Minibatch of student and teacher.
 
     Attributes:
         inputs: detectron2's ``batched_inputs``; ``image`` is (C, H, W) in the student's format.
-        padded_size: (height, width) of the student's padded input in pixels. Boxes of every signal
-            are in pixels of this canvas.
+        padded_size: (height, width) of the student's padded input in pixels. All boxes are in
+            pixels of this input.
         instances: ground truth on the student's device; empty for semantic segmentation.
-        device: the student's.
+        device: device of the student.
     """
 
     inputs: list[dict[str, Any]]
@@ -40,14 +41,14 @@ class Batch:
 
     @property
     def boxes(self) -> list[Tensor]:
-        """Ground-truth boxes, one (Ri, 4) XYXY tensor an image."""
+        """Ground-truth boxes, one (Ri, 4) XYXY tensor per image."""
         return [x.gt_boxes.tensor for x in self.instances]
 
     @cached_property
     def sem_seg(self) -> Tensor:
-        """Semantic labels, (N, H, W) of the canvas, padded with -1."""
+        """Semantic labels (N, H, W) of the padded size; the padding is -1."""
         labels = [x["sem_seg"] for x in self.inputs]
-        square = {"square_size": max(self.padded_size)}  # then cut to the canvas
+        square = {"square_size": max(self.padded_size)}  # cut to the padded size below
         padded = ImageList.from_tensors(labels, pad_value=-1, padding_constraints=square).tensor
         return padded[:, : self.padded_size[0], : self.padded_size[1]].to(self.device)
 
@@ -57,8 +58,8 @@ class DenseOutputs:
     """Outputs of a dense head; the RPN is the dense head of an R-CNN (K = 1, objectness).
 
     Attributes:
-        logits: one (N, R, K) tensor a level, finest first.
-        deltas: one (N, R, D) tensor a level: D is 4, or 4 times the bins of GFL's distributions.
+        logits: one (N, R, K) tensor per level, finest first.
+        deltas: one (N, R, D) tensor per level. D is 4, or 4 times the bins of GFL's distributions.
         sizes: (Hi, Wi) of each level in cells.
     """
 
@@ -69,10 +70,10 @@ class DenseOutputs:
 
 @dataclass
 class HeadFeatures:
-    """Maps inside a dense head, before activations.
+    """Outputs of the convolutions of a dense head's two subnets, before activations.
 
     Attributes:
-        classes, boxes: of the subnets of both tasks; by convolution, then by level, (N, C, Hi, Wi).
+        classes, boxes: (N, C, Hi, Wi) maps of each subnet, by convolution and then by level.
     """
 
     classes: list[list[Tensor]]
@@ -80,16 +81,20 @@ class HeadFeatures:
 
 
 @dataclass
-class Targets:
-    """What the student trains its dense outputs on.
+class DenseTargets:
+    """Targets on which the student trains its dense outputs.
 
     Attributes:
-        labels: (N, R) of all levels, in [0, K]; K is background, -1 is not trained.
-        boxes: (N, R, 4) XYXY of the matched objects, anything where there is none.
+        labels: (N, R) of all levels, in [0, K]; K is background, -1 is ignored.
+        boxes: (N, R, 4) XYXY of the matched objects; undefined where no object is matched.
     """
 
     labels: Tensor
     boxes: Tensor
+
+    def positive(self, num_classes: int) -> Tensor:
+        """Return (N, R) bool: True for rows that are trained on an object."""
+        return (self.labels >= 0) & (self.labels < num_classes)
 
 
 @dataclass
@@ -97,11 +102,11 @@ class ROIs:
     """Outputs of one box stage on the boxes that the *student* sampled, in the student's order.
 
     Attributes:
-        boxes: one (Ri, 4) tensor an image.
+        boxes: one (Ri, 4) tensor per image.
         logits: (ΣRi, K + 1), background last.
-        deltas: (ΣRi, K or 1, 4), divided by the ``box2box_transform``'s weights, so that stages
-            and networks with other weights compare.
-        labels: (ΣRi,) in [0, K], K is background, in the student's classes.
+        deltas: (ΣRi, K or 1, 4), divided by the weights of the ``box2box_transform``, so that
+            stages and networks with different weights are comparable.
+        labels: (ΣRi,) indices of the student's classes in [0, K]; K is background.
     """
 
     boxes: list[Tensor]
@@ -115,9 +120,9 @@ class Masks:
     """Mask logits of the student's foreground instances.
 
     Attributes:
-        boxes: one (Ri, 4) tensor an image.
+        boxes: one (Ri, 4) tensor per image.
         logits: (ΣRi, K or 1, M, M).
-        labels: (ΣRi,) in [0, K), in the student's classes.
+        labels: (ΣRi,) indices of the student's classes in [0, K).
     """
 
     boxes: list[Tensor]
@@ -127,10 +132,10 @@ class Masks:
 
 @dataclass
 class SemSeg:
-    """A semantic head before upsampling.
+    """Outputs of a semantic head before upsampling.
 
     Attributes:
-        features: (N, C, H, W), the input of the last convolution.
+        features: (N, C, H, W) input of the last convolution.
         logits: (N, K, H, W).
     """
 
@@ -140,14 +145,14 @@ class SemSeg:
 
 @dataclass
 class NetworkOutputs:
-    """Everything one network said about one batch. What nobody asked for stays empty.
+    """Outputs of one network for one batch. Fields that were not asked for are empty.
 
     Attributes:
         features: (N, C, H, W) outputs of the backbone by name.
-        shallow: of an FPN+PAN neck, the FPN's map of each level by the name of its deep map.
-        dense_boxes: one (N, R, 4) tensor a level: the boxes that ``dense`` predicts, in pixels of
-            the canvas, without gradient.
-        targets: of the student alone.
+        shallow: maps of the FPN in an FPN+PAN neck, by the name of the PAN's map of the same level.
+        dense_boxes: one (N, R, 4) tensor per level, without gradient: the boxes that ``dense``
+            predicts, in pixels of the padded input.
+        targets: targets of the student; None for a teacher.
     """
 
     batch: Batch
@@ -156,39 +161,104 @@ class NetworkOutputs:
     dense: DenseOutputs | None = None
     dense_boxes: list[Tensor] = field(default_factory=list)
     head_features: HeadFeatures | None = None
-    targets: Targets | None = None
+    targets: DenseTargets | None = None
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
     sem_seg: SemSeg | None = None
 
     @property
     def maps(self) -> dict[str, Tensor]:
-        """``features`` and, if asked for, those of the semantic head."""
+        """``features`` and, if recorded, the features of the semantic head."""
         head = {SEM_SEG_HEAD: self.sem_seg.features} if self.sem_seg else {}
         return {**self.features, **head}
 
 
 @dataclass(frozen=True)
+class DenseLayout:
+    """Layout of a dense head: where the rows of its outputs lie in the image, and their encoding.
+
+    Attributes:
+        objectness: True for the RPN of an R-CNN, whose only class is every object.
+        levels: names of the features that the head reads, finest first.
+        strides: size in pixels of a cell of each level.
+        anchors: one (A, 4) XYXY tensor per level, relative to the cell's origin, on the CPU.
+        offset: distance of the cells' origins from the image's, in strides.
+        thresholds: IoU below which an anchor is negative, and from which it is positive.
+        box2box_transform: detectron2's transform between anchors and boxes.
+        box_dim: numbers that encode a box: 4, or 4 times the bins of a distribution.
+        reg_max: last bin of the distribution of a box's side; None without distributions.
+        candidates: anchors per level and object that ATSS considers in the assignment.
+        subnet_channels: output channels of each convolution of the classification and of the
+            regression subnet; None for heads that are not built like a RetinaNetHead.
+        centerness: True if the head predicts the centerness of its boxes.
+    """
+
+    objectness: bool
+    levels: list[str]
+    strides: list[int]
+    anchors: list[Tensor]
+    offset: float
+    thresholds: tuple[float, float]
+    box2box_transform: Any = None
+    box_dim: int = 4
+    reg_max: int | None = None
+    candidates: int = 9
+    subnet_channels: tuple[list[int], list[int]] | None = None
+    centerness: bool = False
+
+    @property
+    def box_encoding(self) -> tuple[type, Any] | None:
+        """Box encoding (transform type and weights), or None if a box is not four numbers."""
+        if self.box_dim != 4:
+            return None
+        transform = self.box2box_transform
+        return type(transform), getattr(transform, "weights", None)
+
+
+@dataclass(frozen=True)
 class NetworkInfo:
-    """What a head may know of a network when it is built.
+    """Description of a network that its family provides, from which a head is built.
 
     Attributes:
         name: "student" or "teacher", for messages.
-        model: the detectron2 network itself; read its attributes, never run its ``forward``.
+        kinds: class names of the network and its bases, the network's own first.
         features: channels and stride of each of ``NetworkOutputs.features``.
         outputs: names of the :class:`NetworkOutputs` fields that the family produces.
-        classes: class names in the order of the network's outputs, background excluded.
-        sem_seg: channels and stride of the semantic head's features; None: it has no such head.
-        sem_seg_classes: names of the classes of the semantic head's logits.
+        classes: class names in the order of the network's outputs, without background.
+        sem_seg: channels and stride of the semantic head's features; None without such a head.
+        sem_seg_classes: class names in the order of the semantic head's logits.
+        shallow: names of the features that have a shallow map in ``NetworkOutputs.shallow``.
+        dense: layout of the dense head; None without such a head.
+        last_layers: function that returns the last layers of the dense head, given the number of
+            convolutions of each subnet to keep; None if the network has no ``head_features``. The
+            layers turn maps before an activation, one list of levels per subnet, into (N, R, D)
+            predictions, one tensor per output of the head.
+        box_in_features: names of the features from which an R-CNN crops its boxes.
+        use_sigmoid_ce: True if an R-CNN scores its boxes by sigmoids.
+        detector_levels: names of the features that ``detector_losses`` reads, finest first.
+        detector_losses: function that returns the detector's own losses for other backbone maps,
+            given by name, and does not change the detector. None if it learns no boxes.
     """
 
     name: str
-    model: Any
+    kinds: tuple[str, ...]
     features: dict[str, ShapeSpec]
     outputs: frozenset[str]
     classes: tuple[str, ...]
     sem_seg: ShapeSpec | None = None
     sem_seg_classes: tuple[str, ...] = ()
+    shallow: tuple[str, ...] = ()
+    dense: DenseLayout | None = None
+    last_layers: Callable[[int], Callable[..., list[Tensor]]] | None = None
+    box_in_features: tuple[str, ...] = ()
+    use_sigmoid_ce: bool = False
+    detector_levels: tuple[str, ...] = ()
+    detector_losses: Callable[..., dict[str, Tensor]] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Class name of the network, for messages."""
+        return self.kinds[0]
 
     @property
     def maps(self) -> dict[str, ShapeSpec]:
@@ -197,5 +267,5 @@ class NetworkInfo:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether the network is trained on ground-truth boxes."""
+        """True if the network is trained on ground-truth boxes."""
         return not self.outputs.isdisjoint({"dense", "rois"})

@@ -245,8 +245,8 @@ def test_a_model_without_detections(run: Run, no_drawing: None) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "unknown picture": (lambda x: {**x, "image_id": 999}, "no picture of image_id 999"),
-    "unknown category": (lambda x: {**x, "category_id": 99}, "no category of category_id 99"),
+    "unknown picture": (lambda x: {**x, "image_id": 999}, "no image with image_id 999"),
+    "unknown category": (lambda x: {**x, "category_id": 99}, "no category with category_id 99"),
     "masks": (lambda x: {"image_id": 1, "segmentation": {}}, "no bbox, only a segmentation"),
 }
 
@@ -267,7 +267,7 @@ def test_one_sentence_says_what_is_wrong(run: Run) -> None:
     assert "would be overwritten" in run.fails(*good, "--out", own)
     assert "neither student.yaml nor config.yaml" in run.fails("--model", "a", str(run.folder))
     (run.folder / "half.json").write_text("[{")
-    assert "are no JSON" in run.fails("--model", "a", str(run.folder / "half.json"))
+    assert "are not valid JSON" in run.fails("--model", "a", str(run.folder / "half.json"))
     assert "either --dataset, or" in run.fails(*good, data=[])
     assert "either --dataset, or" in run.fails(*good, "--dataset", "coco_2017_val")
     line = run.fails(*good, data=["--dataset", "coco_2071_val"])

@@ -16,7 +16,7 @@ from conftest import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as stock
 
-from distill.data.checks.guard import file_faults
+from distill.data.checks.images import file_faults
 from distill.data.cityscapes import (
     IGNORED,
     LABEL_IDS,

@@ -1,4 +1,4 @@
-"""Cityscapes' own scripts behind detectron2's contract of evaluators."""
+"""Test the evaluators that run Cityscapes' own scripts with detectron2's contract."""
 
 import json
 import os
@@ -31,7 +31,7 @@ LAYOUT = {"image_dir": "leftImg8bit", "gt_dir": "gtFine"}
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A registered split of three pictures, some of whose pixels are void."""
+    """Register a split of three images; some of their pixels are void."""
     root = tmp_path_factory.mktemp("cityscapes")
     write_cityscapes(root, "val", 3, config=SceneConfig(height=96, width=128))
     for place, path in enumerate(sorted((root / "gtFine").rglob(f"*{LABEL_IDS}"))):
@@ -68,13 +68,13 @@ def run(evaluator: Any, inputs: list[dict[str, Any]], outputs: list[dict[str, An
 
 
 def logits(labels: NDArray[Any], classes: int = K) -> dict[str, torch.Tensor]:
-    """An output whose argmax is ``labels``; ignored pixels become class 0."""
+    """Return an output whose argmax is ``labels``; ignored pixels become class 0."""
     known = torch.from_numpy(np.where(labels < classes, labels, 0)).long()
     return {"sem_seg": torch.nn.functional.one_hot(known, classes).permute(2, 0, 1).float()}
 
 
 def numpy_iou(pairs: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float64]:
-    """(K,): IoU in percent, pixel by pixel; NaN for classes that are nowhere."""
+    """Return (K,) IoU in percent, pixel by pixel; NaN for classes that are absent."""
     counts = np.zeros((K, K), dtype=np.int64)
     for predicted, wanted in pairs:
         valid = wanted != 255
@@ -84,7 +84,7 @@ def numpy_iou(pairs: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.floa
 
 
 def noisy(labels: NDArray[Any], seed: int) -> NDArray[Any]:
-    """Labels of which a third is wrong, classes that are nowhere else included."""
+    """Return labels with a third wrong, including classes that the ground truth lacks."""
     rng = np.random.default_rng(seed)
     wrong = rng.random(labels.shape) < 1 / 3
     return np.where(wrong | (labels == 255), rng.integers(0, K - 1, labels.shape), labels)
@@ -102,7 +102,7 @@ def test_iou_is_that_of_numpy(name: str, tmp_path: Path) -> None:
 
     iou = numpy_iou(list(zip(predicted, wanted)))
     present = np.isin(np.arange(K), np.concatenate([x.ravel() for x in wanted]))
-    assert 0 < present.sum() < (~np.isnan(iou)).sum() < K  # some are predicted but nowhere
+    assert 0 < present.sum() < (~np.isnan(iou)).sum() < K  # some are predicted but absent
     assert results["IoU"] == pytest.approx(np.nanmean(iou), abs=1e-6)
     assert results["mIoU_present"] == pytest.approx(iou[present].mean(), abs=1e-6)
     assert results["mIoU_present"] > results["IoU"]
@@ -129,7 +129,7 @@ def test_perfect_labels(name: str, tmp_path: Path) -> None:
 
 
 def test_files_of_labels_stay(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Label ids in the script's names; a second evaluation leaves nothing of the first."""
+    """The files hold label ids and have the script's names; a second evaluation replaces them."""
     monkeypatch.chdir(tmp_path)
     inputs = pictures(name)
     outputs = [logits(train_id_table()[truth(x)]) for x in inputs]
@@ -153,7 +153,7 @@ def test_files_of_labels_stay(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_more_classes_than_the_benchmark(name: str, tmp_path: Path) -> None:
-    """As of a network of detectron2's 54 default classes; they are wrong, not fatal."""
+    """A network with detectron2's 54 default classes gives wrong labels, but no error."""
     inputs = pictures(name)
     outputs = []
     for one in inputs:
@@ -193,7 +193,7 @@ def test_numpy_without_in1d(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def instances(picture: dict[str, Any], masks: Any = None) -> dict[str, Instances]:
-    """The ground truth as an output, with other masks if given."""
+    """Return the ground truth as an output, with other masks if given."""
     ids = truth(picture, "instanceIds")
     things = [x for x in np.unique(ids).tolist() if x >= 1000]
     order = [24, 25, 26, 27, 28, 31, 32, 33]
@@ -236,7 +236,7 @@ def test_perfect_masks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_instance_metrics_of_detectron2(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # its script writes matches.json
+    monkeypatch.chdir(tmp_path)  # the script writes matches.json
     inputs = pictures(name)
     outputs = []
     for one in inputs:
@@ -256,7 +256,7 @@ def test_nothing_found(name: str, tmp_path: Path) -> None:
 
 
 def test_a_split_without_labels(tmp_path: Path) -> None:
-    """As the test split, of which the predictions alone are wanted."""
+    """For a split such as test, only the predictions are written."""
     write_cityscapes(tmp_path, "test", 1, config=SceneConfig(height=64, width=64))
     for path in (tmp_path / "gtFine").rglob("*Ids.png"):
         cv2.imwrite(str(path), cv2.imread(str(path), -1) * 0 + 3)
@@ -281,12 +281,12 @@ def test_only_the_first_process_scores(
     assert evaluator.evaluate() == {}
 
 
-# ----------------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------------- end to end
 
 
 @pytest.mark.parametrize("windows", [False, True])
 def test_the_download_is_enough(windows: bool, tmp_path: Path) -> None:
-    """Training without files of train ids; --eval-only finds the same IoU as the training."""
+    """Train without files of train ids. --eval-only finds the same IoU as the training."""
     root = tmp_path / "cityscapes"
     write_cityscapes(root, "train", 2, config=SceneConfig(height=96, width=192))
     for path in (root / "gtFine").rglob(f"*{TRAIN_IDS}"):
@@ -307,7 +307,7 @@ def test_the_download_is_enough(windows: bool, tmp_path: Path) -> None:
         *("TEST.SLIDING_WINDOW.STRIDE", [32, 64], "OUTPUT_DIR", str(tmp_path / "out")),
         norm="BN",
     )
-    torch.manual_seed(0)  # of some starts no class is found at all
+    torch.manual_seed(0)  # with some seeds no class is found
     trainer = Trainer(cfg)
     trainer.train()
     logged = trainer.storage.latest()

@@ -1,4 +1,4 @@
-"""COCO's error analysis: each kind of error alone, counted by hand, and laws of the curves."""
+"""Test COCO's error analysis: single errors counted by hand, and properties of the curves."""
 
 import contextlib
 import io
@@ -22,8 +22,8 @@ from distill.evaluation.coco_errors import (
 from distill.evaluation.coco_format import load_results, read_results
 
 Box = tuple[float, float, float, float]  # x, y, width, height
-Object = tuple[int, int, Box]  # picture, category, box
-Found = tuple[int, int, Box, float]  # picture, category, box, score
+Object = tuple[int, int, Box]  # image, category, box
+Found = tuple[int, int, Box, float]  # image, category, box, score
 
 CAT, DOG, CAR = 1, 2, 3
 ANIMALS = {CAT: "animal", DOG: "animal", CAR: "vehicle"}
@@ -33,7 +33,7 @@ NOWHERE: Box = (10, 150, 100, 100)
 
 
 def shifted(box: Box, iou: float) -> Box:
-    """The box moved to the right until it overlaps with itself by ``iou``."""
+    """Move the box to the right until its IoU with itself is ``iou``."""
     x, y, width, height = box
     return (x + width * (1 - iou) / (1 + iou), y, width, height)
 
@@ -66,15 +66,16 @@ def detections(truth: COCO, found: Sequence[Found]) -> COCO:
 
 
 def areas(truth: COCO, found: Sequence[Found]) -> dict[str, list[float]]:
-    """Area below each curve, by the name of the curve, of the classes in order."""
+    """Return the area below each curve by its name, for the classes in order."""
     curves = error_curves(coco_evaluation(truth, detections(truth, found)))
     assert curves.shape == (7, 101, len(truth.cats))
     return {name: x.round(6).tolist() for name, x in zip(CURVES, curves.mean(1))}
 
 
 # ------------------------------------------------------------------------------ counted by hand
-# One cat HERE in each of two pictures, and what each picture has and finds beside it. Every cat
-# is found with score 0.5 and every error has 0.9, so that precision is the same at each recall.
+# There is one cat HERE in each of two images, and the case adds objects and detections to each
+# image. Every cat is found with score 0.5 and every error has score 0.9, so that the precision is
+# the same at each recall.
 
 ALL, HALF = [1.0] * 7, 0.5
 CASES: dict[str, tuple[list[Object], list[Found], list[float]]] = {
@@ -127,12 +128,12 @@ def test_localization_alone() -> None:
     for iou, expected in ((0.3, [0, 0, 1, 1]), (0.6, [0, 1, 1, 1]), (0.05, [0, 0, 0, 0])):
         found = [(i, CAT, shifted(HERE, iou), 0.9) for i in (1, 2)]
         measured = [x[0] for x in areas(truth, found).values()]
-        # What matches nothing is background: its removal leaves no detection, so the cats missed.
+        # A detection without a match is background. Without it the cats are missed.
         assert measured == [*expected, expected[-1], expected[-1], 1]
 
 
 def test_a_duplicate_alone() -> None:
-    """It comes between the two cats: from recall 0.51 on, two of three detections are right."""
+    """The duplicate ranks between the cats: beyond recall 0.5, two of three are right."""
     truth = dataset([(1, CAT, HERE), (2, CAT, HERE)])
     found = [(1, CAT, HERE, 0.9), (1, CAT, shifted(HERE, 0.8), 0.8), (2, CAT, HERE, 0.7)]
     measured = [x[0] for x in areas(truth, found).values()]
@@ -140,7 +141,7 @@ def test_a_duplicate_alone() -> None:
 
 
 def test_missed_objects_alone() -> None:
-    """Half of the cats are found: precision is 1 at the recalls 0, 0.01, ..., 0.5, 0 beyond."""
+    """Half of the cats are found: precision is 1 at recalls 0, 0.01, ..., 0.5, and 0 beyond."""
     truth = dataset([(1, CAT, HERE), (2, CAT, HERE)])
     measured = [x[0] for x in areas(truth, [(1, CAT, HERE, 0.9)]).values()]
     assert measured == pytest.approx([51 / 101] * 6 + [1], abs=1e-6)
@@ -149,7 +150,7 @@ def test_missed_objects_alone() -> None:
 
 
 def test_an_object_of_the_own_class_comes_first() -> None:
-    """A dog in the same place does not absorb the detection that finds the cat, loosely."""
+    """A dog in the same place does not absorb a detection that finds the cat with a small IoU."""
     truth = dataset([(1, CAT, HERE), (1, DOG, shifted(HERE, 0.2)), (2, CAT, HERE)])
     found = [(1, CAT, shifted(HERE, 0.2), 0.9), (2, CAT, HERE, 0.9)]
     assert [x[0] for x in areas(truth, found).values()][2:] == [1] * 5
@@ -173,7 +174,7 @@ def test_no_supercategory_is_similar_to_none() -> None:
 
 
 def test_the_limit_of_detections() -> None:
-    """Of each class the detections of highest score alone: here all but the one that is right."""
+    """Per class only the detections of highest score count: here all except the right one."""
     truth = dataset([(1, CAT, HERE)])
     found = [(1, CAT, NOWHERE, 0.9)] * 12 + [(1, CAT, HERE, 0.5)]
     for limit, recall in ((12, 0), (13, 1)):
@@ -183,11 +184,11 @@ def test_the_limit_of_detections() -> None:
         assert coco_metrics(evaluation)[f"AR{limit}"] == recall
 
 
-# ------------------------------------------------------------------------------------ any data
+# --------------------------------------------------------------------------------- random data
 
 
 def random_case(seed: int) -> tuple[COCO, list[Found]]:
-    """Crowded pictures, and detections made of their objects by moving and renaming some."""
+    """Return crowded images, and detections made by moving and renaming some of their objects."""
     rng = np.random.default_rng(seed)
     objects: list[Object] = []
     found: list[Found] = []
@@ -215,7 +216,7 @@ def test_every_removed_kind_of_error_helps(seed: int) -> None:
 
 
 class OneClass(COCOeval):
-    """COCO's analysis of a class as its authors' code has it: all other objects are ignored."""
+    """COCO's analysis of one class as in its authors' code: all other objects are ignored."""
 
     def __init__(self, truth: COCO, found: COCO, category: int):
         super().__init__(truth, found, "bbox")
@@ -289,7 +290,7 @@ def test_a_size_without_objects_is_undefined() -> None:
     assert undefined == {"APs", "APm", "ARs", "ARm"} and metrics["AR1"] == 1
 
 
-# ------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------- images
 
 
 def test_pictures_are_judged_by_hand() -> None:
@@ -297,11 +298,11 @@ def test_pictures_are_judged_by_hand() -> None:
     truth.anns[3]["iscrowd"] = 1
     found = [
         (1, CAT, shifted(HERE, 0.6), 0.8),  # 1: right
-        (1, CAT, HERE, 0.7),  # 2: the cat is found already
-        (1, DOG, THERE, 0.4),  # 3: below the score
-        (1, CAT, THERE, 0.5),  # 4: no cat
+        (1, CAT, HERE, 0.7),  # 2: the cat is already found
+        (1, DOG, THERE, 0.4),  # 3: score too low
+        (1, CAT, THERE, 0.5),  # 4: there is no cat
         (2, CAR, HERE, 0.9),  # 5: in a crowd
-        (3, CAR, HERE, 0.9),  # 6: nothing there
+        (3, CAR, HERE, 0.9),  # 6: there is no object
     ]
     judged = judge(coco_evaluation(truth, detections(truth, found)), 0.5)
     assert judged[1] == ([1], [2, 4], [2]) and judged[1].f1 == 0.4
@@ -317,8 +318,8 @@ def test_pictures_are_judged_by_hand() -> None:
 
 GOOD = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
 WRONG: dict[str, tuple[Any, str]] = {
-    "no list": ({"annotations": []}, "a JSON dict, no list of detections"),
-    "no object": ([3], "detection 0: 3 is no JSON object"),
+    "no list": ({"annotations": []}, "a JSON dict, not a list of detections"),
+    "no object": ([3], "detection 0: 3 is not a JSON object"),
     "no score": (
         [{**GOOD}, {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}],
         "detection 1: it has no score",
@@ -327,13 +328,13 @@ WRONG: dict[str, tuple[Any, str]] = {
         [{k: v for k, v in GOOD.items() if k != "bbox"} | {"segmentation": {}}],
         "it has no bbox, only a segmentation",
     ),
-    "no box": ([{**GOOD, "bbox": [1, 2, 3]}], "bbox [1, 2, 3] is no box"),
-    "box of corners": ([{**GOOD, "bbox": [9, 9, -3, 5]}], "is no box of x, y, width, height"),
-    "NaN": ([{**GOOD, "bbox": [0, 0, float("nan"), 1]}], "is no box"),
-    "score": ([{**GOOD, "score": float("nan")}], "score nan is no number"),
-    "picture": ([{**GOOD, "image_id": 7}], "no picture of image_id 7"),
-    "picture of no id": ([{**GOOD, "image_id": [1]}], "no picture of image_id [1]"),
-    "category": ([{**GOOD, "category_id": 0}], "no category of category_id 0"),
+    "no box": ([{**GOOD, "bbox": [1, 2, 3]}], "bbox [1, 2, 3] must be [x, y"),
+    "box of corners": ([{**GOOD, "bbox": [9, 9, -3, 5]}], "must be [x, y, width, height]"),
+    "NaN": ([{**GOOD, "bbox": [0, 0, float("nan"), 1]}], "must be [x, y"),
+    "score": ([{**GOOD, "score": float("nan")}], "score nan is not a number"),
+    "image": ([{**GOOD, "image_id": 7}], "no image with image_id 7"),
+    "unusable image id": ([{**GOOD, "image_id": [1]}], "no image with image_id [1]"),
+    "category": ([{**GOOD, "category_id": 0}], "no category with category_id 0"),
 }
 
 
@@ -356,5 +357,5 @@ def test_unreadable_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be opened"):
         read_results(str(tmp_path / "none.json"))
     (tmp_path / "half.json").write_text('[{"image_id": 1,')
-    with pytest.raises(DataError, match="are no JSON"):
+    with pytest.raises(DataError, match="are not valid JSON"):
         read_results(str(tmp_path / "half.json"))

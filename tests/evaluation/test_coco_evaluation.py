@@ -1,4 +1,4 @@
-"""Pictures with more objects than COCO's measures look at."""
+"""Test images with more objects than COCO's metrics count."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ from PIL import Image
 
 from distill.data.datasets import register_coco_format
 from distill.engine import trainer
-from distill.engine.evaluators import evaluator_builders
+from distill.engine.evaluators import build_evaluators
 
 OBJECTS = 144
 
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
-    """A set of one picture with a grid of boxes."""
+    """Register a set of one image with a grid of boxes."""
     folder = tmp_path_factory.mktemp("crowded")
     Image.fromarray(np.zeros((240, 240, 3), np.uint8)).save(folder / "1.png")
     annotations = [
@@ -47,10 +47,9 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
 
 
 def evaluated(cfg: CfgNode, name: str, folder: str) -> float:
-    """AP of detections that are the ground truth itself."""
-    DatasetCatalog.get(name)  # as the loader has: the evaluator needs what it learns of the classes
-    (build,) = evaluator_builders(cfg, name, folder)
-    evaluator = build()
+    """Return the AP of detections that equal the ground truth."""
+    DatasetCatalog.get(name)  # sets the metadata of the classes, which the evaluator needs
+    (evaluator,) = build_evaluators(cfg, name, folder)
     evaluator.reset()
     at = torch.arange(OBJECTS)
     corner = torch.stack([20 * (at % 12), 20 * (at // 12)], 1).float()
@@ -70,7 +69,7 @@ def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
     register_coco_format(cfg)
     cfg.TEST.DETECTIONS_PER_IMAGE = 200
     assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100)
-    # 100 of 144 objects: precision is 1 up to recall 0.69, 70 of COCO's 101 recalls.
+    # With 100 of 144 objects, precision is 1 up to recall 0.69: at 70 of COCO's 101 recalls.
     for limit in (50, 100):
         cfg.TEST.DETECTIONS_PER_IMAGE = limit
         assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100 * 70 / 101)
@@ -79,7 +78,7 @@ def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
 def test_eval_only_knows_a_users_own_sets(
     crowded: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student's plain config does not: its evaluator would stop at 100 detections."""
+    """The student's plain config does not know them: its evaluator would stop at 100 detections."""
     cfg = tiny_cfg("faster", "DATASETS.COCO_FORMAT", (crowded,))
     monkeypatch.setattr(trainer, "load_student", lambda cfg, weights: None)
     monkeypatch.setattr(trainer.Trainer, "test", lambda cfg, model: cfg.DATASETS.COCO_FORMAT)

@@ -1,4 +1,4 @@
-"""KITTI's measures: cases counted by hand, the rules spelt out slowly, COCO's terms, a training."""
+"""Test KITTI's metrics: cases by hand, a reference with loops, COCO's metrics, and a training."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ LEVELS = ("easy", "moderate", "hard")
 Box = tuple[float, float, float, float]
 Found = tuple[str, Box, float]  # class, box, score
 
-TALL: Box = (10, 10, 60, 70)  # counts at every level
+TALL: Box = (10, 10, 60, 70)  # counts at every difficulty
 ELSEWHERE: Box = (100, 10, 150, 70)
 
 
@@ -44,12 +44,12 @@ def detections(found: Sequence[Found]) -> Detections:
 
 
 # ------------------------------------------------------------------------------ counted by hand
-# Every case is 41 times a car that is found with score 0.5, and what it adds to each picture:
-# with 41 objects all 40 recall positions are reached, so AP is the precision at threshold 0.5.
+# Every case has 41 images with a car that is found with score 0.5, and adds labels and detections
+# to each image. 41 objects reach all 40 recall positions: AP is the precision at threshold 0.5.
 
 
 def ap(labels: Sequence[Label], found: Sequence[Found], kind: str = "Car") -> list[float]:
-    """AP of ``kind`` at the three levels, in percent."""
+    """Return the AP of ``kind`` at the three difficulties, in percent."""
     own = label(kind, TALL), (kind, TALL, 0.5)
     pictures = [[own[0], *labels]] * 41, [detections([own[1], *found])] * 41
     results = kitti_average_precision(*pictures)
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[list[Label], list[Found], list[float]]] = {
     "a Van missed": ([label("Van", ELSEWHERE)], [], PERFECT),
     "on a Truck": ([label("Truck", ELSEWHERE)], [("Car", ELSEWHERE, 0.9)], HALF),
     "on a Person_sitting": ([label("Person_sitting", ELSEWHERE)], [("Car", ELSEWHERE, 0.9)], HALF),
-    # Three quarters of the detection lie in the region, though little of the region in it.
+    # Three quarters of the detection lie in the region, which is much larger.
     "in DontCare": ([label("DontCare", (90, 0, 500, 55))], [("Car", ELSEWHERE, 0.9)], PERFECT),
     "half in DontCare": ([label("DontCare", (90, 0, 500, 40))], [("Car", ELSEWHERE, 0.9)], HALF),
     "DontCare missed": ([label("DontCare", ELSEWHERE)], [], PERFECT),
@@ -83,8 +83,9 @@ CASES: dict[str, tuple[list[Label], list[Found], list[float]]] = {
     "truncated, missed": ([label("Car", ELSEWHERE, 0, 0.2)], [], [100, 50, 50]),
     "more truncated, missed": ([label("Car", ELSEWHERE, 0, 0.4)], [], [100, 100, 50]),
     "most truncated, missed": ([label("Car", ELSEWHERE, 0, 0.6)], [], PERFECT),
-    "low, missed": ([label("Car", (100, 10, 150, 50))], [], [100, 50, 50]),  # 40 px count as less
-    # Missed: recall 1/2 at precision 1/2.
+    # A height of 40 px is not enough at easy.
+    "low, missed": ([label("Car", (100, 10, 150, 50))], [], [100, 50, 50]),
+    # Missed objects give recall 1/2 at precision 1/2.
     "overlap 41/59": ([label("Car", ELSEWHERE)], [("Car", (109, 10, 159, 70), 0.5)], [25.0] * 3),
     "overlap 42/58": ([label("Car", ELSEWHERE)], [("Car", (108, 10, 158, 70), 0.5)], PERFECT),
     "found, just not too small": (
@@ -92,8 +93,8 @@ CASES: dict[str, tuple[list[Label], list[Found], list[float]]] = {
         [("Car", (100, 10, 150, 35), 0.5)],
         PERFECT,
     ),
-    # The kit lets a detection too small to count, of any class, hide the score of the right one:
-    # all are found at 0.5, but only half of the scores say so.
+    # In the kit, a detection that is too small to count, of any class, hides the score of the right
+    # one. All are found at 0.5, but only half of the scores are recorded.
     "hidden by a small one": (
         [label("Car", (100, 10, 150, 36))],
         [("Cyclist", (100, 10, 150, 34.9), 0.9), ("Car", (100, 10, 150, 36), 0.5)],
@@ -122,7 +123,8 @@ def test_two_objects_by_hand() -> None:
     labels = [[label("Car", TALL), label("Car", ELSEWHERE)]]
     found = [("Car", TALL, 0.9), ("Car", (200, 10, 250, 70), 0.85), ("Car", ELSEWHERE, 0.8)]
     results = kitti_average_precision(labels, [detections(found)])
-    # Thresholds 0.9 (recall 0) and 0.8 (recall 1/40): precision 1 and 2/3; no further position.
+    # The thresholds 0.9 (recall 0) and 0.8 (recall 1/40) have precision 1 and 2/3. There are no
+    # further positions.
     assert results["Car/moderate"] == pytest.approx(100 * (2 / 3) / 40)
     assert math.isnan(results["Cyclist/hard"])
     assert results["mAP/moderate"] == results["Car/moderate"]
@@ -133,7 +135,8 @@ def test_precision_is_the_best_at_that_recall_or_beyond() -> None:
     wrong = [("Car", ELSEWHERE, 0.7)]
     first = [detections([("Car", TALL, 0.6), *wrong])] * 41
     second = [detections([("Car", TALL, 0.5)])] * 41
-    # At 0.6: 41 right, 41 wrong. At 0.5: 82 right, 41 wrong, which lifts all positions.
+    # At 0.6, 41 are right and 41 wrong. At 0.5, 82 are right and 41 wrong, which raises the
+    # precision at all positions.
     results = kitti_average_precision(labels, first + second)
     assert results["Car/easy"] == pytest.approx(100 * 2 / 3)
 
@@ -145,7 +148,7 @@ def test_no_detections_at_all() -> None:
     assert math.isnan(kitti_average_precision([[]], [Detections.empty()])["mAP/hard"])
 
 
-# ------------------------------------------------------------------------------ the rules, slowly
+# ------------------------------------------------------------------------------------- reference
 
 
 def overlap(a: Box, b: Box, of_first: bool = False) -> float:
@@ -157,7 +160,10 @@ def overlap(a: Box, b: Box, of_first: bool = False) -> float:
 
 
 class Slow:
-    """One class at one level, by lists and loops; shares no code with the package."""
+    """Reference for one class and difficulty, with lists and loops.
+
+    It shares no code with the package.
+    """
 
     def __init__(self, kind: str, limits: tuple[int, int, float]):
         self.kind, self.limits = kind, limits
@@ -176,7 +182,10 @@ class Slow:
     def picture(
         self, labels: list[Label], found: list[Found], threshold: float | None
     ) -> tuple[list[float], int]:
-        """Scores of the true positives, number of false ones; at no threshold the first only."""
+        """Return the scores of the true positives and the number of false ones.
+
+        Without a threshold, only the first is defined.
+        """
         left = [x for x in found if threshold is None or x[2] >= threshold]
         small = [x for x in left if x[1][3] - x[1][1] < self.limits[0]]
         right = []
@@ -221,7 +230,7 @@ class Slow:
 
 
 def random_pictures(seed: int, pictures: int) -> tuple[list[list[Label]], list[list[Found]]]:
-    """Crowded pictures with boxes about the limits of height and overlap, and scores that tie."""
+    """Return crowded images with boxes near the limits of height and overlap, and tied scores."""
     rng = np.random.default_rng(seed)
     kinds = [*KITTI_CLASSES * 3, "Van", "Person_sitting", "DontCare", "Truck"]
     labels, found = [], []
@@ -292,7 +301,7 @@ def feed(evaluator: Any, dicts: list[dict[str, Any]], found: Sequence[Sequence[F
 
 @pytest.fixture
 def own_kitti(tmp_path: Path) -> Iterator[Path]:
-    """The root of the registered ``own_kitti``."""
+    """Return the root of the registered ``own_kitti``."""
     register_kitti("own_kitti", tmp_path / "kitti", "val")
     yield tmp_path / "kitti"
     DatasetCatalog.remove("own_kitti")
@@ -306,7 +315,7 @@ def as_found(labels: Sequence[Sequence[Label]]) -> list[list[Found]]:
 
 
 def test_ground_truth_is_perfect(own_kitti: Path) -> None:
-    """Of the shapes, whose boxes and limits are as they come."""
+    """The data are the shapes, with their own boxes and limits."""
     config = SceneConfig(height=160, width=160, min_size=0.2)
     write_kitti(own_kitti, "val", 90, config=config)
     labels = [kitti.read_labels(x["label_file"]) for x in load_kitti(own_kitti, "val")]
@@ -358,7 +367,7 @@ def test_coco_terms_ignore_what_kitti_ignores(own_kitti: Path, tmp_path: Path) -
     assert [results[f"AP-{kind}"] for kind in KITTI_CLASSES] == pytest.approx([100] * 3)
     assert MetadataCatalog.get("own_kitti").get("json_file") is None
 
-    labels[0][1] = label("Truck", far)  # other data below the same name and folder
+    labels[0][1] = label("Truck", far)  # other data with the same name and folder
     write_data(own_kitti, labels)
     assert evaluate("out")["AP-Car"] == pytest.approx(50)
 

@@ -1,4 +1,4 @@
-"""Evaluation by overlapping windows, against loops over single pixels."""
+"""Test evaluation by overlapping windows against loops over single pixels."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def batch(height: int, width: int) -> list[dict[str, Any]]:
 def naive(
     model: nn.Module, image: Tensor, crop: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
-    """Every pixel as the mean of the windows that hold it, from a list of all windows."""
+    """Compute every pixel as the mean of the windows that contain it."""
     height, width = image.shape[1:]
     corners = {
         (min(i, max(height - crop[0], 0)), min(j, max(width - crop[1], 0)))
@@ -107,7 +107,7 @@ def test_several_pictures_of_other_sizes() -> None:
 
 
 def test_modes_reach_the_network() -> None:
-    """detectron2 evaluates in eval mode and then returns to the mode before."""
+    """detectron2 evaluates in eval mode and then restores the previous mode."""
     model = segmenter().train()
     wrapped = SlidingWindow(model, (32, 32), (16, 16))
     assert wrapped.training
@@ -163,8 +163,8 @@ def test_detectors_have_no_windows() -> None:
 
 ROOT = Path(__file__).parents[2]
 PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18_40k.yaml")
-# Runs a script and prints the peak memory of the process in KiB. getrusage would count that of the
-# process that started it, too.
+# This script runs another script and prints the peak memory of the process in KiB. getrusage would
+# also count the memory of the parent process.
 PEAK = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -178,7 +178,7 @@ finally:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_of_the_evaluation_of_cityscapes(tmp_path: Path) -> None:
-    """PSPNet-R18 on a picture of 1024x2048, the whole command with Cityscapes' own script."""
+    """Run the whole command: PSPNet-R18 on an image of 1024x2048, with Cityscapes' own script."""
     scene = SceneConfig(height=1024, width=2048)
     LAYOUTS["cityscapes"](tmp_path / "cityscapes", "val", 1, 0, scene)
     cpu = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]

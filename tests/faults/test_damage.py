@@ -66,7 +66,7 @@ def resumed(
     child = training.finish(output, resume=True)
     (loaded,) = set(re.findall(rf"Loading from {re.escape(str(output))}/(\S+) ", child.out))
     assert loaded in sources, loaded
-    warned = f"{output}/{NEWEST}" in child.out and "taking the one before it" in child.out
+    warned = f"{output}/{NEWEST}" in child.out and "using the one before it" in child.out
     assert warned == (loaded != NEWEST), child.out
     reference.check_recovered(output)
 
@@ -197,7 +197,7 @@ def test_final_checkpoint(
         training.finish(output)
         damage(output / "model_final.pth")
         child = training.finish(output, resume=True)
-        assert f"{output}/model_final.pth" in child.out and "taking the one before it" in child.out
+        assert f"{output}/model_final.pth" in child.out and "using the one before it" in child.out
         reference.check_recovered(output)
 
     damages: dict[str, Damage] = {"bit": partial(flip, 10**6), "cut": partial(cut, 10**5)}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_errors import Run
 
-from distill.data.checks.guard import BadPicture, GuardedMapper, inspect_pictures
+from distill.data.checks.images import BadPicture, GuardedMapper, inspect_pictures
 from distill.data.datasets import (
     check_labels,
     check_test_set,

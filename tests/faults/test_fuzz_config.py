@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import get_distill_cfg
-from distill.config.detectron2_rules import _CHOICES, leaves
+from distill.config.defaults import declared_keys
+from distill.config.detectron2_rules import _RULES, leaves
 from distill.data.shapes import SceneConfig, write_coco
 from distill.engine import Trainer, setup_config
 from distill.heads import DISTILL_HEAD_REGISTRY
@@ -38,7 +39,7 @@ SETUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "gfl": ("gfl", ("DenseKD",), "GFL"),
     "reppoints": ("reppoints", ("IMA",), "REPPOINTS"),
     "features": ("faster", ("FitNet", "MKD", "TID"), "FITNET|MKD|TID|RPN"),
-    "masks": ("mask", ("MaskKD",), "MASK"),
+    "masks": ("mask", ("MaskLogitKD",), "MASK"),
     "cascade": ("cascade", ("FitNet",), "CASCADE"),
     "pafpn": ("faster", ("MSSD",), "MSSD|FPN"),
 }
@@ -49,7 +50,8 @@ _REGISTRIES = (
 )
 NAMES = sorted(
     {name for registry in _REGISTRIES for name, _ in registry}
-    | {name for names in _CHOICES.values() for name in names}
+    | {name for rule in _RULES.values() for name in rule.names}
+    | {name for key in declared_keys().values() for name in key.rule.names}
     | {"BN", "SyncBN", "naiveSyncBN", "GN", "LN", "FrozenBN", "avg", "cpu", "cuda", "cuda:7", SET}
     | {
         "bbox/AP",

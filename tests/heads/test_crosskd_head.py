@@ -237,7 +237,9 @@ def test_a_student_equal_to_the_teacher_predicts_what_the_teacher_does(family):
     model = model_of(family, student=student, teacher=copy.deepcopy(student))
     _, said, taught = heard(model)
     head = model.heads["CrossKD"]
-    logits, regression, *_ = head.read(head.aligned(said.head_features, taught.head_features))
+    logits, regression, *_ = head.last_layers.value(
+        head.aligned(said.head_features, taught.head_features)
+    )
     torch.testing.assert_close(logits, torch.cat(taught.dense.logits, 1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(regression, torch.cat(taught.dense.deltas, 1), rtol=1e-3, atol=1e-4)
 
@@ -248,7 +250,7 @@ def test_the_teachers_own_features_are_read_as_the_teacher_does(family):
     _, _, taught = heard(model)
     head = model.heads["CrossKD"]
     held = [head.held(taught.head_features, task) for task in ("classes", "boxes")]
-    logits, regression, *_ = head.read(held)
+    logits, regression, *_ = head.last_layers.value(held)
     torch.testing.assert_close(logits, torch.cat(taught.dense.logits, 1))
     torch.testing.assert_close(regression, torch.cat(taught.dense.deltas, 1))
 
@@ -320,7 +322,7 @@ def test_the_teachers_head_learns_nothing_and_is_no_part_of_the_model(family):
 def test_the_head_of_the_teacher_keeps_its_first_layers():
     model = model_of("atss")
     teacher = model.teacher.model
-    reading = model.heads["CrossKD"].taught_by.last_layers
+    reading = model.heads["CrossKD"].last_layers.value.head
     assert reading is not teacher.head
     assert len(convolutions(teacher.head.cls_subnet)) == 3
     assert reading.cls_score is teacher.head.cls_score
@@ -331,7 +333,7 @@ def test_copies_share_the_teachers_head():
     model = model_of("gfl")
     twin = copy.deepcopy(model)
     heads = model.heads["CrossKD"], twin.heads["CrossKD"]
-    assert heads[0] is not heads[1] and heads[0].taught_by is heads[1].taught_by
+    assert heads[0] is not heads[1] and heads[0].last_layers is heads[1].last_layers
     found, expected = (heard(x)[0] for x in (twin, model))
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
 
@@ -393,8 +395,8 @@ def test_a_batch_without_any_box_trains(family):
     "student, teacher, message",
     [
         ("gfl", "atss", "the head of a ATSS cannot read the features of a GFL head"),
-        ("reppoints", "reppoints", "it compares towers, which the student"),
-        ("faster", "faster", "it compares targets, towers, which the student"),
+        ("reppoints", "reppoints", "it compares head_features, which the student"),
+        ("faster", "faster", "it compares head_features, targets, which the student"),
     ],
 )
 def test_heads_that_cannot_read_each_other(student, teacher, message):

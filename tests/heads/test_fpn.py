@@ -178,8 +178,8 @@ def test_named_features_of_a_config():
 
 
 def test_a_spec_is_all_that_a_feature_head_reads():
-    spec = NetworkInfo("student", nn.Identity(), FPN, frozenset({"features"}), ())
-    wide = NetworkInfo("teacher", nn.Identity(), levels_of(8, c4=16), frozenset({"features"}), ())
+    spec = NetworkInfo("student", ("Net",), FPN, frozenset({"features"}), ())
+    wide = NetworkInfo("teacher", ("Net",), levels_of(8, c4=16), frozenset({"features"}), ())
     fitnet_head = FitNet(tiny_cfg("retinanet"), spec, wide)
     assert fitnet_head.levels == [Level("p4", "c4", 16, 16)]
     assert fitnet_head.adapters["p4"].out_channels == 8

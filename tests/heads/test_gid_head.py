@@ -23,9 +23,9 @@ from torchvision.ops import roi_align
 from distill import losses
 from distill.heads import GID
 from distill.heads.classes import ClassMap
-from distill.heads.dense import AnchorGrids, DenseLayout
+from distill.heads.dense import AnchorGrids
 from distill.heads.fpn import Level
-from distill.structures import DenseOutputs
+from distill.structures import DenseLayout, DenseOutputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal_methods as literal

@@ -20,8 +20,7 @@ from distill.heads import DISTILL_HEAD_REGISTRY
 DETECTRON2S = (
     ("distill.losses.gid", "batched_nms"),
     ("distill.losses.tid", "nms"),
-    ("distill.heads.lgd", "detection_losses"),
-    ("distill.heads.maskd", "detection_losses"),
+    ("distill.families.detector_losses", "detection_losses"),
 )
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero")
 SYNCHRONISING = ("local_scalar_dense", "nonzero", "masked_select", "unique", "unique2", "equal")

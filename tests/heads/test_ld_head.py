@@ -12,8 +12,8 @@ from detectron2.structures import Boxes, Instances
 
 from distill.heads import LD
 from distill.heads.classes import ClassMap
-from distill.heads.dense import AnchorGrids, DenseLayout
-from distill.structures import DenseOutputs, Targets
+from distill.heads.dense import AnchorGrids
+from distill.structures import DenseLayout, DenseOutputs, DenseTargets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal_methods as literal
@@ -63,7 +63,7 @@ def heard(boxes=None, positives=((3, 0), (17, 2), (52, 1)), seed=0):
     labels[:, ::5] = -1
     for row, label in positives:
         labels[0, row] = label
-    student.targets = Targets(labels, torch.zeros(2, sum(ROWS), 4))
+    student.targets = DenseTargets(labels, torch.zeros(2, sum(ROWS), 4))
     for x in (*student.dense.logits, *student.dense.deltas):
         x.requires_grad_()
     return both

@@ -14,7 +14,6 @@ from conftest import (
     outspoken_model,
     picture,
     tiny_cfg,
-    tiny_model,
     trainable_cfg,
 )
 from detectron2.modeling import build_model
@@ -25,8 +24,7 @@ from torch import nn
 from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
-from distill.families import build_family
-from distill.heads.lgd import ImplicitTeacher, detection_losses, no_side_effects
+from distill.heads.lgd import ImplicitTeacher
 
 DETECTORS = [family for family in FAMILIES if family != "semantic"]
 CPU = torch.device("cpu")
@@ -280,22 +278,6 @@ def test_objects_are_drawn_over_the_context():
 # ---- The second run of the head.
 
 
-@pytest.mark.parametrize("family", DETECTORS)
-def test_detection_losses_on_the_students_own_maps_are_its_own(family):
-    student = outspoken_model(family)
-    twin = copy.deepcopy(student)
-    reader = build_family(student)
-    with EventStorage(), reader.record({"features"}) as calls:
-        torch.manual_seed(0)
-        expected = student(batch())
-    outputs = reader.read(calls, reader.batch(calls, batch()), {"features"})
-    torch.manual_seed(0)
-    with EventStorage():
-        found = detection_losses(twin, outputs.features, outputs.batch)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[k], expected[k]) for k in expected)
-
-
 NORMED = {
     "retinanet": ("MODEL.RETINANET.NORM", "BN"),
     "fcos": ("MODEL.FCOS.NORM", "SyncBN"),
@@ -328,40 +310,13 @@ def test_the_second_run_leaves_no_trace(family, monkeypatch):
     assert all(x.track_running_stats and x.momentum > 0 for x in norms)
 
 
-def test_the_second_run_normalizes_by_its_own_batch():
-    """Not by running statistics, which are the student's."""
-    norm = nn.Sequential(nn.BatchNorm2d(2)).train()
-    x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
-    with no_side_effects(norm, CPU):
-        found = norm(x)
-    assert not norm[0].running_mean.any() and norm[0].num_batches_tracked == 0
-    assert torch.equal(found, norm(x)) and norm[0].running_mean.all()
-
-
-def test_an_error_in_the_second_run_leaves_no_trace_either():
-    student = tiny_model("retinanet", "MODEL.RETINANET.NORM", "BN")
-    before = torch.get_rng_state()
-    student.loss_normalizer = 7.0
-    with (
-        pytest.raises(FloatingPointError),
-        EventStorage(5) as events,
-        no_side_effects(student, CPU),
-    ):
-        student.loss_normalizer = 9.0
-        torch.rand(3)
-        raise FloatingPointError
-    assert torch.equal(before, torch.get_rng_state()) and not events.latest()
-    norms = [x for x in student.modules() if isinstance(x, nn.BatchNorm2d)]
-    assert norms and all(x.track_running_stats for x in norms) and student.loss_normalizer == 7.0
-
-
 def test_the_student_is_no_module_of_the_head():
     model = lgd_model("faster")
     own = {id(p) for p in model.student.parameters()}
     assert own.isdisjoint(map(id, model.heads.parameters()))
     assert {k.split(".")[1] for k in model.heads.state_dict()} == {"teacher", "adapter"}
     twin = copy.deepcopy(model)
-    assert twin.heads["LGD"]._detector == (twin.student,)
+    assert twin.heads["LGD"].detector_losses.detector is twin.student
 
 
 # ---- Switched off, and repeated.

@@ -18,11 +18,12 @@ from torch import nn
 
 from distill.heads import DKD, FGD, FGFI, FKD, FRS, KD, MGD, PKD, DeFeat, ReviewKD
 from distill.heads.classes import ClassMap
-from distill.heads.dense import AnchorGrids, DenseLayout
-from distill.heads.features import GlobalContext, NonLocal
+from distill.heads.dense import AnchorGrids
+from distill.heads.fgd import GlobalContext
+from distill.heads.fkd import NonLocal
 from distill.heads.fpn import Level
 from distill.heads.review import MIDDLE, AttentionBasedFusion
-from distill.structures import DenseOutputs, ROIs
+from distill.structures import DenseLayout, DenseOutputs, ROIs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import literal_methods as literal

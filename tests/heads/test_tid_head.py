@@ -12,7 +12,7 @@ from conftest import distilled, kd_losses, outspoken_model, picture, tiny_fcos, 
 from distill import losses
 from distill.errors import ConfigError
 from distill.families import build_family
-from distill.families.dense import decode_dense, level_anchors
+from distill.families.dense import decode_dense
 from distill.heads.tid import cell_centres
 from distill.structures import Batch, DenseOutputs, NetworkOutputs
 
@@ -230,16 +230,6 @@ def test_a_class_that_the_teacher_does_not_know_has_no_probability(caplog):
     for net in (student, teacher):
         score, tie, _ = head.scores(net, student, 0, (0.4, 0.5))
         assert tie.abs().sum() == 0 and score.max() <= 2
-
-
-@pytest.mark.parametrize("family", ["faster", "retinanet"])
-def test_anchors_are_the_generators_own(family):
-    net = tiny_model(family, "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)
-    generator = detector(net).anchor_generator
-    sizes = [(5, 7), (3, 4), (2, 2), (1, 1), (1, 1)]
-    expected = generator([torch.empty(1, 1, *size) for size in sizes])
-    for found, boxes in zip(level_anchors(generator, sizes), expected):
-        torch.testing.assert_close(found, boxes.tensor)
 
 
 def test_half_precision_deltas_are_decoded_in_full_precision():

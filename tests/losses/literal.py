@@ -1,8 +1,8 @@
-"""The papers' equations, term by term, in NumPy float64: what the package is tested against.
+"""References of the papers' equations in NumPy float64, written term by term.
 
-Slow and obvious on purpose: loops over images, boxes, points, channels and cells, complex
-transforms with the full mask, non-maximum suppression by its definition. Written from the papers
-and the choices that the docstrings of the package state; it shares no code with the package.
+They are slow and obvious on purpose. They loop over images, boxes, points, channels and cells,
+transform with the full complex mask, and suppress boxes by definition. They follow the papers
+and the choices that the docstrings of the package state. They share no code with the package.
 """
 
 from fractions import Fraction
@@ -15,12 +15,12 @@ EPS = 1e-5  # IMA Eq. 6
 
 
 def mssd(student, teacher):
-    """MSSD Eq. 1-3 of one level, without its g."""
+    """Return MSSD Eq. 1-3 of one level, without the factor g."""
     return sum((s - t) ** 2 for s, t in zip(student.flat, teacher.flat)) / student.size
 
 
 def clamped(box):
-    """(x1, y1, x2, y2, w, h) with both sides at least a pixel, about the box's centre."""
+    """Return (x1, y1, x2, y2, w, h), both sides enlarged to at least one pixel about the centre."""
     x1, y1, x2, y2 = (float(v) for v in box)
     if x2 - x1 < 1:
         x1, x2 = (x1 + x2) / 2 - 0.5, (x1 + x2) / 2 + 0.5
@@ -30,7 +30,7 @@ def clamped(box):
 
 
 def gaussian_mask(boxes, height, width, stride, sigma2=2.0, binary=False):
-    """MSSD Eq. 5 at the cell centres; one (K, 4) array an image."""
+    """Return MSSD Eq. 5 at the cell centres; one (K, 4) array per image."""
     masks = np.zeros((len(boxes), height, width))
     for mask, image in zip(masks, boxes):
         for box in image:
@@ -52,7 +52,7 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0, binary=False):
 
 
 def multi_scale(student, teacher, scales=(1, 2, 4)):
-    """MKD Eq. 1; the last pooling window of a row or column holds what is left of it."""
+    """Return MKD Eq. 1; the last pooling window of a row or column may be smaller."""
     batch, channels, height, width = student.shape
     total = 0.0
     for k in scales:
@@ -66,7 +66,7 @@ def multi_scale(student, teacher, scales=(1, 2, 4)):
 
 
 def full_mask(half, width):
-    """(H, W) mask of the full spectrum from (H, W // 2 + 1), entry by entry: M[k] = M[-k]."""
+    """Return the full (H, W) mask from (H, W // 2 + 1), entry by entry: M[k] = M[-k]."""
     height = len(half)
     full = np.empty((height, width))
     for y, x in np.ndindex(height, width):
@@ -75,20 +75,20 @@ def full_mask(half, width):
 
 
 def filtered(x, half):
-    """F⁻¹(M ⊙ F(x)) of the last two dimensions (MKD Eq. 2-3, IMA Eq. 2-3)."""
+    """Return F⁻¹(M ⊙ F(x)) over the last two dimensions (MKD Eq. 2-3, IMA Eq. 2-3)."""
     result = np.fft.ifft2(full_mask(half, x.shape[-1]) * np.fft.fft2(x))
     assert np.abs(result.imag).max(initial=0) <= 1e-9 * (1 + np.abs(x).max(initial=0))
     return result.real
 
 
 def frequency_masked_mse(student, teacher, mask):
-    """MKD Eq. 4."""
+    """Return MKD Eq. 4."""
     gaps = [filtered(s, m[0]) - t for s, t, m in zip(student, teacher, mask)]
     return np.mean(np.square(gaps))
 
 
 def joint_attention(student, teacher, tau=0.5):
-    """MKD's A of one image, (H, W), with maximum 1."""
+    """Return MKD's A of one image, (H, W), with maximum 1."""
     both = 0.0
     for x in (student, teacher):
         strength = np.abs(x).mean(axis=0)
@@ -97,7 +97,7 @@ def joint_attention(student, teacher, tau=0.5):
 
 
 def channel_alignment(student, teacher, temperature=1.0, attention=True):
-    """MKD Eq. 5."""
+    """Return MKD Eq. 5."""
     batch, channels = student.shape[:2]
     total = 0.0
     for s, t in zip(student, teacher):
@@ -110,12 +110,12 @@ def channel_alignment(student, teacher, temperature=1.0, attention=True):
 
 
 def standardized(x):
-    """IMA Eq. 5-7 of one instance, (C, cells)."""
+    """Return IMA Eq. 5-7 of one instance, (C, cells)."""
     return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + EPS)
 
 
 def cosine_similarity(a, b):
-    """IMA Eq. 8; 0 where one of the maps is zero."""
+    """Return IMA Eq. 8; 0 where one of the maps is zero."""
     norm = np.linalg.norm(a) * np.linalg.norm(b)
     return (a * b).sum() / norm if norm > 0 else 0.0
 
@@ -133,9 +133,9 @@ def ima_classes(
     scale_floor=0.1,
     scales=None,
 ):
-    """(sum over instances, their α): IMA Eq. 1-10, an instance is one class in one image.
+    """Return the sum over instances and their α: IMA Eq. 1-10, one instance per class and image.
 
-    ``scales`` fixes the α that would be computed.
+    ``scales`` replaces the computed α.
     """
     total, used = 0.0, []
     for n in range(len(student)):
@@ -161,7 +161,7 @@ def ima_classes(
 
 
 def box_iou(a, b):
-    """Intersection over union of two boxes; 0 without a union."""
+    """Return the intersection over union of two boxes; 0 without a union."""
     w = min(a[2], b[2]) - max(a[0], b[0])
     h = min(a[3], b[3]) - max(a[1], b[1])
     intersection = max(w, 0.0) * max(h, 0.0)
@@ -170,14 +170,14 @@ def box_iou(a, b):
 
 
 def matched_iou(boxes, gt):
-    """TID's IOU_max, (P,), of (P, A, 4) decoded boxes."""
+    """Return TID's IOU_max, (P,), of (P, A, 4) decoded boxes."""
     return np.array(
         [max((box_iou(a, g) for a in anchors for g in gt), default=0.0) for anchors in boxes]
     )
 
 
 def tid_score(iou, prob, positive, negative, top=0.025, parts="both", raw_iou=False):
-    """TID's Score of the points of one image (DIEM)."""
+    """Return TID's Score of the points of one image (DIEM)."""
     k = ceil(Fraction(str(top)) * len(prob))
     lowest = sorted(prob, reverse=True)[k - 1]
     scores = []
@@ -196,7 +196,7 @@ def tid_score(iou, prob, positive, negative, top=0.025, parts="both", raw_iou=Fa
 
 
 def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both"):
-    """TID's Value_output of the points of one image (LDAM)."""
+    """Return TID's Value_output of the points of one image (LDAM)."""
     points = range(len(score_t))
     k = ceil(Fraction(str(gamma)) * len(points))
     key = sorted(points, key=lambda i: (-score_t[i], -tie[i], i))[:k]
@@ -215,7 +215,7 @@ def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both"
 
 
 def tid_information(points, boxes):
-    """TID's V_information of (P, 2) points (SFDM)."""
+    """Return TID's V_information of (P, 2) points (SFDM)."""
     value = np.zeros(len(points))
     for p, (x, y) in enumerate(points):
         for box in boxes:
@@ -227,17 +227,17 @@ def tid_information(points, boxes):
 
 
 def tid_mask(value):
-    """TID's M (SFDM)."""
+    """Return TID's M (SFDM)."""
     return np.array([v if v >= 1 else 0.7 * v if v >= 0.01 else 0.05 * v for v in value])
 
 
 def tid_by_value(value, high, medium, low):
-    """α of each point (SFDM): by the areas whose sums L_fea weighs."""
+    """Return α of each point (SFDM), by the area that it belongs to."""
     return np.array([high if v >= 1 else medium if v >= 0.01 else low for v in value])
 
 
 def tid(student, teacher, mask, alpha=None):
-    """TID's L_fea: (Σ α M (T - S)² / C, Σ M)."""
+    """Return TID's L_fea: (Σ α M (T - S)² / C, Σ M)."""
     batch, channels, height, width = student.shape
     total = mass = 0.0
     for n, i, j in np.ndindex(batch, height, width):

@@ -1,8 +1,8 @@
-"""The published comparison methods, term by term, in NumPy float64.
+"""References of the published comparison methods in NumPy float64, written term by term.
 
-Slow and obvious on purpose: loops over images, channels, cells, anchors and boxes. Written from
-their formulas alone; it shares no code with the package. Maps are (N, C, H, W), boxes (K, 4) as
-XYXY. No term holds its method's weight unless its docstring says so.
+They are slow and obvious on purpose: loops over images, channels, cells, anchors and boxes. They
+follow the formulas only and share no code with the package. Maps are (N, C, H, W), boxes (K, 4)
+XYXY. A term does not include its method's weight unless its docstring says so.
 """
 
 from math import ceil, floor, log2, sqrt
@@ -12,24 +12,24 @@ from scipy.special import expit, log_softmax, logsumexp, softmax
 
 
 def kl(p, q):
-    """KL(softmax(p) || softmax(q)) of two vectors of logits."""
+    """Return KL(softmax(p) || softmax(q)) of two vectors of logits."""
     log_p, log_q = log_softmax(p), log_softmax(q)
     return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
 def bce(logit, target):
-    """Binary cross-entropy of σ(logit) against a soft target, element by element."""
+    """Return the binary cross-entropy of σ(logit) against a soft target, element by element."""
     return target * np.logaddexp(0, -logit) + (1 - target) * np.logaddexp(0, logit)
 
 
 def spatial_attention(image, temperature):
-    """HW · softmax over the cells of mean_c |x| / T, of one (C, H, W) image."""
+    """Return HW · softmax over the cells of mean_c |x| / T, of one (C, H, W) image."""
     strength = np.abs(image).mean(axis=0)
     return strength.size * softmax(strength / temperature)
 
 
 def channel_attention(image, temperature):
-    """C · softmax over the channels of mean_hw |x| / T, of one (C, H, W) image."""
+    """Return C · softmax over the channels of mean_hw |x| / T, of one (C, H, W) image."""
     strength = np.abs(image).mean(axis=(1, 2))
     return strength.size * softmax(strength / temperature)
 
@@ -55,7 +55,7 @@ def pkd(student, teacher):
 
 
 def cwd(student, teacher, temperature):
-    """CWD: T² · KL(teacher || student) of a channel's distribution over cells, mean of N, C."""
+    """CWD: T² · KL(teacher || student) of each channel's distribution, mean over N and C."""
     batch, channels = student.shape[:2]
     total = 0.0
     for n, c in np.ndindex(batch, channels):
@@ -101,13 +101,13 @@ def fgd_relation(student, teacher):
 
 
 def mgd(student, teacher, generator, keep):
-    """MGD without α: the teacher's map generated from what is kept of the student's."""
+    """MGD without α: the teacher's map is generated from the kept cells of the student."""
     generated = generator(keep * student)
     return float(sum((g - t) ** 2 for g, t in zip(generated.flat, teacher.flat)) / len(teacher))
 
 
 def pixel_iou(a, b):
-    """Intersection over union of boxes whose last pixel belongs to them (sides x2 - x1 + 1)."""
+    """Return the IoU of boxes that include their last pixel (sides x2 - x1 + 1)."""
     w = min(a[2], b[2]) - max(a[0], b[0]) + 1
     h = min(a[3], b[3]) - max(a[1], b[1]) + 1
     if w <= 0 or h <= 0:
@@ -135,7 +135,7 @@ def fgfi_mask(anchors, boxes, threshold):
 
 
 def fgfi(student, teacher, mask):
-    """FGFI: Σ M (t - s)² / (2 Σ M), summed over channels; 0 without a cell."""
+    """FGFI: Σ M (t - s)² / (2 Σ M), summed over channels; 0 for an empty mask."""
     cells = total = 0.0
     for n, i, j in np.ndindex(mask.shape):
         if mask[n, i, j]:
@@ -145,7 +145,7 @@ def fgfi(student, teacher, mask):
 
 
 def defeat_level(box, levels):
-    """The one level that DeFeat gives a box to, 0 the finest."""
+    """Return the level that DeFeat assigns a box to, 0 the finest."""
     x1, y1, x2, y2 = (float(v) for v in box)
     level = floor(log2(sqrt((x2 - x1 + 1) * (y2 - y1 + 1)) / 56 + 1e-6))
     return min(max(level, 0), levels - 1)
@@ -198,13 +198,13 @@ def frs_classes(student_logits, teacher_logits, score):
 
 
 def kd(student, teacher, temperature):
-    """Hinton's KD: T² · mean of N of KL(teacher || student) at temperature T."""
+    """Hinton's KD: T² · mean over N of KL(teacher || student) at temperature T."""
     total = sum(kl(t / temperature, s / temperature) for s, t in zip(student, teacher))
     return temperature**2 * total / len(student)
 
 
 def dkd(student, teacher, target, alpha, beta, temperature):
-    """DKD: T² · mean of N of α TCKD + β NCKD."""
+    """DKD: T² · mean over N of α TCKD + β NCKD."""
     total = 0.0
     for s, t, label in zip(student, teacher, target):
         others = [k for k in range(len(s)) if k != label]
@@ -226,7 +226,7 @@ def ld(student, teacher, weight, temperature):
 
 
 def overlap(a, b):
-    """(area of a, area of b, area of their intersection)."""
+    """Return (area of a, area of b, area of their intersection)."""
     w = min(a[2], b[2]) - max(a[0], b[0])
     h = min(a[3], b[3]) - max(a[1], b[1])
     area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
@@ -234,20 +234,20 @@ def overlap(a, b):
 
 
 def plain_iou(a, b):
-    """Intersection over union; 0 without a union."""
+    """Return the intersection over union; 0 without a union."""
     area_a, area_b, both = overlap(a, b)
     union = area_a + area_b - both
     return both / union if union > 0 else 0.0
 
 
 def squared_distance(a, b):
-    """ρ²: the squared distance of the centres of two boxes."""
+    """Return ρ², the squared distance of the centres of two boxes."""
     dx, dy = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
     return dx**2 + dy**2
 
 
 def distance_iou(anchor, box, true_diou):
-    """LD's d: IoU - ρ²/c², or as released with the anchor's area in place of the union."""
+    """LD's d: IoU - ρ²/c², or the released form with the anchor's area in place of the union."""
     if true_diou:
         ratio = plain_iou(anchor, box)
     else:
@@ -260,7 +260,7 @@ def distance_iou(anchor, box, true_diou):
 
 
 def atss_threshold(anchors, box, candidates):
-    """Mean plus unbiased deviation of the IoUs of a box's candidates of all levels."""
+    """Return mean plus unbiased deviation of the IoUs of a box's candidates of all levels."""
     ious = []
     for level in anchors:
         distances = [squared_distance(anchor, box) for anchor in level]
@@ -295,7 +295,7 @@ def adaptive_average(x, bins):
 
 
 def hcl(students, teachers):
-    """ReviewKD's hierarchical context loss, levels summed."""
+    """ReviewKD's hierarchical context loss, summed over levels."""
     total = 0.0
     for s, t in zip(students, teachers):
         level = fitnet(s, t)
@@ -320,7 +320,7 @@ def gid_distances(features):
 
 
 def gid_relation(student, teacher):
-    """GID's relation term without weight; 0 of fewer than three instances."""
+    """GID's relation term without weight; 0 for fewer than three instances."""
     count = len(student)
     if count < 3:
         return 0.0
@@ -367,7 +367,7 @@ def crosskd_bins(reused, teacher, weight):
 
 
 def instance_normalized(x):
-    """Each channel of each image to mean 0 and (biased, ε = 1e-5) variance 1."""
+    """Normalize each channel of each image to mean 0 and (biased, ε = 1e-5) variance 1."""
     result = np.empty_like(x)
     for n, c in np.ndindex(x.shape[:2]):
         result[n, c] = (x[n, c] - x[n, c].mean()) / sqrt(x[n, c].var() + 1e-5)
@@ -375,7 +375,7 @@ def instance_normalized(x):
 
 
 def lgd(student, teacher):
-    """LGD's distillation term: mean of the normalized maps' squared gaps over all levels."""
+    """LGD's distillation term: mean squared gap of the normalized maps over all levels."""
     gaps = []
     for s, t in zip(student, teacher):
         gaps.extend(((instance_normalized(s) - instance_normalized(t)) ** 2).flat)

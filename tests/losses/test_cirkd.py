@@ -1,4 +1,4 @@
-"""Cross-image relations: similarities in a batch and with a memory, and the memory's keys."""
+"""Test CIRKD: similarities within a batch and with a memory, and the keys of the memory."""
 
 import copy
 import math
@@ -78,13 +78,13 @@ def literal_contrast(student, teacher, keys, tau, kd_tau, filled, labelled):
 
 
 def test_relation_by_hand():
-    # Cells at right angles against parallel ones; at τ = 1/ln 3: (3, 1)/4 against (1, 1)/2.
+    # Orthogonal cells against parallel ones give (3, 1)/4 against (1, 1)/2 at τ = 1/ln 3.
     student = torch.tensor([[[[2.0, 5.0]]]])
     teacher = torch.tensor([[[[7.0, 0.0]], [[0.0, 1.0]]]])
     expected = torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     found = cross_image_relation(student, teacher, 1 / math.log(3))
     torch.testing.assert_close(found, expected)
-    # Twice the same picture: every pair of pictures is the same, and so is the mean.
+    # A batch of two equal images: every pair is the same, and so is the mean.
     twice = [torch.cat([x, x]) for x in (student, teacher)]
     torch.testing.assert_close(cross_image_relation(*twice, 1 / math.log(3)), expected)
 
@@ -94,7 +94,7 @@ def test_relation_by_hand():
 def test_relation_equals_the_literal_form(shape, tau, pool, monkeypatch):
     student, teacher = maps(shape, channels=5)
     expected = literal_relation(student, teacher, tau, pool)
-    for chunk in (cirkd.CHUNK, 4):  # all rows at once, and several chunks with a rest
+    for chunk in (cirkd.CHUNK, 4):  # all rows at once, and several chunks with a smaller last one
         monkeypatch.setattr(cirkd, "CHUNK", chunk)
         found = cross_image_relation(student, teacher, tau, pool)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -128,7 +128,7 @@ def test_equal_directions_give_exactly_zero():
 
 @pytest.mark.parametrize("tau, kd_tau", [(1 / math.log(3), 1.0), (0.5 / math.log(3), 2.0)])
 def test_contrast_by_hand(tau, kd_tau):
-    # The teacher is at the first of two keys, the student between them; an empty slot is not read.
+    # The teacher equals the first key, the student lies between two keys. One slot is empty.
     keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     student, teacher = torch.tensor([[4.0, 4.0]]), torch.tensor([[3.0, 0.0]])
     filled = torch.tensor([True, True, False])
@@ -138,7 +138,7 @@ def test_contrast_by_hand(tau, kd_tau):
 
 
 def pixels(count=7, channels=3, keys=9, seed=0, dtype=torch.float32):
-    """(student, teacher, keys, filled, labelled)"""
+    """Return (student, teacher, keys, filled, labelled)."""
     draw = generator(seed)
     student, teacher = torch.randn((2, count, channels), generator=draw, dtype=dtype)
     k = torch.nn.functional.normalize(torch.randn(keys, channels, generator=draw, dtype=dtype))
@@ -284,7 +284,7 @@ def test_more_pixels_than_a_map_has():
     keys, valid = class_pixels(
         torch.randn(1, 3, 1, 2), torch.tensor([[[1, 255]]]), 2, 16, generator()
     )
-    assert keys.shape == (1, 2, 16, 3)  # whatever the size: all processes store alike
+    assert keys.shape == (1, 2, 16, 3)  # independent of the map size: all processes store alike
     assert valid.tolist() == [[[False] * 16, [True] + [False] * 15]]
 
 
@@ -304,7 +304,7 @@ def test_keys_carry_no_gradient_and_wait_for_nothing():
 
 
 def literal_push(queues, size, keys, valid):
-    """Lists of (slot, key), a class's next slot is the number of keys that it has got."""
+    """Keep lists of (slot, key). A class's next slot is the number of keys that it has received."""
     for queue, row, use in zip(queues, keys.tolist(), valid.tolist()):
         for key, keep in zip(row, use):
             if keep:
@@ -370,7 +370,7 @@ def test_keys_that_do_not_fit_a_memory():
     for keys in (torch.zeros(2, 4, 4), torch.zeros(1, 3, 4), torch.zeros(2, 3, 5)):
         with pytest.raises(ValueError, match=r"do not fit a memory of \(2, 3, 4\)"):
             memory.push(keys, torch.ones(keys.shape[:2], dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"valid \(2, 1\) must be \(K, m\) of \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"valid \(2, 1\) does not fit keys \(2, 3, 4\)"):
         memory.push(torch.zeros(2, 3, 4), torch.ones(2, 1, dtype=torch.bool))
 
 
@@ -386,5 +386,5 @@ def test_a_push_is_taken_back() -> None:
     memory.push(keys[2], ~valid)
     assert not torch.equal(memory.queue, before["queue"])
     memory.undo()
-    memory.undo()  # once is all
+    memory.undo()  # a second call does nothing
     assert all(torch.equal(x, before[k]) for k, x in memory.state_dict().items())

@@ -1,4 +1,4 @@
-"""Channel-wise distillation: each channel as a distribution over the cells."""
+"""Test channel-wise distillation: each channel is a distribution over the cells."""
 
 import math
 
@@ -24,7 +24,7 @@ def literal_cwd(student, teacher, tau):
 
 
 def test_value_by_hand():
-    # (3/4, 1/4) against (1/2, 1/2) in one channel, agreement in the other.
+    # The first channel has (3/4, 1/4) against (1/2, 1/2); the second one agrees.
     student = torch.zeros(1, 2, 1, 2)
     teacher = torch.tensor([[[[math.log(3), 0.0]], [[5.0, 5.0]]]])
     expected = torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2

@@ -1,4 +1,4 @@
-"""Mean squared error of feature maps."""
+"""Test the mean squared error of feature maps."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Frequency masks against the literal transforms of the papers."""
+"""Test frequency masks against the literal transforms of the papers."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def generator(seed=0):
 
 
 def full_mask(half, width):
-    """(H, W) mask of the full spectrum from (H, W // 2 + 1), entry by entry: M[k] = M[-k]."""
+    """Return the full (H, W) mask from (H, W // 2 + 1), entry by entry: M[k] = M[-k]."""
     height = len(half)
     full = np.empty((height, width))
     for y in range(height):
@@ -26,7 +26,7 @@ def full_mask(half, width):
 
 
 def filtered(x, half):
-    """F⁻¹(M ⊙ F(x)) of one (H, W) map with the complex transforms."""
+    """Return F⁻¹(M ⊙ F(x)) of one (H, W) map with the complex transforms."""
     return np.fft.ifft2(full_mask(half, x.shape[-1]) * np.fft.fft2(x))
 
 
@@ -56,7 +56,7 @@ def test_expected_share_of_removed_frequencies(height, width, mask_ratio):
     halves = frequency_mask(batch, height, width, mask_ratio, generator())[:, 0]
     assert halves.shape == (batch, height, width // 2 + 1)
     assert set(halves.unique().tolist()) == {0, 1}
-    removed = 1 - halves.mean(0).numpy()  # of every single frequency, mirrored columns too
+    removed = 1 - halves.mean(0).numpy()  # per frequency, also in the mirrored columns
     np.testing.assert_allclose(removed, mask_ratio, atol=5 * np.sqrt(0.25 / batch))
 
 
@@ -88,7 +88,7 @@ def test_half_spectrum_stands_for_the_full_one(width, weight):
 
 
 def test_value_by_hand():
-    # Without its alternating frequency (3, 1) is (2, 2); the teacher says (1, 1).
+    # Without its alternating frequency, (3, 1) is (2, 2). The teacher has (1, 1).
     student, teacher = torch.tensor([[[[3.0, 1.0]]]]), torch.ones(1, 1, 1, 2)
     mask = torch.tensor([[[[1.0, 0.0]]]])
     torch.testing.assert_close(frequency_masked_mse(student, teacher, mask), torch.tensor(1.0))

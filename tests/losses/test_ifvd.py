@@ -1,4 +1,4 @@
-"""Intra-class feature variation: cosines between pixels and the prototypes of their classes."""
+"""Test IFVD: cosines between pixels and the prototypes of their classes."""
 
 import math
 
@@ -20,14 +20,14 @@ def maps(shape, channels=None, seed=0, dtype=torch.float32):
 
 
 def draw_labels(shape, seed=0):
-    """Some classes, 255 and other values outside of the classes."""
+    """Draw labels: some classes, 255, and other values that are no class."""
     values = torch.tensor([0, 1, 3, 255, -1, CLASSES])
     generator = torch.Generator().manual_seed(seed)
     return values[torch.randint(len(values), (shape[0], *shape[2:]), generator=generator)]
 
 
 def literal_variation(x, labels):
-    """(N, H, W): an ignored pixel keeps itself as its centre."""
+    """Return (N, H, W) cosines; an ignored pixel keeps itself as its prototype."""
     centre = x.copy()
     for n in range(len(x)):
         for k in range(CLASSES):
@@ -46,13 +46,14 @@ def literal_ifvd(student, teacher, labels):
 
 
 def test_value_by_hand():
-    # Student: (1, 0) and (0, 1) are at 45° of their mean. Teacher: parallel. The third is ignored.
+    # The student's (1, 0) and (0, 1) are at 45° to their mean. The teacher's are parallel. The
+    # third pixel is ignored.
     student = torch.tensor([[[[1.0, 0.0, 9.0]], [[0.0, 1.0, 2.0]]]])
     teacher = torch.tensor([[[[2.0, 5.0, -1.0]]]])
     labels = torch.tensor([[[1, 1, 255]]])
     expected = torch.tensor(2 * (1 - math.sqrt(0.5)) ** 2 / 3)
     torch.testing.assert_close(ifvd(student, teacher, labels, 2), expected)
-    # A class that the task does not know is ignored, too.
+    # A label outside the task's classes is ignored, too.
     assert ifvd(student, teacher, labels, 1) == 0
 
 
@@ -98,7 +99,7 @@ def test_one_class_and_one_pixel_of_a_class():
         ifvd(student, teacher, labels, CLASSES), literal_ifvd(student, teacher, labels), rtol=1e-5
     )
     labels[:] = 255
-    labels[0, 2, 2] = 0  # is its own prototype in both
+    labels[0, 2, 2] = 0  # it is its own prototype in both networks
     torch.testing.assert_close(ifvd(student, teacher, labels, CLASSES), torch.tensor(0.0))
 
 

@@ -1,6 +1,6 @@
-"""Instance mask alignment against the literal form of the paper.
+"""Test instance mask alignment against the literal form of the paper.
 
-The package computes the loss from moments and spectra; the reference below transforms back,
+The package computes the loss from moments and spectra. The reference below transforms back,
 standardizes, scales and subtracts, instance by instance.
 """
 
@@ -52,9 +52,9 @@ def literal_ima(
     weight=None,
     scales=None,
 ):
-    """(loss, scales): Eq. 1-10 on NumPy arrays; a whole-number ``weight`` repeats the cells.
+    """Return (loss, scales): Eq. 1-10 in NumPy; a whole-number ``weight`` repeats the cells.
 
-    ``scales`` fixes the α that would be computed.
+    ``scales`` replaces the computed α.
     """
     losses, used = [], []
     for n, (s, t) in enumerate(zip(student, teacher)):
@@ -79,7 +79,7 @@ def literal_ima(
 
 
 def maps(seed, kind="ordinary"):
-    """(student, teacher), (N, C, H, W) float64 arrays whose cosines are of both signs."""
+    """Return (student, teacher), (N, C, H, W) float64 arrays with cosines of both signs."""
     rng = np.random.default_rng(seed)
     shape = (2 + seed % 2, 1 + seed % 3, *SIZES[seed % len(SIZES)])
     student, teacher = rng.normal(0, 1, (2, *shape))
@@ -94,7 +94,7 @@ def maps(seed, kind="ordinary"):
 
 
 def weights(seed, student):
-    """Whole numbers of which the last instance has none."""
+    """Return whole-number weights; those of the last instance are 0."""
     shape = (len(student), 1, *student.shape[-2:])
     weight = np.random.default_rng(seed).integers(0, 3, shape).astype(float)
     weight[-1] = 0
@@ -102,7 +102,7 @@ def weights(seed, student):
 
 
 def both(student, teacher, masked, weighted, seed, dtype=torch.float64, **options):
-    """The package's value and the literal one."""
+    """Return the package's value and the literal one."""
     s, t = torch.from_numpy(student).to(dtype), torch.from_numpy(teacher).to(dtype)
     mask = weight = None
     if masked:
@@ -111,7 +111,7 @@ def both(student, teacher, masked, weighted, seed, dtype=torch.float64, **option
         weight = torch.from_numpy(weights(seed, student))
     found = ima(s, t, mask, weight=weight, **options).item()
     expected, _ = literal_ima(
-        s.double().numpy(),  # rounded as the package sees it
+        s.double().numpy(),  # rounded like the package's input
         t.double().numpy(),
         None if mask is None else mask.numpy(),
         weight=None if weight is None else weight.numpy(),
@@ -146,12 +146,12 @@ def test_float32_is_as_good_as_its_input(options, masked, weighted, kind):
 
 
 def test_value_by_hand():
-    # Both maps standardize to ±1 (nearly: ε); their cosine is -1, so that α = f = 0.1.
+    # Both maps standardize to ±1 (up to ε). Their cosine is -1, so that α = f = 0.1.
     student, teacher = torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[-1.0, 1.0]]]])
     torch.testing.assert_close(ima(student, teacher), torch.tensor(1.1**2 / (1 + EPS)))
     torch.testing.assert_close(ima(student, teacher, scale_floor=0.0), torch.tensor(1 / (1 + EPS)))
     torch.testing.assert_close(ima(student, teacher, deflate=False), torch.tensor(4 / (1 + EPS)))
-    # Raw: cosine (-3 + 1) / √20 < 0 as well; plain: ((3 + 1)² + 0²) / 2.
+    # The raw cosine is (-3 + 1) / √20 < 0 as well. The plain loss is ((3 + 1)² + 0²) / 2.
     torch.testing.assert_close(
         ima(student, teacher, standardize=False, scale_floor=0.0), torch.tensor(1.0)
     )
@@ -159,7 +159,7 @@ def test_value_by_hand():
 
 
 def test_deflation_by_hand():
-    # cos((1, 0), (1, 1)) = 1/√2, raw; (α - 1)² and 1 over two cells.
+    # The raw cosine of (1, 0) and (1, 1) is 1/√2. The mean is over (α - 1)² and 1.
     student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.ones(1, 1, 1, 2)
     alpha = 0.2 + 0.8 / 2**0.5
     found = ima(student, teacher, standardize=False, scale_floor=0.2)
@@ -179,7 +179,7 @@ def test_with_all_parts_off_it_is_plain_feature_distillation(seed):
 @every_option
 def test_equal_maps_give_zero(options):
     if options["standardize"] and not options["standardize_teacher"]:
-        options = {**options, "standardize_teacher": True}  # other targets by design
+        options = {**options, "standardize_teacher": True}  # else other targets by design
     x = torch.randn(3, 2, 5, 6, generator=generator())
     assert ima(x, x.clone(), **options).abs() < 1e-6
     assert ima(x, x.clone(), weight=torch.rand(3, 1, 5, 6), **options).abs() < 1e-6
@@ -288,7 +288,7 @@ def test_gradient_at_negative_cosine(scale_on, masked):
 
     assert largest(standardize=False) > 1e-3
     assert largest(standardize=False, scale_floor=0.0) == 0
-    # Opposite standardized maps are a stationary point for every scale: leave it a little.
+    # Opposite standardized maps are a stationary point for every scale: move slightly away.
     student = student + 0.5 * torch.randn(2, 3, 4, 4, generator=generator(1))
     assert largest() > 1e-3
     assert largest(scale_floor=0.0) == 0
@@ -346,7 +346,7 @@ NUM_CLASSES = 3
 
 
 def draw_labels(seed, student, ignored=(255, -1, NUM_CLASSES)):
-    """(N, H, W) labels of which some are ignored and the last image lacks a class."""
+    """Draw (N, H, W) labels: some cells are ignored and the last image lacks a class."""
     shape = (len(student), *student.shape[-2:])
     labels = np.random.default_rng(seed).choice([*range(NUM_CLASSES), *ignored], shape)
     labels[-1][labels[-1] == 1] = 0
@@ -354,7 +354,7 @@ def draw_labels(seed, student, ignored=(255, -1, NUM_CLASSES)):
 
 
 def both_classes(student, teacher, masked, seed, dtype=torch.float64, **options):
-    """The package's (sum, count) and the literal ones."""
+    """Return the package's (sum, count) and the literal ones."""
     s, t = torch.from_numpy(student).to(dtype), torch.from_numpy(teacher).to(dtype)
     mask = draw_mask(s, seed=seed) if masked else None
     labels = draw_labels(seed, student)
@@ -398,15 +398,16 @@ def test_classes_in_float32_are_as_good_as_their_input(options, masked, kind, to
 
 
 def test_classes_by_hand():
-    # Class 0: (3, 1) against (-1, 1): standardized cosine -1, α = 0.1. Class 1: a single cell,
-    # which standardizes to 0. Class 2: (5, 7) against (0, 1): cosine 1. One cell is ignored.
+    # Class 0 has (3, 1) against (-1, 1): standardized cosine -1, α = 0.1. Class 1 has a single
+    # cell, which standardizes to 0. Class 2 has (5, 7) against (0, 1): cosine 1. One cell is
+    # ignored.
     student = torch.tensor([[[[3.0, 1.0, 9.0], [5.0, 7.0, 2.0]]]])
     teacher = torch.tensor([[[[-1.0, 1.0, 4.0], [0.0, 1.0, 8.0]]]])
     labels = torch.tensor([[[0, 0, 1], [2, 2, 255]]])
     total, count = ima_classes(student, teacher, labels, 3)
     torch.testing.assert_close(total, torch.tensor(1.1**2), rtol=1e-4, atol=0)
     assert count == 3
-    # Plain: means over their own cells, ((3 + 1)² + 0) / 2, (9 - 4)², (5² + 6²) / 2.
+    # Plain losses are means over their own cells: ((3 + 1)² + 0) / 2, (9 - 4)², (5² + 6²) / 2.
     total, count = ima_classes(student, teacher, labels, 3, **PLAIN)
     torch.testing.assert_close(total, torch.tensor(8.0 + 25 + 30.5))
     assert count == 3

@@ -1,4 +1,4 @@
-"""Divergences of predictions against SciPy, and the laws that they obey."""
+"""Test divergences of predictions against SciPy, and their mathematical properties."""
 
 import math
 
@@ -20,7 +20,7 @@ temperature = st.floats(0.5, 10, width=32)
 
 @st.composite
 def two_rows(draw):
-    """(student, teacher) logits, (1, K) each in float64."""
+    """Return (student, teacher) logits, (1, K) each in float64."""
     classes = draw(st.integers(2, 6))
     rows = [
         draw(st.lists(number, min_size=classes, max_size=classes)) for _ in ("student", "teacher")
@@ -47,7 +47,7 @@ def test_kd_is_the_mean_over_rows():
 
 
 def test_pixel_kd_is_the_mean_over_the_pixels_of_all_pictures():
-    # Two pictures of 1 x 3 pixels; at one pixel (3/4, 1/4) against (1/2, 1/2).
+    # Two images of 1 x 3 pixels differ at one pixel: (3/4, 1/4) against (1/2, 1/2).
     student, teacher = torch.zeros(2, 2, 2, 1, 3)
     teacher[1, 0, 0, 2] = math.log(3)
     row = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -76,7 +76,7 @@ def test_gradient_of_pixel_kd():
 
 
 def test_binary_value_by_hand():
-    # σ(ln 3) = 3/4 against 1/2; logits 0 agree
+    # σ(ln 3) = 3/4 against 1/2; the logits 0 agree.
     student, teacher = torch.zeros(2), torch.tensor([math.log(3), 0.0])
     expected = torch.tensor([0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.0])
     torch.testing.assert_close(binary_kl(student, teacher), expected)
@@ -150,7 +150,7 @@ def test_temperature_scales_logits_and_value(rows, t):
 def test_high_temperature_is_the_squared_gap_of_logits(rows):
     student, teacher = rows
     gap = teacher - student
-    # T² cancels the temperature: to second order the divergences are variances of the gap.
+    # T² cancels the temperature. To second order the divergences are variances of the gap.
     centred = (gap - gap.mean(1, keepdim=True)).square().mean(1) / 2
     t = 1e4
     torch.testing.assert_close(categorical_kl(student, teacher, t), centred, rtol=0.01, atol=1e-3)

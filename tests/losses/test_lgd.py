@@ -1,4 +1,4 @@
-"""LGD's distillation term against its restatement; its boxes on cells by hand."""
+"""Test LGD's distillation term against its reference, and its boxes on cells by hand."""
 
 import math
 
@@ -26,13 +26,13 @@ def test_the_loss_is_the_restatements(seed):
 
 
 def test_the_loss_by_hand():
-    """(1, 3) becomes (−1, 1), (6, 2) the opposite: 4 at both cells; one cell alone becomes 0."""
+    """(1, 3) becomes (−1, 1), and (6, 2) the opposite: 4 at both cells; a single cell becomes 0."""
     student, teacher = (torch.tensor([[[x]]]) for x in ([1.0, 3.0], [6.0, 2.0]))
     assert losses.lgd([student], [teacher]).item() == pytest.approx(4, rel=1e-4)
     assert losses.lgd([student], [3 * student - 7]).item() == pytest.approx(0, abs=1e-9)
     one = torch.full((1, 1, 1, 1), 5.0)
     assert losses.lgd([one], [-one]) == 0
-    # A mean over the cells, not over the levels.
+    # The mean is over the cells, not over the levels.
     assert losses.lgd([student, one], [teacher, -one]).item() == pytest.approx(8 / 3, rel=1e-4)
 
 
@@ -63,13 +63,13 @@ def test_half_precision_an_empty_batch_and_wrong_shapes():
         losses.lgd([x, x], [x])
 
 
-CANVAS = (16, 12)  # pixels; a map of 4 x 3 cells has its centres at 2, 6, 10, 14
-CELLS = {  # rows and columns of that map
+CANVAS = (16, 12)  # pixels; the cell centres of a 4 x 3 map are at 2, 6, 10, 14
+CELLS = {  # rows and columns of this map
     (2, 2, 6, 6): ([0, 1], [0, 1]),  # edges on centres
     (2.1, 1.9, 6, 13.9): ([0, 1, 2], [1]),
     (-50, -50, 90, 90): ([0, 1, 2, 3], [0, 1, 2]),
     (3, 3, 5, 5): ([], []),  # between the centres
-    (20, 2, 30, 6): ([], []),  # beyond the canvas
+    (20, 2, 30, 6): ([], []),  # outside the padded image
     (NAN, NAN, NAN, NAN): ([], []),
 }
 
@@ -85,7 +85,7 @@ def test_a_box_has_the_cells_whose_centres_lie_in_it(box):
 
 
 def test_cells_of_a_map_that_does_not_divide_the_canvas():
-    """One cell has its centre in the middle of the canvas, whatever the stride."""
+    """The centre of a single cell is the centre of the padded image, whatever the stride."""
     boxes = torch.tensor([[[0.0, 0.0, 50.0, 40.0], [49.0, 0.0, 96.0, 64.0]]])
     assert losses.lgd_masks(boxes, (64, 96), 1, 1).flatten().tolist() == [1, 0]
     assert losses.lgd_masks(boxes, (64, 96), 1, 2).tolist() == [[[[1, 0]], [[0, 1]]]]
@@ -108,8 +108,8 @@ def test_labels_are_corners_over_the_canvas_and_one_hot_in_minus_1_to_1():
 def test_pooling_and_rendering_by_hand():
     maps = torch.arange(12.0).view(1, 1, 3, 4) * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
     masks = torch.zeros(1, 3, 3, 4)
-    masks[0, 0, 1:, :2] = 1  # 4, 5, 8, 9
-    masks[0, 1, 2, 1] = 1  # 9
+    masks[0, 0, 1:, :2] = 1  # cells of value 4, 5, 8, 9
+    masks[0, 1, 2, 1] = 1  # the cell of value 9
     assert losses.lgd_pooled(maps, masks).tolist() == [[[6.5, -6.5], [9, -9], [0, 0]]]
     assert losses.lgd_pooled(torch.full((1, 2, 3, 4), 7.0), masks)[0, :2].unique().tolist() == [7]
 

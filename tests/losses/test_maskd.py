@@ -1,4 +1,4 @@
-"""Masked distillation: receptive masks, their overlap, the error under them."""
+"""Test masked distillation: receptive masks, their overlap, and the error under them."""
 
 import math
 
@@ -14,7 +14,7 @@ TOKENS = 3
 
 
 def tensors(shape, seed=0, dtype=torch.float32):
-    """(student, teacher, masks, weights)"""
+    """Return (student, teacher, masks, weights)."""
     batch, _, height, width = shape
     generator = torch.Generator().manual_seed(seed)
     student, teacher = torch.randn((2, *shape), generator=generator, dtype=dtype)
@@ -108,7 +108,7 @@ def test_half_precision(dtype):
 
 
 def test_receptive_masks():
-    # One token looks at the first channel, one at the second against it.
+    # The first token reads channel 1, the second token reads minus channel 2.
     tokens = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     features = torch.tensor([[[[0.0, math.log(3)]], [[0.0, 2 * math.log(3)]]]])
     expected = torch.tensor([[[[0.5, 0.75]], [[0.5, 0.75]]]])
@@ -121,7 +121,7 @@ def test_receptive_masks():
 
 
 def test_dice_by_hand():
-    # (1, 1) and (1, 0): 2 · 1 / (2 + 1). Disjoint masks have no overlap, equal ones have 1.
+    # (1, 1) and (1, 0) give 2 · 1 / (2 + 1). Disjoint masks have an overlap of 0, equal ones 1.
     found = dice_overlap(torch.tensor([[[[1.0, 1.0]], [[1.0, 0.0]]]]))
     torch.testing.assert_close(found, torch.tensor(2 / 3))
     assert dice_overlap(torch.eye(2).view(1, 2, 1, 2)) == 0

@@ -1,4 +1,4 @@
-"""The comparison methods' losses against independent restatements of their specification."""
+"""Test the losses of the comparison methods against independent references."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ STRIDE = 8
 
 
 class Case:
-    """Random maps, boxes and rows of one seed; some of everything is empty, odd or tiny."""
+    """Random maps, boxes and rows of one seed; some are empty, of odd size or tiny."""
 
     def __init__(self, seed: int):
         self.rng = rng = np.random.default_rng(seed)
@@ -33,7 +33,7 @@ class Case:
         self.classes = 1 + seed % 6
 
     def some_boxes(self, number: int) -> Array:
-        """A third of them beyond the canvas, one an exact cell."""
+        """Draw boxes: a third of them reaches outside the image, one is exactly a cell."""
         first = self.rng.uniform(-20, 60, (number, 2))
         boxes = np.concatenate([first, first + self.rng.uniform(0.5, 70, (number, 2))], 1)
         boxes[:1] = [8, 8, 16, 16]
@@ -45,14 +45,14 @@ class Case:
 
 
 def tensors(x: Any) -> Any:
-    """Arrays as float64 tensors, in lists and tuples too."""
+    """Convert arrays to float64 tensors, also inside lists and tuples."""
     if isinstance(x, list):
         return [tensors(y) for y in x]
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 def agree(name: str, *args: Any, ours: str = "") -> None:
-    """A function of the package and its restatement."""
+    """Check that a function of the package equals its reference."""
     expected = getattr(literal, name)(*args)
     found = getattr(losses, ours or name)(*map(tensors, args))
     for a, b in zip(found, expected) if isinstance(expected, tuple) else [(found, expected)]:
@@ -104,14 +104,14 @@ def test_fgfi_mask(seed: int) -> None:
     case = Case(seed)
     anchors = case.some_boxes(case.height * case.width * 3).reshape(case.height, case.width, 3, 4)
     boxes = case.some_boxes((0, 1, 9)[seed % 3])
-    boxes[-1:] += 500 * (seed % 2)  # one that no anchor overlaps
+    boxes[-1:] += 500 * (seed % 2)  # no anchor overlaps it
     agree("fgfi_mask", anchors, boxes, 0.5)
 
 
 @pytest.mark.parametrize("seed", CASES)
 def test_defeat_masks(seed: int) -> None:
     case = Case(seed)
-    boxes = [x * 4 for x in case.boxes]  # up to 360 pixels: of three levels
+    boxes = [x * 4 for x in case.boxes]  # up to 360 pixels: they belong to three levels
     sizes = [(13, 21), (7, 11), (4, 6)]
     found = losses.defeat_masks(tensors(boxes), sizes, (4, 8, 16))
     for level, (masks, size) in enumerate(zip(found, sizes)):
@@ -179,7 +179,7 @@ GRADIENTS: dict[str, Callable[[Case, torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient(name: str) -> None:
-    case = Case(5)  # three pictures of 8 x 5 cells, two channels
+    case = Case(5)  # three images of 8 x 5 cells, two channels
     student = tensors(case.student).requires_grad_()
     assert student.shape == (3, 2, 8, 5)
     assert torch.autograd.gradcheck(lambda x: GRADIENTS[name](case, x), student)
@@ -227,7 +227,7 @@ def test_equal_maps_give_zero_and_no_gradient(name: str) -> None:
     assert (loss == 0 and student.grad.abs().max() == 0) or name in ("hcl", "gid_relation")
 
 
-# ---- What the specification says besides
+# ---- Further statements of the specification
 
 
 def test_pkd_is_one_minus_the_correlation() -> None:
@@ -239,7 +239,7 @@ def test_pkd_is_one_minus_the_correlation() -> None:
     correlation = [np.corrcoef(s, t)[0, 1] for s, t in zip(*flat)]
     expected = (cells - 1) / cells * (1 - np.mean(correlation))
     found = losses.pkd(tensors(case.student), tensors(case.teacher))
-    assert found.item() == pytest.approx(expected, rel=1e-5)  # up to the 1e-6 of its deviation
+    assert found.item() == pytest.approx(expected, rel=1e-5)  # PKD adds 1e-6
 
 
 @pytest.mark.parametrize("seed", CASES)
@@ -251,7 +251,7 @@ def test_fgd_attention_sums_to_the_cells_and_channels(seed: int) -> None:
 
 
 def test_dkd_and_kd() -> None:
-    """KD = TCKD + (1 − p) NCKD, p the teacher's probability of the target (DKD, Eq. 6)."""
+    """KD = TCKD + (1 − p) NCKD, where p is the teacher's probability of the target (DKD, Eq. 6)."""
     case = Case(11)
     for _ in range(20):
         student, teacher = (tensors(x) for x in case.logits(1, 6))
@@ -270,7 +270,10 @@ def test_dkd_of_extreme_logits() -> None:
 
 
 def test_ld_at_an_infinite_temperature() -> None:
-    """T² KL → half the variance over the bins of the difference of the logits, 1/bins of it."""
+    """T² KL tends to half the variance, over the bins, of the difference of the logits.
+
+    LD is 1/bins of it.
+    """
     case = Case(3)
     student, teacher = (tensors(x) for x in case.logits(1, 9))
     found = losses.ld(student, teacher, torch.ones(1), 1e4)
@@ -279,7 +282,7 @@ def test_ld_at_an_infinite_temperature() -> None:
 
 
 def test_maps_that_are_constant() -> None:
-    """A channel without deviation is 0, with a gradient that is finite."""
+    """A channel without deviation becomes 0, with a finite gradient."""
     student = torch.ones(2, 3, 4, 4, requires_grad=True)
     loss = losses.pkd(student, torch.randn(2, 3, 4, 4))
     loss.backward()
@@ -290,7 +293,7 @@ BAD_SHAPES: list[tuple[Callable[[], Any], str]] = [
     (lambda: losses.pkd(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4, 3)), "differ in shape"),
     (lambda: losses.fgfi(*torch.zeros(2, 1, 2, 3, 4), torch.zeros(3, 4)), r"must be \(N, H, W\)"),
     (lambda: losses.mgd(*torch.zeros(2, 1, 2, 3, 4), torch.abs, torch.zeros(1, 3, 4)), "keep"),
-    (lambda: losses.fgd(*torch.zeros(2, 1, 2, 3, 4), [], (24, 32)), "boxes of 0 pictures"),
+    (lambda: losses.fgd(*torch.zeros(2, 1, 2, 3, 4), [], (24, 32)), "boxes are given for 0 images"),
     (lambda: losses.fgd_attention(torch.zeros(1, 2, 3, 4), 0.0), "temperature must be above 0"),
     (lambda: losses.ld(*torch.zeros(2, 3, 4), torch.zeros(4), 1.0), r"must be \(P,\)"),
     (lambda: losses.dkd(*torch.zeros(2, 3, 4), torch.zeros(4).long(), 1, 1, 1), r"must be \(N,\)"),
@@ -327,7 +330,7 @@ def test_an_empty_batch_trains() -> None:
 
 
 def test_fgfi_masks_of_several_levels_and_pictures() -> None:
-    """As of one level with the cells of both side by side."""
+    """Several levels give the same masks as one level with all cells side by side."""
     case = Case(5)
     fine, coarse = case.some_boxes(24).reshape(2, 4, 3, 4), case.some_boxes(6).reshape(2, 1, 3, 4)
     boxes = [case.some_boxes(3), case.some_boxes(0), case.some_boxes(1)]

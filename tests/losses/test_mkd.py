@@ -1,4 +1,4 @@
-"""Multi-knowledge distillation: pooled maps, masked frequencies, aligned channels."""
+"""Test multi-knowledge distillation: pooled maps, masked frequencies, aligned channels."""
 
 import math
 
@@ -28,7 +28,7 @@ def generator(seed=0):
 
 
 def maps(seed, dtype=torch.float32, scale=1.0):
-    """(student, teacher), (N, C, H, W) of every size."""
+    """Return (student, teacher), (N, C, H, W) of every size."""
     shape = (1 + seed % 3, 1 + seed % 4, *SIZES[seed % len(SIZES)])
     return scale * torch.randn((2, *shape), generator=generator(seed), dtype=dtype)
 
@@ -48,7 +48,7 @@ def gradient(value, x):
 
 
 def peaked_map(seed=0, channels=32, height=100, width=168, objects=12):
-    """A trained pyramid's finest level: weak noise and a few objects that excite some channels."""
+    """Return a map like a trained pyramid's finest level: weak noise, objects in some channels."""
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 0.4, (channels, height, width))
     rows, columns = np.ogrid[:height, :width]
@@ -60,7 +60,7 @@ def peaked_map(seed=0, channels=32, height=100, width=168, objects=12):
 
 
 def test_multi_scale_by_hand():
-    # A gap of (4, 0, 2) over three cells: pooled by 1 and 2, the last window holds one cell.
+    # The gap is (4, 0, 2) over three cells. The last window of pooling by 2 holds one cell.
     teacher = torch.zeros(1, 1, 1, 3)
     student = torch.tensor([[[[4.0, 0.0, -2.0]]]])
     single = (16 + 0 + 4) / 3
@@ -93,7 +93,7 @@ def test_at_scale_one_it_is_plain_feature_distillation():
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_channel_alignment_by_hand(attention):
-    # (3/4, 1/4) against (1/2, 1/2). Attention is 1 at the first cell; the second holds 0.
+    # (3/4, 1/4) against (1/2, 1/2). The attention is 1 at the first cell; the second cell is 0.
     student, teacher = torch.zeros(1, 1, 1, 2), torch.tensor([[[[math.log(3), 0.0]]]])
     expected = torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     torch.testing.assert_close(channel_alignment(student, teacher, attention=attention), expected)
@@ -140,13 +140,13 @@ def test_attention_leaves_more_than_a_hundredth_of_the_cells(seed):
     a = literal.joint_attention(*doubles(student.detach()[0], teacher[0]))
     found = gradient(channel_alignment(student, teacher), student)
 
-    # Against a flat student the gradient is A ⊙ (1/HW - φ(G^T)) / C: it tells φ.
+    # For a constant student the gradient is A ⊙ (1/HW - φ(G^T)) / C, from which φ follows.
     channels, height, width = teacher.shape[1:]
     phi = 1 / (height * width) - channels * found / torch.from_numpy(a).float()
     support = 1 / phi.flatten(2).square().sum(2)  # participation ratio, in cells
     assert support.median() > 0.01 * height * width
     assert support.mean() > 0.01 * height * width
-    # An attention of mean 1 has a support of one cell and a ratio of 600 or more here.
+    # With an attention of mean 1 the support would be one cell and the ratio at least 600.
     assert found.norm() < 50 * gradient(fitnet(student, teacher), student).norm()
 
 
@@ -185,7 +185,7 @@ def test_symmetries(case, seed):
         torch.testing.assert_close(loss(shuffled(student), shuffled(teacher)), expected)
         assert expected >= -1e-12
         assert loss(teacher, teacher.clone()).abs() < 1e-12
-    # A softmax over cells does not know their order, nor a channel's constant.
+    # A softmax over cells depends neither on their order nor on a constant per channel.
     expected = channel_alignment(student, teacher)
     torch.testing.assert_close(channel_alignment(scattered(student), scattered(teacher)), expected)
     plain = channel_alignment(student, teacher, attention=False)

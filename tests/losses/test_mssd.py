@@ -1,4 +1,4 @@
-"""Multi-scale self-distillation: the squared error and the soft masks of boxes."""
+"""Test multi-scale self-distillation: the squared error and the soft masks of boxes."""
 
 import math
 
@@ -21,13 +21,13 @@ def generator(seed=0):
 
 
 def draw_boxes(rng, count, height, width, stride):
-    """(K, 4) float32 of every kind: ordinary, below a cell, below a pixel, outside, aligned."""
+    """Draw (K, 4) float32 boxes: ordinary, below a cell, below a pixel, outside, aligned."""
     padded_size = np.array([width, height]) * stride
     centre = rng.uniform(-0.2, 1.2, (count, 2)) * padded_size
     size = rng.choice([0.0, 0.4, 1.0, 0.5 * stride, 2 * stride, padded_size.max()], (count, 2))
     size = size * rng.uniform(0.8, 1.2, (count, 2))
     boxes = np.concatenate([centre - size / 2, centre + size / 2], 1)
-    aligned = rng.random(count) < 0.3  # edges on cell centres and on the borders of cells
+    aligned = rng.random(count) < 0.3  # edges on centres and borders of cells
     boxes[aligned] = np.round(boxes[aligned] / (stride / 2)) * (stride / 2)
     return torch.from_numpy(boxes).float()
 
@@ -65,7 +65,7 @@ def test_the_teacher_is_the_same_network_and_gets_no_gradient():
 
 
 def test_mask_by_hand():
-    # Cell centres 4, 12, 20, 28. The box reaches from the first to the third: exp(-1 / σ²).
+    # The cell centres are 4, 12, 20, 28. The box reaches from the first to the third: exp(-1/σ²).
     edge, off = math.exp(-0.5), 0.0
     profile = torch.tensor([edge, 1, edge, off])
     square, flat = torch.tensor([[4.0, 4, 20, 20]]), torch.tensor([[4.0, 8, 20, 16]])
@@ -121,7 +121,7 @@ def test_500_boxes_in_one_image():
 @pytest.mark.parametrize("side", range(4))
 @pytest.mark.parametrize("seed", range(10))
 def test_all_four_edges_belong_to_the_box(side, seed):
-    # One edge on a cell centre, the others anywhere; rounding must not move the edge.
+    # One edge is on a cell centre, the others are anywhere. Rounding must not move the edge.
     corner = torch.rand(4, generator=generator(seed))
     box = torch.tensor([20.0, 20, 80, 80]) + 9 * corner
     box[side] = (20.0, 20.0, 84.0, 84.0)[side]
@@ -139,7 +139,7 @@ def test_all_four_edges_belong_to_the_box(side, seed):
         ((9.0, 17.0, 11.5, 19.5), (2, 1)),  # larger than a pixel, between cell centres
         ((13.0, 1.0, 15.0, 31.0), (2, 1)),  # long and thin, between two columns of centres
         ((15.9, 15.9, 16.1, 16.1), (2, 2)),  # centre on the border of four cells
-        ((0.0, 0.0, 0.0, 0.0), (0, 0)),  # the canvas's first corner belongs to it
+        ((0.0, 0.0, 0.0, 0.0), (0, 0)),  # the top left corner belongs to the image
         ((31.0, 31.0, 32.0, 32.0), (3, 3)),
     ],
 )
@@ -204,7 +204,7 @@ def test_the_order_of_boxes_and_the_unit_of_length_do_not_matter(random, count, 
     expected = gaussian_mask([boxes], 5, 7, stride)
     shuffled = boxes[rng.permutation(count)]
     assert torch.equal(gaussian_mask([shuffled], 5, 7, stride), expected)
-    large = boxes[(boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1]  # a pixel is no longer a pixel
+    large = boxes[(boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1]  # sides above the minimum
     assert torch.equal(
         gaussian_mask([2 * large], 5, 7, 2 * stride), gaussian_mask([large], 5, 7, stride)
     )

@@ -1,4 +1,4 @@
-"""Pair-wise structured distillation: similarities between the patches of a map."""
+"""Test SKD's pair-wise loss: similarities between the patches of a map."""
 
 import math
 
@@ -23,7 +23,7 @@ def doubles(*tensors):
 
 
 def patches(height, width, scale):
-    """Slices of the patches in the order of the nodes."""
+    """Return slices of the patches in the order of the nodes."""
     kh, kw = max(int(scale * height), 1), max(int(scale * width), 1)
     return [
         (slice(y, y + kh), slice(x, x + kw))
@@ -33,7 +33,7 @@ def patches(height, width, scale):
 
 
 def literal_nodes(x, scale):
-    """(M, C) maxima of one picture."""
+    """Return (M, C) maxima of one image."""
     cut = patches(*x.shape[1:], scale)
     return np.array([[channel[part].max() for channel in x] for part in cut])
 
@@ -53,7 +53,8 @@ def literal_affinity(student, teacher, scale):
 
 
 def test_value_by_hand():
-    # Nodes (3, 4) and (5, 0) at a cosine of 3/5 against parallel ones: two of four entries differ.
+    # Nodes (3, 4) and (5, 0) have a cosine of 3/5, the others are parallel. Two of four entries
+    # differ.
     student = torch.tensor([[[[3.0, 5.0]], [[4.0, 0.0]]]])
     teacher = torch.tensor([[[[2.0, 7.0]]]])
     expected = torch.tensor(2 * (1 - 0.6) ** 2 / 4)
@@ -61,7 +62,7 @@ def test_value_by_hand():
 
 
 def test_nodes_by_hand():
-    # Five columns at scale 1/2: patches of 2, 2 and 1 cells with the maxima 4, 1 and -3.
+    # Five columns at scale 1/2 give patches of 2, 2 and 1 cells with the maxima 4, 1 and -3.
     student = torch.tensor([[[[4.0, 0.0, 1.0, -2.0, -3.0]]]])
     found = pairwise_affinity(student, torch.ones_like(student))
     torch.testing.assert_close(found, torch.tensor(4 * 2.0**2 / 9))  # four cosines are -1

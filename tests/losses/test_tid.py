@@ -1,4 +1,4 @@
-"""Task integration distillation: scores of points, the areas that they select, the masked error."""
+"""Test TID: scores of points, the areas that they select, and the masked error."""
 
 import math
 
@@ -23,7 +23,7 @@ from distill.losses import (
 )
 
 SIZES = [(1, 1), (1, 4), (3, 1), (4, 4), (5, 7), (8, 5)]
-SCORES = (0.4, 0.6, 1.5, 2.0, 2.25, 3.0)  # all that the detector's thresholds can give
+SCORES = (0.4, 0.6, 1.5, 2.0, 2.25, 3.0)  # all possible scores
 NO_GT = torch.zeros(0, 4)
 few_examples = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -34,14 +34,14 @@ def generator(seed=0):
 
 
 def draw_boxes(rng, *shape, low=0.0, high=64.0):
-    """(..., 4) float32, some of which are a pixel or a point."""
+    """Draw (..., 4) float32 boxes; some are a pixel or a point."""
     corner = rng.uniform(low, high, (*shape, 2))
     size = rng.choice([0.0, 1.0, 12.0, 40.0], (*shape, 1)) * rng.uniform(0.7, 1.3, (*shape, 2))
     return torch.from_numpy(np.concatenate([corner, corner + size], -1)).float()
 
 
 def disjoint_boxes(count):
-    """(count, 4) boxes of which no two overlap."""
+    """Return (count, 4) boxes that do not overlap."""
     x = 10.0 * torch.arange(count)
     return torch.stack([x, 0 * x, x + 8, 0 * x + 8], 1)
 
@@ -51,7 +51,7 @@ def doubles(*tensors):
 
 
 def image(seed, points=60, anchors=2, objects=3):
-    """(P, A, 4) decoded boxes, ground truth and (P,) probabilities: hits and misses."""
+    """Return (P, A, 4) decoded boxes, ground truth and (P,) probabilities: hits and misses."""
     rng = np.random.default_rng(seed)
     gt = draw_boxes(rng, objects)
     gt[:1] = torch.tensor([10.0, 10, 60, 40])
@@ -74,9 +74,9 @@ def test_matched_iou_by_hand():
     gt = torch.tensor([[0.0, 0, 10, 10], [20.0, 0, 30, 10]])
     boxes = torch.tensor(
         [
-            [[0.0, 0, 10, 5], [20.0, 0, 28, 10]],  # half of the first, 0.8 of the second
-            [[5.0, 0, 15, 10], [50.0, 0, 60, 10]],  # 50 of 150; nothing
-            [[10.0, 0, 20, 10], [40.0, 0, 41, 1]],  # touches both; nothing
+            [[0.0, 0, 10, 5], [20.0, 0, 28, 10]],  # IoU 1/2 with the first box, 0.8 with the second
+            [[5.0, 0, 15, 10], [50.0, 0, 60, 10]],  # IoU 50/150 and 0
+            [[10.0, 0, 20, 10], [40.0, 0, 41, 1]],  # touches both boxes; IoU 0
         ]
     )
     iou, match, anchor = matched_iou(boxes, gt)
@@ -90,7 +90,7 @@ def test_matched_iou_equals_the_literal_form(seed):
     rng = np.random.default_rng(seed)
     points, anchors, objects = (1, 7, 30)[seed % 3], 1 + seed % 4, (1, 2, 9, 20)[seed % 4]
     boxes = draw_boxes(rng, points, anchors)
-    gt = draw_boxes(rng, objects, low=-40.0, high=100.0)  # outside the picture too
+    gt = draw_boxes(rng, objects, low=-40.0, high=100.0)  # also outside the image
     iou, match, anchor = matched_iou(boxes, gt)
     expected = literal.matched_iou(*doubles(boxes, gt))
     assert iou.dtype == torch.float32
@@ -206,7 +206,8 @@ def test_score_options_out_of_range(options, message):
 
 
 def test_value_by_hand():
-    # k = 2 of 5. Key: the scores 3 and, by the tie-break, the second 2. Weak: gains 2.6 and 1.6.
+    # k = 2 of 5. The key area has the scores 3 and, by the tie-break, the second 2. The weak area
+    # has the gains 2.6 and 1.6.
     teacher = torch.tensor([2.0, 3.0, 2.0, 2.0, 0.4])
     student = torch.tensor([0.4, 0.4, 2.0, 1.5, 0.6])
     tie = torch.tensor([0.3, 0.1, 0.7, 0.6, 0.9])
@@ -222,7 +223,7 @@ def test_value_by_hand():
 @pytest.mark.parametrize(
     "tie, expected",
     [
-        ([0.0, 0.0, 0.0, 0.0], [1, 1, 0, 0]),  # equal ties: the lower index
+        ([0.0, 0.0, 0.0, 0.0], [1, 1, 0, 0]),  # equal ties: the lower index wins
         ([0.1, 0.2, 0.3, 0.2], [0, 1, 1, 0]),
         ([0.1, 0.1 + 1e-6, 0.1 + 2e-6, 0.1], [0, 1, 1, 0]),
     ],
@@ -292,7 +293,7 @@ def test_value_equals_the_literal_form(seed, kind, area):
     points = (1, 2, 19, 20, 21, 77)[seed % 6]
     if kind == "scores":
         scores = rng.choice(SCORES, (2, points))
-    else:  # IoUs of which many are 0
+    else:  # IoUs, many of them 0
         scores = rng.uniform(0, 1, (2, points)) * (rng.random((2, points)) < 0.5)
     teacher, student = torch.from_numpy(scores).float()
     tie = torch.from_numpy(rng.integers(0, 4, points) / 4).float()
@@ -348,13 +349,13 @@ def test_value_options_out_of_range(options, message):
     [
         ((4, 2), 1),  # inside
         ((8, 2), 1),  # on the border
-        ((10, 2), 0.5),  # half of half the width away
+        ((10, 2), 0.5),  # a quarter of the width away
         ((-1, 2), 0.75),
-        ((4, 5), 0.5),  # half of half the height away
+        ((4, 5), 0.5),  # a quarter of the height away
         ((12, 2), 0),
         ((4, -3), 0),
         ((10, 5), 1 - math.hypot(0.5, 0.5)),  # off a corner
-        ((11, 5.5), 0),  # near in either direction, not in both
+        ((11, 5.5), 0),  # within the band in each direction, but not in both together
     ],
 )
 def test_information_by_hand(point, expected):
@@ -367,10 +368,10 @@ def test_information_by_hand(point, expected):
     "gt, expected",
     [
         (NO_GT, [0, 0, 0]),
-        (torch.tensor([[-30.0, 0, -10, 9]]), [0.5, 0, 0]),  # outside: its band reaches in
+        (torch.tensor([[-30.0, 0, -10, 9]]), [0.5, 0, 0]),  # only its band
         (torch.tensor([[5.0, 5, 6, 6]]), [0, 1, 0]),  # a pixel
         (torch.tensor([[6.0, 6, 6, 6]]), [0, 1, 0]),  # a point
-        (torch.tensor([[6.25, 6, 6.25, 6]]), [0, 0.5, 0]),  # its band is that of a pixel
+        (torch.tensor([[6.25, 6, 6.25, 6]]), [0, 0.5, 0]),  # a band as wide as that of a pixel
         (torch.tensor([[5.0, 5, 7, 7], [11.0, 0, 13, 9], [-9.0, -9, 9, 9]]), [1, 1, 1]),
     ],
     ids=["none", "outside", "pixel", "point", "near a point", "several"],
@@ -423,7 +424,7 @@ def test_loss_by_hand():
     numerator, mass = tid(student, torch.zeros_like(student), torch.tensor([[[0.5, 3.0]]]))
     torch.testing.assert_close(numerator, torch.tensor((0.5 * 5 + 3 * 9) / 2))
     torch.testing.assert_close(mass, torch.tensor(3.5))
-    # α weighs the areas' sums, not what they are divided by.
+    # α weighs the sums of the areas, not the normalizer.
     alpha = torch.tensor([[[4.0, 0.0]]])
     numerator, mass = tid(student, torch.zeros_like(student), torch.tensor([[[0.5, 3.0]]]), alpha)
     torch.testing.assert_close(numerator, torch.tensor(4 * 0.5 * 5 / 2))
@@ -494,7 +495,7 @@ def test_only_the_maps_carry_a_gradient():
 
 
 def focus(library, iou_t, iou_s, prob_t, prob_s, boxes, points, gt):
-    """M of one image with the package's functions or the literal ones."""
+    """Return M of one image with the package's functions or with the literal ones."""
     score_t = library.tid_score(iou_t, prob_t, 0.5, 0.4)
     score_s = library.tid_score(iou_s, prob_s, 0.5, 0.4)
     value = library.tid_value(score_t, score_s, iou_t * prob_t, boxes, gamma=0.2)

@@ -1,33 +1,27 @@
-"""Assigners against hand-made cases and loops over boxes and priors."""
+"""Test the assigners against hand-made cases and loops over boxes and priors."""
 
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from distill.nets.assign import atss_assign, nearest_point_assign, valuable_region
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-
-import literal_methods
+from distill.nets.assign import atss_assign, nearest_point_assign
 
 CANVAS = 128
 STRIDES = (8, 16, 32, 64)
 
 
 def centres(stride: int) -> Tensor:
-    """(H·W, 2) centres of the cells of a level, row by row."""
+    """Return the (H·W, 2) centres of the cells of a level, row by row."""
     at = torch.arange(0, CANVAS, stride) + stride / 2
     return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).flatten(0, 1)
 
 
 def squares(size: float) -> list[Tensor]:
-    """The priors of each level, ``size`` strides wide."""
+    """Return the priors of each level, ``size`` strides wide."""
     levels = []
     for stride in STRIDES:
         half = size * stride / 2
@@ -89,12 +83,12 @@ def slow_nearest(points: Tensor, strides: Tensor, gt: Tensor, scale: float) -> l
 
 
 def boxes_of(assigned: Tensor | Sequence[int], gt: Tensor) -> list[list[float] | None]:
-    """What each prior is trained on: identical boxes are one."""
+    """Return the box of each prior. Identical boxes count as one."""
     return [None if i < 0 else gt[i].tolist() for i in assigned]
 
 
 def scenes() -> list[Tensor]:
-    """50 pictures: none, one, 300, identical boxes, and a few."""
+    """Return 50 images with no box, one, 300, identical, and a few boxes."""
     generator = torch.Generator().manual_seed(0)
     numbers = [0, 1, 300, *torch.randint(1, 8, (46,), generator=generator).tolist()]
     boxes = [random_boxes(n, generator) for n in numbers]
@@ -122,20 +116,20 @@ def test_the_nearest_point_against_loops() -> None:
 
 
 def test_atss_by_hand() -> None:
-    """Two anchors of one level are candidates; the one that is the box itself passes.
+    """Two anchors of one level are candidates. The anchor that equals the box passes.
 
-    IoUs 1 and 1/3: mean 2/3, unbiased deviation √2/3, so the threshold is 1.14 and none passes;
-    with a third candidate of IoU 0 it is 4/9 + 0.51 and the first passes.
+    The IoUs are 1 and 1/3: mean 2/3 and unbiased deviation √2/3. The threshold 1.14 lets none pass.
+    A third candidate of IoU 0 makes the threshold 4/9 + 0.51, and the first one passes.
     """
     anchors = torch.tensor([[0.0, 0, 8, 8], [4, 0, 12, 8], [40, 0, 48, 8]])
     gt = anchors[:1]
     assert atss_assign([anchors], gt, 2).tolist() == [-1, -1, -1]
     assert atss_assign([anchors], gt, 3).tolist() == [0, -1, -1]
-    assert atss_assign([anchors], gt, 9).tolist() == [0, -1, -1]  # there are no more
+    assert atss_assign([anchors], gt, 9).tolist() == [0, -1, -1]  # the level has only three anchors
 
 
 def test_atss_needs_the_centre_inside() -> None:
-    """A box between the anchors' centres: all overlap alike, no centre is in it."""
+    """A box lies between the anchors' centres: all have the same IoU, but no centre is inside."""
     anchors = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])
     assert atss_assign([anchors], torch.tensor([[5.0, 0, 11, 8]]), 2).tolist() == [-1, -1]
 
@@ -157,7 +151,7 @@ def test_the_level_of_a_box() -> None:
 def test_a_point_goes_to_the_nearer_box() -> None:
     at, strides = torch.tensor([[4.0, 4], [100, 100]]), torch.tensor([8.0, 8])
     gt = torch.tensor([[0.0, 0, 30, 30], [0, 0, 16, 16]])  # centres 15 and 8
-    # In units of the boxes 11/30·√2 and 4/16·√2.
+    # In units of the boxes, the distances are 11/30·√2 and 4/16·√2.
     assert nearest_point_assign(at, strides, gt).tolist() == [1, -1]
     assert nearest_point_assign(at, strides, gt[:1], number=2).tolist() == [0, 0]
 
@@ -167,18 +161,3 @@ def test_nothing_to_find() -> None:
     empty = torch.zeros(0, 4)
     assert (nearest_point_assign(at, strides, empty) == -1).all()
     assert (atss_assign(squares(8), empty) == -1).all()
-
-
-@pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("number", [0, 1, 2, 9])
-def test_the_valuable_region_against_loops(number: int, released: bool) -> None:
-    g = torch.Generator().manual_seed(number)
-    for _ in range(5):
-        gt = random_boxes(number, g) + torch.rand(number, 1, generator=g) / 7  # off the grid
-        levels = squares(8)
-        found = valuable_region(levels, gt, 9, released)
-        own = [x.double().numpy() for x in levels]
-        expected = literal_methods.vlr(own, gt.double().numpy(), 9, not released)
-        largest = found.numpy().max(0, initial=0)
-        np.testing.assert_allclose(largest, expected, atol=1e-5)
-        assert (found > 0).any() == (number > 0)

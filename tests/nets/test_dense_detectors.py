@@ -1,4 +1,4 @@
-"""FCOS, ATSS, GFL and RepPoints: sizes by hand, losses and boxes against loops in float64."""
+"""Test FCOS, ATSS, GFL and RepPoints: sizes by hand, losses and boxes against loops in float64."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from distill.nets.gfl import distribution_focal, quality_focal
 
 Array = Any
 Row = Sequence[float]
-SIZE = 128  # of the pictures
+SIZE = 128  # side of the images in pixels
 
 
 # ---- Sizes
@@ -32,7 +32,7 @@ def conv(inputs: int, outputs: int, kernel: int, bias: bool = True) -> int:
 
 
 def resnet_50() -> int:
-    """Convolutions alone: the norms are frozen, so they have no parameters."""
+    """Count the convolutions only: the norms are frozen and have no parameters."""
     total, inputs = conv(3, 64, 7, bias=False), 64
     for blocks, middle in [(3, 64), (4, 128), (6, 256), (3, 512)]:
         outputs = 4 * middle
@@ -79,7 +79,7 @@ def test_parameters_with_r50(family: str) -> None:
     assert parameters == resnet_50() + fpn(2048 if of_c5 else 256) + HEADS[family]
 
 
-# ---- Losses, slowly
+# ---- Reference losses
 
 
 def sigmoid(x: Array) -> Array:
@@ -87,12 +87,12 @@ def sigmoid(x: Array) -> Array:
 
 
 def entropy(logit: Array, target: Array) -> Array:
-    """Binary cross entropy with logits."""
+    """Return the binary cross entropy with logits."""
     return np.logaddexp(0, logit) - logit * target
 
 
 def focal(logits: Array, labels: Sequence[int]) -> float:
-    """α = 0.25, γ = 2, summed; label K is background, -1 is left out."""
+    """Return the sum for α = 0.25, γ = 2; label K is background, -1 is left out."""
     total = 0.0
     for row, label in zip(logits, labels):
         for k, x in enumerate(row if label >= 0 else ()):
@@ -102,7 +102,7 @@ def focal(logits: Array, labels: Sequence[int]) -> float:
 
 
 def giou_gap(a: Row, b: Row) -> float:
-    """1 − GIoU."""
+    """Return 1 − GIoU."""
     hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
     overlap = iou(a, b)
     area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
@@ -115,7 +115,7 @@ def centre(box: Row) -> tuple[float, float]:
 
 
 def sides(box: Row, at: tuple[float, float]) -> list[float]:
-    """Distances from a point to the left, top, right and bottom."""
+    """Return the distances from a point to the left, top, right and bottom."""
     return [at[0] - box[0], at[1] - box[1], box[2] - at[0], box[3] - at[1]]
 
 
@@ -126,7 +126,7 @@ def centerness(box: Row, at: tuple[float, float]) -> float:
 
 
 class Scene:
-    """A picture, what a network's head says of it, and loops over its priors."""
+    """An image, the outputs of a head for it, and reference losses as loops over its priors."""
 
     def __init__(self, model: Any, number: int):
         g = torch.Generator().manual_seed(number)
@@ -143,7 +143,7 @@ class Scene:
             output = model.head(maps)
         self.levels = [x.tensor.double() for x in model.anchor_generator(maps)]
         self.priors = torch.cat(self.levels).tolist()
-        # (R, D) rows in the order of the priors, one a cell.
+        # (R, D) rows in the order of the priors, one per cell.
         self.rows = [
             np.concatenate([x[0].permute(1, 2, 0).flatten(0, 1).double().numpy() for x in part])
             for part in output
@@ -153,7 +153,7 @@ class Scene:
         return [NUM_CLASSES if i < 0 else int(self.classes[i]) for i in assigned]
 
     def matched(self, assigned: Sequence[int]) -> list[tuple[int, list[float]]]:
-        """(prior, box) of the positives."""
+        """Return (prior, box) of the positives."""
         return [(r, self.gt[i].double().tolist()) for r, i in enumerate(assigned) if i >= 0]
 
 
@@ -211,7 +211,7 @@ def slow_gfl_losses(scene: Scene) -> dict[str, float]:
 
 
 def slow_fcos_losses(scene: Scene) -> dict[str, float]:
-    """detectron2's FCOS; its normaliser starts at 300 and moves by a tenth."""
+    """Return the losses of detectron2's FCOS. Its normalizer starts at 300 and moves by a tenth."""
     logits, distances, centernesses = scene.rows
     strides = [p[2] - p[0] for p in scene.priors]
     assigned = [-1] * len(scene.priors)
@@ -264,7 +264,7 @@ def slow_reppoints_losses(scene: Scene) -> dict[str, float]:
     overlapping, labels = [-1] * len(scene.priors), [NUM_CLASSES] * len(scene.priors)
     for r in range(len(scene.priors) if len(scene.gt) else 0):
         i = int(overlaps[:, r].argmax())
-        # The priors that overlap a box most are its own, however little that is.
+        # The priors that overlap a box most are assigned to it, however small the overlap.
         most = (overlaps[:, r] == overlaps.max(1)) & (overlaps[:, r] > 0)
         if overlaps[i, r] >= 0.5 or most.any():
             overlapping[r], labels[r] = i, int(scene.classes[i])
@@ -286,7 +286,7 @@ SLOW: dict[str, Callable[[Scene], dict[str, float]]] = {
 
 
 def decided_model(family: str, seed: int = 0) -> Any:
-    """A tiny network that is far from its initialisation: no class at 0.01."""
+    """Build a tiny network far from its initialization: no class probability is near 0.01."""
     model: Any = outspoken_model(family, seed=seed)
     for parameter in model.head.parameters():
         if parameter.dim() > 1:
@@ -306,7 +306,7 @@ def test_losses_against_loops(family: str) -> None:
 
 
 def test_a_picture_without_positives_counts_one_in_gfl() -> None:
-    """As its authors have it; the classes of the joint batch are normalised by 1 more."""
+    """As in the authors' code, the normalizer of the classes of the joint batch is larger by 1."""
     model = decided_model("gfl")
     full, empty = Scene(model, 2), Scene(model, 0)
     with torch.no_grad(), EventStorage():
@@ -317,7 +317,7 @@ def test_a_picture_without_positives_counts_one_in_gfl() -> None:
 
 
 def test_an_object_that_no_box_meets_takes_no_points() -> None:
-    """RepPoints' boxes are predicted: none need be where an object is."""
+    """RepPoints predicts its boxes: there may be none near an object."""
     model = decided_model("reppoints")
     found = torch.tensor([[[0.0, 0, 40, 40], [30, 30, 60, 60], [80, 80, 90, 90]]])
     gt = torch.tensor([[0.0, 0, 50, 50], [100, 100, 104, 104]])
@@ -330,7 +330,7 @@ def test_an_object_that_no_box_meets_takes_no_points() -> None:
 
 
 def test_quality_focal_by_hand() -> None:
-    """At logit 0, σ = ½ and the cross entropy log 2, whatever the quality."""
+    """At logit 0, σ is ½ and the cross entropy is log 2, whatever the quality."""
     loss = quality_focal(torch.zeros(3), torch.tensor([0.0, 0.5, 0.9]))
     torch.testing.assert_close(loss, torch.tensor([0.25, 0.0, 0.16]) * math.log(2))
     linear = quality_focal(torch.zeros(1), torch.ones(1), beta=1.0)
@@ -338,14 +338,14 @@ def test_quality_focal_by_hand() -> None:
 
 
 def test_distribution_focal_by_hand() -> None:
-    """Uniform over 5 bins: log 5 everywhere; what is beyond the last bin counts as 3.9."""
+    """A uniform distribution over 5 bins gives log 5. Distances end at 3.9, before the last bin."""
     uniform, distances = torch.zeros(2, 20), torch.tensor([[0.0, 1, 2.5, 9], [-1, 3.9, 4, 1]])
     torch.testing.assert_close(
         distribution_focal(uniform, distances, 4), torch.full((2,), 5.0).log()
     )
     sides = torch.zeros(1, 4, 5)
-    sides[..., 3] = 2.0  # its share is e² / (e² + 4)
-    expected = math.log(math.exp(2) + 4) - 2 * 0.25  # a quarter of 2.25 is at bin 3 where it ends
+    sides[..., 3] = 2.0  # the probability of bin 3 is e² / (e² + 4)
+    expected = math.log(math.exp(2) + 4) - 2 * 0.25  # distance 2.25 gives bin 3 the weight 1/4
     loss = distribution_focal(sides.flatten(1), torch.full((1, 4), 2.25), 4)
     assert loss.item() == pytest.approx(expected)
     assert distribution_focal(uniform[:0], distances[:0], 4).shape == (0,)
@@ -365,7 +365,7 @@ def test_gradients_of_gfls_losses() -> None:
 
 
 def bins_of(distances: Tensor) -> Tensor:
-    """(P, 68) logits whose expectations are (P, 4) distances in strides, in [0, 16)."""
+    """Return (P, 68) logits with given expectations: (P, 4) distances in strides, in [0, 16)."""
     low = distances.floor()
     logits = torch.full((*distances.shape, 17), -50.0)
     logits.scatter_(2, low.long()[..., None], (low + 1 - distances).log()[..., None])
@@ -375,7 +375,7 @@ def bins_of(distances: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", DENSE)
 def test_what_is_assigned_is_found(family: str) -> None:
-    """Outputs that say what the targets say give the objects back."""
+    """Outputs that equal the targets decode to the objects."""
     model = outspoken_model(family).eval()
     gt = torch.tensor([[10.0, 20, 50, 44], [60, 50, 120, 120], [70, 5, 90, 30]])
     truth = Instances((SIZE, SIZE), gt_boxes=Boxes(gt), gt_classes=torch.tensor([2, 0, 1]))
@@ -410,7 +410,7 @@ def pictures() -> list[dict[str, Any]]:
 
 
 def test_the_moments_of_nine_points() -> None:
-    """A grid of points one cell apart: deviation √(6/8), the box by it and the learned factors."""
+    """The points of a grid, one cell apart, have deviation √(6/8). The factors scale the box."""
     head: Any = tiny_head()
     points = head.kernel.expand(1, 18, 2, 2) + torch.tensor([2.0, 3.0] * 9).view(1, 18, 1, 1)
     side = math.sqrt(6 / 8)
@@ -427,7 +427,7 @@ def tiny_head() -> Any:
 
 
 def test_features_are_read_at_the_points() -> None:
-    """The deformable convolutions against bilinear samples at each cell's points."""
+    """Check the deformable convolutions against bilinear samples at each cell's points."""
     torch.manual_seed(0)
     head = tiny_head()
     for parameter in head.parameters():
@@ -456,7 +456,7 @@ def test_features_are_read_at_the_points() -> None:
 
 
 def test_how_much_of_the_gradient_passes() -> None:
-    """A tenth of the classification's to the first points, a hundredth to the moments."""
+    """A tenth of the gradient reaches the first points, and a hundredth reaches the moments."""
     head = tiny_head()
     heard = []
     head.init_points.register_forward_hook(lambda *a: heard.append(a[2].retain_grad() or a[2]))

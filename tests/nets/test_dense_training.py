@@ -1,4 +1,4 @@
-"""FCOS, ATSS, GFL and RepPoints in a training: checkpoints, processes, precision, compilation."""
+"""Test FCOS, ATSS, GFL and RepPoints in training: checkpoints, DDP, precision, compilation."""
 
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ PAIRS = [*((family, family, ()) for family in DENSE), ("gfl", "fcos", MOBILE)]
 def test_a_stock_checkpoint(
     taught_by: str, family: str, backbone: tuple[str, ...], shapes: Shapes, tmp_path: Path
 ) -> None:
-    """Stock detectron2 with these networks and their keys loads and predicts the same bits."""
+    """Stock detectron2 with these networks and keys loads and predicts the same bits."""
     name = DENSE[family]
     classes = (f"MODEL.{DENSE[taught_by].upper()}.NUM_CLASSES", 8)
     threshold = (f"MODEL.{name.upper()}.SCORE_THRESH_TEST", 0.0)
@@ -72,16 +72,16 @@ def test_a_stock_checkpoint(
             assert torch.equal(value, other), key
 
 
-# ---- Two processes. FCOS, detectron2's own, averages its normaliser over time in each process.
+# ---- Two processes. detectron2's FCOS averages its normalizer over time in each process.
 
 JOINT = [family for family in DENSE if family != "fcos"]
-OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # by rank
+OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # objects per rank
 
 
 def gradients(family: str, pictures: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Of the network's own losses."""
+    """Return the gradients of the network's own losses."""
     model: Any = outspoken_model(family)
-    # At the start GFL's weights sum to less than the floor, which is one of each process.
+    # At the start, the sum of GFL's weights is below its minimum of 1 in each process.
     torch.nn.init.zeros_(model.head.cls_score.bias)
     with EventStorage():
         sum(model(pictures).values()).backward()

@@ -1,4 +1,4 @@
-"""FPN + PAN: names, strides, sizes and pathways."""
+"""Test FPN + PAN: names, strides, sizes and pathways."""
 
 import pytest
 import torch

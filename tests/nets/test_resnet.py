@@ -1,4 +1,4 @@
-"""Dilated ResNets: output strides, names, and what they say beside detectron2's."""
+"""Test dilated ResNets: output strides, names, and outputs compared with detectron2's ResNets."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from distill.config import building
 from distill.errors import ConfigError
 
 DEPTHS = (18, 34, 50, 101)
-DILATIONS = {32: (1, 1), 16: (1, 2), 8: (2, 4)}  # of res4 and res5, by output stride
+DILATIONS = {32: (1, 1), 16: (1, 2), 8: (2, 4)}  # output stride -> dilations of res4, res5
 OURS, STOCK = "build_dilated_resnet_backbone", "build_resnet_backbone"
 
 
 def config(depth, stride=32, *opts):
-    """As narrow as detectron2 allows."""
+    """Return a config of a ResNet as narrow as detectron2 allows."""
     res4, res5 = DILATIONS[stride]
     return tiny_cfg(
         "semantic",
@@ -51,7 +51,7 @@ def test_without_dilation_it_is_detectron2s(depth):
     ours, stock = backbone(config(depth)), backbone(config(depth), STOCK)
     assert list(ours.state_dict()) == list(stock.state_dict())
     x = torch.rand(1, 3, 64, 96)
-    for name, expected in stock(x).items():  # of the same seed
+    for name, expected in stock(x).items():  # built with the same seed
         assert torch.equal(ours(x)[name], expected)
 
 

@@ -1,4 +1,4 @@
-"""PSPNet and DeepLabV3, detectron2's and ours: sizes, losses, training and distillation."""
+"""Test PSPNet and DeepLabV3, detectron2's and ours: sizes, losses, training and distillation."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import building, student_config, validate_config
-from distill.config.detectron2_rules import check_values
+from distill.config.validate import check_values
 from distill.engine import Trainer
 from distill.errors import ConfigError
 from distill.families import build_family
@@ -33,7 +33,7 @@ from distill.structures import NetworkOutputs
 
 HEAD = "MODEL.SEM_SEG_HEAD."
 RESNET = "MODEL.RESNETS."
-# One narrow network for each head, of output stride 8.
+# One narrow network per head, with output stride 8.
 COMMON = (
     *("MODEL.BACKBONE.NAME", "build_dilated_resnet_backbone", RESNET + "STEM_TYPE", "basic"),
     *(RESNET + "RES4_DILATION", 2, RESNET + "RES5_DILATION", 4),
@@ -57,7 +57,7 @@ def pictures():
 
 
 def train_step(model, inputs):
-    """One step of SGD; the losses before it."""
+    """Run one step of SGD and return the losses before it."""
     with EventStorage():
         losses = model(inputs)
     sum(losses.values()).backward()
@@ -68,14 +68,14 @@ def train_step(model, inputs):
 
 # ---- Sizes.
 
-PAPER = {  # head, depth and width: millions of parameters, 10^9 multiply-adds (IMA paper)
+PAPER = {  # (head, depth, width): (million parameters, 10^9 multiply-adds) in the IMA paper
     ("PSPHead", 18, 128): (12.61, 109),
     ("ASPPHead", 101, 512): (84.74, 695),
 }
 
 
 def full_size(name, depth, channels, *opts):
-    """On the meta device: 19 classes, output stride 8, no auxiliary head."""
+    """Build a model on the meta device: 19 classes, output stride 8, no auxiliary head."""
     cfg = tiny_cfg(
         "semantic",
         *(*COMMON, HEAD + "NAME", name, HEAD + "NUM_CLASSES", 19, HEAD + "NORM", "BN"),
@@ -90,7 +90,7 @@ def full_size(name, depth, channels, *opts):
 
 
 def multiply_adds(model, height, width):
-    """Of all convolutions up to the logits at stride 8; nothing else multiplies."""
+    """Count all convolutions up to the logits at stride 8. Nothing else multiplies."""
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         features = model.backbone(torch.empty(1, 3, height, width, device=device))
@@ -100,10 +100,10 @@ def multiply_adds(model, height, width):
 
 @pytest.mark.parametrize("key", PAPER, ids=str)
 def test_sizes_are_the_papers_with_the_deep_stem(key):
-    """Parameters of all but the auxiliary head; multiply-adds of a 512x1024 picture.
+    """Compare parameters without the auxiliary head, and multiply-adds of a 512x1024 image.
 
-    The stem of three convolutions and 64 channels is the one that fits: with a 7x7 convolution
-    PSPNet-R18 has 12.62 M parameters and 105.9 G multiply-adds, which is 2.8 % less.
+    The stem with three convolutions and 64 channels fits. With a 7x7 convolution PSPNet-R18 has
+    12.62 M parameters and 105.9 G multiply-adds, which is 2.8 % less.
     """
     model = full_size(*key, RESNET + "STEM_TYPE", "deeplab")
     parameters, operations = PAPER[key]
@@ -190,7 +190,7 @@ def test_a_synchronised_norm_is_built(name):
     model = tiny_model("semantic", *OPTS[name], HEAD + "NORM", "SyncBN", norm="SyncBN")
     names = [k for k, m in model.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
     assert any(k.startswith("sem_seg_head.aux_head") for k in names)
-    train_step(model, [picture(0, semantic=True)])  # of one process, like a batch norm
+    train_step(model, [picture(0, semantic=True)])  # in one process it is a batch norm
     assert model.eval()([picture(0)])[0]["sem_seg"].isfinite().all()
 
 
@@ -392,7 +392,7 @@ def test_the_polynomial_schedule(ending):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
     rates = []
-    for _ in range(6):  # beyond the end, too
+    for _ in range(6):  # two steps more than MAX_ITER
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -409,4 +409,4 @@ def test_the_polynomial_schedule_goes_on_in_a_longer_training(shapes, tmp_path):
         trainer.train()
         rates[length] = [x for x, _ in trainer.storage.history("lr").values()]
     assert rates[2] == pytest.approx([0.01, 0.005])
-    assert rates[4][1] == pytest.approx(0.0025)  # the first one is the optimizer's, as it was
+    assert rates[4][1] == pytest.approx(0.0025)  # rates[4][0] is restored

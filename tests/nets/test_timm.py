@@ -1,4 +1,4 @@
-"""timm's backbones below detectron2's necks."""
+"""Test timm backbones with detectron2's necks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,14 +87,14 @@ def test_a_local_file(name: str, suffix: str, tmp_path: Path) -> None:
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     missing = ("MODEL.TIMM.WEIGHTS", str(tmp_path / "gone.pth"))
-    with pytest.raises(ConfigError, match=r"there is no file '.*gone.pth'"):
+    with pytest.raises(ConfigError, match=r"'.*gone.pth' does not exist"):
         built(config("resnet18", "build_timm_fpn_backbone", *missing))
     other = timm.create_model("resnet10t")
     torch.save(other.state_dict(), tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match=r"is no file of weights of resnet18 .*size mismatch"):
+    with pytest.raises(ConfigError, match=r"does not hold weights of resnet18 .*size mismatch"):
         _loaded(tmp_path / "other.pth")
     (tmp_path / "torn.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="is no file of weights of resnet18"):
+    with pytest.raises(ConfigError, match="does not hold weights of resnet18"):
         _loaded(tmp_path / "torn.pth")
     state = timm.create_model("resnet18").state_dict()
     del state["layer3.0.conv1.weight"]
@@ -112,12 +112,14 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
-    with pytest.raises(ConfigError, match=r"of resnet18 cannot be had \(no route to host\)"):
+    with pytest.raises(ConfigError, match=r"of resnet18 cannot be downloaded \(no route to host\)"):
         built(config("resnet18", "build_timm_fpn_backbone", "MODEL.TIMM.PRETRAINED", True))
 
 
 def test_an_unknown_model() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet81' is no model of timm; nearest: .*resnet18"):
+    with pytest.raises(
+        ConfigError, match=r"'resnet81' is not a model of timm; nearest: .*resnet18"
+    ):
         built(config("resnet81"))
 
 
@@ -126,7 +128,7 @@ def test_a_name_with_the_tag_of_its_weights() -> None:
 
 
 def test_pictures_of_one_channel(tmp_path: Path) -> None:
-    """timm adapts the first convolution; what else a file lacks is found all the same."""
+    """timm adapts the first convolution. Other missing weights are still found."""
     path = str(tmp_path / "weights.pth")
     state = timm.create_model("resnet18").state_dict()
     torch.save(state, path)
@@ -142,7 +144,7 @@ def test_pictures_of_one_channel(tmp_path: Path) -> None:
 
 def test_a_model_for_pictures_of_one_size() -> None:
     with pytest.raises(
-        ConfigError, match=r"swin_tiny.* is for pictures of one size \(Input height"
+        ConfigError, match=r"swin_tiny.* accepts only images of one size \(Input height"
     ):
         built(config("swin_tiny_patch4_window7_224"))
 
@@ -150,9 +152,9 @@ def test_a_model_for_pictures_of_one_size() -> None:
 @pytest.mark.parametrize(
     "strides, channels_last, message",
     [
-        ([16, 16], False, r"maps of strides \[16, 16\], not 4, 8"),
-        ([4, 12], False, r"maps of strides \[4, 12\], not 4, 8"),
-        ([4, 8], True, r"no maps \(channels, height, width\): \[\(32, 48, 5\)"),
+        ([16, 16], False, r"maps of strides \[16, 16\]; a neck needs"),
+        ([4, 12], False, r"maps of strides \[4, 12\]; a neck needs"),
+        ([4, 8], True, r"maps of shapes \[\(32, 48, 5\)"),
     ],
 )
 def test_maps_that_no_neck_takes(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
 from ..config import get_distill_cfg
-from ..config.detectron2_rules import is_writable, nearest
+from ..config.detectron2_rules import is_writable
 from ..data.datasets import register_coco_format
 from ..errors import ConfigError, DataError, DistillError
 from ..evaluation.coco_errors import (
@@ -42,6 +42,7 @@ from ..utils.arguments import at_least, size
 from ..utils.io import write_json, write_text
 from ..utils.progress import Progress
 from ..utils.provenance import command, versions
+from ..utils.text import nearest
 from .figures import DrawnBox, draw_curves, draw_panels
 from .models import WEIGHTS, Triples, detect, read_config
 from .page import render

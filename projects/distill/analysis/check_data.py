@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.checks.guard import inspect_pictures, missing_files
+from ..data.checks.images import inspect_pictures, missing_files
 from ..data.checks.issues import Fault
 from ..data.datasets import find_faults
 from ..engine import setup_config

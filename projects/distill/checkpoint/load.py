@@ -1,18 +1,14 @@
-"""Reading weights: any format that detectron2 reads, strictly, and executing nothing of a file.
+"""Load weights strictly, in every format that detectron2 reads, without executing the file.
 
-Torch's formats are read with ``weights_only``. A ``*.pkl`` goes through :class:`ArrayUnpickler`,
-which knows NumPy's numbers and plain containers; and it must be of detectron2's catalogue, or
-allowed by MODEL.ALLOW_PICKLE.
+Torch's formats are read with ``weights_only``. A ``*.pkl`` is read by the :mod:`.unpickler`, and
+only if it is in detectron2's catalogue or MODEL.ALLOW_PICKLE is True.
 
-Files of the catalogue are checked by a hash before they are read:
+The hash of a file of the catalogue is checked before the file is read:
 
-- ``model_final_<6 hex>.pkl`` carry the beginning of their md5 (MODEL_ZOO.md of detectron2). So few
-  digits of such a hash show damage; they do not stop somebody who prepares a file to fit.
+- The name of ``model_final_<6 hex>.pkl`` has the beginning of its md5 (MODEL_ZOO.md of detectron2).
+  So few digits show damage, but they do not stop somebody who prepares a file to fit.
 - The others (``R-50.pkl``) have no published hash. The sha256 of the first file that could be read
-  is kept beside it in detectron2's cache, ``<file>.pkl.sha256``, and holds from then on.
-
-What protects against a prepared file is the unpickler, not the hash. Such a file may still end the
-process, with a nest too deep for Python's stack for example; it cannot have it run anything.
+  is kept next to it in detectron2's cache, as ``<file>.pkl.sha256``. Later files must have it.
 """
 
 import hashlib
@@ -22,8 +18,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +28,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..errors import DistillError, WeightsError
+from ..utils.text import first_sentence
+from .unpickler import read_pickle, require_dict
 
 logger = logging.getLogger(__name__)
 
@@ -46,104 +43,11 @@ ONCE_SAVED = ("pixel_mean", "pixel_std")  # by earlier detectron2; from the conf
 _MD5_IN_NAME = re.compile(r"model_final_([0-9a-f]{6})\.pkl$")
 
 
-# ---- Pickles.
-
-
-class _DType:
-    """Stands for ``numpy.dtype`` in a pickle; numbers and truth values only."""
-
-    def __init__(self, code: str, *_: Any):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-            raise pickle.UnpicklingError(f"it has an array of dtype {code!r:.20}")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-    def read(self, data: str | bytes) -> np.ndarray:
-        """The numbers in ``data``, ``(N,)``, in memory of their own and this machine's order."""
-        raw = data.encode("latin1") if isinstance(data, str) else data  # str: written by Python 2
-        return np.frombuffer(raw, self.dtype).astype(self.dtype.newbyteorder("="))
-
-
-class _Array:
-    """Stands for ``numpy.ndarray`` in a pickle, which makes it empty and then sets its state."""
-
-    array: np.ndarray
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.array = dtype.read(data).reshape(shape, order="F" if fortran else "C")
-
-
-def _array_from_buffer(data: bytes, dtype: _DType, shape: Sequence[int], order: str) -> _Array:
-    array = _Array()
-    array.array = dtype.read(data).reshape(shape, order="F" if order == "F" else "C")
-    return array
-
-
-def _number(dtype: _DType, data: str | bytes) -> Any:
-    return dtype.read(data)[0].item()
-
-
-def _latin1(text: str = "", *_: Any) -> bytes:
-    return text.encode("latin1")
-
-
-_KNOWN: dict[str, Callable[..., Any]] = {
-    "numpy.core.multiarray._reconstruct": _Array,
-    "numpy.core.multiarray.scalar": _number,
-    "numpy.core.numeric._frombuffer": _array_from_buffer,
-    "numpy.ndarray": _Array,
-    "numpy.dtype": _DType,
-    "_codecs.encode": _latin1,  # bytes, as Python 3 writes them for Python 2
-    "__builtin__.bytes": _latin1,  # no bytes at all
-    "collections.OrderedDict": OrderedDict,
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy's numbers and plain containers from a pickle, and refuses all the rest.
-
-    A pickle calls functions by their names. Those that arrays need are here functions of this
-    module: NumPy's own trust their arguments, and an object array made from bytes is a list of
-    pointers to anywhere.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        path = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # its name in NumPy 2
-        if path not in _KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {path}, which arrays do not need")
-        return _KNOWN[path]
-
-
-def _read_pickle(path: str) -> dict[str, Any]:
-    """A detectron2 checkpoint (``model``, ``__author__``), or one made of Caffe2's blobs."""
-    with open(path, "rb") as f:
-        data = _dictionary(ArrayUnpickler(f, encoding="latin1").load())
-    if not {"model", "__author__"} <= set(data):
-        blobs = _dictionary(data.get("blobs", data))  # detectors have it, classifiers do not
-        weights = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
-        data = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-    weights = _dictionary(data["model"])
-    arrays = {k: v.array if isinstance(v, _Array) else v for k, v in weights.items()}
-    return {**data, "model": arrays}
-
-
-def _dictionary(content: Any) -> dict[Any, Any]:
-    if not isinstance(content, dict):
-        raise pickle.UnpicklingError(f"it holds a {type(content).__name__} for a dictionary")
-    return content
-
-
 # ---- Hashes.
 
 
 def file_hash(path: str, algorithm: str = "sha256") -> str:
-    """The hash of a file in hexadecimal digits."""
+    """Return the hash of a file in hexadecimal digits."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as f:
         while block := f.read(2**20):
@@ -156,7 +60,7 @@ def _pin(path: str) -> str:
 
 
 def _check_hash(path: str) -> None:
-    """Refuse a file of the catalogue, in detectron2's cache, that does not have its hash."""
+    """Raise a WeightsError if a cached file of the catalogue does not have its hash."""
     if named := _MD5_IN_NAME.search(path):
         algorithm, expected = "md5", named[1]
     elif os.path.isfile(_pin(path)):
@@ -165,36 +69,36 @@ def _check_hash(path: str) -> None:
     else:
         return
     if not file_hash(path, algorithm).startswith(expected):
-        source = "its name tells" if named else f"'{_pin(path)}' keeps from its first use"
+        source = "of its name" if named else f"in '{_pin(path)}' from its first use"
         raise WeightsError(
-            f"'{path}' does not have the {algorithm} {expected} that {source}; delete "
-            f"{'it' if named else 'both files'}, and it is fetched again."
+            f"'{path}' does not have the {algorithm} {expected} {source}; delete "
+            f"{'it' if named else 'both files'} to download it again."
         )
 
 
 def _keep_hash(path: str) -> None:
-    """Pin a file of the catalogue whose hash nothing else tells."""
+    """Keep the hash of a file of the catalogue unless its name has it."""
     if _MD5_IN_NAME.search(path) or os.path.isfile(_pin(path)):
         return
     try:
         with open(_pin(path), "w") as f:  # as sha256sum writes it
             f.write(f"{file_hash(path)}  {os.path.basename(path)}\n")
     except OSError as e:
-        logger.warning("The hash of %s cannot be kept beside it: %s", path, e)
+        logger.warning("The hash of %s cannot be written next to it: %s", path, e)
 
 
 # ---- Checkpoints.
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, executing nothing that a file says.
+    """``DetectionCheckpointer`` that executes nothing of a file.
 
     Args:
-        model: receives and gives the weights.
-        save_dir: of the checkpoints; "" to load only.
-        allow_pickle: read a ``*.pkl`` from outside detectron2's catalogue too.
-        save_to_disk: by default in the main process only.
-        checkpointables: what else is saved and loaded, by key.
+        model: network whose weights are loaded and saved.
+        save_dir: folder of the checkpoints, or "" to load only.
+        allow_pickle: also read a ``*.pkl`` from outside detectron2's catalogue.
+        save_to_disk: write checkpoints; by default only the main process does.
+        checkpointables: other objects to save and load, by key.
     """
 
     def __init__(
@@ -214,29 +118,30 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Load from a file or URL, as detectron2 does.
 
         Raises:
-            WeightsError: the path is not allowed, or the file does not have its hash. What a bad
-                file raises may be anything; see :func:`readable`.
+            WeightsError: the path is not allowed, or the file does not have its hash. A damaged
+                file may raise anything; see :func:`readable`.
         """
         self._check_source(path)
         self.source = path
         try:
             return super().load(path, *args, **kwargs)
         finally:
-            self._parsed_url_during_load = None  # detectron2 forgets to after an error
+            self._parsed_url_during_load = None  # which detectron2 keeps after an error
 
     def _check_source(self, path: str) -> None:
-        """Refuse a path before anything is fetched."""
+        """Raise a WeightsError before anything is downloaded from a path that is not allowed."""
         if path.startswith(("http://", "ftp://")):
             raise WeightsError(
-                f"'{path}' can be changed by anybody on its way; use https:// or a local file."
+                f"'{path}' is not encrypted, so anybody can change the file on its way; use "
+                "https:// or a local file."
             )
         if "://" in path and ".." in path.split("/"):  # the cache repeats the path of the URL
             raise WeightsError(f"'{path}' has a '..'; write the URL without it.")
         pickled = path.partition("?")[0].endswith(".pkl")
         if pickled and not self.allow_pickle and not path.startswith(CATALOGUE):
             raise WeightsError(
-                f"'{path}' is a pickle from outside detectron2's catalogue; set MODEL.ALLOW_PICKLE "
-                "True to read its arrays, or convert it to .pth."
+                f"'{path}' is a pickle that is not in detectron2's catalogue; set "
+                "MODEL.ALLOW_PICKLE True to read its arrays, or convert it to .pth."
             )
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -244,11 +149,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             known = self.source.startswith(CATALOGUE)
             if known:
                 _check_hash(filename)
-            checkpoint = _read_pickle(filename)
+            checkpoint = read_pickle(filename)
             if known:
                 _keep_hash(filename)
         elif filename.endswith(".pyth"):  # pycls
-            state = _dictionary(self._torch_load(filename).get("model_state"))
+            state = require_dict(self._torch_load(filename).get("model_state"))
             state = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             checkpoint = {"model": state, "__author__": "pycls", "matching_heuristics": True}
         else:
@@ -257,25 +162,25 @@ class SafeCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _torch_load(self, filename: str) -> dict[Any, Any]:
-        return _dictionary(read_torch(filename))
+        return require_dict(read_torch(filename))
 
 
 def read_torch(path: str) -> Any:
-    """``torch.load`` of tensors and plain types, on the CPU; older than torch's zip files too."""
+    """Load tensors and plain types to the CPU, also from files older than torch's zip format."""
     if broken := broken_part(path):
         raise OSError(f"its part {broken} is damaged")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on foreign formats, which are refused below
+            warnings.simplefilter("ignore")  # about other formats, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # its text says how to execute the file
         asked = re.search(r"GLOBAL (\S+)", str(e))
-        reason = f"it asks for {asked[1]}" if asked else "it is no checkpoint"
-        raise pickle.UnpicklingError(f"{reason}, and only tensors and plain types are read") from e
+        reason = f"it calls {asked[1]}" if asked else "it is not a checkpoint"
+        raise pickle.UnpicklingError(f"{reason}; only tensors and plain types are read") from e
 
 
 def broken_part(path: str) -> str | None:
-    """The first part of a zip file that lacks its checksum, which torch itself does not look at."""
+    """Return the first part of a zip file with a wrong checksum, which torch does not check."""
     with open(path, "rb") as f:
         if f.read(4) != b"PK\3\4":  # by which torch knows its zip files
             return None
@@ -284,19 +189,19 @@ def broken_part(path: str) -> str | None:
 
 
 def _check_state(state: Any) -> None:
-    """Refuse what is no dictionary from names to ordinary tensors or arrays."""
-    for name, value in _dictionary(state).items():
+    """Raise an error unless ``state`` maps names to ordinary tensors or arrays."""
+    for name, value in require_dict(state).items():
         if isinstance(value, Tensor):
             plain = value.layout is torch.strided and value.device.type == "cpu"
             plain &= not (value.is_quantized or value.is_complex() or value.is_nested)
         else:
             plain = isinstance(value, np.ndarray)
         if not (plain and isinstance(name, str)):
-            raise pickle.UnpicklingError(f"its model has no ordinary tensor at {name!r:.80}")
+            raise pickle.UnpicklingError(f"{name!r:.80} of its model is not an ordinary tensor")
 
 
 class _StrictCheckpointer(SafeCheckpointer):
-    """Keeps what did not fit instead of logging it."""
+    """Checkpointer that keeps the list of keys that do not fit, instead of logging it."""
 
     incompatible: Any = None
 
@@ -307,14 +212,14 @@ class _StrictCheckpointer(SafeCheckpointer):
 
 @contextmanager
 def readable(path: str, key: str) -> Iterator[None]:
-    """Say in one sentence why a checkpoint cannot be loaded.
+    """Turn every error while a checkpoint is loaded into one sentence.
 
     Args:
         path: file or URL.
         key: config key that gave ``path``, for the message.
 
     Raises:
-        WeightsError: the file is missing, or what is loaded inside failed.
+        WeightsError: the file is missing, or the loading failed.
     """
     if "://" not in path and not os.path.isfile(path):
         raise WeightsError(f"{key}: there is no file '{path}'.")
@@ -324,27 +229,27 @@ def readable(path: str, key: str) -> Iterator[None]:
         raise WeightsError(f"{key}: {e}") from e
     except DistillError:
         raise
-    except Exception as e:  # a damaged file raises anything at all
-        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
+    except Exception as e:  # a damaged file may raise anything
         raise WeightsError(
             f"{key}: '{path}' cannot be read as a checkpoint (missing, truncated or of another "
-            f"format): {reason}"
+            f"format): {first_sentence(e)}"
         ) from e
 
 
 def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool = False) -> None:
-    """Load a checkpoint of which every key must fit, in any format that detectron2 reads.
+    """Load a checkpoint in any format that detectron2 reads; every key must fit.
+
+    A partly loaded teacher is the most common silent failure of distillation.
 
     Args:
-        model: receives the weights.
+        model: network that receives the weights.
         path: file or URL.
         key: config key that gave ``path``, for the messages.
-        allow_pickle: MODEL.ALLOW_PICKLE.
+        allow_pickle: value of MODEL.ALLOW_PICKLE.
 
     Raises:
-        WeightsError: the file is missing, unreadable or not allowed, or a key is missing, left
-            over or of another shape. A partly loaded teacher is the most common silent failure
-            there is.
+        WeightsError: the file is missing, unreadable or not allowed; or a key of it is missing,
+            unexpected or of another shape.
     """
     if not path:
         raise WeightsError(f"{key} is empty; name a checkpoint file or URL.")
@@ -355,9 +260,9 @@ def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool =
     misfits = {k: (a, b) for k, a, b in found.incorrect_shapes}
     problems = [f"{k} has shape {a} where {b} is needed" for k, (a, b) in misfits.items()]
     problems += [f"{k} is missing" for k in found.missing_keys if k not in misfits]
-    problems += [f"{k} is left over" for k in found.unexpected_keys if k not in ONCE_SAVED]
+    problems += [f"{k} is unexpected" for k in found.unexpected_keys if k not in ONCE_SAVED]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
         raise WeightsError(
-            f"{key}: '{path}' does not fit {type(model).__name__} of the given config: {shown}."
+            f"{key}: '{path}' does not fit the {type(model).__name__} of its config: {shown}."
         )

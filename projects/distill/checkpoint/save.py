@@ -1,13 +1,13 @@
-"""Training checkpoints: a stock detectron2 checkpoint of the student, and what a resume needs.
+"""Training checkpoints: a stock detectron2 checkpoint of the student, and the state of a resume.
 
 ``{"model": student, "distill": heads, "student_state": floats outside the state dict, "trainer":
-optimizer, scheduler, hooks and the run's seed, "iteration": int}``. Only plain types and tensors
-go in, so that ``torch.load(..., weights_only=True)`` reads it.
+optimizer, scheduler, hooks and the run's seed, "iteration": int}``. A checkpoint has plain types
+and tensors only, so that ``torch.load(..., weights_only=True)`` reads it.
 """
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,17 +16,19 @@ from torch import nn
 
 from ..errors import CheckpointError, WeightsError
 from ..utils.io import replacing
+from ..utils.old_names import HEADS, with_renamed_keys
+from ..utils.text import first_sentence
 from .load import SafeCheckpointer, file_hash, read_torch
 
-PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of checkpoints on the way
+PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of periodic checkpoints
 
 
 class StudentCheckpointer(SafeCheckpointer):
-    """Writes so that no crash harms an earlier checkpoint, and finds the newest intact one.
+    """Checkpointer whose files survive a crash, and which finds the newest intact one.
 
     Args:
-        weights_in_place: the context in which the student has the weights to write.
-        args, kwargs: as of :class:`SafeCheckpointer`.
+        weights_in_place: context in which the student has the weights to write.
+        args, kwargs: arguments of :class:`SafeCheckpointer`.
     """
 
     def __init__(
@@ -38,11 +40,15 @@ class StudentCheckpointer(SafeCheckpointer):
         super().__init__(*args, **kwargs)
         self.weights_in_place = weights_in_place
 
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        nothing: dict[str, Any] = {key: {} for key in self.checkpointables}
+        return {**nothing, **super()._load_file(filename)}  # fvcore skips what a file lacks
+
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``save_dir/<name>.pth``, its checksum beside it, and tag it as the last one.
+        """Write ``save_dir/<name>.pth`` and its checksum, and tag it as the last checkpoint.
 
         Raises:
-            CheckpointError: it cannot be written; the earlier ones are as they were.
+            CheckpointError: it cannot be written; the earlier checkpoints are unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -54,7 +60,7 @@ class StudentCheckpointer(SafeCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def save_best(self, iteration: int, metric: str, value: float) -> None:
-        """Write ``model_best.pth``: the student alone, not to resume from."""
+        """Write ``model_best.pth`` with the student only, from which no run can resume."""
         with self.weights_in_place():
             student = {"model": self.model.state_dict()}
             self._write("model_best", {**student, "iteration": iteration, metric: value})
@@ -68,12 +74,12 @@ class StudentCheckpointer(SafeCheckpointer):
             # Torch's writer raises a RuntimeError of its own after whatever stopped it.
             cause = e if isinstance(e, OSError) else e.__context__ or e
             if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):
-                raise cause from None  # not the file's fault: a data worker died meanwhile
+                raise cause from None  # from another place: a data worker died meanwhile
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             before = len(resumable(self.save_dir))
             raise CheckpointError(
-                f"Checkpoint '{path}' cannot be written ({reason}); the {before} "
-                "before it are intact: mend that and continue with --resume."
+                f"Checkpoint '{path}' cannot be written ({reason}); the {before} before it are "
+                "intact: fix the cause and continue with --resume."
             ) from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -81,37 +87,37 @@ class StudentCheckpointer(SafeCheckpointer):
             f.write(last_filename_basename.encode())
 
     def newest_intact(self) -> str | None:
-        """The checkpoint to resume from; None if there is none at all.
+        """Return the checkpoint to resume from, or None if the folder has no checkpoint.
 
         Raises:
-            WeightsError: there are some, and all are damaged.
+            WeightsError: all checkpoints are damaged.
         """
         damaged = []
         for path in resumable(self.save_dir):
             reason = damage(path)
             if reason is None:
                 return path
-            self.logger.warning("Checkpoint %s %s: taking the one before it.", path, reason)
+            self.logger.warning("Checkpoint %s %s: using the one before it.", path, reason)
             damaged.append(f"'{path}' {reason}")
         if damaged:
             raise WeightsError(
-                f"--resume: {damaged[0]}, and no intact checkpoint is left of {len(damaged)}; "
-                "remove them to start anew, or set another OUTPUT_DIR."
+                f"--resume: {damaged[0]}, and none of {len(damaged)} checkpoints is intact; "
+                "remove them or set another OUTPUT_DIR to start from the beginning."
             )
         return None
 
     def prune(self, keep: int) -> None:
-        """Remove all periodic checkpoints but the newest ``keep``."""
+        """Remove all periodic checkpoints except the newest ``keep``."""
         for name in _periodic(self.save_dir)[keep:]:
             path = os.path.join(self.save_dir, name)
-            # The checksum first: alone, it would stay forever after a crash between the two.
+            # A crash between the two may leave a checkpoint, but no checksum without a checkpoint.
             if os.path.isfile(checksum_file(path)):
                 os.remove(checksum_file(path))
             os.remove(path)
 
 
 def resumable(folder: str) -> list[str]:
-    """Checkpoints to resume from: the tagged one, then the periodic ones, newest first."""
+    """List the checkpoints to resume from: the tagged one, then the others, newest first."""
     if not os.path.isdir(folder):
         return []
     names = _periodic(folder)
@@ -119,16 +125,16 @@ def resumable(folder: str) -> list[str]:
     if os.path.isfile(tag):
         with open(tag, errors="replace") as f:
             last = f.read().strip()
-        # Only a name: the file may hold anything.
+        # The file may hold anything; accept only the name of a file in this folder.
         if last == os.path.basename(last) and last in os.listdir(folder):
             names = [last] + [x for x in names if x != last]
     return [os.path.join(folder, x) for x in names]
 
 
 def _periodic(folder: str) -> list[str]:
-    """Names of the periodic checkpoints, the last one written first.
+    """List the names of the periodic checkpoints, the last one written first.
 
-    That of a higher iteration may be older: damaged, or of another run in the same folder.
+    A checkpoint of a higher iteration may be older: it is damaged, or of another run in the folder.
     """
     names = filter(PERIODIC.fullmatch, os.listdir(folder))
     written = {x: os.path.getmtime(os.path.join(folder, x)) for x in names}
@@ -153,19 +159,61 @@ class StudentState:
         for name in self.NAMES:
             if name in state:
                 setattr(self.student, name, state[name])
-            elif hasattr(self.student, name):  # it appears with the first step
+            elif hasattr(self.student, name):  # the first step sets it
                 delattr(self.student, name)
 
 
+class HeadState:
+    """State of the distillation heads, which is loaded only into the same heads."""
+
+    def __init__(self, heads: nn.ModuleDict):
+        self.heads = heads
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.heads.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of every head, also under the name that it had in an earlier version.
+
+        Raises:
+            WeightsError: a state belongs to no head, or a head has none.
+        """
+        state = with_renamed_keys(state, HEADS, "The checkpoint")
+        saved, own = ({name.split(".")[0] for name in x} for x in (state, self.state_dict()))
+        check_states("head", saved, own, own, "set MODEL.DISTILL.HEADS as it was")
+        self.heads.load_state_dict(state)
+
+
+def check_states(
+    kind: str, saved: Collection[str], own: Collection[str], needed: Collection[str], remedy: str
+) -> None:
+    """Raise a WeightsError if a checkpoint has other states than this training.
+
+    Args:
+        kind: noun for the message, such as "hook".
+        saved: names of those whose state is in the checkpoint.
+        own: names of those in this training.
+        needed: names of those that cannot start without a state.
+        remedy: advice for the message.
+    """
+    unknown, missing = sorted({*saved} - {*own}), sorted({*needed} - {*saved})
+    if unknown or missing:
+        problem = "a state of" if unknown else "no state of"
+        raise WeightsError(
+            f"the checkpoint has {problem} the {kind} {', '.join(unknown or missing)}, which this "
+            f"training {'lacks' if unknown else 'has'}; {remedy}."
+        )
+
+
 def checksum_file(path: str) -> str:
-    """Where the checksum of a checkpoint stands, in the format of ``sha256sum --check``."""
+    """Return the path of a checkpoint's checksum, in the format of ``sha256sum --check``."""
     return f"{path}.sha256"
 
 
 def write_checked(path: str, data: Any) -> None:
-    """``torch.save`` that a crash at any moment leaves with the old file or the new one, whole.
+    """Save so that a crash at any moment leaves the complete old file or the complete new one.
 
-    A new file may lack its checksum after a crash, never have a wrong one.
+    After a crash, the new file may lack its checksum, but it never has a wrong one.
     """
     with replacing(path) as f:
         torch.save(data, f)
@@ -173,15 +221,15 @@ def write_checked(path: str, data: Any) -> None:
         os.fsync(f.fileno())
         digest = file_hash(f.name)
         if os.path.exists(checksum_file(path)):
-            os.remove(checksum_file(path))  # that of the old file
+            os.remove(checksum_file(path))  # it belongs to the old file
     with replacing(checksum_file(path)) as f:
         f.write(f"{digest}  {os.path.basename(path)}\n".encode())
 
 
 def damage(path: str) -> str | None:
-    """What is wrong with a checkpoint file, or None; nothing of it is executed.
+    """Return what is wrong with a checkpoint file, or None; nothing of it is executed.
 
-    Without a checksum beside it, those inside torch's zip format decide, and torch itself.
+    A file without a checksum is judged by the checksums of torch's zip format, and by torch.
     """
     try:
         if os.path.isfile(checksum_file(path)):
@@ -190,6 +238,5 @@ def damage(path: str) -> str | None:
             return None if file_hash(path) in expected else "does not have its checksum"
         read_torch(path)
         return None
-    except Exception as e:  # on broken bytes, both readers raise nearly anything
-        reason = " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
-        return f"cannot be read ({reason})"
+    except Exception as e:  # damaged bytes may raise anything
+        return f"cannot be read ({first_sentence(e)})"

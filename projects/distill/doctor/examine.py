@@ -13,10 +13,9 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import building, student_config, teacher_config, validate_config
-from ..data.datasets import register_coco_format
+from ..config import student_config, teacher_config
 from ..engine.hooks import memory_mb
-from ..errors import ConfigError
+from ..errors import ConfigError, building
 from ..families import build_family
 from ..heads import outlasting_phases
 from ..heads.classes import ClassMap
@@ -46,7 +45,6 @@ def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Repor
     Raises:
         DistillError: what would stop the training before its first step.
     """
-    check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
         dry_run = build_dry_run(cfg, folder)
@@ -75,7 +73,6 @@ def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Repor
 
 def examine_taps(cfg: CfgNode, *, say: Say = str) -> Report:
     """The taps and their pairing alone, which need one batch and no gradient."""
-    check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
         dry_run = build_dry_run(cfg, folder)
@@ -92,7 +89,6 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> Report:
     A teacher counts if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` names one; configured heads that do
     not work are no error here.
     """
-    check_config(cfg)
     say("building the networks")
     with building("student"):
         student = build_model(student_config(cfg))
@@ -104,11 +100,6 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> Report:
         teacher_weights=teacher_config(cfg).MODEL.WEIGHTS if teacher else "",
         registered_heads=head_table(*specs, configured=tuple(cfg.MODEL.DISTILL.HEADS)),
     )
-
-
-def check_config(cfg: CfgNode) -> None:
-    register_coco_format(cfg)
-    validate_config(cfg)
 
 
 # ---- What is there before the first batch.
@@ -129,7 +120,7 @@ def introduction(dry_run: DryRun) -> Report:
             "name a file of its backbone or of the whole student."
         )
     if student and teacher:
-        report.teacher = type(teacher.model).__name__
+        report.teacher = teacher.kind
         report.teacher_weights = teacher_config(cfg).MODEL.WEIGHTS
         report.classes = compare_classes(cfg, student, teacher)
         if not report.classes.known:

@@ -12,8 +12,9 @@ from ..engine.health import cosine_warning, dead_warning, ratio_warning
 from ..engine.telemetry import dot, head_of
 from ..errors import DistillError, NumericalError
 from ..heads import DistillHead
+from ..utils.text import shortened
 from .dry_run import DryRun, Inputs, full_weight
-from .report import LossRow, shortened
+from .report import LossRow
 
 Gradient = list[Tensor | None]
 TASK = "task"

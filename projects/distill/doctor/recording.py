@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..heads import DISTILL_HEAD_REGISTRY, DistillHead, FPNDistillHead
 from ..heads.classes import ClassMap
-from ..heads.dense import DenseLayout
 from ..heads.fpn import Level
 from ..structures import NetworkInfo, NetworkOutputs
 from .dry_run import DryRun, Inputs
@@ -84,15 +83,15 @@ def places(outputs: NetworkOutputs, net: NetworkInfo) -> dict[Place, Said]:
         maps: dict[str, Tensor] = getattr(outputs, signal)
         for name in sorted(maps, key=lambda n: net.features[n].stride):
             add(signal, name, maps[name], stride=net.features[name].stride)
-    if outputs.dense:
-        layout = DenseLayout.of(net)
+    if outputs.dense and net.dense:
+        layout, inside = net.dense, outputs.head_features
         for signal, levels in (
             ("dense logits", outputs.dense.logits),
             ("dense deltas", outputs.dense.deltas),
             ("dense_boxes", outputs.dense_boxes),
             # Of the last convolution: those before it are alike.
-            ("towers classes", outputs.head_features.classes[-1] if outputs.head_features else ()),
-            ("towers boxes", outputs.head_features.boxes[-1] if outputs.head_features else ()),
+            ("head_features classes", inside.classes[-1] if inside else ()),
+            ("head_features boxes", inside.boxes[-1] if inside else ()),
         ):
             for k, (x, name, cell) in enumerate(zip(levels, layout.levels, layout.strides)):
                 add(signal, str(k), x, name, cell)
@@ -105,7 +104,7 @@ def places(outputs: NetworkOutputs, net: NetworkInfo) -> dict[Place, Said]:
     if outputs.masks:
         add("masks logits", "0", outputs.masks.logits, "masks")
     if outputs.sem_seg:
-        stride: int | None = getattr(net.model.sem_seg_head, "common_stride", None)
+        stride = net.sem_seg.stride if net.sem_seg else None
         add("sem_seg features", "0", outputs.sem_seg.features, "sem_seg", stride)
         add("sem_seg logits", "0", outputs.sem_seg.logits, "sem_seg", stride)
     return found

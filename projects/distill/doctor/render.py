@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engine.health import HIGHEST_RATIO, LOWEST_COSINE, LOWEST_RATIO
-from .report import Classes, Cost, HeadRow, LossRow, Report, Said, Setting, Tap, Weights, shortened
+from ..utils.text import shortened
+from .report import Classes, Cost, HeadRow, LossRow, Report, Said, Setting, Tap, Weights
 
 WIDTH = 100
 MOST_NAMES = 8

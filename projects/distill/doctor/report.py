@@ -1,6 +1,5 @@
 """What the doctor found, as plain data; ``dataclasses.asdict`` makes it JSON."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -202,9 +201,3 @@ class Report:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-
-
-def shortened(names: Sequence[str], most: int) -> str:
-    """The first ``most`` names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

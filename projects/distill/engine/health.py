@@ -1,20 +1,21 @@
-"""The bounds of a healthy distillation, and the sentences about what lies beyond them.
+"""Bounds of a healthy distillation, and the warnings beyond them.
 
-The doctor judges two batches by them, the log's alarms the last iterations.
+The doctor applies them to two batches, :class:`LossHealthHook` to the last iterations.
 """
 
-# Distillation loss over task loss. Below, the head changes nothing; above, it is all that trains.
+# Bounds of distillation loss over task loss. A head with a smaller ratio has almost no effect; a
+# head with a larger one dominates the training.
 LOWEST_RATIO = 0.001
 HIGHEST_RATIO = 10.0
 LOWEST_COSINE = -0.5  # between the gradients of distillation and task
 
 
 def ratio_warning(loss: str, ratio: float) -> str | None:
-    """A sentence if a distillation loss is too small or too large beside the task loss, or None.
+    """Return a warning if a distillation loss is too small or too large for the task loss, or None.
 
     Args:
-        loss: of a head that has a weight at this iteration: ``fitnet``, ``loss_fitnet/p2``.
-        ratio: that loss over the task loss; one that is not finite is another matter.
+        loss: name of the loss of a head with a weight, such as ``fitnet`` or ``loss_fitnet/p2``.
+        ratio: distillation loss over task loss. If it is not finite, other checks report it.
     """
     if LOWEST_RATIO <= ratio <= HIGHEST_RATIO or not abs(ratio) < float("inf"):
         return None
@@ -26,30 +27,30 @@ def ratio_warning(loss: str, ratio: float) -> str | None:
 
 
 def cosine_warning(loss: str, cosine: float) -> str | None:
-    """A sentence if a distillation loss pulls the student away from its task, or None.
+    """Return a warning if a distillation loss pulls the student away from its task, or None.
 
     Args:
-        loss: as in :func:`ratio_warning`.
-        cosine: of the gradients of that loss and of the task loss in the student, in [-1, 1].
+        loss: name of the loss, as in :func:`ratio_warning`.
+        cosine: cosine in [-1, 1] between the student's gradients of that loss and the task loss.
     """
     if not cosine < LOWEST_COSINE:
         return None
     return (
-        f"{_short(loss)} has a gradient against that of the task loss (cosine {cosine:.2f}, below "
-        f"{LOWEST_COSINE:g}); lower {_weight(loss)} or compare other levels."
+        f"{_short(loss)} has a gradient that opposes that of the task loss (cosine {cosine:.2f}, "
+        f"below {LOWEST_COSINE:g}); lower {_weight(loss)} or compare other levels."
     )
 
 
 def dead_warning(loss: str, what: str) -> str:
-    """A sentence about a loss that teaches the student nothing.
+    """Return a warning about a loss from which the student learns nothing.
 
     Args:
-        loss: as in :func:`ratio_warning`.
-        what: is exactly 0: "loss" or "gradient".
+        loss: name of the loss, as in :func:`ratio_warning`.
+        what: the quantity that is exactly 0, "loss" or "gradient".
     """
     return (
-        f"{_short(loss)} is dead: its {what} is exactly 0, although {_weight(loss)} is not; look "
-        "at what it compares (the teacher's weights, the levels, frozen layers)."
+        f"{_short(loss)} is dead: its {what} is exactly 0, although {_weight(loss)} is not; check "
+        "the teacher's weights, the levels that are compared, and frozen layers."
     )
 
 

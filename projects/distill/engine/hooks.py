@@ -1,4 +1,4 @@
-"""What happens beside the training step."""
+"""Hooks of the trainer: evaluation, checkpoints, logs and warnings."""
 
 import logging
 import math
@@ -22,14 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class KDRatioHook(HookBase):
-    """Logs each distillation loss over the task loss, per head and level, from iteration 0."""
+    """Log the ratio of each distillation loss to the task loss, per head and level.
+
+    The log begins at iteration 0.
+    """
 
     def __init__(self, heads: Sequence[str]):
         self.heads = heads
 
     def after_step(self) -> None:
         storage = get_event_storage()
-        losses = {k: v for k, v in put_now(storage).items() if k.startswith("loss")}
+        losses = {k: v for k, v in current_scalars(storage).items() if k.startswith("loss")}
         distilled = {k: v for k, v in losses.items() if head_of(k, self.heads)}
         task = sum(losses.values()) - sum(distilled.values())
         ratios = {f"kd_ratio/{k[5:]}": v / max(task, 1e-12) for k, v in distilled.items()}
@@ -37,14 +40,14 @@ class KDRatioHook(HookBase):
 
 
 class EvalHook(hooks.EvalHook):
-    """detectron2's, but the last one comes in the last iteration, before the final checkpoint.
+    """detectron2's ``EvalHook``, with the last evaluation before the final checkpoint.
 
-    So a run that is killed after its final checkpoint lacks nothing.
+    So a run that is killed after its final checkpoint has all its results.
 
     Args:
-        period: iterations between two evaluations; 0: at the end alone.
-        evaluate: returns the metrics.
-        weights_in_place: the context of an evaluation.
+        period: iterations between two evaluations; 0: only at the end.
+        evaluate: function that returns the metrics.
+        weights_in_place: context in which the student has the weights to evaluate.
     """
 
     def __init__(
@@ -63,16 +66,16 @@ class EvalHook(hooks.EvalHook):
                 self._do_eval()
 
     def after_train(self) -> None:
-        del self._func, self.weights_in_place  # they refer to the trainer
+        del self._func, self.weights_in_place  # both refer to the trainer
 
 
 class CheckpointHook(HookBase):
-    """Saves every ``period`` iterations and at the end, and keeps the newest ``keep``.
+    """Save every ``period`` iterations and at the end, and keep the newest ``keep`` checkpoints.
 
     Args:
-        checkpointer: does nothing but in the main process.
-        period: iterations.
-        keep: periodic checkpoints; 0: all.
+        checkpointer: writes in the main process only.
+        period: iterations between two checkpoints.
+        keep: number of periodic checkpoints to keep; 0: all.
     """
 
     def __init__(self, checkpointer: StudentCheckpointer, period: int, keep: int):
@@ -94,15 +97,15 @@ class CheckpointHook(HookBase):
 
 
 class BestCheckpointHook(HookBase):
-    """Keeps the student of the best evaluation so far in ``model_best.pth``; higher is better.
+    """Save the student with the highest metric so far as ``model_best.pth``.
 
-    Its value is part of the training state: a resumed run chooses as an uninterrupted one does.
-    The file is no place to resume from.
+    The best value is part of the training state, so a resumed run saves the same student as an
+    uninterrupted one. A run cannot resume from ``model_best.pth``.
 
     Args:
-        checkpointer: does nothing but in the main process.
-        period: iterations between two evaluations; 0: at the end alone.
-        metric: such as "bbox/AP", as the evaluation logs it.
+        checkpointer: writes in the main process only.
+        period: iterations between two evaluations; 0: only at the end.
+        metric: name in the evaluation's log, such as "bbox/AP".
     """
 
     def __init__(self, checkpointer: StudentCheckpointer, period: int, metric: str):
@@ -119,9 +122,10 @@ class BestCheckpointHook(HookBase):
     def _compare(self) -> None:
         if not self.checkpointer.save_to_disk:
             return
-        value = put_now(get_event_storage()).get(self.metric)
+        metrics = current_scalars(get_event_storage())
+        value = metrics.get(self.metric)
         if value is None:
-            logger.warning("TEST.BEST_METRIC %s is not among the evaluation's metrics", self.metric)
+            logger.warning("TEST.BEST_METRIC %s is not a metric of the evaluation", self.metric)
         elif not math.isnan(value) and (self.best is None or value > self.best):
             self.best = value
             logger.info("Best %s so far: %.4f", self.metric, value)
@@ -135,11 +139,11 @@ class BestCheckpointHook(HookBase):
 
 
 class TelemetryHook(HookBase):
-    """Logs images a second, the share of time spent waiting for data, memory, pictures left out.
+    """Log images per second, the share of time spent waiting for data, memory and dropped images.
 
     Args:
-        batch_size: pictures of an iteration over all processes.
-        left_out: number of pictures that could not be used so far.
+        batch_size: images per iteration over all processes.
+        left_out: function that returns the number of images dropped so far.
     """
 
     def __init__(self, batch_size: int, left_out: Callable[[], int]):
@@ -148,85 +152,86 @@ class TelemetryHook(HookBase):
 
     def after_step(self) -> None:
         storage = get_event_storage()
-        now = put_now(storage)
+        scalars = current_scalars(storage)
         speeds = {}
-        if now.get("time"):  # detectron2 measures from the third iteration on
-            speeds["images_per_second"] = self.batch_size / now["time"]
-            if "data_time" in now:
-                speeds["data_share"] = min(now["data_time"] / now["time"], 1.0)
+        if scalars.get("time"):  # which detectron2 logs from the third iteration on
+            speeds["images_per_second"] = self.batch_size / scalars["time"]
+            if "data_time" in scalars:
+                speeds["data_share"] = min(scalars["data_time"] / scalars["time"], 1.0)
         storage.put_scalars(**speeds, smoothing_hint=True)
         counts = {"memory_mb": memory_mb(), "data/left_out": self.left_out()}
         storage.put_scalars(**counts, smoothing_hint=False)
 
 
 class LossHealthHook(HookBase):
-    """Warns once about each thing in the log that a person should look at.
+    """Warn once about each loss, gradient and loading time that is out of bounds.
 
-    A level on which a head finds nothing to compare is none: the sum over its levels is judged.
+    The losses of a head are judged by their sum over the levels, because a single level may have
+    nothing to compare.
 
     Args:
-        heads: the distillation heads, of which those at their full weight are judged.
-        period: iterations between two looks, which judge what was typical in between.
-        data_share: share of the time spent waiting for data from which on it is too much.
+        heads: distillation heads by name; only heads at their full weight are judged.
+        period: iterations between two checks. A check uses medians over the period.
+        data_share: largest share of the time that may be spent waiting for data.
     """
 
     def __init__(self, heads: Mapping[str, DistillHead], period: int = 20, data_share: float = 0.5):
         self.heads = {name.lower(): head for name, head in heads.items()}
         self.period = period
         self.data_share = data_share
-        self.raised: set[str] = set()
+        self.warned: set[str] = set()
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
-            for name, sentence in self.alarms(get_event_storage()):
-                if name not in self.raised:
-                    self.raised.add(name)
+            for name, sentence in self.warnings(get_event_storage()):
+                if name not in self.warned:
+                    self.warned.add(name)
                     logger.warning("Iteration %d: %s", self.trainer.iter, sentence)
 
-    def alarms(self, storage: EventStorage) -> list[tuple[str, str]]:
-        """Names and sentences of what is out of bounds now."""
+    def warnings(self, storage: EventStorage) -> list[tuple[str, str]]:
+        """Return the names of the scalars that are out of bounds now, each with a sentence."""
         found: list[tuple[str, str | None]] = []
         for head, module in self.heads.items():
             if module.factor() == module.weight != 0:
-                found += self._of_head(head, module, storage)
-        share = typical(self._last(storage, "data_share"))
+                found += self._head_warnings(head, module, storage)
+        share = median_of_nonzero(self._last(storage, "data_share"))
         if share > self.data_share:
             text = f"{share:.0%} of the time is spent waiting for data; "
             found.append(("data_share", f"{text}raise DATALOADER.NUM_WORKERS."))
         return [(name, sentence) for name, sentence in found if sentence]
 
-    def _of_head(
+    def _head_warnings(
         self, head: str, module: DistillHead, storage: EventStorage
     ) -> Iterator[tuple[str, str | None]]:
         names = [x for x in storage.histories() if x.split("/")[:2] == ["kd_ratio", head]]
         parts = [self._last(storage, name, module.warmup_iters) for name in names]
         if any(parts):
-            ratio = sum(map(typical, parts))
+            ratio = sum(map(median_of_nonzero, parts))
             sentence = ratio_warning(head, ratio) if ratio else dead_warning(head, "loss")
             yield f"kd_ratio/{head}", sentence
-        cosine = typical(self._last(storage, f"kd_cosine/{head}", module.warmup_iters))
-        yield f"kd_cosine/{head}", cosine_warning(head, cosine)
+        cosines = self._last(storage, f"kd_cosine/{head}", module.warmup_iters)
+        yield f"kd_cosine/{head}", cosine_warning(head, median_of_nonzero(cosines))
 
     def _last(self, storage: EventStorage, name: str, since: int = 0) -> list[float]:
-        """The last values from iteration ``since`` on."""
+        """Return the values of the last period, without those before iteration ``since``."""
         history = storage.histories().get(name)
         last = history.values()[-self.period :] if history else []
         return [value for value, iteration in last if iteration >= since]
 
 
-def typical(values: Sequence[float]) -> float:
-    """Median of the values that are not 0; without any, 0."""
+def median_of_nonzero(values: Sequence[float]) -> float:
+    """Return the median of the values that are not 0, or 0 if all are 0."""
     present = [x for x in values if x != 0]
     return median(present) if present else 0.0
 
 
-def put_now(storage: EventStorage) -> dict[str, float]:
-    """The scalars of this iteration; ``latest()`` has older ones too, after a skipped step say."""
+def current_scalars(storage: EventStorage) -> dict[str, float]:
+    """Return the scalars of this iteration; ``latest()`` may have older ones, of skipped steps."""
     return {name: v for name, (v, i) in storage.latest().items() if i == storage.iter}
 
 
 def memory_mb() -> float:
-    """Peak memory of this process in MiB: of its GPU if it uses one, otherwise resident."""
+    """Return the peak memory of this process in MiB: on its GPU, or resident without a GPU."""
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return peak / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

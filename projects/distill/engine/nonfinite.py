@@ -1,4 +1,8 @@
-"""Steps that are not finite: found before they change a weight, named, and saved for a replay."""
+"""Detection of training steps that are not finite, before they change a weight.
+
+A step is not finite if a loss or a gradient has infinite or NaN values. The guard names the loss or
+weight, and saves the step for a replay.
+"""
 
 import logging
 import math
@@ -26,6 +30,7 @@ from torch.nn.utils import get_total_norm
 
 from ..checkpoint.save import StudentState, write_checked
 from ..errors import NumericalError
+from ..utils.text import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +39,7 @@ Losses = Mapping[str, Tensor]
 
 @runtime_checkable
 class Undoable(Protocol):
-    """A module whose buffers are too large for a copy at every step."""
+    """Module that undoes its own last step, because its buffers are too large to copy."""
 
     def mark(self) -> None: ...
 
@@ -42,16 +47,16 @@ class Undoable(Protocol):
 
 
 class FiniteGuard:
-    """Lets only finite steps change the weights.
+    """Allow only finite steps to change the weights.
 
-    Every process takes the same decision. A step that is not allowed leaves no trace in the model:
-    running statistics are put back as they were before it.
+    Every process takes the same decision. If a step is not allowed, the model is restored to the
+    state before it, including running statistics.
 
     Args:
-        cfg: the run's; ``SOLVER.ON_NONFINITE``, ``SOLVER.MAX_SKIPS`` and ``OUTPUT_DIR`` are read.
-        model: what trains, student and heads.
-        student: of that model; keeps numbers outside of its buffers.
-        seed: of the run, for the reproducer.
+        cfg: config with ``SOLVER.ON_NONFINITE``, ``SOLVER.MAX_SKIPS`` and ``OUTPUT_DIR``.
+        model: model to train, with student and heads.
+        student: student of that model, which may have state outside its buffers.
+        seed: seed of the run, for the reproducer.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, student: nn.Module, seed: int):
@@ -69,7 +74,7 @@ class FiniteGuard:
         self._batch: list[dict[str, Any]] = []
 
     def before_step(self, batch: list[dict[str, Any]]) -> None:
-        """Remember what the forward may change."""
+        """Keep a copy of the state that the forward may change."""
         self._batch = batch
         self._numbers = self._state.state_dict()
         for module in self._undoable:
@@ -81,16 +86,16 @@ class FiniteGuard:
         ]
 
     def allows(
-        self, losses: Losses, scaler: torch.amp.GradScaler, again: Callable[[], Losses]
+        self, losses: Losses, scaler: torch.amp.GradScaler, repeat_forward: Callable[[], Losses]
     ) -> bool:
-        """Whether this step may change the weights; waits for the device.
+        """Return True if this step may change the weights; waits for the device.
 
         Args:
-            losses: of this process, by name.
-            scaler: has unscaled the gradients. Gradients that overflow float16 while it still
-                scales them are its own to handle, not a fault.
-            again: repeats the forward, to find the loss of a gradient that is not finite. It
-                happens in all processes or in none.
+            losses: losses of this process by name.
+            scaler: scaler that has unscaled the gradients. While it scales, it handles gradients
+                that overflow float16, and only the losses are checked here.
+            repeat_forward: computes the losses again, to find the one whose gradient is not
+                finite. It is called in all processes or in no process.
 
         Raises:
             NumericalError: the step is not finite, and the config says stop or too many steps were
@@ -100,29 +105,29 @@ class FiniteGuard:
         values = torch.stack([x.detach().float() for x in losses.values()])
         norm, finite = get_total_norm(gradients), values.isfinite().all()
         judged = scaler.get_scale() <= 1  # 1: it is disabled
-        # The squares of finite gradients may overflow; their maximum, which is slower, does not.
-        if _everywhere(finite & norm.isfinite() if judged else finite) or (
-            judged and _everywhere(finite & get_total_norm(gradients, math.inf).isfinite())
+        # Squares of finite gradients may overflow. Their maximum does not, but it is slower.
+        if _in_all_processes(finite & norm.isfinite() if judged else finite) or (
+            judged and _in_all_processes(finite & get_total_norm(gradients, math.inf).isfinite())
         ):
             if math.isfinite(norm):
                 get_event_storage().put_scalar("grad_norm", float(norm))
             return True
-        self._refuse(dict(zip(losses, values.tolist())), again)
+        self._reject(dict(zip(losses, values.tolist())), repeat_forward)
         return False
 
     def failed(self, error: Exception) -> None:
-        """The forward itself found a number that is not finite, in this process alone.
+        """Handle an error of detectron2's own check in the forward of this process.
 
         Args:
-            error: of which :func:`says_nonfinite` is true.
+            error: error that :func:`says_nonfinite` accepts.
 
         Raises:
             NumericalError: as in :meth:`allows`; always with several processes, since the others
-                are waiting for this one's gradients.
+                are waiting for the gradients of this one.
         """
         self._restore()
         what = " ".join(str(error).split()).rstrip(".!")
-        self._decide([self._found(what, {})], alone=comm.get_world_size() > 1)
+        self._decide([self._finding(what, {})], only_here=comm.get_world_size() > 1)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -132,51 +137,57 @@ class FiniteGuard:
             module.undo()
         self._state.load_state_dict(self._numbers)
 
-    def _refuse(self, losses: dict[str, float], again: Callable[[], Losses]) -> None:
+    def _reject(self, losses: dict[str, float], repeat_forward: Callable[[], Losses]) -> None:
         self._restore()
         what = ", ".join(f"{k} is {v}" for k, v in losses.items() if not math.isfinite(v))
         if not any(comm.all_gather(bool(what))):
-            what = _blamed(bad_gradients(again(), self.model))
+            what = _describe(bad_gradients(repeat_forward(), self.model))
             self._restore()
-        if not any(comm.all_gather(bool(what))):  # only their sum, or mean over the processes, is
+        if not any(comm.all_gather(bool(what))):  # only the sum or the mean over processes is bad
             bad = [k for k, p in self.model.named_parameters() if _is_bad(p.grad)]
-            what = _blamed({"the losses": bad})
-        mine = self._found(what, losses) if what else None
+            what = _describe({"the losses": bad})
+        finding = self._finding(what, losses) if what else None
         for parameter in self.model.parameters():
             parameter.grad = None
-        self._decide([x for x in comm.all_gather(mine) if x])
+        self._decide([x for x in comm.all_gather(finding) if x])
 
-    def _found(self, what: str, losses: dict[str, float]) -> tuple[str, str]:
-        """What this process has to say, and its reproducer."""
+    def _finding(self, what: str, losses: dict[str, float]) -> tuple[str, str]:
+        """Return a description of what this process found, and the path of its reproducer."""
         names = [str(x.get("file_name", "unnamed")) for x in self._batch]
-        return f"{what} (pictures {_shortened(names, 16)})", self._reproducer(what, losses)
+        return f"{what} (images {shortened(names, 16)})", self._reproducer(what, losses)
 
-    def _decide(self, found: list[tuple[str, str]], alone: bool = False) -> None:
-        """Count and log, or raise.
+    def _decide(self, findings: list[tuple[str, str]], only_here: bool = False) -> None:
+        """Log the skipped step, or raise a NumericalError.
 
         Args:
-            found: by the processes that have found something.
-            alone: the other processes do not know of it.
+            findings: findings of all processes.
+            only_here: the other processes do not know of the error.
         """
-        text = "; ".join(what for what, _ in found)
+        text = "; ".join(what for what, _ in findings)
         text = f"Iteration {get_event_storage().iter}: {text}; no weight was changed"
-        if file := next((file for _, file in found if file), ""):
+        if file := next((file for _, file in findings if file), ""):
             text += f"; `distill replay {file}` repeats the step"
         self.skips += 1
         most = self.cfg.SOLVER.MAX_SKIPS
         if self.cfg.SOLVER.ON_NONFINITE != "skip":
             advice = "lower SOLVER.BASE_LR or the head's WEIGHT, or set SOLVER.ON_NONFINITE skip"
-        elif alone:
-            advice = "it cannot be skipped, as the other processes wait; lower SOLVER.BASE_LR"
+        elif only_here:
+            advice = (
+                "the step cannot be skipped, because the other processes wait for its gradients; "
+                "lower SOLVER.BASE_LR"
+            )
         elif self.skips > most:
-            advice = f"{most} steps were skipped, as many as SOLVER.MAX_SKIPS allows"
+            advice = (
+                f"{most} steps were skipped before, as many as SOLVER.MAX_SKIPS allows; lower "
+                "SOLVER.BASE_LR"
+            )
         else:
             logger.warning("%s. Skipped, %d so far.", text, self.skips)
             return
         raise NumericalError(f"{text}; {advice}.")
 
     def _reproducer(self, what: str, losses: dict[str, float]) -> str:
-        """Save what repeats the step; returns the file, or "" if it cannot be written."""
+        """Save the step for a replay, and return the path, or "" if it cannot be written."""
         iteration, rank = get_event_storage().iter, comm.get_rank()
         folder = os.path.join(self.cfg.OUTPUT_DIR, "nonfinite")
         path = os.path.join(folder, f"iteration_{iteration:07d}_rank_{rank}.pth")
@@ -194,27 +205,28 @@ class FiniteGuard:
         try:
             os.makedirs(folder, exist_ok=True)
             write_checked(path, saved)
-        except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
-            logger.warning("Without a reproducer, for %s cannot be written: %s", path, e)
+        except (OSError, RuntimeError) as e:  # torch's writer raises a RuntimeError
+            logger.warning("There is no reproducer: %s cannot be written: %s", path, e)
             return ""
         return path
 
 
 def says_nonfinite(error: Exception) -> bool:
-    """Whether an error is that of detectron2's own checks for numbers that are not finite."""
+    """Return True for an error of detectron2's own checks for numbers that are not finite."""
     if isinstance(error, AssertionError):
         return "NaN" in str(error)
     return isinstance(error, FloatingPointError)
 
 
 def bad_gradients(losses: Losses, model: nn.Module) -> dict[str, list[str]]:
-    """The weights in which the gradient of a loss is not finite, in the order of its backward.
+    """Find the weights in which the gradient of a loss is not finite.
 
     Args:
         losses: named losses with their graph, which stays usable.
 
     Returns:
-        Names of weights by name of the loss, of those losses alone that have some.
+        Names of the weights in the order of the backward, by name of the loss. Losses whose
+        gradients are finite are left out.
     """
     found: dict[str, list[str]] = {}
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -240,33 +252,28 @@ def _is_bad(gradient: Tensor | None) -> bool:
     return gradient is not None and not bool(gradient.isfinite().all())
 
 
-def _everywhere(condition: Tensor) -> bool:
-    """Whether it holds in all processes; waits for the device."""
+def _in_all_processes(condition: Tensor) -> bool:
+    """Return True if ``condition`` holds in all processes; waits for the device."""
     failed = (~condition).float()
     if comm.get_world_size() > 1:
         dist.all_reduce(failed, dist.ReduceOp.MAX)
     return not failed
 
 
-def _blamed(found: Mapping[str, Sequence[str]]) -> str:
+def _describe(found: Mapping[str, Sequence[str]]) -> str:
     return ", ".join(
-        f"the gradient of {loss} in {_shortened(weights, 1)} is not finite"
+        f"the gradient of {loss} in {shortened(weights, 1)} is not finite"
         for loss, weights in found.items()
     )
-
-
-def _shortened(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 _TENSORS = {kind.__name__: kind for kind in (Boxes, RotatedBoxes, BitMasks, Keypoints)}
 
 
 def to_plain(value: Any) -> Any:
-    """A batch as tensors and plain types, which ``torch.load(..., weights_only=True)`` reads.
+    """Convert a batch to tensors and plain types for ``torch.load(..., weights_only=True)``.
 
-    What it does not know becomes text.
+    Values of unknown types become text.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -285,14 +292,14 @@ def to_plain(value: Any) -> Any:
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(x) for x in value]
-    for plain in (bool, int, float):  # an IntEnum, say, is an int of a type of its own
+    for plain in (bool, int, float):  # their subclasses, such as IntEnum, are not plain
         if isinstance(value, plain):
             return plain(value)
     return None if value is None else str(value)
 
 
 def from_plain(value: Any) -> Any:
-    """The inverse of :func:`to_plain`; lists stand for tuples, tensors for arrays."""
+    """Invert :func:`to_plain`, except that tuples stay lists and arrays stay tensors."""
     if isinstance(value, list):
         return [from_plain(x) for x in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What is measured beside the losses."""
+"""Measurements of a training other than its losses."""
 
 import math
 import os
@@ -7,19 +7,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checkpoint.save import replacing
+from ..utils.old_names import LOSSES, log_old_names, renamed
+
 Gradient = Sequence[Tensor | None]
-"""By parameter; None where a loss does not depend on it."""
+"""Gradients by parameter; None if the loss does not depend on the parameter."""
 
 
 def drop_torn_row(path: str) -> None:
-    """Cut a ``metrics.json`` behind its last whole row; a full disk may have taken half of one."""
+    """Cut a ``metrics.json`` after its last complete row: a full disk may leave half of a row."""
     if os.path.isfile(path):
         with open(path, "rb+") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
+def rename_losses(path: str) -> None:
+    """Give the losses in a ``metrics.json`` today's names, so that a resumed run has one each."""
+    if os.path.isfile(path):
+        with open(path) as f:
+            text = f.read()
+        log_old_names([text], LOSSES, f"'{path}'")
+        if (new := renamed(text, LOSSES)) != text:
+            with replacing(path) as f:
+                f.write(new.encode())
+
+
 def head_of(loss: str, heads: Sequence[str]) -> str | None:
-    """The distillation head that a named loss belongs to; None: it is a task loss."""
+    """Return the name of the distillation head of a loss, or None for a task loss."""
     prefixes = {f"loss_{name.lower()}": name for name in heads}
     return prefixes.get(loss.split("/")[0])
 
@@ -27,17 +41,19 @@ def head_of(loss: str, heads: Sequence[str]) -> str | None:
 def gradient_cosines(
     losses: dict[str, Tensor], heads: Sequence[str], parameters: Sequence[Tensor]
 ) -> dict[str, float]:
-    """Cosine in [-1, 1] between each head's gradient and that of the task, in the parameters.
+    """Return the cosine in [-1, 1] between the gradients of each head and of the task.
 
-    Below 0 the head pulls against the task. The graph of the losses stays usable.
+    A negative cosine means that the head pulls against the task. The graph of the losses stays
+    usable.
 
     Args:
         losses: named losses with their graph.
         heads: names of the heads.
-        parameters: of the student.
+        parameters: parameters of the student.
 
     Returns:
-        ``kd_cosine/<head>``: 0 if one of the two gradients is 0, nothing if one is not finite.
+        Cosines by the name ``kd_cosine/<head>``. A cosine is 0 if one of its gradients is 0. It is
+        left out if one of them is not finite.
     """
     sums: dict[str | None, Tensor] = {}
     for name, loss in losses.items():
@@ -62,7 +78,7 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Gradient:
 
 
 def dot(a: Gradient, b: Gradient) -> float:
-    """Inner product in float64, which holds the squares of float32 numbers."""
+    """Return the inner product in float64, in which squares of float32 numbers do not overflow."""
     products = [
         (x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None
     ]

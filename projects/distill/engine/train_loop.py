@@ -1,4 +1,4 @@
-"""The training step."""
+"""Training step."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,16 +19,16 @@ from .telemetry import gradient_cosines
 
 
 class TrainLoop(SimpleTrainer):
-    """detectron2's training step, seeded by iteration, in mixed precision on every device.
+    """``SimpleTrainer`` that is seeded by iteration and has mixed precision on every device.
 
-    CUDA computes in float16 with a gradient scaler, the CPU in bfloat16 without one;
-    detectron2's ``AMPTrainer`` insists on CUDA. A step that is not finite changes no weight.
+    Mixed precision is float16 with a gradient scaler on CUDA, and bfloat16 without one on CPUs;
+    detectron2's ``AMPTrainer`` requires CUDA. A step that is not finite changes no weight.
 
     Args:
-        seed: of the run; with the iteration it determines all random numbers of the step.
-        guard: decides what happens to a step that is not finite.
+        seed: seed of the run. Seed and iteration determine all random numbers of a step.
+        guard: decides about steps that are not finite.
         heads: names of the distillation heads.
-        cosine_period: iterations between two logs of the heads' gradient cosines; 0: none.
+        cosine_period: iterations between two logs of the heads' gradient cosines; 0: never.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainLoop(SimpleTrainer):
         cosine_period: int = 0,
     ):
         super().__init__(model, loader, optimizer)
-        self.autocast = lambda: arithmetic(device, amp)
+        self.autocast = lambda: forward_context(device, amp)
         self.scaler = torch.amp.GradScaler(enabled=amp and device.startswith("cuda"))
         self.seed = seed
         self.guard = guard
@@ -75,21 +75,21 @@ class TrainLoop(SimpleTrainer):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.scaler.update(self.scaler.get_scale())  # as it is
+            self.scaler.update(self.scaler.get_scale())  # keep the scale
 
     def close(self) -> None:
         """End the data workers.
 
-        Left to the garbage collector, which breaks the cycle of trainer and hooks at the queues,
-        their end takes 5 s each: nobody can tell them any more.
+        If the garbage collector does it, each worker takes 5 s to end. It may delete the queues of
+        the workers first, and then nobody can tell them to stop.
         """
         self._data_loader_iter_obj = None
 
     def _forward(self, data: Any, model: nn.Module) -> dict[str, Tensor]:
-        """The losses of this iteration; every time the same.
+        """Return the losses of this iteration, which are the same at every call.
 
         Args:
-            model: to train, or what is inside of DistributedDataParallel.
+            model: model to train, with or without DistributedDataParallel around it.
         """
         seed_step(model, self.seed, self.iter)
         with self.autocast():
@@ -109,36 +109,37 @@ class TrainLoop(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if state_dict.get("grad_scaler"):  # none if the saved run did not scale
+        if state_dict.get("grad_scaler"):  # absent if the saved run did not scale
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.guard.skips = state_dict.get("skips", 0)
 
 
 def repeatable(device: str) -> AbstractContextManager[None]:
-    """Keep TorchScript from optimising while it runs, where results should not depend on the past.
+    """Turn off TorchScript's optimisation at run time, so that all calls give the same result.
 
-    Its executor computes the first calls in a process otherwise than later ones, and detectron2's
-    focal loss is such a function. On CUDA its fusion is worth more, unless asked for determinism.
+    With it, the first calls of a scripted function in a process differ from later ones.
+    detectron2's focal loss is such a function. On CUDA its speed is worth more, unless
+    deterministic algorithms are asked for.
     """
     exact = not device.startswith("cuda") or torch.are_deterministic_algorithms_enabled()
     return torch.jit.optimized_execution(not exact)
 
 
 @contextmanager
-def arithmetic(device: str, amp: bool) -> Iterator[None]:
-    """The context of a forward: in mixed precision or not, and :func:`repeatable`."""
+def forward_context(device: str, amp: bool) -> Iterator[None]:
+    """Open the context of a forward: mixed precision if ``amp``, and :func:`repeatable`."""
     dtype = torch.float16 if device.startswith("cuda") else torch.bfloat16
     with torch.autocast(device.split(":")[0], dtype, enabled=amp), repeatable(device):
         yield
 
 
 def seed_step(model: nn.Module, seed: int, iteration: int, rank: int | None = None) -> None:
-    """Make all randomness of a step a function of the run's seed, the iteration and the process.
+    """Seed all random numbers of a step by the run's seed, the iteration and the process.
 
     Args:
-        rank: of the process; None: this one's.
+        rank: rank of the process; None: of this process.
     """
-    place = (seed, iteration, comm.get_rank() if rank is None else rank)
-    seed_globally(*place, 0)  # four numbers: three are the place of a sample
+    step = (seed, iteration, comm.get_rank() if rank is None else rank)
+    seed_globally(*step, 0)  # four numbers, since three are the seed of a sample
     for k, module in enumerate((m for m in model.modules() if isinstance(m, StepGenerator)), 1):
-        module.reseed(derived_seed(*place, k))
+        module.reseed(derived_seed(*step, k))

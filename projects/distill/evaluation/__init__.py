@@ -1,1 +1,1 @@
-"""Measures that detectron2 lacks."""
+"""Evaluators and metrics that detectron2 lacks."""

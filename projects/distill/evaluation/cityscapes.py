@@ -1,10 +1,12 @@
-"""Cityscapes' measures by its own scripts, whose files stay: those that its server takes.
+"""Cityscapes' metrics, computed by its own scripts. The files for its server are kept.
 
-detectron2's evaluators do the same in a temporary folder; in its newer commits they ask for a
-private module (https://github.com/facebookresearch/detectron2/issues/5436). Its metrics keep their
-names here. Beside them stands ``sem_seg/mIoU_present``, the mean IoU of the classes in the ground
-truth: the script's mean (``sem_seg/IoU``) counts a class that is nowhere but predicted somewhere
-as 0, and one that is not even predicted not at all.
+detectron2's evaluators do the same in a temporary folder. Its newer commits import a private
+module (https://github.com/facebookresearch/detectron2/issues/5436). The names of the metrics are
+those of detectron2.
+
+``sem_seg/mIoU_present`` is added: the mean IoU of the classes in the ground truth. The script's
+own mean (``sem_seg/IoU``) also has classes that the ground truth lacks. There, a class that is
+predicted somewhere counts as 0. A class that is not predicted is left out.
 """
 
 import contextlib
@@ -41,17 +43,18 @@ Results = dict[str, dict[str, float]]
 
 
 class _CityscapesEvaluator(DatasetEvaluator):
-    """What the two evaluators share. All processes have to call all methods.
+    """Base class of the two evaluators. All processes must call all methods.
 
     Args:
-        dataset_name: with ``image_dir`` and ``gt_dir`` in its metadata.
-        output_dir: gets a folder of the data set's name with the folder ``predictions`` and the
-            script's own results. Processes on several machines have to share it.
+        dataset_name: data set with ``image_dir`` and ``gt_dir`` in its metadata.
+        output_dir: folder that all processes share, also those on other machines. It gets a folder
+            with the name of the data set. That folder holds the folder ``predictions`` and the
+            results of the script.
     """
 
-    truth: str  # end of the ground truth's file names
-    end: str  # of the predictions'
-    export: str  # file of the script's results, by its own default name
+    truth_suffix: str  # suffix of the files of the ground truth
+    suffix: str  # suffix of the files of the predictions
+    export: str  # file of the script's results; the script's default name
 
     def __init__(self, dataset_name: str, output_dir: str):
         self.metadata = MetadataCatalog.get(dataset_name)
@@ -66,16 +69,16 @@ class _CityscapesEvaluator(DatasetEvaluator):
         comm.synchronize()
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        for picture, output in zip(inputs, outputs):
-            self.write(self.prediction(picture["file_name"]), output)
+        for image, output in zip(inputs, outputs):
+            self.write(self.prediction(image["file_name"]), output)
 
-    def prediction(self, picture: str) -> str:
-        """Path of a picture's prediction."""
-        name = os.path.splitext(os.path.basename(picture))[0]
-        return os.path.join(self.predictions, f"{name}_pred{self.end}")
+    def prediction(self, image: str) -> str:
+        """Return the path of the prediction for an image."""
+        name = os.path.splitext(os.path.basename(image))[0]
+        return os.path.join(self.predictions, f"{name}_pred{self.suffix}")
 
     def write(self, path: str, output: dict[str, Any]) -> None:
-        """Write one prediction of the network."""
+        """Write the prediction for one image."""
         raise NotImplementedError
 
     def evaluate(self) -> Results:
@@ -83,28 +86,28 @@ class _CityscapesEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         metadata = self.metadata
-        pairs = ground_truth_files(metadata.image_dir, metadata.gt_dir, (self.truth,))
-        predictions = [self.prediction(picture) for picture, _ in pairs]
+        pairs = ground_truth_files(metadata.image_dir, metadata.gt_dir, (self.truth_suffix,))
+        predictions = [self.prediction(image) for image, _ in pairs]
         missing = [path for path in predictions if not os.path.isfile(path)]
         if missing:
             raise DataError(
                 f"Cityscapes' evaluation lacks {len(missing)} of {len(pairs)} predictions, such as "
-                f"{missing[0]}; several machines have to share OUTPUT_DIR."
+                f"{missing[0]}; all machines must share OUTPUT_DIR."
             )
         logger.info("Cityscapes' script evaluates %d files in %s", len(pairs), self.predictions)
-        with _script():
+        with _script_environment():
             return self.score(predictions, [truth for _, truth in pairs])
 
     def score(self, predictions: list[str], truths: list[str]) -> Results:
-        """Run the script."""
+        """Run the script and return its metrics."""
         raise NotImplementedError
 
 
 @contextlib.contextmanager
-def _script() -> Iterator[None]:
-    """What Cityscapes' scripts need of NumPy, and their exits as errors.
+def _script_environment() -> Iterator[None]:
+    """Prepare NumPy for Cityscapes' scripts, and convert their exits to errors.
 
-    They call ``in1d``, which NumPy has long had under the name ``isin``, and now under that alone.
+    The scripts call ``np.in1d``, which newer versions of NumPy have only as ``np.isin``.
 
     Raises:
         DataError: with the script's own message.
@@ -113,7 +116,7 @@ def _script() -> Iterator[None]:
     in1d = mock.patch.object(np, "in1d", np.isin, create=True)
     try:
         with in1d, contextlib.redirect_stdout(text), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # means of classes that are nowhere
+            warnings.simplefilter("ignore")  # NumPy warns of means over absent classes
             yield
     except SystemExit as e:
         lines = text.getvalue().strip().splitlines() or ["no reason given"]
@@ -121,25 +124,25 @@ def _script() -> Iterator[None]:
 
 
 class CityscapesSemanticEvaluator(_CityscapesEvaluator):
-    """IoU of semantic segmentation, as ``"sem_seg"``, in percent.
+    """IoU of semantic segmentation in percent, as ``"sem_seg"``.
 
-    Predictions are PNG of label ids. Metrics: ``IoU`` (the benchmark's), ``iIoU``, ``IoU_sup`` and
-    ``iIoU_sup`` (of the categories), ``mIoU_present``, and ``IoU-<class>`` of each class that has
-    an IoU.
+    Predictions are PNG files of label ids. Metrics: ``IoU`` (the benchmark's), ``iIoU``,
+    ``IoU_sup`` and ``iIoU_sup`` (of the categories), ``mIoU_present``, and ``IoU-<class>`` of each
+    class with an IoU.
     """
 
-    truth, end, export = LABEL_IDS, ".png", "resultPixelLevelSemanticLabeling.json"
+    truth_suffix, suffix, export = LABEL_IDS, ".png", "resultPixelLevelSemanticLabeling.json"
 
     def write(self, path: str, output: dict[str, Any]) -> None:
         train_ids = output["sem_seg"].argmax(dim=0).to("cpu").numpy()
-        # Classes beyond the benchmark's become 0, unlabeled, like any id that is no train id.
+        # Classes that the benchmark lacks become 0 (unlabeled), like all ids without a train id.
         known = np.minimum(train_ids, 254).astype(np.uint8)
         Image.fromarray(label_id_table()[known]).save(path)
 
     def score(self, predictions: list[str], truths: list[str]) -> Results:
         import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script
 
-        args = copy.copy(script.args)  # the module's own stay as they are
+        args = copy.copy(script.args)  # do not change the script's module
         args.quiet, args.JSONOutput = True, True
         args.exportFile = os.path.join(self.folder, self.export)
         found = script.evaluateImgLists(predictions, truths, args)
@@ -156,25 +159,26 @@ class CityscapesSemanticEvaluator(_CityscapesEvaluator):
         }
         rows = [[*row] for row in {**results, **iou}.items()]
         logger.info("Cityscapes' IoU in percent:\n%s", tabulate(rows, floatfmt=".2f"))
-        return {"sem_seg": {**results, **_of_classes("IoU", iou)}}
+        return {"sem_seg": {**results, **_metrics_by_class("IoU", iou)}}
 
 
 class CityscapesInstanceEvaluator(_CityscapesEvaluator):
-    """AP of instance segmentation, as ``"segm"``, in percent.
+    """AP of instance segmentation in percent, as ``"segm"``.
 
-    Predictions are a text file a picture, which names a PNG, a label id and a score for each
-    instance. Metrics: ``AP``, ``AP50``, and ``AP-<class>`` of each class in the ground truth.
+    The prediction for an image is a text file. Each line names a PNG file, a label id and a score
+    for one instance. Metrics: ``AP``, ``AP50``, and ``AP-<class>`` of each class in the ground
+    truth.
     """
 
-    truth, end, export = INSTANCE_IDS, ".txt", "resultInstanceLevelSemanticLabeling.json"
+    truth_suffix, suffix, export = INSTANCE_IDS, ".txt", "resultInstanceLevelSemanticLabeling.json"
 
     def write(self, path: str, output: dict[str, Any]) -> None:
         lines = []
         instances = output["instances"].to("cpu")
         columns = (instances.pred_masks, instances.pred_classes.tolist(), instances.scores.tolist())
-        for place, (mask, index, score) in enumerate(zip(*columns)):
+        for number, (mask, index, score) in enumerate(zip(*columns)):
             name = self.metadata.thing_classes[index]
-            png = f"{path.removesuffix(f'_pred{self.end}')}_{place}_{name}.png"
+            png = f"{path.removesuffix(f'_pred{self.suffix}')}_{number}_{name}.png"
             Image.fromarray(mask.numpy().astype(bool)).save(png)
             lines.append(f"{os.path.basename(png)} {label_table()[name].id} {score}\n")
         with open(path, "w", encoding="utf-8") as f:
@@ -183,10 +187,10 @@ class CityscapesInstanceEvaluator(_CityscapesEvaluator):
     def score(self, predictions: list[str], truths: list[str]) -> Results:
         import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as script
 
-        args = copy.copy(script.args)  # the module's own stay as they are
+        args = copy.copy(script.args)  # do not change the script's module
         args.quiet, args.predictionPath = True, self.predictions
-        # Its evaluateImgLists would also write a cache of the ground truth and, into the working
-        # directory, matches.json with NumPy's integers, which fails.
+        # Its evaluateImgLists is not used: it would write a cache of the ground truth. It would
+        # also write NumPy integers to matches.json in the working directory, which fails.
         script.setInstanceLabels(args)
         objects = script.instances2dict(truths)
         matches = script.matchGtWithPreds(predictions, truths, objects, args)
@@ -202,9 +206,9 @@ class CityscapesInstanceEvaluator(_CityscapesEvaluator):
         rows = [[name, ap, classes["ap50%"][name]] for name, ap in classes["ap"].items()]
         table = tabulate([*rows, ["all", *results.values()]], ["", *results], floatfmt=".2f")
         logger.info("Cityscapes' AP in percent:\n%s", table)
-        return {"segm": {**results, **_of_classes("AP", classes["ap"])}}
+        return {"segm": {**results, **_metrics_by_class("AP", classes["ap"])}}
 
 
-def _of_classes(metric: str, values: dict[str, float]) -> dict[str, float]:
-    """Metrics by class; those without a value are left out, for JSON has no NaN."""
+def _metrics_by_class(metric: str, values: dict[str, float]) -> dict[str, float]:
+    """Return the metrics by class, without undefined values: JSON has no NaN."""
     return {f"{metric}-{name}": x for name, x in values.items() if not math.isnan(x)}

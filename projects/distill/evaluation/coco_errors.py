@@ -1,7 +1,8 @@
-"""COCO's analysis of errors: precision and recall without one kind of error after another.
+"""COCO's error analysis: precision and recall with kinds of errors removed one after another.
 
 The curves are those of cocodataset.org/#detection-eval ("Analysis Code"), after Hoiem,
-Chodpathumwan, Dai, "Diagnosing error in object detectors", ECCV 2012. All matching is pycocotools'.
+Chodpathumwan, Dai, "Diagnosing error in object detectors", ECCV 2012. pycocotools does all
+matching.
 """
 
 import contextlib
@@ -19,24 +20,24 @@ Floats = NDArray[np.float64]
 CURVES = {
     "C75": "IoU of at least 0.75",
     "C50": "IoU of at least 0.5",
-    "Loc": "IoU of at least 0.1: errors of localization ignored, duplicates not",
-    "Sim": "detections that match objects of another class of the same supercategory ignored, too",
-    "Oth": "detections that match objects of any other class ignored, too",
-    "BG": "detections that match no object ignored, too",
-    "FN": "missed objects ignored, too",
+    "Loc": "IoU of at least 0.1: localization errors are ignored, duplicates are not",
+    "Sim": "also ignores detections that match a class of the same supercategory",
+    "Oth": "also ignores detections that match any other class",
+    "BG": "also ignores detections that match no object",
+    "FN": "also ignores missed objects",
 }
-MATCH, TOUCH = 0.5, 0.1  # IoU at which a picture is judged, and that all curves from Loc on have
+MATCH_IOU, LOOSE_IOU = 0.5, 0.1  # IoU of judge(), and of all curves from Loc on
 
 
 class AbsorbingEval(COCOeval):
-    """COCOeval of boxes, in which objects of other classes absorb the detections that match them.
+    """COCOeval of boxes in which objects of other classes absorb the detections that match them.
 
-    Such a detection counts neither as right nor as wrong. Like all objects, these are matched once;
-    and only by detections that match no object of their own class.
+    An absorbed detection counts neither as right nor as wrong. Each object absorbs at most one
+    detection, and only a detection that matches no object of its own class.
 
     Args:
         truth, detections: in COCO's format.
-        absorbers: by the category of a detection, the other categories whose objects absorb it.
+        absorbers: for each category of a detection, the other categories whose objects absorb it.
     """
 
     def __init__(self, truth: COCO, detections: COCO, absorbers: Mapping[Any, Collection[Any]]):
@@ -53,30 +54,30 @@ class AbsorbingEval(COCOeval):
 
 
 def coco_evaluation(truth: COCO, detections: COCO, max_detections: int = 100) -> COCOeval:
-    """COCO's evaluation of boxes, at IoU 0.1 beside 0.5, 0.55, ..., 0.95.
+    """Run COCO's evaluation of boxes at IoU 0.1 and at 0.5, 0.55, ..., 0.95.
 
     Args:
         truth, detections: in COCO's format.
-        max_detections: of a picture and class, those of highest score; at least 10.
+        max_detections: number of detections per image and class, by descending score; at least 10.
     """
     evaluation = COCOeval(truth, detections, "bbox")
-    evaluation.params.iouThrs = np.append(TOUCH, evaluation.params.iouThrs)
+    evaluation.params.iouThrs = np.append(LOOSE_IOU, evaluation.params.iouThrs)
     evaluation.params.maxDets = [1, 10, max_detections]
     return _run(evaluation)
 
 
 def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
-    """AP and AR of boxes, as COCO defines them.
+    """Return AP and AR of boxes as COCO defines them.
 
     Args:
-        evaluation: of :func:`coco_evaluation`.
+        evaluation: result of :func:`coco_evaluation`.
 
     Returns:
-        0 ... 1, NaN without objects. The number behind AR is that of the detections of a class in
-        a picture; s, m, l are COCO's sizes of objects.
+        Values in [0, 1]; NaN without objects. The number after AR is the number of detections per
+        image and class. The letters s, m and l are COCO's sizes of objects.
     """
     limits = evaluation.params.maxDets
-    strict = slice(_threshold(evaluation, MATCH), None)
+    strict = slice(_threshold(evaluation, MATCH_IOU), None)
     precision = evaluation.eval["precision"]  # (T, R, K, A, M)
     recall = evaluation.eval["recall"]  # (T, K, A, M)
     sizes = {"s": 1, "m": 2, "l": 3}
@@ -91,19 +92,19 @@ def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
 
 
 def error_curves(evaluation: COCOeval) -> Floats:
-    """Precision (7, R, K) of the :data:`CURVES` at R recalls, of K classes in order of their ids.
+    """Return the precision of the :data:`CURVES`, (7, R, K), at R recalls for K classes by id.
 
-    The mean over the recalls is the area below a curve, the mean over the classes COCO's overall
-    curve. Where no category has a supercategory, Sim is Loc.
+    The mean over the recalls is the area below a curve. The mean over the classes is COCO's overall
+    curve. If no category has a supercategory, Sim equals Loc.
 
     Args:
-        evaluation: of :func:`coco_evaluation`.
+        evaluation: result of :func:`coco_evaluation`.
 
     Returns:
-        0 ... 1, NaN for classes without objects.
+        Values in [0, 1]; NaN for classes without objects.
     """
     precision = evaluation.eval["precision"][..., 0, -1]  # (T, R, K)
-    c75, c50, loc = (precision[_threshold(evaluation, iou)] for iou in (0.75, 0.5, TOUCH))
+    c75, c50, loc = (precision[_threshold(evaluation, iou)] for iou in (0.75, 0.5, LOOSE_IOU))
     categories = evaluation.cocoGt.loadCats(evaluation.params.catIds)
     supers = {x["id"]: x.get("supercategory") for x in categories}
     similar = {i: [j for j in supers if j != i and supers[j] == supers[i]] for i in supers}
@@ -115,21 +116,21 @@ def error_curves(evaluation: COCOeval) -> Floats:
 
 
 def _absorbing(evaluation: COCOeval, absorbers: Mapping[Any, Collection[Any]]) -> Floats:
-    """Precision (R, K) at IoU 0.1 if objects of other classes absorb detections."""
-    again = AbsorbingEval(evaluation.cocoGt, evaluation.cocoDt, absorbers)
-    again.params.iouThrs = np.array([TOUCH])
-    again.params.maxDets = evaluation.params.maxDets[-1:]
-    again.params.areaRng = evaluation.params.areaRng[:1]
-    return _run(again).eval["precision"][0, :, :, 0, 0]
+    """Return the precision (R, K) at IoU 0.1 if objects of other classes absorb detections."""
+    absorbing = AbsorbingEval(evaluation.cocoGt, evaluation.cocoDt, absorbers)
+    absorbing.params.iouThrs = np.array([LOOSE_IOU])
+    absorbing.params.maxDets = evaluation.params.maxDets[-1:]
+    absorbing.params.areaRng = evaluation.params.areaRng[:1]
+    return _run(absorbing).eval["precision"][0, :, :, 0, 0]
 
 
 class Judged(NamedTuple):
-    """What the detections of a picture are at IoU 0.5; crowds and what matches them are left out.
+    """Detections of an image, judged at IoU 0.5. Crowds and their detections are left out.
 
     Attributes:
-        right: ids of detections that find an object.
-        wrong: ids of detections that find none, or one that is found already.
-        missed: ids of objects that no detection finds.
+        right: ids of detections that match an object.
+        wrong: ids of detections that match no object, or an object that is already matched.
+        missed: ids of objects without a matching detection.
     """
 
     right: list[int]
@@ -138,36 +139,43 @@ class Judged(NamedTuple):
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of precision and recall; 1 where there is nothing and nothing is found."""
+        """Harmonic mean of precision and recall; 1 if there are no objects and no detections."""
         mistakes = len(self.wrong) + len(self.missed)
         return 2 * len(self.right) / (2 * len(self.right) + mistakes) if mistakes else 1.0
 
 
 def judge(evaluation: COCOeval, min_score: float) -> dict[Any, Judged]:
-    """Judge the detections of at least ``min_score``, by the id of each picture.
+    """Judge the detections with a score of at least ``min_score``, by image id.
 
     Args:
-        evaluation: of :func:`coco_evaluation`.
+        evaluation: result of :func:`coco_evaluation`.
+        min_score: in [0, 1].
     """
-    at = _threshold(evaluation, MATCH)
+    iou_index = _threshold(evaluation, MATCH_IOU)
     judged = {image: Judged([], [], []) for image in evaluation.params.imgIds}
-    for view in evaluation.evalImgs:  # of a class and a picture, at each of COCO's sizes
-        if view is None or view["aRng"] != evaluation.params.areaRng[0]:
+    for result in evaluation.evalImgs:  # one per class, image and COCO size
+        if result is None or result["aRng"] != evaluation.params.areaRng[0]:
             continue
-        right, wrong, missed = judged[view["image_id"]]
+        right, wrong, missed = judged[result["image_id"]]
         found = set()
-        columns = (view["dtIds"], view["dtScores"], view["dtMatches"][at], view["dtIgnore"][at])
+        columns = (
+            result["dtIds"],
+            result["dtScores"],
+            result["dtMatches"][iou_index],
+            result["dtIgnore"][iou_index],
+        )
         for detection, score, match, ignored in zip(*columns):
             if score >= min_score:
                 found.add(match)
                 if not ignored:
                     (right if match else wrong).append(detection)
-        objects = zip(view["gtIds"], view["gtIgnore"])
+        objects = zip(result["gtIds"], result["gtIgnore"])
         missed += [x for x, ignored in objects if not ignored and x not in found]
     return judged
 
 
 def _run(evaluation: COCOeval) -> COCOeval:
+    """Run COCOeval without its printed output."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
@@ -175,10 +183,11 @@ def _run(evaluation: COCOeval) -> COCOeval:
 
 
 def _threshold(evaluation: COCOeval, iou: float) -> int:
+    """Return the index of an IoU threshold."""
     return int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, iou))[0])
 
 
 def _mean(values: Floats) -> float:
-    """Mean of what is defined: pycocotools writes -1 where there are no objects."""
+    """Return the mean of the defined values. pycocotools writes -1 where there are no objects."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else math.nan

@@ -1,4 +1,4 @@
-"""Data sets and detections as pycocotools takes them, checked before."""
+"""Checked data sets and detections in the format of pycocotools."""
 
 import contextlib
 import io
@@ -20,14 +20,16 @@ _KEYS = ("image_id", "category_id", "bbox", "score")
 
 
 def load_truth(cfg: CfgNode, name: str) -> COCO:
-    """A registered data set with boxes; its file's own content, if it has one of COCO's format.
+    """Return a registered data set with boxes.
+
+    If the data set has a file in COCO's format, its content is returned unchanged.
 
     Args:
-        cfg: of whatever uses the data set.
-        name: of the data set.
+        cfg: config of the program that uses the data set.
+        name: name of the data set.
 
     Raises:
-        DataError: it cannot be read or evaluated.
+        DataError: if the data set cannot be read or evaluated.
     """
     metadata = MetadataCatalog.get(name)
     file = None
@@ -37,7 +39,7 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
     else:
         faults = find_faults(cfg, name)[0]
     for fault in faults:
-        # A fault of one picture is one of training on it; but no picture is opened elsewhere.
+        # Faults of single images matter only in training. A path out of the folder always matters.
         if fault.fatal and (not fault.picture or fault.kind == ESCAPE):
             raise DataError(f"Data set '{name}', {fault.where}: {fault.detail}.")
     if not metadata.get("json_file") and not metadata.get("thing_classes"):
@@ -47,16 +49,16 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
     annotations = [x for x in content.get("annotations", ()) if x["image_id"] in images]
     if all(x["iscrowd"] for x in annotations):
         raise DataError(f"Data set '{name}' has no objects to find.")
-    # pycocotools takes a match with an object of id 0 for none.
+    # Ids start at 1: pycocotools treats a match with object 0 as no match.
     numbered = [{**x, "id": k} for k, x in enumerate(annotations, 1)]
     return _indexed({**content, "annotations": numbered})
 
 
 def read_results(path: str) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: if it cannot be read.
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -64,34 +66,35 @@ def read_results(path: str) -> Any:
     except OSError as e:
         raise DataError(f"Predictions '{path}' cannot be opened: {one_line(e)}.") from e
     except (ValueError, RecursionError) as e:
-        raise DataError(f"Predictions '{path}' are no JSON: {one_line(e)}.") from e
+        raise DataError(f"Predictions '{path}' are not valid JSON: {one_line(e)}.") from e
 
 
 def load_results(truth: COCO, results: Any, source: str) -> COCO:
-    """Detected boxes in COCO's format of results, whatever they hold; masks are left out.
+    """Load detected boxes from COCO's format of results. Masks are left out.
 
     Args:
-        truth: the data set.
+        truth: data set of the detections.
         results: list of ``{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}``.
-        source: of the results, for the messages.
+        source: origin of the results, for messages.
 
     Raises:
-        DataError: they are no such list, or of another data set.
+        DataError: if this is not such a list, or belongs to another data set.
     """
     if not isinstance(results, list):
-        raise DataError(f"{source} is a JSON {type(results).__name__}, no list of detections.")
+        raise DataError(f"{source} is a JSON {type(results).__name__}, not a list of detections.")
     images, categories = set(truth.getImgIds()), set(truth.getCatIds())
-    for place, entry in enumerate(results):
+    for number, entry in enumerate(results):
         if problem := _problem(entry, images, categories):
-            raise DataError(f"{source}, detection {place}: {problem}.")
+            raise DataError(f"{source}, detection {number}: {problem}.")
     boxes = [{key: entry[key] for key in _KEYS} for entry in results]
-    if not boxes:  # loadRes needs a detection
+    if not boxes:  # loadRes fails without detections
         return _indexed({**truth.dataset, "annotations": []})
     with contextlib.redirect_stdout(io.StringIO()):
         return truth.loadRes(boxes)
 
 
 def _indexed(content: dict[str, Any]) -> COCO:
+    """Return a COCO object of the content."""
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
@@ -100,22 +103,22 @@ def _indexed(content: dict[str, Any]) -> COCO:
 
 
 def _problem(entry: Any, images: set[Any], categories: set[Any]) -> str:
-    """What is wrong with a detection, or ""."""
+    """Describe the error in a detection; return "" if there is no error."""
     if not isinstance(entry, dict):
-        return f"{reprlib.repr(entry)} is no JSON object"
+        return f"{reprlib.repr(entry)} is not a JSON object"
     if "bbox" not in entry:
         other = next((k for k in ("segmentation", "keypoints") if k in entry), "")
-        return f"it has no bbox{f', only a {other}' if other else ''}; boxes are analyzed"
+        return f"it has no bbox{f', only a {other}' if other else ''}; the analysis needs boxes"
     if missing := [key for key in _KEYS if key not in entry]:
         return f"it has no {missing[0]}"
     box, score = entry["bbox"], entry["score"]
     numbers = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
     if not numbers or min(box[2:]) < 0:
-        return f"bbox {reprlib.repr(box)} is no box of x, y, width, height"
+        return f"bbox {reprlib.repr(box)} must be [x, y, width, height] in pixels"
     if not is_number(score):
-        return f"score {reprlib.repr(score)} is no number"
-    known = {"image_id": ("picture", images), "category_id": ("category", categories)}
-    for key, (what, ids) in known.items():
+        return f"score {reprlib.repr(score)} is not a number"
+    known = {"image_id": ("image", images), "category_id": ("category", categories)}
+    for key, (noun, ids) in known.items():
         if not isinstance(entry[key], (int, float, str)) or entry[key] not in ids:
-            return f"the data set has no {what} of {key} {reprlib.repr(entry[key])}"
+            return f"the data set has no {noun} with {key} {reprlib.repr(entry[key])}"
     return ""

@@ -1,8 +1,8 @@
-"""KITTI's measures of 2D detection, and COCO's on KITTI's data.
+"""KITTI's metrics of 2D detection, and COCO's metrics on KITTI's data.
 
-The rules are those of the object benchmark's development kit (``evaluate_object.cpp`` of 2017) with
-the 40 recall positions of 2019; Simonelli et al., "Disentangling monocular 3D object detection",
-ICCV 2019, explain these.
+The rules are those of the object benchmark's development kit (``evaluate_object.cpp`` of 2017),
+with the 40 recall positions of 2019. Simonelli et al., "Disentangling monocular 3D object
+detection", ICCV 2019, explain these positions.
 """
 
 import itertools
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-RECALL_POSITIONS = 41  # 0, 1/40, ..., 1; the mean leaves out 0, where one hit would count double
+RECALL_POSITIONS = 41  # 0, 1/40, ..., 1; the mean leaves out 0, where one hit would count twice
 MIN_OVERLAP = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 
 
 class Difficulty(NamedTuple):
-    """Objects beyond the limits are ignored."""
+    """Limits of a difficulty. Objects beyond them are ignored."""
 
     min_height: int  # pixels
     max_occlusion: int  # see Label
@@ -48,7 +48,7 @@ DIFFICULTIES = {
 
 
 class Detections(NamedTuple):
-    """The N detections in a picture."""
+    """The N detections in an image."""
 
     boxes: Floats  # (N, 4) left, top, right, bottom; pixels
     scores: Floats  # (N,)
@@ -56,41 +56,45 @@ class Detections(NamedTuple):
 
     @classmethod
     def empty(cls) -> "Detections":
+        """Return no detections."""
         return cls(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64))
 
 
 class ClassView(NamedTuple):
-    """A picture as a class sees it: G objects of it or its neighbour, N detections of all."""
+    """Data of one image for one class.
+
+    G objects belong to the class or its neighbour. N detections belong to all classes.
+    """
 
     overlaps: Floats  # (G, N) intersection over union
-    own: Bools  # (G,) of the class, not of its neighbour
+    own: Bools  # (G,) True for objects of the class, False for its neighbour
     heights: Floats  # (G,) pixels
     occlusions: NDArray[np.int64]  # (G,)
     truncations: Floats  # (G,)
-    detected: Bools  # (N,) of the class
+    detected: Bools  # (N,) True for detections of the class
     detected_heights: Floats  # (N,) pixels
     scores: Floats  # (N,)
-    dont_care: Bools  # (N,) in a DontCare region
+    dont_care: Bools  # (N,) True in a DontCare region
 
 
 def kitti_average_precision(
     labels: Sequence[Sequence[Label]], detections: Sequence[Detections]
 ) -> dict[str, float]:
-    """AP of each class and difficulty over 40 recall positions, such as ``"Car/moderate"``.
+    """Return the AP of each class and difficulty over 40 recall positions, as ``"Car/moderate"``.
 
     A class with n objects reaches at most n - 1 of the 40 positions, because the first hit only
-    serves recall 0: with fewer than 41 objects even perfect detections stay below 100.
+    serves recall 0. With fewer than 41 objects even perfect detections stay below 100.
 
     Args:
-        labels: of each picture, in the order of its file: earlier objects choose first.
-        detections: of each picture.
+        labels: labels of each image, in the order of its file: earlier objects choose first.
+        detections: detections of each image.
 
     Returns:
-        Percent; NaN without such objects. ``"mAP/..."`` is the mean of the classes with some.
+        Percent; NaN without such objects. ``"mAP/..."`` is the mean of the classes with objects.
     """
     results: dict[str, float] = {}
     for name in KITTI_CLASSES:
-        views = [class_view(name, *picture) for picture in zip(labels, detections, strict=True)]
+        views = [class_view(name, *image) for image in zip(labels, detections, strict=True)]
         for level, difficulty in DIFFICULTIES.items():
             ap = average_precision(views, difficulty, MIN_OVERLAP[name])
             results[f"{name}/{level}"] = 100 * ap
@@ -102,7 +106,7 @@ def kitti_average_precision(
 
 
 def class_view(name: str, labels: Sequence[Label], detections: Detections) -> ClassView:
-    """What a class needs of a picture at every difficulty."""
+    """Return the data of one image that a class needs at every difficulty."""
     objects = [x for x in labels if name in (x.type, NEIGHBOURS.get(x.type))]
     boxes = _boxes(objects)
     shared = intersections(boxes, detections.boxes)
@@ -131,7 +135,10 @@ def _areas(boxes: Floats) -> Floats:
 
 
 def intersections(a: Floats, b: Floats) -> Floats:
-    """Areas (M, N) that boxes (M, 4) and (N, 4) share; pixels², in float64 as the kit computes."""
+    """Return the intersection areas (M, N) of boxes (M, 4) and (N, 4) in pixels².
+
+    They are in float64, as in the kit.
+    """
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     return (high - low).clip(min=0).prod(axis=2)
@@ -140,10 +147,12 @@ def intersections(a: Floats, b: Floats) -> Floats:
 def average_precision(
     views: Sequence[ClassView], difficulty: Difficulty, min_overlap: float
 ) -> float:
-    """Mean of the precision at recall 1/40, 2/40, ..., 1, each the best at that recall or beyond.
+    """Return the mean of the precision at recall 1/40, 2/40, ..., 1.
+
+    The precision at a recall is the best one at this recall or beyond.
 
     Returns:
-        0 ... 1; NaN without objects that count.
+        A value in [0, 1]; NaN without objects that count.
     """
     objects = sum(int(counted(view, difficulty).sum()) for view in views)
     if not objects:
@@ -162,7 +171,7 @@ def average_precision(
 
 
 def counted(view: ClassView, difficulty: Difficulty) -> Bools:
-    """(G,): the objects that have to be found; the others may be."""
+    """Return (G,) True for the objects that must be found. The others may be found."""
     return (
         view.own
         & (view.heights > difficulty.min_height)
@@ -172,10 +181,10 @@ def counted(view: ClassView, difficulty: Difficulty) -> Bools:
 
 
 def hit_scores(view: ClassView, difficulty: Difficulty, min_overlap: float) -> Floats:
-    """Scores of the detections that find an object if each object takes the best score.
+    """Return the scores of the detections that find an object if each object takes the best score.
 
-    Detections too small to be judged can take the place of others, but are no hit. The kit calls
-    those of *all* classes so; the same here.
+    A detection that is too small to be judged is no hit, but an object can take it instead of
+    another detection. As in the kit, this holds for small detections of *all* classes.
     """
     small = view.detected_heights < difficulty.min_height
     matches = (view.overlaps > min_overlap) & (view.detected | small)
@@ -188,10 +197,11 @@ def hit_scores(view: ClassView, difficulty: Difficulty, min_overlap: float) -> F
 def count(
     view: ClassView, difficulty: Difficulty, min_overlap: float, thresholds: Floats
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """True and false positives (T,) among the detections of at least each threshold (T,).
+    """Count true and false positives (T,) among the detections of at least each threshold (T,).
 
-    Each object takes the detection that overlaps most. Those too small to be judged are left out:
-    the kit gives them to objects that find no other, but that changes neither number.
+    Each object takes the detection that overlaps most. Detections that are too small to be judged
+    are left out. The kit gives them to objects that find no other detection, but that changes
+    neither number.
     """
     judged = view.detected & (view.detected_heights >= difficulty.min_height)
     matches = (view.overlaps > min_overlap) & judged
@@ -201,15 +211,16 @@ def count(
 
 
 def assign(matches: Bools, preference: Floats, free: Bools) -> tuple[NDArray[np.int64], Bools]:
-    """Each object in turn takes the free matching detection that it prefers, at T thresholds.
+    """Let each object in turn take the free matching detection that it prefers, at T thresholds.
 
     Args:
-        matches: (G, N) which detections an object may take.
-        preference: (G, N) the larger the better; of equals the first.
-        free: (T, N) which detections there are.
+        matches: (G, N) True for the detections that an object may take.
+        preference: (G, N) preference of each object. The first of equal detections is taken.
+        free: (T, N) True for the detections that exist at a threshold.
 
     Returns:
-        (T, G) the index that each object took, -1 for none; (T, N) which are free still.
+        taken: (T, G) index of the detection that each object took, or -1.
+        free: (T, N) True for the detections that are still free.
     """
     free, rows = free.copy(), np.arange(len(free))
     taken = np.full((len(free), len(matches)), -1)
@@ -222,11 +233,13 @@ def assign(matches: Bools, preference: Floats, free: Bools) -> tuple[NDArray[np.
 
 
 def recall_thresholds(scores: Floats, objects: int) -> Floats:
-    """The scores at which recall comes nearest to 0, 1/40, 2/40, ..., at most 41, falling.
+    """Return the scores at which recall is nearest to 0, 1/40, 2/40, ..., in descending order.
+
+    There are at most 41.
 
     Args:
-        scores: of the hits, in any order.
-        objects: that have to be found.
+        scores: scores of the hits, in any order.
+        objects: number of objects that must be found.
     """
     scores = np.sort(scores)[::-1]
     thresholds: list[float] = []
@@ -241,12 +254,12 @@ def recall_thresholds(scores: Floats, objects: int) -> Floats:
 
 
 class KITTIEvaluator(DatasetEvaluator):
-    """:func:`kitti_average_precision` of a data set of ``register_kitti``, as ``"kitti"``.
+    """:func:`kitti_average_precision` as a detectron2 evaluator; results are under ``"kitti"``.
 
-    All processes have to call :meth:`evaluate`; the first returns the results.
+    All processes must call :meth:`evaluate`; the first one returns the results.
 
     Args:
-        dataset_name: whose label files are read at the evaluation.
+        dataset_name: data set of ``register_kitti``. Its label files are read by :meth:`evaluate`.
     """
 
     def __init__(self, dataset_name: str):
@@ -257,9 +270,9 @@ class KITTIEvaluator(DatasetEvaluator):
         self.detections: dict[int, Detections] = {}
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        for picture, output in zip(inputs, outputs):
+        for image, output in zip(inputs, outputs):
             instances = output["instances"].to("cpu")
-            self.detections[picture["image_id"]] = Detections(
+            self.detections[image["image_id"]] = Detections(
                 instances.pred_boxes.tensor.double().numpy(),
                 instances.scores.double().numpy(),
                 instances.pred_classes.numpy(),
@@ -270,30 +283,30 @@ class KITTIEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         detections = dict(itertools.chain.from_iterable(part.items() for part in gathered))
-        pictures = DatasetCatalog.get(self.dataset_name)
+        images = DatasetCatalog.get(self.dataset_name)
         results = kitti_average_precision(
-            [read_labels(x["label_file"]) for x in pictures],
-            [detections.get(x["image_id"], Detections.empty()) for x in pictures],
+            [read_labels(x["label_file"]) for x in images],
+            [detections.get(x["image_id"], Detections.empty()) for x in images],
         )
         logger.info("KITTI's AP at 40 recall positions:\n%s", create_small_table(results))
         return {"kitti": results}
 
 
 def coco_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
-    """COCO's measures on KITTI, as ``"bbox"``: crowd annotations absorb detections, as COCO's do.
+    """Return an evaluator of COCO's metrics on KITTI, as ``"bbox"``. Crowds absorb detections.
 
-    detectron2 would convert the data set into a file of the output folder and take that for the
-    data set from then on, in later runs too. This converts afresh and keeps no file.
+    detectron2 would convert the data set to a file in the output folder and read that file in later
+    runs, too. This converts the data set each time and keeps no file.
 
     Args:
-        dataset_name: of ``register_kitti``.
-        output_dir: for the predictions.
+        dataset_name: data set of ``register_kitti``.
+        output_dir: folder for the predictions.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"{dataset_name}.json")
         with open(path, "w", encoding="utf-8") as f:
             json.dump(convert_to_coco_dict(dataset_name), f)
-        # Metadata of its own, because those of the data set cannot be changed again.
+        # Separate metadata, because those of the data set cannot be changed again.
         MetadataCatalog.get(path).set(json_file=path, thing_classes=list(KITTI_CLASSES))
         try:
             return COCOEvaluator(path, tasks=("bbox",), output_dir=output_dir)

@@ -1,4 +1,4 @@
-"""Semantic segmentation of large pictures by windows of the size that the network trained on."""
+"""Semantic segmentation of large images by windows of the training size."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ Size = tuple[int, int]  # height, width
 
 
 class SlidingWindow(nn.Module):
-    """Runs a semantic segmenter on overlapping windows and averages their logits.
+    """Run a semantic segmenter on overlapping windows and average the logits.
 
-    Windows start at multiples of the stride; the last of a row or column ends with the picture. Of
-    a picture, memory holds the logits (K, H, W) once, and those of one window.
+    Windows start at multiples of the stride. The last window of a row or column ends at the border
+    of the image. The memory holds the logits of one image (K, H, W) once, and those of one window.
 
     Args:
-        model: detectron2's ``SemanticSegmentor``, or what has its contract, in evaluation.
-        crop_size: of a window, in pixels of the network's input. A larger one than the picture is
-            the picture: then this is ``model`` itself.
-        stride: between windows, in pixels, at most ``crop_size``.
+        model: detectron2's ``SemanticSegmentor``, or a module with its contract, in evaluation.
+        crop_size: height and width of a window in pixels of the network's input. If the image is
+            not larger, the result is that of ``model`` itself.
+        stride: distance between windows in pixels, at most ``crop_size``.
     """
 
     def __init__(self, model: nn.Module, crop_size: Size, stride: Size):
@@ -32,11 +32,12 @@ class SlidingWindow(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """The contract of detectron2's ``SemanticSegmentor`` in evaluation."""
+        """Follow the contract of detectron2's ``SemanticSegmentor`` in evaluation."""
         return [{"sem_seg": self._segment(x)} for x in batched_inputs]
 
-    def _segment(self, picture: dict[str, Any]) -> Tensor:
-        image = picture["image"]
+    def _segment(self, sample: dict[str, Any]) -> Tensor:
+        """Return the (K, height, width) logits of one image in the size that its entry asks for."""
+        image = sample["image"]
         height, width = image.shape[1:]
         total, count = torch.empty(0), torch.zeros(0)
         for top in starts(height, self.crop_size[0], self.stride[0]):
@@ -50,18 +51,21 @@ class SlidingWindow(nn.Module):
                     count = total.new_zeros((height, width))
                 total[:, rows, columns] += logits
                 count[rows, columns] += 1
-        size = picture.get("height", height), picture.get("width", width)
+        size = sample.get("height", height), sample.get("width", width)
         return sem_seg_postprocess(total.div_(count), (height, width), *size)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows start so that they cover a side."""
+    """Return the positions at which windows start so that they cover a side."""
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
 
 
 def with_sliding_window(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The network as ``TEST.SLIDING_WINDOW`` wants it evaluated; stock configs have no such key."""
+    """Wrap the network in a :class:`SlidingWindow` if ``TEST.SLIDING_WINDOW`` is enabled.
+
+    A stock config has no such key, and the network is returned unchanged.
+    """
     node = cfg.TEST.get("SLIDING_WINDOW")
     if node is None or not node.ENABLED:
         return model

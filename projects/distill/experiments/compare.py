@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor, build_model
 from torch import nn
 
 from ..config import (
@@ -28,11 +28,11 @@ from ..config import (
     get_distill_cfg,
     merge_from_file,
     merge_from_list,
+    student_class,
     student_config,
     teacher_config,
     validate_config,
 )
-from ..config.detectron2_rules import check_choice
 from ..engine import setup_config
 from ..engine.evaluators import check_test_sets
 from ..errors import ConfigError
@@ -40,6 +40,7 @@ from ..heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teach
 from ..launch.termination import AGAIN, RESUME, explain
 from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import build_teacher
+from ..section import check_choice
 from ..utils.arguments import add_config_arguments, at_least
 from ..utils.io import write_json, write_text
 from ..utils.progress import Progress
@@ -194,7 +195,7 @@ class MethodComparison:
         cfg = get_distill_cfg()
         merge_from_file(cfg, self.args.config_file)
         merge_from_list(cfg, self.args.opts)
-        semantic = student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+        semantic = issubclass(student_class(cfg), SemanticSegmentor)
         shapes = Shapes(self.out, self.data_seed, "cityscapes" if semantic else "coco")
         with Progress() as progress:
             shapes.render(progress)

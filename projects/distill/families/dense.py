@@ -1,6 +1,8 @@
 """Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, GFL, ...)."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,22 +10,32 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from torch import Tensor, nn
 
-from ..structures import Batch, DenseOutputs, HeadFeatures, NetworkOutputs, Targets
+from ..losses.boxes import anchor_grid
+from ..structures import (
+    Batch,
+    DenseOutputs,
+    DenseTargets,
+    HeadFeatures,
+    NetworkInfo,
+    NetworkOutputs,
+)
 from .base import Family
+from .detector_losses import DetectorLosses
+from .layout import SUBNETS, LastLayers, before_activations, dense_layout, subnets
 from .recorder import Recorder, record
 
 
 def dense_outputs(
     output: Sequence[Any], num_classes: int, student: DenseOutputs | None = None, box_dim: int = 4
 ) -> DenseOutputs:
-    """A head's (logits, deltas) lists of (N, Ai x K, Hi, Wi) maps as a :class:`DenseOutputs`.
+    """Return the (logits, deltas) of a head, lists of (N, Ai x K, Hi, Wi) maps, as rows.
 
     Args:
-        output: of the head; further entries are left out.
+        output: the head's output; entries after the second are left out.
         num_classes: K of the logits.
-        student: cut the maps to the cells that both networks share: a teacher may have padded its
-            canvas further.
-        box_dim: numbers a box is regressed by.
+        student: the student's outputs. Maps are cut to its cells, because a teacher may have
+            padded its images further.
+        box_dim: numbers that encode a box.
     """
     logits, deltas = output[:2]
     if student is not None:
@@ -38,44 +50,23 @@ def dense_outputs(
 
 
 def decode_dense(detector: Any, outputs: NetworkOutputs, needs: Collection[str]) -> None:
-    """Fill ``signals.dense_boxes`` if needed.
+    """Fill ``dense_boxes`` if they are needed.
 
     Args:
-        detector: what owns ``anchor_generator`` and ``box2box_transform``: an RPN or the model.
+        detector: owner of ``anchor_generator`` and ``box2box_transform``: an RPN or the model.
     """
     if "dense_boxes" not in needs:
         return
     dense = outputs.dense
-    assert dense is not None, "the boxes are decoded from the dense signal"
-    for deltas, anchors in zip(dense.deltas, level_anchors(detector.anchor_generator, dense.sizes)):
+    assert dense is not None, "the boxes are decoded from the dense outputs"
+    generator: DefaultAnchorGenerator = detector.anchor_generator
+    cells = zip(generator.cell_anchors, generator.strides, dense.sizes)
+    for deltas, (anchors, stride, size) in zip(dense.deltas, cells):
         deltas = deltas.detach().float()  # FCOS would decode in half precision
-        repeated = anchors.repeat(len(deltas), 1)
+        grid = anchor_grid(anchors, stride, generator.offset, *size)
+        repeated = grid.flatten(0, 2).repeat(len(deltas), 1)
         boxes = detector.box2box_transform.apply_deltas(deltas.flatten(0, 1), repeated)
         outputs.dense_boxes.append(boxes.view(*deltas.shape[:2], 4))
-
-
-def level_anchors(generator: DefaultAnchorGenerator, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Each level's (Hi x Wi x Ai, 4) anchors, as ``generator`` has them.
-
-    Its own forward makes the grid on the CPU and waits for the copy to the device.
-    """
-    anchors = []
-    for (height, width), stride, cell in zip(sizes, generator.strides, generator.cell_anchors):
-        x, y = (
-            (torch.arange(n, device=cell.device) + generator.offset) * stride
-            for n in (width, height)
-        )
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).repeat(1, 1, 2)
-        anchors.append((grid.view(-1, 1, 4) + cell).flatten(0, 1))
-    return anchors
-
-
-SUBNETS = ("cls_subnet", "bbox_subnet")  # of detectron2's RetinaNetHead and those made of it
-
-
-def before_activations(subnet: nn.Sequential) -> list[int]:
-    """Indices of the modules that an activation follows: convolutions, or their norms."""
-    return [k - 1 for k, module in enumerate(subnet) if isinstance(module, nn.ReLU)]
 
 
 class DenseFamily(Family):
@@ -85,14 +76,12 @@ class DenseFamily(Family):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        # RepPoints assigns twice: its classes by the second.
+        # RepPoints assigns twice; the second assignment is that of its classes.
         methods = ("refine_targets", "label_anchors", "targets")
         self.assignment = next((f"{k}()" for k in methods if hasattr(model, k)), None)
-        subnets = (getattr(self.model.head, name, None) for name in SUBNETS)
         self.subnets = {
             f"head.{name}": before_activations(subnet)
-            for name, subnet in zip(SUBNETS, subnets)
-            if isinstance(subnet, nn.Sequential)
+            for name, subnet in subnets(self.model.head).items()
         }
 
     @property
@@ -103,6 +92,20 @@ class DenseFamily(Family):
         if len(self.subnets) == len(SUBNETS):
             outputs.add("head_features")
         return frozenset(outputs)
+
+    def info(
+        self, name: str, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()
+    ) -> NetworkInfo:
+        info = super().info(name, classes, sem_seg_classes)
+        reusable = "head_features" in info.outputs
+        losses = DetectorLosses(self.model)
+        return replace(
+            info,
+            dense=dense_layout(self.model, self.model.head_in_features, info.features),
+            last_layers=partial(LastLayers, self.model) if reusable else None,
+            detector_levels=losses.levels,
+            detector_losses=losses,
+        )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
         names = super().recorded_modules(needs) + (["head"] if "dense" in needs else [])
@@ -120,11 +123,9 @@ class DenseFamily(Family):
         if "head_features" in needs:
             outputs.head_features = self._head_features(recorder)
         if "targets" in needs and self.assignment:
-            assigned = recorder[
-                self.assignment
-            ].output  # detectron2's are lists, one entry a picture
+            assigned = recorder[self.assignment].output  # detectron2's: lists, one entry per image
             labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
-            outputs.targets = Targets(labels, boxes)
+            outputs.targets = DenseTargets(labels, boxes)
         decode_dense(self.model, outputs, needs)
         return outputs
 
@@ -146,7 +147,7 @@ class DenseFamily(Family):
     def _head_features(
         self, recorder: Recorder, student: DenseOutputs | None = None
     ) -> HeadFeatures:
-        """Of the recorded calls, cut to the cells of the student."""
+        """Return the recorded maps, cut to the cells of the student."""
         subnets = []
         for name, indices in self.subnets.items():
             maps = [[call.output for call in recorder.all(f"{name}.{k}")] for k in indices]
@@ -156,5 +157,5 @@ class DenseFamily(Family):
         return HeadFeatures(*subnets)
 
     def _dense(self, output: Sequence[Any], student: DenseOutputs | None = None) -> DenseOutputs:
-        box_dim = getattr(self.model, "box_dim", 4)  # detectron2's have 4
+        box_dim = getattr(self.model, "box_dim", 4)  # 4 in detectron2's own
         return dense_outputs(output, self.model.num_classes, student, box_dim)

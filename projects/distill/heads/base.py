@@ -1,20 +1,20 @@
-"""The contract of a distillation head."""
+"""Base class and registry of distillation heads."""
 
 import logging
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..losses.reduce import connected_zero
+from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.text import choices
+from ..utils.training import current_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +24,29 @@ Registry of distillation heads.
 
 A registered class is called as ``cls(cfg, student, teacher)`` with the whole config and a
 :class:`~distill.structures.NetworkInfo` for each network; it must be a :class:`DistillHead`.
-Its keys stand in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
+Its keys are in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
 """
 
 
 class DistillHead(nn.Module):
-    """Compares what student and teacher said and returns named, weighted losses.
+    """Compare outputs of student and teacher, and return named, weighted losses.
 
-    Subclasses write :meth:`losses`; everything else (schedule, connected zeros, names) is here.
+    A subclass writes :meth:`losses` and declares its config keys in ``section``, on top of those of
+    its bases. Each key is an argument of the constructor, in lower case. The schedule, connected
+    zeros and names are here.
 
     Args:
         weight: factor of the losses; 0 switches the head off.
         warmup_iters: iterations over which the factor rises linearly from 0.
         stop_iter: iteration from which the head is off; 0 means never.
     """
+
+    section: ClassVar[Section] = Section(
+        WEIGHT=Key(1.0, "factor of the head's losses; 0 switches the head off", at_least(0)),
+        WARMUP_ITERS=Key(0, "iterations in which the factor rises linearly from 0", at_least(0)),
+        STOP_ITER=Key(0, "iteration from which the head is off; 0: never", at_least(0)),
+    )
+    """The head's config keys."""
 
     needs: frozenset[str] = frozenset()
     """Fields of :class:`NetworkOutputs` that both networks must produce."""
@@ -46,8 +55,13 @@ class DistillHead(nn.Module):
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
 
     parts: tuple[str, ...] = ("",)
-    """Names of what :meth:`losses` returns, the same at every iteration: loggers go on showing the
-    last value of a name that is gone."""
+    """Names of the losses that :meth:`losses` returns, the same at every iteration: loggers would
+    go on showing the last value of a missing name."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        inherited: Section = super(cls, cls).section  # type: ignore[misc]
+        cls.section = vars(cls).get("section", Section()).on_top_of(inherited)
 
     @configurable
     def __init__(self, *, weight: float = 1.0, warmup_iters: int = 0, stop_iter: int = 0):
@@ -57,36 +71,49 @@ class DistillHead(nn.Module):
         self.stop_iter = stop_iter
 
     @classmethod
-    def section(cls, cfg: CfgNode) -> CfgNode:
-        """The head's own config section."""
+    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
+        return {key.lower(): x for key, x in cls.config_values(cfg, student).items()}
+
+    @classmethod
+    def config_node(cls, cfg: CfgNode) -> CfgNode:
+        """Return the head's section of the config."""
         return cfg.MODEL.DISTILL[cls.__name__.upper()]
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
-        return {
-            "weight": node.WEIGHT,
-            "warmup_iters": node.WARMUP_ITERS,
-            "stop_iter": node.STOP_ITER,
-        }
+    def config_values(cls, cfg: CfgNode, student: NetworkInfo) -> CfgNode:
+        """Return the values of the head's keys, with the authors' values for this student."""
+        return cls.section.values_for(cls.config_node(cfg), student.kinds)
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """Raise ConfigError if values of the config do not fit together.
+
+        Each value of ``section`` has been checked before by its own rule.
+        """
+        node, terms = cls.config_node(cfg), cls.section.terms
+        if terms and not any(node[key] for key in terms):
+            raise ConfigError(
+                f"MODEL.DISTILL.{cls.__name__.upper()}: {', '.join(terms)} are all 0; set one of "
+                "them above 0, or WEIGHT 0.0 to switch the head off."
+            )
 
     @classmethod
     def missing_outputs(cls, student: NetworkInfo, teacher: NetworkInfo | None) -> str | None:
-        """Which of ``needs`` a network does not produce, or None."""
+        """Return why a network lacks outputs in ``needs``, or None."""
         if teacher is None and cls.needs_teacher:
-            return "it compares with a teacher, and there is none"
+            return "it compares with a teacher, but no teacher is configured"
         for net in (student, teacher) if teacher and cls.needs_teacher else (student,):
             missing = cls.needs - net.outputs
             if missing:
                 return (
                     f"it compares {', '.join(sorted(missing))}, which the {net.name} "
-                    f"({type(net.model).__name__}) does not produce"
+                    f"({net.kind}) does not produce"
                 )
         return None
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: Any) -> str | None:
-        """Why this head cannot compare these two networks, or None.
+        """Return why this head cannot compare these two networks, or None.
 
         Args:
             student, teacher: :class:`NetworkInfo`; the teacher is None if no head needs one.
@@ -94,7 +121,7 @@ class DistillHead(nn.Module):
         return cls.missing_outputs(student, teacher)
 
     def factor(self) -> float:
-        """The weight at the current iteration."""
+        """Return the weight at the current iteration."""
         iteration = current_iteration()
         if self.stop_iter and iteration >= self.stop_iter:
             return 0.0
@@ -103,7 +130,7 @@ class DistillHead(nn.Module):
         return self.weight
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
-        """Unweighted scalar losses by the names in ``parts``, to be summed.
+        """Return unweighted scalar losses by the names in ``parts``, to be summed.
 
         Args:
             student, teacher: :class:`NetworkOutputs`; a head without ``needs_teacher`` reads no
@@ -112,11 +139,11 @@ class DistillHead(nn.Module):
         raise NotImplementedError
 
     def forward(self, student: NetworkOutputs, teacher: NetworkOutputs | None) -> dict[str, Tensor]:
-        """Weighted losses, named ``loss_<head>[/<part>]``.
+        """Return weighted losses, named ``loss_<head>[/<part>]``.
 
         Args:
-            student: what the student said.
-            teacher: what the teacher said; None while no head that needs it is active.
+            student: the student's outputs.
+            teacher: the teacher's outputs; None while no active head needs them.
         """
         head = f"loss_{type(self).__name__.lower()}"
         names = {part: f"{head}/{part}" if part else head for part in self.parts}
@@ -130,7 +157,7 @@ class DistillHead(nn.Module):
 
 
 class NonModuleRef:
-    """What a head refers to and does not own: no submodule of it, and shared by its copies."""
+    """Reference to a value that is no submodule of a head and that its copies share."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -139,33 +166,16 @@ class NonModuleRef:
         return self
 
 
-def current_iteration() -> int:
-    """Of the training; 0 outside of one."""
-    return get_event_storage().iter if has_event_storage() else 0
-
-
-def gather(x: Tensor) -> Tensor:
-    """``x`` of all processes, one after the other along the first dimension, without gradient."""
-    world = comm.get_world_size()
-    if world == 1:
-        return x.detach()
-    sent = x.detach().contiguous()
-    sent = sent.byte() if x.dtype == torch.bool else sent  # gloo sends no bool
-    parts = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(parts, sent)
-    return torch.cat(parts).to(x.dtype)
-
-
 class StepGenerator(nn.Module):
-    """A head's private source of randomness; it leaves the global state alone.
+    """A head's private random generator, which does not change the global random state.
 
-    The trainer reseeds it at every iteration, so a checkpoint needs none of its state. The
-    generator lives on the device that draws: nothing is copied or synchronised.
+    The trainer reseeds it at every iteration, so checkpoints do not store its state. The generator
+    lives on the device that draws, so that nothing is copied or synchronised.
     """
 
     def __init__(self, seed: int):
         super().__init__()
-        self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # other masks in every process
+        self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # different in every process
         self._generator: torch.Generator | None = None
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -180,7 +190,7 @@ class StepGenerator(nn.Module):
 
 
 def teacher_needed(cfg: CfgNode) -> bool:
-    """Whether a head of ``cfg.MODEL.DISTILL.HEADS`` compares with a teacher."""
+    """Return True if a head of ``cfg.MODEL.DISTILL.HEADS`` compares with a teacher."""
     return any(DISTILL_HEAD_REGISTRY.get(n).needs_teacher for n in cfg.MODEL.DISTILL.HEADS)
 
 
@@ -191,7 +201,7 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
         teacher: None if no head needs one.
 
     Raises:
-        ConfigError: a head cannot compare these networks; the message says which heads can.
+        ConfigError: if a head cannot compare these networks; the message names heads that can.
     """
     heads = nn.ModuleDict()
     for name in cfg.MODEL.DISTILL.HEADS:
@@ -212,7 +222,7 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
 
 
 def outlasting_phases(cfg: CfgNode) -> list[str]:
-    """A sentence for each first phase of a head, a key ``*_ITERS``, that fills the training."""
+    """Return a warning for each first phase of a head (a key ``*_ITERS``) that never ends."""
     node, last = cfg.MODEL.DISTILL, cfg.SOLVER.MAX_ITER
     phases = {
         f"MODEL.DISTILL.{head.upper()}.{key}": value

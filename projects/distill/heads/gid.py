@@ -1,41 +1,55 @@
-"""General instances: the boxes about which student and teacher differ most."""
+"""General instance distillation (GID) of the boxes on which the networks differ most."""
 
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
+from ..losses.boxes import pairwise_iou
+from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
-from .dense import AnchorGrids, DenseLayout
-from .features import DenseFPNHead
+from .dense import AnchorGrids, layout_of
+from .fpn import DenseFPNHead
 
-SIDE = 10  # of an instance's cropped features, in cells
+SIDE = 10  # in cells, of the crop of an instance's features
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class GID(DenseFPNHead):
-    """Features, relations and predictions of general instances, see
-    :func:`distill.losses.general_instances`.
+    """GID: compare features, relations and predictions of general instances.
 
-    An instance's box is that of the network which is surer of the anchor. Predictions are compared
-    at the anchors that the student's matcher gives to the instances. The paper adapts the
-    student's maps by a 3x3 convolution that all levels share; the released code never applies it
-    (``shared_adapter=False``; then only differing channels are adapted, by 1x1).
+    See :func:`distill.losses.general_instances`. The box of an instance is that of the network with
+    the higher score at the anchor. Predictions are compared at the anchors that the student's
+    matcher gives to the instances. The paper adapts the student's maps by a 3x3 convolution that
+    all levels share. The released code never applies it (``shared_adapter=False``): only differing
+    channels are adapted, by 1x1.
 
     Args:
-        strides: of the levels.
+        strides: strides of the levels in pixels.
         grids: the student's anchors.
-        threshold: IoU from which an anchor belongs to an instance, beside the instance's best.
+        threshold: IoU from which an anchor belongs to an instance, as its best anchor always does.
         feature_weight, relation_weight, class_weight, box_weight: factors of the parts.
-        shared_adapter: the 3x3 convolution.
+        shared_adapter: True to adapt by the 3x3 convolution.
     """
 
+    section = Section(
+        FEATURE_WEIGHT=Key(5e-4, "factor of the features", at_least(0), term=True),
+        RELATION_WEIGHT=Key(40.0, "factor of the relations", at_least(0), term=True),
+        CLASS_WEIGHT=Key(0.1, "factor of the class logits", at_least(0), term=True),
+        BOX_WEIGHT=Key(1.0, "factor of the box deltas", at_least(0), term=True),
+        SHARED_ADAPTER=Key(
+            True,
+            "a 3x3 convolution of the student's maps that all levels share, as in the paper; "
+            "False: as in the released code",
+            SWITCH,
+        ),
+    )
     needs = frozenset({"features", "dense", "dense_boxes"})
 
     @configurable
@@ -69,7 +83,7 @@ class GID(DenseFPNHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        layout = DenseLayout.of(student)
+        layout = layout_of(student)
         return {
             **super().from_config(cfg, student, teacher),
             "strides": layout.strides,
@@ -78,18 +92,13 @@ class GID(DenseFPNHead):
         }
 
     @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("FEATURE_WEIGHT", "RELATION_WEIGHT", "CLASS_WEIGHT", "BOX_WEIGHT", "SHARED_ADAPTER")
-        return {key.lower(): values[key] for key in keys}
-
-    @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
         problem = super().problem(student, teacher)
         if problem:
             return problem
-        if DenseLayout.of(student).objectness:
+        if layout_of(student).objectness:
             return "an RPN does not say how sure it is of a class"
-        encodings = [_encoding(net) for net in (student, teacher)]
+        encodings = [layout_of(net).box_encoding for net in (student, teacher)]
         if None in encodings:
             return "it compares box deltas, not distributions of box sides"
         if encodings[0] != encodings[1]:
@@ -120,7 +129,7 @@ class GID(DenseFPNHead):
     def instances(
         self, student: NetworkOutputs, teacher: NetworkOutputs, logits: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(N, K, 4) boxes and (N, K) bool, which of them there are."""
+        """Return (N, K, 4) boxes, and (N, K) bool: True for boxes that exist."""
         ours, theirs = (x.float().amax(2).sigmoid() for x in logits)
         own, other = (torch.cat(x.dense_boxes, 1) for x in (student, teacher))
         boxes = other.where((theirs > ours)[..., None], own)
@@ -129,17 +138,9 @@ class GID(DenseFPNHead):
 
     @torch.no_grad()
     def selected(self, boxes: Tensor, student: NetworkOutputs) -> Tensor:
-        """(N, R) 1 of the anchors of an instance, else 0; boxes of no size have none."""
+        """Return (N, R) 1 for the anchors of an instance, else 0; empty boxes have no anchors."""
         assert student.dense is not None
         anchors = torch.cat([x.flatten(0, 2) for x in self.grids(student.dense.sizes)])
-        iou = pairwise_iou(Boxes(boxes.flatten(0, 1)), Boxes(anchors))
+        iou = pairwise_iou(boxes.flatten(0, 1), anchors)
         best = (iou > 0) & (iou == iou.amax(1, keepdim=True))
         return ((iou >= self.threshold) | best).view(*boxes.shape[:2], -1).any(1).float()
-
-
-def _encoding(net: NetworkInfo) -> Any:
-    """What two networks must share for their deltas to be compared; None: they are no four."""
-    if getattr(net.model, "box_dim", 4) != 4:
-        return None
-    transform = net.model.box2box_transform
-    return type(transform), getattr(transform, "weights", None)

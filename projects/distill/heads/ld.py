@@ -1,4 +1,4 @@
-"""Distributions of box sides: localization distillation."""
+"""Localization distillation (LD) of the distributions of box sides."""
 
 from typing import Any
 
@@ -6,31 +6,41 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses import ld, padded
-from ..nets.assign import valuable_region
-from ..structures import NetworkInfo, NetworkOutputs, Targets
+from ..losses import ld, ld_region, padded
+from ..section import POSITIVE, SWITCH, Key, Section, at_least
+from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
-from .dense import AnchorGrids, DenseDistillHead, DenseLayout
+from .dense import AnchorGrids, DenseDistillHead, layout_of
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class LD(DenseDistillHead):
-    """Distributions of box sides, and classes, see :func:`distill.losses.ld`.
+    """LD: compare distributions of box sides, and classes; see :func:`distill.losses.ld`.
 
-    ``box`` is the sum over the student's positives, weighted by their largest class probability,
-    ``region`` that over the valuable localization region
-    (:func:`~distill.nets.assign.valuable_region`), weighted by the IoU; a side counts a quarter
-    and a sixteenth. ``cls`` is the mean over the positives, of a softmax over the classes.
+    ``box`` is the sum over the student's positives, weighted by their largest class probability; a
+    side counts 1/4. ``region`` is the sum over the valuable localization region
+    (:func:`distill.losses.ld_region`), weighted by the IoU; a side counts 1/16. ``cls`` is the mean
+    over the positives, with a softmax over the classes.
 
     Args:
         grids: the student's anchors.
-        candidates: of the student's assignment.
+        candidates: number per level and object in the student's assignment.
         box_weight, region_weight, class_weight: factors of the parts.
-        class_temperature: T of ``cls``; ``temperature`` is that of the sides.
-        released_region: see :func:`~distill.nets.assign.valuable_region`.
+        class_temperature: T of ``cls``; ``temperature`` is T of the sides.
+        released_region: see :func:`distill.losses.ld_region`.
     """
 
+    section = Section(
+        TEMPERATURE=Key(10.0, "temperature T of the distributions of box sides", POSITIVE),
+        BOX_WEIGHT=Key(0.25, "factor of the positives' sides", at_least(0), term=True),
+        REGION_WEIGHT=Key(
+            0.25, "factor of the sides in the valuable localization region", at_least(0), term=True
+        ),
+        CLASS_WEIGHT=Key(10.0, "factor of the positives' classes", at_least(0), term=True),
+        CLASS_TEMPERATURE=Key(2.0, "temperature T of the classes", POSITIVE),
+        RELEASED_REGION=Key(False, "the larger region of the authors' code", SWITCH),
+    )
     needs = frozenset({"dense", "targets"})
 
     @configurable
@@ -58,16 +68,10 @@ class LD(DenseDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node = cls.section(cfg)
         return {
             **super().from_config(cfg, student, teacher),
-            "grids": AnchorGrids(DenseLayout.of(student)),
-            "candidates": student.model.candidates,
-            "box_weight": node.BOX_WEIGHT,
-            "region_weight": node.REGION_WEIGHT,
-            "class_weight": node.CLASS_WEIGHT,
-            "class_temperature": node.CLASS_TEMPERATURE,
-            "released_region": node.RELEASED_REGION,
+            "grids": AnchorGrids(layout_of(student)),
+            "candidates": layout_of(student).candidates,
         }
 
     @classmethod
@@ -76,10 +80,9 @@ class LD(DenseDistillHead):
             return problem
         bins = []
         for net in (student, teacher):
-            reg_max = getattr(net.model, "reg_max", None)
+            reg_max = layout_of(net).reg_max
             if reg_max is None:
-                kind = type(net.model).__name__
-                return f"the {net.name} ({kind}) predicts no distributions of box sides"
+                return f"the {net.name} ({net.kind}) predicts no distributions of box sides"
             bins.append(reg_max + 1)
         if bins[0] != bins[1]:
             return f"the distributions have {bins[0]} bins in the student, {bins[1]} in the teacher"
@@ -89,7 +92,7 @@ class LD(DenseDistillHead):
         assert student.dense is not None and teacher.dense is not None
         assert student.targets is not None
         logits = torch.cat(student.dense.logits, 1).detach()
-        positive = self.positive(student.targets, logits)
+        positive = student.targets.positive(logits.shape[2]).float()
         weights = {
             "box": logits.float().sigmoid().amax(2) * positive,
             "region": self.region(student, logits.shape[1]),
@@ -106,19 +109,13 @@ class LD(DenseDistillHead):
         losses["cls"] = ld(s, t, share, self.class_temperature)
         return {part: losses[part] * factor for part, factor in self.factors.items()}
 
-    @staticmethod
-    def positive(targets: Targets, logits: Tensor) -> Tensor:
-        """(N, R) 1 where the student learns an object, else 0."""
-        inside = (targets.labels >= 0) & (targets.labels < logits.shape[2])
-        return inside.float()
-
     def region(self, student: NetworkOutputs, rows: int) -> Tensor:
-        """(N, R) weights of the valuable localization region."""
+        """Return the (N, R) weights of the valuable localization region."""
         assert student.dense is not None
         boxes = padded(student.batch.boxes)
         anchors = [x.flatten(0, 2) for x in self.grids(student.dense.sizes)]
-        of_boxes = valuable_region(
+        of_boxes = ld_region(
             anchors, boxes.flatten(0, 1), self.candidates, self.released_region
         ).view(*boxes.shape[:2], rows)
-        none = of_boxes.new_zeros(len(boxes), 1, rows)  # of a batch without boxes
+        none = of_boxes.new_zeros(len(boxes), 1, rows)  # for a batch without boxes
         return torch.cat([of_boxes, none], 1).amax(1)

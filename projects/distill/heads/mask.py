@@ -1,17 +1,14 @@
-"""Heads that compare instance masks."""
+"""Base of heads that compare instance masks."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import binary_kl
 from ..structures import NetworkOutputs
-from ..utils.distributed import reduce_mean
-from .base import DISTILL_HEAD_REGISTRY
 from .classes import PredictionDistillHead
 
 
 class InstanceMaskDistillHead(PredictionDistillHead):
-    """Mask logits of both networks for the *student's* foreground instances, at their class.
+    """Base of heads that compare mask logits of the student's foreground instances, at their class.
 
     A subclass writes :meth:`loss` for one (ΣRi, M, M) pair.
     """
@@ -27,15 +24,9 @@ class InstanceMaskDistillHead(PredictionDistillHead):
         return {"": self.loss(s, t, self.classes.known(labels))}
 
     def loss(self, student: Tensor, teacher: Tensor, known: Tensor) -> Tensor:
-        """Scalar loss of (ΣRi, M, M) logits; ``known`` (ΣRi,): the teacher knows the class."""
+        """Return the scalar loss of (ΣRi, M, M) logits.
+
+        Args:
+            known: (ΣRi,) bool, True if the teacher knows the class.
+        """
         raise NotImplementedError
-
-
-@DISTILL_HEAD_REGISTRY.register()
-class MaskKD(InstanceMaskDistillHead):
-    """T² KL(σ(t/T) || σ(s/T)) of the mask logits, averaged over cells and instances."""
-
-    def loss(self, student: Tensor, teacher: Tensor, known: Tensor) -> Tensor:
-        divergence = binary_kl(student, teacher, self.temperature).mean(dim=(1, 2))
-        weight = known.to(divergence.dtype)
-        return (weight * divergence).sum() / reduce_mean(weight.sum())

@@ -1,6 +1,7 @@
-"""Masks that learned tokens draw on the teacher's maps, in which the student is compared."""
+"""Masked distillation with receptive tokens (MasKD) of feature maps and of semantic logits."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,22 +9,23 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..losses import dice_overlap, maskd, receptive_masks
 from ..losses.reduce import connected_zero, full_precision
+from ..section import Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .again import detection_losses, no_side_effects
-from .base import DISTILL_HEAD_REGISTRY, NonModuleRef, current_iteration
-from .features import BoxedFPNHead
-from .fpn import Level, cell_labels
+from ..utils.training import current_iteration
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
+from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead
 
 
 class ReceptiveTokens(nn.Module):
-    """Masks of a map by learned tokens, and the share of each.
+    """Learned tokens that draw masks on a map, and a share of each mask.
 
     Args:
-        tokens: T.
+        tokens: T, number of masks.
         channels: C of the map.
     """
 
@@ -38,59 +40,83 @@ class ReceptiveTokens(nn.Module):
         )
 
     def masks(self, x: Tensor) -> Tensor:
-        """(N, T, H, W) in [0, 1] of a (N, C, H, W) map."""
+        """Return (N, T, H, W) masks in [0, 1] of a (N, C, H, W) map."""
         return receptive_masks(self.tokens, x)
 
     def shares(self, x: Tensor) -> Tensor:
-        """(N, T), of sum 1."""
+        """Return the (N, T) shares of the masks, of sum 1 per image."""
         return full_precision(self.weighting(x)[:, :, 0, 0])
 
     def masked(self, x: Tensor, masks: Tensor) -> Tensor:
-        """The map times the sum of its masks by their shares, on which the tokens are trained."""
+        """Return the map times the weighted sum of its masks, on which tokens are trained."""
         return x * torch.einsum("nt,nthw->nhw", self.shares(x), masks)[:, None]
 
 
 def frozen(drawn: nn.Module) -> Any:
-    """A copy for what was learned: decay and momentum go on to move parameters."""
+    """Return a frozen copy, which weight decay and momentum do not change."""
     return copy.deepcopy(drawn).requires_grad_(False)
+
+
+def check_stages(head: type[DistillHead], cfg: CfgNode) -> None:
+    """Raise ConfigError if no iteration is left after the tokens are learned."""
+    node, last = head.config_node(cfg), cfg.SOLVER.MAX_ITER
+    if min(node.STOP_ITER or last, last) <= node.TOKEN_ITERS:
+        raise ConfigError(
+            f"MODEL.DISTILL.{head.__name__.upper()}.TOKEN_ITERS is {node.TOKEN_ITERS}, and the "
+            f"masks distil from there on; lower it below SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} and "
+            "STOP_ITER."
+        )
 
 
 @torch.no_grad()
 def remember(learned: nn.Module, drawn: nn.Module) -> None:
-    """Bring a frozen copy up to date."""
+    """Update a frozen copy."""
     for kept, parameter in zip(learned.parameters(), drawn.parameters()):
         kept.copy_(parameter)
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class MasKD(BoxedFPNHead):
-    """Levels compared under masks; see :func:`distill.losses.maskd`.
+    """MasKD of feature maps: compare levels under learned masks; see :func:`distill.losses.maskd`.
 
-    As in the paper the tokens are learned first, by the teacher's own detection losses on its
-    masked levels and by their difference from each other (``tokens``), then they distil. There it
-    takes a training of its own, here the first iterations of the student's. The authors' further
-    term on the outputs of the box regression is left out.
+    The tokens are learned first (``tokens``), by the teacher's own detection losses on its masked
+    levels and by the overlap of the masks. Then they distil. In the paper the first stage is a
+    training of its own, here it is the first iterations of the student's training. The authors'
+    further term on the outputs of the box regression is left out.
 
     Args:
-        detector: the frozen teacher, which stays outside of this module.
+        detector_losses: the teacher's, see :class:`~distill.structures.NetworkInfo`.
         tokens: number of masks.
         token_iters: iterations of the first stage.
-        student_mask_iters: iterations of the second one before the teacher's masks are multiplied
+        student_mask_iters: iterations of the second stage before the teacher's masks are multiplied
             by the student's.
     """
+
+    section = Section(
+        WEIGHT=Presets(DenseDetector=7.0, FCOS=10.0, RepPoints=10.0, GeneralizedRCNN=1.0),
+        TOKENS=Key(6, "number of masks", at_least(1)),
+        TOKEN_ITERS=Key(
+            2000, "iterations in which the tokens are learned, before they distil", at_least(0)
+        ),
+        STUDENT_MASK_ITERS=Key(
+            5000,
+            "iterations of distillation before the masks are multiplied by the student's",
+            at_least(0),
+        ),
+    )
 
     @configurable
     def __init__(
         self,
         *,
-        detector: nn.Module,
+        detector_losses: Callable[..., dict[str, Tensor]],
         tokens: int,
         token_iters: int,
         student_mask_iters: int,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.detector = NonModuleRef(detector)
+        self.detector_losses = NonModuleRef(detector_losses)
         self.token_iters = token_iters
         self.student_mask_iters = student_mask_iters
         self.drawn = nn.ModuleDict(
@@ -106,12 +132,13 @@ class MasKD(BoxedFPNHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        return {**super().from_config(cfg, student, teacher), "detector": teacher.model}
+        ret = super().from_config(cfg, student, teacher)
+        return {**ret, "detector_losses": teacher.detector_losses}
 
     @classmethod
-    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
-        keys = ("TOKENS", "TOKEN_ITERS", "STUDENT_MASK_ITERS")
-        return {key.lower(): values[key] for key in keys}
+    def check_config(cls, cfg: CfgNode) -> None:
+        super().check_config(cfg)
+        check_stages(cls, cfg)
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
@@ -119,7 +146,9 @@ class MasKD(BoxedFPNHead):
         if problem:
             return problem
         if not teacher.has_boxes:
-            return f"a {type(teacher.model).__name__} does not learn boxes, and so no masks"
+            return f"a {teacher.kind} does not learn boxes, and so no masks"
+        if teacher.detector_losses is None:
+            return "the teacher has no RPN, whose losses train the masks"
         if student.classes != teacher.classes:
             return "the teacher's task, by which the masks are learned, has other classes"
         more = ", ".join(sorted((teacher.outputs - student.outputs) & {"masks", "sem_seg"}))
@@ -135,7 +164,7 @@ class MasKD(BoxedFPNHead):
         return {"tokens": none, **super().losses(student, teacher)}
 
     def token_loss(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Tensor:
-        """The first stage's: the teacher's losses on its masked levels, and the masks' overlap."""
+        """Return the loss of the first stage: the teacher's losses and the masks' overlap."""
         remember(self.learned, self.drawn)
         features, overlaps = dict(teacher.features), []
         for level in self.levels:
@@ -143,8 +172,7 @@ class MasKD(BoxedFPNHead):
             masks = drawn.masks(features[level.teacher])
             features[level.teacher] = drawn.masked(features[level.teacher], masks)
             overlaps.append(dice_overlap(masks))
-        with no_side_effects(self.detector.value, masks.device):
-            task = detection_losses(self.detector.value, features, student.batch)
+        task = self.detector_losses.value(features, student.batch)
         return torch.stack([x.float() for x in task.values()]).sum() + torch.stack(overlaps).mean()
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
@@ -158,16 +186,23 @@ class MasKD(BoxedFPNHead):
 
 @DISTILL_HEAD_REGISTRY.register()
 class MasKDLogits(SemSegDistillHead):
-    """Logits of segmentation compared under masks; see :func:`distill.losses.maskd`.
+    """MasKD of semantic logits: compare them under learned masks; see :func:`distill.losses.maskd`.
 
-    The tokens are learned as those of :class:`MasKD`, by the cross entropy of the teacher's masked
-    logits at the cells; all masks count alike. The head's weight scales both parts.
+    The tokens are learned first, as in :class:`MasKD`, by the cross entropy of the teacher's masked
+    logits at the cells. All masks count the same. The head's weight scales both parts.
 
     Args:
         tokens: number of masks.
         token_iters: iterations of the first stage.
     """
 
+    section = Section(
+        TEMPERATURE=None,
+        TOKENS=Key(8, "number of masks", at_least(1)),
+        TOKEN_ITERS=Key(
+            2000, "iterations in which the tokens are learned, before they distil", at_least(0)
+        ),
+    )
     parts = ("tokens", "masks")
 
     @configurable
@@ -178,12 +213,9 @@ class MasKDLogits(SemSegDistillHead):
         self.learned = frozen(self.drawn)
 
     @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
-    ) -> dict[str, Any]:
-        node = cls.section(cfg)
-        stages = {"tokens": node.TOKENS, "token_iters": node.TOKEN_ITERS}
-        return {**super().from_config(cfg, student, teacher), **stages}
+    def check_config(cls, cfg: CfgNode) -> None:
+        super().check_config(cfg)
+        check_stages(cls, cfg)
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         s, t = self.logits(student, teacher)
@@ -194,11 +226,11 @@ class MasKDLogits(SemSegDistillHead):
         return {"tokens": self.token_loss(t, labels), "masks": none}
 
     def token_loss(self, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The first stage's.
+        """Return the loss of the first stage.
 
         Args:
             teacher: (N, K', H, W) logits.
-            labels: (N, H, W) in the student's classes, anything else is ignored.
+            labels: (N, H, W) in the student's classes; other values are ignored.
         """
         remember(self.learned, self.drawn)
         masks = self.drawn.masks(teacher)

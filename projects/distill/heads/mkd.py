@@ -1,4 +1,4 @@
-"""Multi-knowledge distillation."""
+"""Multi-knowledge distillation (MKD)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..losses import MKD_TERMS, mkd
+from ..section import BELOW_1, COUNTS, POSITIVE, SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import FPNDistillHead, FrequencyMasks
@@ -14,17 +15,32 @@ from .fpn import FPNDistillHead, FrequencyMasks
 
 @DISTILL_HEAD_REGISTRY.register()
 class MKD(FPNDistillHead):
-    """The four losses of MKD on every level; see :func:`distill.losses.mkd`.
+    """MKD: four losses on every level; see :func:`distill.losses.mkd`.
 
     L = α (L_fea + L_Multiscale + L_FDMD + L_FAD) (Eq. 6), α the head's weight.
 
     Args:
         term_weights: factor of each term by its name in ``MKD_TERMS``; 0 leaves it out.
-        scales: of ``multiscale``, in cells.
+        scales: pooling kernels of ``multiscale`` in cells.
         mask_ratio: ζ of ``fdmd``; 0 makes it ``fea``.
-        temperature, attention: of ``fad``.
-        seed: of the frequency masks.
+        temperature, attention: options of ``fad``.
+        seed: seed of the frequency masks.
     """
+
+    section = Section(  # WEIGHT is α (Eq. 6)
+        FEA_WEIGHT=Key(1.0, "factor of L_fea; 0 leaves a term out", at_least(0), term=True),
+        MULTISCALE_WEIGHT=Key(1.0, "factor of L_Multiscale (Eq. 1)", at_least(0), term=True),
+        FDMD_WEIGHT=Key(1.0, "factor of L_FDMD (Eq. 2-4)", at_least(0), term=True),
+        FAD_WEIGHT=Key(1.0, "factor of L_FAD (Eq. 5)", at_least(0), term=True),
+        SCALES=Key((1, 2, 4), "pooling kernels of L_Multiscale in cells (paper silent)", COUNTS),
+        MASK_RATIO=Key(0.15, "ζ of L_FDMD: share of removed frequencies (paper silent)", BELOW_1),
+        TEMPERATURE=Key(1.0, "temperature 𝒯 of L_FAD (paper silent)", POSITIVE),
+        ATTENTION=Key(
+            True,
+            "L_FAD compares maps weighted by the joint attention; False: the maps themselves",
+            SWITCH,
+        ),
+    )
 
     @configurable
     def __init__(
@@ -55,16 +71,9 @@ class MKD(FPNDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node = cls.section(cfg)
-        return {
-            **super().from_config(cfg, student, teacher),
-            "term_weights": {term: node[f"{term.upper()}_WEIGHT"] for term in MKD_TERMS},
-            "scales": node.SCALES,
-            "mask_ratio": node.MASK_RATIO,
-            "temperature": node.TEMPERATURE,
-            "attention": node.ATTENTION,
-            "seed": cfg.SEED,
-        }
+        ret = super().from_config(cfg, student, teacher)
+        ret["term_weights"] = {term: ret.pop(f"{term}_weight") for term in MKD_TERMS}
+        return {**ret, "seed": cfg.SEED}
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         losses = {}

@@ -1,4 +1,4 @@
-"""Multi-scale self-distillation."""
+"""Multi-scale self-distillation (MSSD)."""
 
 from typing import Any
 
@@ -6,14 +6,13 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import fitnet, gaussian_mask, mssd
+from ..section import POSITIVE, SHARE, Key, Section, at_least, one_of
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
 
-MSSD_MASKS = ("gaussian", "binary")
-
 
 class MaskAdapter(nn.Sequential):
-    """A mask of one channel as a map of C: 3x3 convolution and ReLU (MSSD, Eq. 6)."""
+    """Map a mask of one channel to C channels: 3x3 convolution and ReLU (Eq. 6)."""
 
     def __init__(self, channels: int):
         super().__init__(nn.Conv2d(1, channels, kernel_size=3, padding=1), nn.ReLU())
@@ -21,24 +20,34 @@ class MaskAdapter(nn.Sequential):
 
 @DISTILL_HEAD_REGISTRY.register()
 class MSSD(DistillHead):
-    """A student with an FPN+PAN neck teaches its deep maps with its shallow ones.
+    """MSSD: a student with an FPN+PAN neck teaches its deep maps with its shallow ones.
 
-    L = w_distill L_distill + w_mask L_mask (Eq. 7; the weight of L_gt is 1). L_distill is the mean
-    over the levels of g_k · :func:`distill.losses.mssd`, g = γ on the finest (Eq. 1-4). L_mask is
-    the mean squared error of each deep map and the adapted mask of the ground-truth boxes
-    (Eq. 6, :func:`distill.losses.gaussian_mask`); its gradient reaches both. The paper does not
-    say how levels add up in L_mask: they are averaged. Levels without a shallow map (the coarser
-    ones that strided convolutions make of the last) do not count.
+    L = w_distill L_distill + w_mask L_mask (Eq. 7; the weight of L_gt is 1)
+
+    L_distill is the mean over the levels of g · :func:`distill.losses.mssd`, with g = γ on the
+    finest level, else 1 (Eq. 1-4). L_mask is the mean squared error of each deep map and the
+    adapted mask of the ground-truth boxes (Eq. 6, :func:`distill.losses.gaussian_mask`). Its
+    gradient reaches both. The paper does not say how levels add up in L_mask; they are averaged.
+    Levels without a shallow map, which strided convolutions make of the last one, do not count.
 
     Args:
         levels: names of the deep maps, finest first.
-        strides, channels: of each level.
+        strides, channels: values of each level.
         distill_weight, mask_weight: factors of the two losses; 0 leaves one out.
         gamma: γ.
         binary: binary masks instead of Gaussian ones.
         sigma2: σ² of the Gaussian masks.
     """
 
+    section = Section(
+        DISTILL_WEIGHT=Key(1.0, "factor of L_distill (Eq. 4)", at_least(0), term=True),
+        MASK_WEIGHT=Key(1.0, "factor of L_mask (Eq. 6)", at_least(0), term=True),
+        GAMMA=Key(0.05, "γ: factor of the finest level (Eq. 3; the best of Table 5)", SHARE),
+        MASK=Key(
+            "gaussian", "kind of the masks (Eq. 5); binary: σ² = ∞", one_of("gaussian", "binary")
+        ),
+        SIGMA2=Key(2.0, "σ² of the Gaussian masks (the best of Table 6)", POSITIVE),
+    )
     needs = frozenset({"features", "shallow"})
     needs_teacher = False
 
@@ -71,20 +80,14 @@ class MSSD(DistillHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
-        node = cls.section(cfg)
-        levels = sorted(
-            student.model.backbone.shallow_features, key=lambda k: student.features[k].stride
-        )
+        levels = sorted(student.shallow, key=lambda k: student.features[k].stride)
+        ret = super().from_config(cfg, student, teacher)
+        ret["binary"] = ret.pop("mask") == "binary"
         return {
-            **super().from_config(cfg, student, teacher),
+            **ret,
             "levels": levels,
             "strides": [student.features[k].stride for k in levels],
             "channels": [student.features[k].channels for k in levels],
-            "distill_weight": node.DISTILL_WEIGHT,
-            "mask_weight": node.MASK_WEIGHT,
-            "gamma": node.GAMMA,
-            "binary": node.MASK == "binary",
-            "sigma2": node.SIGMA2,
         }
 
     @classmethod
@@ -95,7 +98,7 @@ class MSSD(DistillHead):
                 "build_..._pafpn_backbone"
             )
         if not student.has_boxes:
-            return f"a {type(student.model).__name__} has no ground-truth boxes"
+            return f"a {student.kind} has no ground-truth boxes"
         return super().problem(student, teacher)
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
@@ -114,7 +117,7 @@ class MSSD(DistillHead):
         return losses
 
     def mask(self, student: NetworkOutputs, level: str, stride: int) -> Tensor:
-        """(N, H, W): the ground-truth boxes on the cells of a level."""
+        """Return the (N, H, W) masks of the ground-truth boxes on the cells of a level."""
         height, width = student.features[level].shape[2:]
         boxes = student.batch.boxes
         return gaussian_mask(boxes, height, width, stride, self.sigma2, self.binary)

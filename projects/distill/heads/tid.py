@@ -1,4 +1,4 @@
-"""Task integration distillation."""
+"""Task integration distillation (TID)."""
 
 from typing import Any, NamedTuple
 
@@ -7,42 +7,71 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses import matched_iou, tid, tid_by_value, tid_information, tid_mask, tid_score, tid_value
+from ..losses import (
+    TID_AREAS,
+    TID_SCORES,
+    matched_iou,
+    tid,
+    tid_by_value,
+    tid_information,
+    tid_mask,
+    tid_score,
+    tid_value,
+)
+from ..section import FRACTION, SWITCH, Key, Rule, Section, at_least, one_of
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
-from .dense import DenseLayout, dense_classes, grid_problem
+from .dense import dense_classes, grid_problem, layout_of
 from .fpn import FPNDistillHead
+
+SHARE_OF_POINTS = Rule(lambda x: 1e-6 <= x <= 1, "in (0, 1], and at least 0.000001")
 
 
 class Judgement(NamedTuple):
-    """Both networks' opinions of the points of one picture, in the order of ``tid_value``."""
+    """Scores of the points of one image, in the order of the arguments of ``tid_value``."""
 
     score_teacher: Tensor  # (P,)
     score_student: Tensor  # (P,)
-    tie: Tensor  # (P,), the teacher's IOU_max · p
-    boxes: Tensor  # (P, 4), the teacher's box of each point that matches best
+    tie: Tensor  # (P,) IOU_max · p of the teacher
+    boxes: Tensor  # (P, 4) best matching box of each point, of the teacher
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class TID(FPNDistillHead):
-    """Features weighted by how well teacher and student do both tasks at each point.
+    """TID: compare features, weighted by how well both networks do both tasks at each point.
 
-    The dense head of both networks is judged at every feature point (DIEM, :meth:`scores`); what
-    the teacher does well and the student worse than it gets a value (LDAM) that fades outside the
-    ground-truth boxes (SFDM, :meth:`values`); the squared error of the features that the dense
-    head reads is weighted by it. For an R-CNN the RPN is the dense head, p its objectness.
+    The dense head of each network is scored at every feature point (DIEM, :meth:`scores`). Points
+    at which the teacher does well, and better than the student, get a value (LDAM). It fades
+    outside the ground-truth boxes (SFDM, :meth:`values`) and weights the squared error of the
+    features that the dense head reads. For an R-CNN the RPN is the dense head, p its objectness.
 
     Args:
         thresholds: (negative, positive) IoU of the student's and the teacher's own assignment.
         classes: the classes that both dense heads list.
-        objectness: the dense heads are RPNs, whose only logit is every object's.
+        objectness: True if the dense heads are RPNs, whose only logit is every object's.
         alphas: α_high, α_med, α_low: factors of the loss where V >= 1, V >= 0.01, and below.
         gamma, nms_iou, area: see :func:`distill.losses.tid_value`.
         top, parts, raw_iou: see :func:`distill.losses.tid_score`.
     """
 
+    section = Section(
+        IN_FEATURES=None,
+        GAMMA=Key(
+            0.05, "γ: share of the points in the key and weak areas (paper silent)", SHARE_OF_POINTS
+        ),
+        TOP=Key(0.025, "share of the points whose Score_c is 1.5", SHARE_OF_POINTS),
+        SCORE=Key("both", "tasks that the score judges", one_of(*TID_SCORES)),
+        RAW_IOU=Key(
+            False, "Score_r is IOU_max itself, not IOU_max by the detector's thresholds", SWITCH
+        ),
+        AREA=Key("both", "areas that have a value", one_of(*TID_AREAS)),
+        NMS_IOU=Key(0.6, "IoU of the NMS of the weak area's boxes (paper silent)", FRACTION),
+        ALPHA_HIGH=Key(1.0, "α_high: factor of the loss where V >= 1", at_least(0), term=True),
+        ALPHA_MED=Key(1.0, "α_med: factor where 0.01 <= V < 1", at_least(0), term=True),
+        ALPHA_LOW=Key(1.0, "α_low: factor where V < 0.01", at_least(0), term=True),
+    )
     needs = frozenset({"features", "dense", "dense_boxes"})
 
     @configurable
@@ -73,24 +102,19 @@ class TID(FPNDistillHead):
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
-        node = cls.section(cfg)
+        ret = super().from_config(cfg, student, teacher)
+        ret["alphas"] = tuple(ret.pop(f"alpha_{value}") for value in ("high", "med", "low"))
+        ret["parts"] = ret.pop("score")
         return {
-            **super().from_config(cfg, student, teacher),
-            "thresholds": tuple(DenseLayout.of(net).thresholds for net in (student, teacher)),
+            **ret,
+            "thresholds": tuple(layout_of(net).thresholds for net in (student, teacher)),
             "classes": class_map(cls.__name__, dense_classes(student), dense_classes(teacher)),
-            "objectness": DenseLayout.of(student).objectness,
-            "alphas": (node.ALPHA_HIGH, node.ALPHA_MED, node.ALPHA_LOW),
-            "gamma": node.GAMMA,
-            "nms_iou": node.NMS_IOU,
-            "area": node.AREA,
-            "top": node.TOP,
-            "parts": node.SCORE,
-            "raw_iou": node.RAW_IOU,
+            "objectness": layout_of(student).objectness,
         }
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        return tuple(DenseLayout.of(student).levels)
+        return tuple(layout_of(student).levels)
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:
@@ -110,7 +134,7 @@ class TID(FPNDistillHead):
 
     @torch.no_grad()
     def values(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[Tensor]:
-        """V of every level, (N, Hi, Wi) each."""
+        """Return V, one (N, Hi, Wi) map per level."""
         assert student.dense is not None
         points = torch.cat(
             [
@@ -118,21 +142,21 @@ class TID(FPNDistillHead):
                 for size, level in zip(student.dense.sizes, self.levels)
             ]
         )
-        pictures = []
+        images = []
         for i, boxes in enumerate(student.batch.boxes):
             value = tid_value(*self.judgement(student, teacher, i), **self.value_options)
-            pictures.append(value * tid_information(points, boxes))
-        return self.by_level(torch.stack(pictures), student)
+            images.append(value * tid_information(points, boxes))
+        return self.by_level(torch.stack(images), student)
 
     def judgement(self, student: NetworkOutputs, teacher: NetworkOutputs, image: int) -> Judgement:
-        """Both networks' scores of one picture (DIEM)."""
+        """Return the scores of both networks for one image (DIEM)."""
         score_s, _, _ = self.scores(student, student, image, self.thresholds[0])
         score_t, tie, boxes = self.scores(teacher, student, image, self.thresholds[1])
         return Judgement(score_t, score_s, tie, boxes)
 
     @staticmethod
     def by_level(points: Tensor, student: NetworkOutputs) -> list[Tensor]:
-        """(N, P) values of the points as (N, Hi, Wi) maps."""
+        """Return (N, P) values of the points as one (N, Hi, Wi) map per level."""
         assert student.dense is not None
         sizes = student.dense.sizes
         levels = points.split([h * w for h, w in sizes], 1)
@@ -145,12 +169,12 @@ class TID(FPNDistillHead):
         image: int,
         thresholds: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One network's opinion of the points of one picture (DIEM).
+        """Return the scores of one network for the points of one image (DIEM).
 
         Returns:
             score: (P,).
             tie: (P,) IOU_max · p.
-            boxes: (P, 4), the decoded box of each point that matches best.
+            boxes: (P, 4) decoded box of each point that matches best.
         """
         assert net.dense is not None
         sizes = [h * w for h, w in net.dense.sizes]
@@ -170,7 +194,7 @@ class TID(FPNDistillHead):
         return score, iou * prob, decoded[rows, anchor]
 
     def columns(self, labels: Tensor, match: Tensor, is_student: bool) -> tuple[Tensor, Tensor]:
-        """Column of the matched object's class in a network's logits, and whether it is known."""
+        """Return the column of the matched object's class in the logits, and if it is known."""
         if self.objectness:
             return torch.zeros_like(match), torch.ones_like(match)
         labels = F.pad(labels, (0, 1))[match]  # without ground truth there is one row to read
@@ -179,12 +203,12 @@ class TID(FPNDistillHead):
 
 
 def class_logits(logits: Tensor, column: Tensor) -> Tensor:
-    """(P,): of (P, A, K) logits the largest of each point's boxes in the class ``column`` (P,)."""
+    """Return the (P,) largest of the (P, A, K) logits of each point's class in (P,) ``column``."""
     index = column[:, None, None].expand(-1, logits.shape[1], 1)
     return logits.gather(2, index).amax((1, 2))
 
 
 def cell_centres(size: tuple[int, int], stride: int, device: torch.device) -> Tensor:
-    """(H·W, 2) x, y of the cells' centres in pixels, row by row."""
+    """Return the (H·W, 2) x, y of the cells' centres in pixels, row by row."""
     y, x = (torch.arange(n, device=device) * stride + stride / 2 for n in size)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)

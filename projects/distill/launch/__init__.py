@@ -1,1 +1,1 @@
-"""The training command, in one process or several."""
+"""Training command, in one process or several, and the end of each process."""

@@ -18,9 +18,8 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 
 from ..checkpoint.load import readable
 from ..checkpoint.save import damage, resumable
-from ..config import find_config, validate_config
-from ..data.datasets import register_coco_format
-from ..engine.trainer import Trainer, evaluate, setup_config
+from ..config import find_config, load_config
+from ..engine import Trainer, evaluate, finish_config
 from ..errors import ConfigError, DistillError
 from ..utils.arguments import CommandParser, add_config_arguments, at_least
 from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
@@ -69,27 +68,24 @@ def train(cfg: CfgNode, args: Namespace, finished: str | None, trainer: type[Tra
 
 
 def configure(args: Namespace) -> tuple[CfgNode, str | None]:
-    """Return the validated config, and the final checkpoint if --resume names a finished run.
+    """Return the config, and the final checkpoint if --resume is given and the run has finished.
 
     Raises:
         ConfigError, DataError, WeightsError: one sentence that names what to change.
     """
-    cfg = setup_config(args.config_file, args.opts, training=False)
-    finished = finished_checkpoint(cfg) if args.resume else None
-    if not args.eval_only and not finished:
-        register_coco_format(cfg)
-        validate_config(cfg)
-    if args.resume and resumable(cfg.OUTPUT_DIR):  # a checkpoint has the backbone's weights
-        cfg.defrost()
+    schedule = ["SOLVER.SCHEDULE", args.schedule] if args.schedule else []
+    cfg = load_config(args.config_file, [*schedule, *args.opts])
+    finished = finished_checkpoint(cfg) if args.resume and not args.doctor else None
+    if args.resume and resumable(cfg.OUTPUT_DIR):  # the checkpoint has the backbone's weights
         cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
-        cfg.freeze()
-    return cfg, finished
+    training = args.doctor or not (args.eval_only or finished)
+    return finish_config(cfg, training=training), finished
 
 
 def finished_checkpoint(cfg: CfgNode) -> str | None:
-    """Return the final checkpoint of a finished run, which needs no teacher any more.
+    """The final checkpoint of a finished run; it needs no teacher any more.
 
-    Returns None if there is none or it is corrupt: training continues from the one before it.
+    One that is damaged is none: training goes on from the one before it.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if not os.path.isfile(path) or damage(path):
@@ -124,6 +120,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--doctor",
         action="store_true",
         help="check a training on two batches instead of running it",
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="{1x,2x,3x}",
+        help="train for 1, 2 or 3 times the iterations of the config file, with the steps of the "
+        "learning rate as in detectron2's model zoo (key SOLVER.SCHEDULE)",
     )
     parser.add_argument(
         "--dist-timeout",
@@ -175,8 +177,8 @@ def run(args: Namespace, trainer: type[Trainer] = Trainer) -> int:
 
 
 def _start_members(args: Namespace, trainer: type[Trainer]) -> int:
-    """Start this machine's processes, as detectron2's ``launch`` does; return the exit code."""
-    cfg, _ = configure(args)  # its errors are printed once, here
+    """This machine's processes, as detectron2's ``launch`` starts them; returns the exit code."""
+    cfg, _ = configure(args)  # whatever is wrong with it is said once, here
     first = from_arguments(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     _check_doctor(args, first)
     check_gpus(cfg.MODEL.DEVICE, first.local_size)
@@ -206,7 +208,7 @@ def _member(
 
 
 def _exit_code(ended: ProcessExitedException) -> int:
-    """Return the exit code of the first process that failed; print a reason that it could not."""
+    """Of the first process that failed; says what it could not say itself."""
     name = ended.signal_name or {130: "SIGINT", 143: "SIGTERM"}.get(ended.exit_code)
     if not name:
         return ended.exit_code
@@ -225,10 +227,10 @@ def _exit_code(ended: ProcessExitedException) -> int:
 def _take_part(
     args: Namespace, trainer: type[Trainer], process: ProcessInfo, announce: bool = True
 ) -> int:
-    """Be one process: return the exit code if it is the only one, otherwise exit with it.
+    """Be one process; returns the exit code if it is the only one, else ends with it.
 
     Args:
-        announce: print which signal ended it; otherwise its parent does.
+        announce: say which signal ended it; its parent does, otherwise.
     """
     folder = ""
     talks = announce and process.local_rank == 0
@@ -239,18 +241,18 @@ def _take_part(
             process.join(cfg.MODEL.DEVICE, timedelta(seconds=args.dist_timeout))
             folder = _trained_folder(cfg, args)
             code = train(cfg, args, finished, trainer)
-            comm.synchronize()  # no process ends while another one still needs it
+            comm.synchronize()  # nobody leaves while another process still talks to it
         except Exception as e:
             if not process.url and not explain(e):
                 raise
             code = report(e, process.rank, process.local_rank)
-        if process.url:  # gloo's threads can crash or block the interpreter's exit
+        if process.url:  # gloo's threads can abort the interpreter's way out, or keep it waiting
             exit_process(code)
     return code
 
 
 def _trained_folder(cfg: CfgNode, args: Namespace) -> str:
-    """Return the folder of this command's checkpoints, "" if it writes none."""
+    """Where checkpoints of this command appear; empty: nowhere."""
     return "" if args.eval_only or args.doctor else str(cfg.OUTPUT_DIR)
 
 

@@ -1,4 +1,4 @@
-"""Processes of a training: their ranks, and how they meet."""
+"""Rank of each process, and the process group that they form."""
 
 import re
 import socket
@@ -18,31 +18,31 @@ from .termination import PORT_TAKEN
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Rank of a process among ``world`` processes, ``local_size`` on each machine."""
+    """Rank of a process among ``world`` processes, ``local_size`` of them on each machine."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_size: int = 1
-    url: str = ""  # where they meet, for init_process_group; "" for a single process
+    url: str = ""  # init_method of init_process_group; empty: there is only one process
 
     def join(self, device: str, timeout: timedelta) -> None:
-        """Meet the other processes.
+        """Form a process group with the other processes.
 
         Args:
-            device: ``MODEL.DEVICE``; "cpu" uses gloo, a GPU uses NCCL.
-            timeout: of this and of every later exchange.
+            device: ``MODEL.DEVICE``; CPUs communicate by gloo, GPUs by NCCL.
+            timeout: for this and for every later exchange.
 
         Raises:
-            DistillError: no process answers at ``url``, or there are too few GPUs.
-            RuntimeError: an error of torch, see :func:`distill.launch.termination.explain`.
+            DistillError: rank 0 does not answer at ``url``, or there are too few GPUs.
+            RuntimeError: torch's own errors, which `termination.explain` translates.
         """
         if not self.url:
             return
         cuda = device.startswith("cuda")
         if cuda:
             visible = torch.cuda.device_count()
-            if visible > 1:  # else SLURM may show each task its own
+            if visible > 1:  # SLURM may give each task one GPU, which is the only visible one
                 check_gpus(device, self.local_size)
             torch.cuda.set_device(self.local_rank % visible)
         if self.rank and self.url.startswith("tcp://"):
@@ -58,17 +58,17 @@ class ProcessInfo:
 
 
 def check_gpus(device: str, processes: int) -> None:
-    """Raise ConfigError if this machine has fewer GPUs than processes."""
+    """Raise a ConfigError if this machine has fewer GPUs than processes that need one."""
     visible = torch.cuda.device_count()
     if device.startswith("cuda") and visible < processes:
         raise ConfigError(
-            f"This machine shows {visible} GPUs to {processes} processes; start one process per "
+            f"This machine has {visible} GPUs for {processes} processes; start one process per "
             "GPU (--num-gpus, --nproc-per-node or --ntasks-per-node)."
         )
 
 
 def await_first(url: str, timeout: timedelta) -> None:
-    """Wait until rank 0 listens; torch itself would print many lines before it gives up.
+    """Return when rank 0 listens. torch would print many lines before it gives up.
 
     Raises:
         DistillError: rank 0 does not listen within ``timeout``.
@@ -83,27 +83,27 @@ def await_first(url: str, timeout: timedelta) -> None:
             if time.monotonic() > deadline:
                 raise DistillError(
                     f"rank 0 does not answer at {url} within {seconds:.0f} s (--dist-timeout): "
-                    f"{e.strerror or e}; start all processes with the same --dist-url and "
-                    "--num-machines, in reach of each other."
+                    f"{e.strerror or e}; start all of them with the same --dist-url and "
+                    "--num-machines, on connected machines."
                 ) from e
             time.sleep(0.2)
 
 
 def from_arguments(num_gpus: int, num_machines: int, machine_rank: int, url: str) -> ProcessInfo:
-    """Return the first process that this machine starts, by detectron2's arguments.
+    """Return the first process of this machine, given detectron2's arguments.
 
     Args:
         num_gpus: processes per machine, also on CPUs.
-        num_machines, machine_rank: the machines, and the number of this one.
-        url: where processes meet, or "auto" for a free port of this machine.
+        num_machines, machine_rank: number of machines, and the rank of this one.
+        url: tcp://HOST:PORT of machine 0, or "auto" for a free port of this machine.
 
     Raises:
         ConfigError: the arguments contradict each other, or the port is taken.
     """
     if not 0 <= machine_rank < num_machines:
         raise ConfigError(
-            f"--machine-rank is {machine_rank}; with --num-machines {num_machines} it must be "
-            f"0 to {num_machines - 1}."
+            f"--machine-rank is {machine_rank}; with --num-machines {num_machines} it must be one "
+            f"of 0 to {num_machines - 1}."
         )
     if url == "auto" and num_machines > 1:
         raise ConfigError("--dist-url auto is for one machine; give tcp://HOST:PORT of machine 0.")
@@ -119,18 +119,22 @@ def from_arguments(num_gpus: int, num_machines: int, machine_rank: int, url: str
 
 
 def port_of(url: str) -> int:
-    """Return the port of tcp://HOST:PORT; raise ConfigError for any other text."""
+    """Return the port of tcp://HOST:PORT.
+
+    Raises:
+        ConfigError: ``url`` has another form.
+    """
     try:
         parts = urlsplit(url)
         if parts.scheme == "tcp" and parts.hostname and parts.port:
             return parts.port
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         pass
     raise ConfigError(f"--dist-url is '{url}'; it must be tcp://HOST:PORT, or auto.")
 
 
 def from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
-    """Return the rank that ``torchrun`` gave to this process."""
+    """Return the rank that ``torchrun`` gave this process."""
     return ProcessInfo(
         rank=int(env["RANK"]),
         world=int(env["WORLD_SIZE"]),
@@ -141,11 +145,11 @@ def from_torchrun(env: Mapping[str, str]) -> ProcessInfo:
 
 
 def from_slurm(env: Mapping[str, str]) -> ProcessInfo | None:
-    """Return the rank that ``srun`` gave to this process, or None for a single process.
+    """Return the rank that ``srun`` gave this process, or None if it is the only process.
 
-    Only the variables of the step count: in a batch script, SLURM_NTASKS counts tasks that have
-    not been started. ``MASTER_ADDR`` and ``MASTER_PORT`` have precedence over the step's first
-    host and over a port that is computed from the numbers of job and step.
+    Only the variables of the job step are used. In a batch script, SLURM_NTASKS counts tasks that
+    are not started yet. By default the processes meet at the step's first host, and the port is
+    computed from the numbers of job and step. ``MASTER_ADDR`` and ``MASTER_PORT`` override these.
 
     Raises:
         ConfigError: a variable is missing or contradicts the others.
@@ -158,8 +162,8 @@ def from_slurm(env: Mapping[str, str]) -> ProcessInfo | None:
     sizes = tasks_per_node(_variable(env, "SLURM_STEP_TASKS_PER_NODE"))
     if sum(sizes) != world or not 0 <= rank < world:
         raise ConfigError(
-            f"SLURM's variables contradict each other: SLURM_PROCID {rank} of SLURM_STEP_NUM_TASKS "
-            f"{world}, on nodes of {sizes} tasks; start with srun, and do not set them yourself."
+            f"SLURM's variables contradict each other: SLURM_PROCID {rank}, SLURM_STEP_NUM_TASKS "
+            f"{world}, nodes of {sizes} tasks; start with srun, and do not set them yourself."
         )
     if len(set(sizes)) > 1:
         raise ConfigError(
@@ -173,7 +177,7 @@ def from_slurm(env: Mapping[str, str]) -> ProcessInfo | None:
     host = env.get("MASTER_ADDR") or first_host(_variable(env, "SLURM_STEP_NODELIST"))
     if "MASTER_PORT" in env:
         port = _number(env, "MASTER_PORT")
-    else:  # below the ports that systems give away
+    else:  # below the range of ports that systems assign
         job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", "0")
         port = 10000 + (31 * job + step) % 20000
     return ProcessInfo(rank, world, local_rank, sizes[0], f"tcp://{host}:{port}")
@@ -183,22 +187,22 @@ def first_host(nodes: str) -> str:
     """Return the first name of a SLURM list: ``gpu[02-04,07],cpu1`` gives gpu02.
 
     Raises:
-        ConfigError: the text is not such a list.
+        ConfigError: ``nodes`` is not such a list.
     """
     name = r"[A-Za-z0-9_.-]*"
     found = re.match(rf"({name})(?:\[(\d+)[^\[\]]*\]({name}))?(?:,|$)", nodes)
     if not found or not found[0].strip(","):
         raise ConfigError(
-            f"SLURM_STEP_NODELIST is '{nodes}', which names no host; set MASTER_ADDR."
+            f"SLURM_STEP_NODELIST is '{nodes}', which has no host name; set MASTER_ADDR."
         )
     return "".join(x or "" for x in found.groups())
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Parse SLURM's short form: ``2(x2),1`` gives [2, 2, 1].
+    """Expand SLURM's short form: ``2(x2),1`` gives [2, 2, 1].
 
     Raises:
-        ConfigError: the text has another form.
+        ConfigError: ``text`` does not have this form.
     """
     sizes: list[int] = []
     for part in text.split(","):

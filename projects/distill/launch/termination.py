@@ -1,4 +1,7 @@
-"""Early ends of a command: one sentence that says why and what to do, and no orphans."""
+"""End of a run by an error or a signal: one sentence with the remedy, and no orphans.
+
+An orphan is a process that this one started and that would keep running after it.
+"""
 
 import errno
 import logging
@@ -21,36 +24,35 @@ from ..errors import DistillError
 from ..utils.text import print_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-REPORT_DELAY_S = 2.0  # time for the process that ended first to report
+REPORT_DELAY_S = 2.0  # time for another process to report the cause of an EchoError
 PATIENCE = 5.0  # seconds that started processes have to end, before they are killed
 
 
 class EchoError(DistillError):
-    """The end of a process because another one ended, which reports the reason itself."""
+    """Error of a process because another one ended, which knows the cause."""
 
 
 RESUME = "continue with --resume."
 AGAIN = "start the same command again."
 _WORKER = (
-    "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS if memory is "
-    "short, give /dev/shm more room if shared memory is (docker run --shm-size 8g), and "
-    f"{RESUME}"
+    "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS to save memory, "
+    f"or give /dev/shm more room (docker run --shm-size 8g), and {RESUME}"
 )
 _SLOW_DATA = (
     "no batch came for {0} seconds (DATALOADER.TIMEOUT): the disk is slow or a data worker hangs; "
     f"raise DATALOADER.TIMEOUT or DATALOADER.NUM_WORKERS and {RESUME}"
 )
-_FILES = f"too many files are open: raise `ulimit -n` or lower DATALOADER.NUM_WORKERS and {RESUME}"
+_FILES = f"too many files are open: raise `ulimit -n` or lower DATALOADER.NUM_WORKERS, and {RESUME}"
 _SHARED = (
     "shared memory is full: give /dev/shm more room (docker run --shm-size 8g) or lower "
     f"DATALOADER.NUM_WORKERS, and {RESUME}"
 )
 _GPU_MEMORY = (
-    "the GPU's memory does not suffice: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or "
+    "the GPU is out of memory: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or "
     f"INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True, and {RESUME}"
 )
 _MEMORY = (
-    "the machine's memory does not suffice: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN, "
+    "the machine is out of memory: lower SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN, "
     f"INPUT.MAX_SIZE_TRAIN or DATALOADER.NUM_WORKERS and {RESUME}"
 )
 _DISK = f"there is no space left on the device{{0}}; free some and {RESUME}"
@@ -68,21 +70,22 @@ PORT_TAKEN = (
 )
 _ABSENT = (
     "only {0} of {1} processes came within --dist-timeout: start all of them with the same "
-    "--dist-url and --num-machines, in reach of each other."
+    "--dist-url and --num-machines, on connected machines."
 )
 _HANGS = (
     "another process did not answer for {0} s (--dist-timeout): it hangs, is stopped, or needs "
     f"longer; find out which, or raise --dist-timeout, and {RESUME}"
 )
 _LOST = (
-    "lost the connection to another process: it ended, was killed, or its machine is out of reach "
-    f"(its own last lines say why); {RESUME}"
+    "lost the connection to another process: it ended, was killed, or its machine cannot be "
+    f"reached (its own last lines say why); {RESUME}"
 )
 _ECHOES = (_WORKER, _HANGS, _LOST)
 
 _Types = type[Exception] | tuple[type[Exception], ...]
-# Sentences by type and message of an error, the first that fits; {0}, {1}: groups of the pattern.
-# gloo, NCCL and the data loader raise RuntimeError or classes derived from it.
+# Type, pattern of the message, and sentence. The first row that matches an error gives its
+# sentence, in which {0} and {1} are the groups of the pattern. gloo, NCCL and the data loader raise
+# RuntimeError or classes derived from it.
 _EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
     (RuntimeError, r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", _WORKER),
     (RuntimeError, r"DataLoader timed out after (\d+)", _SLOW_DATA),
@@ -106,9 +109,10 @@ _EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
 
 
 def explain(error: BaseException) -> DistillError | None:
-    """Return an error that tells the user what to do, or None for a bug with its traceback.
+    """Translate an error to one that says what to do, or return None for a bug.
 
-    If the error itself is unknown, the error that was handled when it was raised counts.
+    If an error is unknown but was raised while another one was handled, the other one is
+    translated.
     """
     if isinstance(error, DistillError):
         return error
@@ -144,13 +148,13 @@ def run_command(run: Callable[[], int]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep stderr free of remarks of libraries, so that an error is its only line."""
-    # They warn of a CUDA toolkit without a GPU, and of a call in detectron2.
+    """Keep the remarks of libraries from stderr, which is for the one line that says why."""
+    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
-    logging.raiseExceptions = False  # on a full disk, each line would have a traceback
-    # TensorBoard's thread would print an error that its next call raises here again.
+    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
+    # TensorBoard's thread would print what its next call raises again in this one.
     usual = threading.excepthook
     threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
 
@@ -162,13 +166,13 @@ def _without_explanation(record: logging.LogRecord) -> bool:
 def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME) -> int:
     """Print why this process ends: one sentence, or the traceback of a bug.
 
-    Several processes often find the same error, or lose the connection to the one that ended. Their
-    parent stops all of them after the first end, so a process whose sentence may be superfluous
-    waits before it prints.
+    Several processes often find the same error, or only notice that another one ended. The process
+    that started them stops all of them after the first one ends. So processes whose sentence may
+    not be needed wait before they print it.
 
     Args:
-        error: the error that ended the process.
-        rank, local_rank: see :class:`ProcessInfo`.
+        error: what ended it.
+        rank, local_rank: of this process, see :class:`ProcessInfo`.
         advice: how to continue the command.
 
     Returns:
@@ -189,16 +193,18 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str
 def ending_on_signals(
     exit_message: Callable[[], str] | None, patience: float = 0.0
 ) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end this process and its children with exit code 130 or 143.
+    """In this context, SIGINT and SIGTERM end this process and those that it started.
 
-    The process ends at once, as if it were killed: an exception from a signal handler can be
-    swallowed, and unwinding may enter a collective that no other process answers.
+    The exit code is 130 or 143. The process ends at once, as if it were killed. An exception raised
+    by a signal handler could be swallowed, and clean-up could wait for a collective operation that
+    no other process joins.
 
     Args:
-        exit_message: called when the signal comes, for the line on stderr; None prints no line.
+        exit_message: function that returns the line for stderr when the signal comes; None: no
+            line.
         patience: see :func:`exit_process`.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python's rule for handlers
+    if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
         yield
         return
     owner = os.getpid()
@@ -207,13 +213,13 @@ def ending_on_signals(
         if os.getpid() != owner:  # a data worker, forked with these handlers
             if number == signal.SIGTERM:
                 os._exit(128 + number)
-            return  # Ctrl-C reaches the owner too, who ends its workers
+            return  # Ctrl-C reaches the owner too, which ends its workers
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        if exit_message:  # not by print: the signal may have interrupted one
-            words = f"stopped by {signal.Signals(number).name}: {exit_message()}\n"
+        if exit_message:  # do not use print: the signal may have interrupted one
+            line = f"stopped by {signal.Signals(number).name}: {exit_message()}\n"
             with suppress(OSError):  # stderr may be closed
-                os.write(2, words.encode())
+                os.write(2, line.encode())
         exit_process(128 + number, patience)
 
     with _handling(end):
@@ -223,14 +229,15 @@ def ending_on_signals(
 
 @contextmanager
 def started_quietly() -> Iterator[None]:
-    """Delay signals while processes are started, and SIGINT until they can handle it.
+    """Delay signals while processes are started in this context.
 
-    Otherwise Ctrl-C prints a traceback of each process's imports.
+    The started processes get SIGINT only when they have set their handlers. Otherwise Ctrl-C would
+    print a traceback of the imports of each process.
     """
-    resource_tracker.ensure_running()  # it is started with the first process, and unblocks SIGINT
+    resource_tracker.ensure_running()  # it would start with the first process and unblock SIGINT
     came: list[int] = []
     with _handling(lambda number, frame: came.append(number)):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # they inherit this
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which the processes inherit
         try:
             yield
         finally:
@@ -253,11 +260,11 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def exit_process(code: int, patience: float = 0.0) -> NoReturn:
-    """End this process and its children at once.
+    """End this process and those that it started at once, without clean-up.
 
     Args:
         code: exit code.
-        patience: seconds that the children have to end before they are killed.
+        patience: seconds that the started processes have to end, before they are killed.
     """
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises
@@ -276,9 +283,9 @@ def exit_process(code: int, patience: float = 0.0) -> NoReturn:
 
 
 def resume_hint(folder: str) -> str:
-    """Return how to continue a training in ``folder``; "" if none had begun."""
+    """Return the line on how to resume a training in ``folder``; "" if none was running."""
     if not folder:
-        return "no training was under way."
+        return "no training was running."
     try:
         with open(os.path.join(folder, "last_checkpoint"), errors="replace") as f:
             last = os.path.join(folder, f.read().strip())

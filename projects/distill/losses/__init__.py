@@ -1,11 +1,17 @@
-"""The mathematics of distillation: pure functions of tensors, one method a file."""
+"""Losses and masks of knowledge distillation: pure functions of tensors, one file per method.
 
-from .cells import padded
+N counts images, C channels, H x W the cells of a map, K classes. S and T are the maps of student
+and teacher, σ is the sigmoid. Every loss computes in float32, whatever the autocast state; float64
+stays float64. No loss waits for the device. Where there is nothing to distill, a loss returns a
+*connected zero*: a zero with a gradient path to its inputs, as DistributedDataParallel needs.
+"""
+
+from .boxes import padded
 from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast
 from .crosskd import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from .cwd import cwd
 from .defeat import DeFeatTerms, defeat, defeat_masks
-from .dense import dense_kd
+from .densekd import dense_kd
 from .dkd import dkd, dkd_rows
 from .fgd import FGDTerms, fgd, fgd_attention
 from .fgfi import fgfi, fgfi_mask, fgfi_masks
@@ -17,7 +23,7 @@ from .gid import general_instances, gid_feature, gid_relation, gid_response
 from .ifvd import ifvd
 from .ima import ima, ima_classes
 from .kd import binary_kl, categorical_kl, kd, pixel_kd
-from .ld import ld
+from .ld import ld, ld_region
 from .lgd import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from .maskd import dice_overlap, maskd, receptive_masks
 from .mgd import mgd
@@ -87,6 +93,7 @@ __all__ = [
     "joint_attention",
     "kd",
     "ld",
+    "ld_region",
     "length_of_gap",
     "lgd",
     "lgd_labels",

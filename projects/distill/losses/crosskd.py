@@ -8,19 +8,22 @@ from .kd import categorical_kl
 from .pkd import standardized, statistics
 from .reduce import same_shape
 
-IOU_EPS = 1e-6  # the smallest overlap whose logarithm is taken; pixels² added to areas
+IOU_EPS = 1e-6  # smallest IoU whose logarithm is taken, and pixels² that are added to areas
 
 
 def crosskd_aligned(student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's features with the teacher's mean and standard deviation in each channel.
+    """Give the student's features the teacher's mean and standard deviation in each channel.
 
-    Statistics are of a channel over N, H and W together, unbiased, as released.
+    The statistics of a channel run over N, H and W together, unbiased, as in the released code.
 
     Args:
         student, teacher: (N, C, H, W). No gradient reaches the teacher.
 
+    Returns:
+        (N, C, H, W); the gradient also flows through the student's statistics.
+
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     if student.numel() == 0:
@@ -32,16 +35,21 @@ def crosskd_aligned(student: Tensor, teacher: Tensor) -> Tensor:
 def crosskd_classes(
     reused: Tensor, teacher: Tensor, number: Tensor | float, weight: Tensor | None = None
 ) -> Tensor:
-    """Σ w · BCE(R, σ(T)) · |σ(R) − σ(T)| / number: quality focal loss with β = 1 (Sec. 3.3).
+    """CrossKD's classification loss: quality focal loss with β = 1 (Sec. 3.3).
+
+    L = Σ w · BCE(R, σ(T)) · |σ(R) − σ(T)| / number, summed over rows and classes.
 
     Args:
-        reused: (P, K) logits that the teacher's last layers make of the student's features.
-        teacher: (P, K) logits. No gradient reaches them.
-        number: > 0, of positives.
-        weight: (P,) w, 0 where the student is not trained; None: 1.
+        reused: (P, K) logits R that the teacher's last layers compute from the student's features.
+        teacher: (P, K) logits T. No gradient reaches them.
+        number: number of positives, > 0.
+        weight: (P,) w, 0 where the student is not trained. None means 1.
+
+    Returns:
+        A scalar >= 0; a connected zero without rows.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     reused, teacher = same_shape(reused, teacher.detach())
     target = teacher.sigmoid()
@@ -53,16 +61,19 @@ def crosskd_classes(
 def crosskd_boxes(
     reused: Tensor, teacher: Tensor, weight: Tensor, number: Tensor | float, *, log_iou: bool
 ) -> Tensor:
-    """Σ w (1 − GIoU) / number, or Σ w (−log IoU) / number.
+    """CrossKD's box loss: Σ w (1 − GIoU) / number, or Σ w (−log IoU) / number.
 
     Args:
         reused, teacher: (P, 4) XYXY boxes. No gradient reaches the teacher.
-        weight: (P,) w >= 0.
-        number: > 0, of positives.
-        log_iou: the second.
+        weight: (P,) w >= 0; no gradient reaches it.
+        number: number of positives, > 0.
+        log_iou: True for −log IoU, False for 1 − GIoU.
+
+    Returns:
+        A scalar >= 0; a connected zero without rows.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     reused, teacher = same_shape(reused, teacher.detach())
     if log_iou:
@@ -73,10 +84,13 @@ def crosskd_boxes(
 
 
 def paired_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) IoU and GIoU of each of the (P, 4) XYXY boxes ``a`` with its own of ``b``.
+    """Return the IoU and the GIoU of each pair of boxes, (P,) each.
 
-    Of a box with itself they are 1, of an empty one, too. torchvision's GIoU picks the boxes that
-    overlap by a mask, for which the host waits.
+    A box has an IoU and a GIoU of 1 with itself, even if it is empty. torchvision's GIoU is not
+    used because it selects the overlapping boxes with a mask, for which the host waits.
+
+    Args:
+        a, b: (P, 4) XYXY boxes.
     """
     lower, upper = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
     both = (upper - lower).clamp(min=0).prod(1)
@@ -87,19 +101,19 @@ def paired_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crosskd_bins(reused: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of the divergences of the four sides' distributions (GFL).
+    """CrossKD's box loss of GFL: divergence of the distributions of the four sides.
 
-    Σ w · KL(softmax T ‖ softmax R) / (4 Σ w).
+    L = Σ w · KL(softmax T ‖ softmax R) / (4 Σ w), summed over rows and sides.
 
     Args:
         reused, teacher: (P, 4, bins) logits. No gradient reaches the teacher.
-        weight: (P,) >= 0.
+        weight: (P,) w >= 0; no gradient reaches it.
 
     Returns:
         A scalar >= 0; a connected zero where the weights are all 0.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     divergence = categorical_kl(reused.flatten(0, 1), teacher.detach().flatten(0, 1))
     total = weight.sum()

@@ -1,5 +1,6 @@
 """Channel-wise distillation (CWD; Shu et al., "Channel-wise knowledge distillation for dense
-prediction")."""
+prediction").
+"""
 
 from typing import Any
 
@@ -12,11 +13,12 @@ from .reduce import same_shape
 
 
 def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Divergence of each channel's distribution over the cells.
+    """Channel-wise distillation: divergence of each channel's distribution over the cells.
 
-    𝒯²/(N·C) Σ_c Σ_i φ(T) log(φ(T)/φ(S)), φ = softmax over the H·W cells of a channel at
-    temperature 𝒯. On logits (a channel is a class, at the resolution of the output before it is
-    enlarged) the authors take 𝒯 = 4 and weight 3, on features weight 50; no division by H·W.
+    L = 𝒯²/(N·C) Σ_c Σ_i φ(T) log(φ(T)/φ(S)), φ the softmax over the H·W cells of a channel at 𝒯
+
+    On logits the authors use 𝒯 = 4 and weight 3. A channel is then a class, and the resolution is
+    that before upsampling. On features they use weight 50. There is no division by H·W.
 
     Args:
         student, teacher: (N, C, H, W) logits, or features already adapted to the teacher's
@@ -27,7 +29,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         A scalar >= 0 (up to rounding); a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes differ, or ``temperature`` is not positive.
+        ValueError: if shapes differ, or ``temperature`` is not above 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -40,9 +42,12 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Σ φ(T) log(φ(T)/φ(S)) of logits, φ over the last dimension; its gradient is φ(S) − φ(T).
+    """Σ φ(T) log(φ(T)/φ(S)) of logits, φ the softmax over the last dimension.
 
-    What ``kl_div`` of two ``log_softmax`` gives, in half the passes over memory.
+    The gradient is φ(S) − φ(T). The literal form, which passes over the memory twice as often::
+
+        log_s, log_t = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+        divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
     """
 
     @staticmethod

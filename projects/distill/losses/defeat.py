@@ -6,30 +6,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import padded, painted
+from .boxes import padded, painted
 from .fgfi import on_cells
 from .reduce import same_shape
 
 
 class DeFeatTerms(NamedTuple):
-    """Scalars to be weighted by α_obj and α_bg (Eq. 3)."""
+    """Scalars that α_obj and α_bg weigh (Eq. 3)."""
 
     foreground: Tensor
     background: Tensor
 
 
 def defeat(student: Tensor, teacher: Tensor, mask: Tensor) -> DeFeatTerms:
-    """Mean squared errors in and outside the objects of one level (Eq. 3).
+    """DeFeat's neck losses of one level: squared errors inside and outside the objects (Eq. 3).
 
-    Σ M (S − T)² / max(1, 2 C Σ M), and the same with 1 − M.
+    foreground = Σ M (S − T)² / max(1, 2 C Σ M), summed over images, channels and cells.
+    The background term has 1 − M instead of M.
 
     Args:
         student, teacher: (N, C, H, W), the student adapted to the teacher's channels. No gradient
             reaches the teacher.
-        mask: (N, H, W) M in {0, 1}, of :func:`defeat_masks`.
+        mask: (N, H, W) M in {0, 1}, one level of :func:`defeat_masks`.
+
+    Returns:
+        Two scalars >= 0; connected zeros where no cell counts.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     inside = on_cells(mask, student)
@@ -46,19 +50,19 @@ def defeat(student: Tensor, teacher: Tensor, mask: Tensor) -> DeFeatTerms:
 def defeat_masks(
     boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], strides: Sequence[int]
 ) -> list[Tensor]:
-    """The cells of the objects, each on the level of its size.
+    """Return DeFeat's masks of the objects, each object on the level of its size.
 
     An object of w x h pixels belongs to level ⌊log₂(√((w + 1)(h + 1)) / 56)⌋, clamped to the
-    levels there are; it covers the cells from ⌊x1 / stride⌋ to before ⌊x2 / stride⌋, or the first
-    of them where these are none, as released.
+    existing levels. It covers the cells from ⌊x1 / stride⌋ up to but not including ⌊x2 / stride⌋.
+    If these are no cells, it covers the first one. All of this follows the released code.
 
     Args:
-        boxes: one (K, 4) XYXY tensor in pixels a picture.
+        boxes: one (K, 4) XYXY tensor per image, in pixels.
         sizes: (height, width) of each level in cells, finest first.
-        strides: of the levels in pixels.
+        strides: pixels per cell of each level.
 
     Returns:
-        (N, height, width) in {0, 1} a level.
+        One (N, height, width) tensor in {0, 1} per level.
     """
     corners = padded(boxes)
     area = (corners[..., 2:] - corners[..., :2] + 1).prod(2)

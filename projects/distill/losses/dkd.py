@@ -15,7 +15,17 @@ def dkd(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """Mean of :func:`dkd_rows`; a connected zero for no rows."""
+    """Decoupled knowledge distillation: the mean of :func:`dkd_rows` over the rows (Eq. 7).
+
+    Args:
+        student, teacher, target, alpha, beta, temperature: see :func:`dkd_rows`.
+
+    Returns:
+        A scalar >= 0; a connected zero without rows.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
     rows = dkd_rows(student, teacher, target, alpha, beta, temperature)
     return rows.sum() / max(len(rows), 1)
 
@@ -28,23 +38,23 @@ def dkd_rows(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """T² (α TCKD + β NCKD) of each row (Eq. 7).
+    """Decoupled knowledge distillation of each row: T² (α TCKD + β NCKD) (Eq. 7).
 
-    TCKD = KL of (p, 1 − p), p the probability of the target class; NCKD = KL of the distributions
-    over the other classes. Hinton's KD is TCKD + (1 − p) NCKD with the teacher's p (Eq. 6), so
-    α = β = 1 is more than KD where the teacher is sure of the target.
+    TCKD is the KL of (p, 1 − p), where p is the probability of the target class. NCKD is the KL of
+    the distributions over the other classes. Hinton's KD is TCKD + (1 − p) NCKD with the teacher's
+    p (Eq. 6). So α = β = 1 is more than KD where the teacher is sure of the target.
 
     Args:
         student, teacher: (N, K) logits. No gradient reaches the teacher.
-        target: (N,) in [0, K).
-        alpha, beta: factors of both parts.
+        target: (N,) class indices in [0, K).
+        alpha, beta: α and β, the factors of the two parts.
         temperature: T > 0.
 
     Returns:
         (N,) >= 0.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     if target.shape != student.shape[:1]:
@@ -54,14 +64,15 @@ def dkd_rows(
         )
     at_target = torch.zeros_like(student, dtype=torch.bool).scatter(1, target[:, None], True)
     pairs = [_split(x, at_target, temperature) for x in (student, teacher)]
-    of_target, of_rest = (categorical_kl(s, t) for s, t in zip(*pairs))
-    return (alpha * of_target + beta * of_rest) * temperature**2
+    target_kl, rest_kl = (categorical_kl(s, t) for s, t in zip(*pairs))
+    return (alpha * target_kl + beta * rest_kl) * temperature**2
 
 
 def _split(logits: Tensor, at_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(N, 2) log probabilities of the target and of all else, (N, K) logits without the target.
+    """Return (N, 2) logits of target and rest, and (N, K) logits without the target.
 
-    The target's logit is the lowest there is instead of −∞, whose products would be undefined.
+    The target's logit is replaced by half the lowest number of the type. Products with −∞ would be
+    undefined.
     """
     logits = logits / temperature
     lowest = torch.finfo(logits.dtype).min / 2

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .reduce import full_precision, same_shape
 
-AT_ONCE = 16  # boxes that are compared with all anchors together, which bounds the memory
+AT_ONCE = 16  # boxes that are compared with all anchors at once: bounds the memory
 
 
 def fgfi_mask(anchors: Tensor, boxes: Tensor, threshold: float = 0.5) -> Tensor:
-    """:func:`fgfi_masks` of one picture and one level.
+    """Return FGFI's mask of one image and one level; see :func:`fgfi_masks`.
 
     Args:
         anchors: (H, W, A, 4) XYXY.
@@ -28,55 +28,56 @@ def fgfi_mask(anchors: Tensor, boxes: Tensor, threshold: float = 0.5) -> Tensor:
 def fgfi_masks(
     anchors: Sequence[Tensor], boxes: Sequence[Tensor], threshold: float = 0.5
 ) -> list[Tensor]:
-    """Cells with an anchor that overlaps an object nearly as well as the best one does (Sec. 3.2).
+    """Return FGFI's masks: cells with an anchor nearly as good as an object's best one (Sec. 3.2).
 
-    A cell is masked in where the IoU of one of its anchors with an object is above ``threshold``
-    times the largest IoU of that object with all anchors, those outside the picture included.
+    A cell is in the mask if one of its anchors has an IoU with an object above ``threshold`` times
+    that object's largest IoU. The largest IoU is taken over all anchors, also those outside the
+    image.
 
     Args:
-        anchors: (H, W, A, 4) XYXY a level; the authors have one level.
-        boxes: one (K, 4) XYXY tensor a picture; a box that no anchor overlaps adds nothing.
+        anchors: one (H, W, A, 4) XYXY tensor per level. The authors have one level.
+        boxes: one (K, 4) XYXY tensor per image. A box that no anchor overlaps adds no cell.
         threshold: ψ in [0, 1].
 
     Returns:
-        (N, H, W) bool a level.
+        One (N, H, W) bool tensor per level.
     """
-    every = torch.cat([full_precision(x).flatten(0, 2) for x in anchors])
+    all_anchors = torch.cat([full_precision(x).flatten(0, 2) for x in anchors])
     owner = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(x) for x in boxes]))
-    owner = owner.to(every.device, non_blocking=True)
-    hits = every.new_zeros(len(boxes), len(every))
-    every_box = full_precision(torch.cat(list(boxes)))
-    for some, pictures in zip(every_box.split(AT_ONCE), owner.split(AT_ONCE)):
-        iou = pixel_iou(some, every)
-        largest = iou.amax(1, keepdim=True) if len(every) else 0
+    owner = owner.to(all_anchors.device, non_blocking=True)
+    hits = all_anchors.new_zeros(len(boxes), len(all_anchors))
+    all_boxes = full_precision(torch.cat(list(boxes)))
+    for chunk, images in zip(all_boxes.split(AT_ONCE), owner.split(AT_ONCE)):
+        iou = pixel_iou(chunk, all_anchors)
+        largest = iou.amax(1, keepdim=True) if len(all_anchors) else 0
         near = (iou > threshold * largest) & (iou > 0)
-        hits.index_add_(0, pictures, near.to(hits.dtype))
+        hits.index_add_(0, images, near.to(hits.dtype))
     levels = hits.split([x[..., 0].numel() for x in anchors], 1)
     return [(y > 0).view(-1, *x.shape[:3]).any(3) for x, y in zip(anchors, levels)]
 
 
 def pixel_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """(P, K) IoU of (P, 4) and (K, 4) boxes of whole pixels, whose sides are x2 − x1 + 1."""
+    """Return the (P, K) IoU of (P, 4) and (K, 4) boxes whose sides are x2 − x1 + 1 whole pixels."""
     corner = torch.maximum(boxes[:, None, :2], others[:, :2])
     sides = (torch.minimum(boxes[:, None, 2:], others[:, 2:]) - corner + 1).clamp(min=0)
     overlap = sides.prod(2)
-    own, other = ((x[:, 2:] - x[:, :2] + 1).prod(1) for x in (boxes, others))
-    return overlap / (own[:, None] + other - overlap)
+    area, other_area = ((x[:, 2:] - x[:, :2] + 1).prod(1) for x in (boxes, others))
+    return overlap / (area[:, None] + other_area - overlap)
 
 
 def fgfi(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Σ M (T − S)² / (2 Σ M), a sum over the channels (Eq. 2).
+    """FGFI's imitation loss: Σ M (T − S)² / (2 Σ M), summed over the channels (Eq. 2).
 
     Args:
         student, teacher: (N, C, H, W), the student adapted to the teacher's channels. No gradient
             reaches the teacher.
-        mask: (N, H, W) M in {0, 1}, of :func:`fgfi_mask`.
+        mask: (N, H, W) M in {0, 1} from :func:`fgfi_masks`.
 
     Returns:
-        A scalar >= 0; a connected zero where no cell is masked in.
+        A scalar >= 0; a connected zero where the mask is empty.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     weight = on_cells(mask, student)
@@ -85,10 +86,10 @@ def fgfi(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def on_cells(mask: Tensor, maps: Tensor) -> Tensor:
-    """``mask`` as constant numbers of the type of the maps.
+    """Convert ``mask`` to numbers of the type of the maps, without gradient.
 
     Raises:
-        ValueError: it is not (N, H, W) of the (N, C, H, W) maps.
+        ValueError: if it is not (N, H, W) of the (N, C, H, W) maps.
     """
     if mask.shape != (len(maps), *maps.shape[2:]):
         raise ValueError(

@@ -8,32 +8,37 @@ from .reduce import full_precision, same_shape
 
 
 def frs(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
-    """Σ score · (T − S)² / Σ score of one level, a sum over the channels (Eq. 3).
+    """FRS's feature loss of one level: Σ score · (T − S)² / Σ score, summed over channels (Eq. 3).
 
     Args:
         student, teacher: (N, C, H, W), the student adapted to the teacher's channels. No gradient
             reaches the teacher.
-        score: (N, H, W) >= 0 of :func:`feature_richness`.
+        score: (N, H, W) >= 0 from :func:`feature_richness`; no gradient reaches it.
 
     Returns:
         A scalar >= 0; a connected zero where the scores are all 0.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     return _weighted((student - teacher).square().sum(1), on_cells(score, student))
 
 
 def frs_classes(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
-    """Σ score · BCE(σ(S), σ(T)) / Σ score of the class logits of one level (Eq. 4).
+    """FRS's class loss of one level: Σ score · BCE(σ(S), σ(T)) / Σ score (Eq. 4).
+
+    The sum runs over the cells and their A·K logits.
 
     Args:
-        student, teacher: (N, A·K, H, W) logits. No gradient reaches the teacher.
-        score: as of :func:`frs`.
+        student, teacher: (N, A·K, H, W) class logits of A anchors. No gradient reaches the teacher.
+        score: see :func:`frs`.
+
+    Returns:
+        A scalar >= 0; a connected zero where the scores are all 0.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     entropy = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
@@ -41,14 +46,18 @@ def frs_classes(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
 
 
 def feature_richness(logits: Tensor) -> Tensor:
-    """(N, H, W) in [0, 1]: the teacher's largest probability at each cell (Eq. 2).
+    """Return FRS's score: the teacher's largest probability at each cell (Eq. 2).
 
     Args:
         logits: (N, A·K, H, W) of classes, or of objectness.
+
+    Returns:
+        (N, H, W) in [0, 1], without gradient.
     """
     return full_precision(logits.detach()).amax(1).sigmoid()
 
 
 def _weighted(error: Tensor, score: Tensor) -> Tensor:
+    """Return the mean of (N, H, W) errors, weighted by the score; 0 where the scores are all 0."""
     total = score.sum()
     return (score * error).sum() / total.where(total > 0, 1)

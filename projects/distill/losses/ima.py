@@ -1,4 +1,9 @@
-"""Instance Mask Alignment (IMA, Sec. "Methods", Eq. 1-10, Algorithm 1)."""
+"""Instance mask alignment (IMA; Sec. "Methods", Eq. 1-10, Algorithm 1).
+
+Steps 2 to 4 of :func:`ima` need only means, variances and the covariance of each channel. These
+*moments* come from the spectra (Parseval), so that no map is transformed back, standardized or
+scaled.
+"""
 
 from typing import NamedTuple
 
@@ -8,11 +13,11 @@ from torch import Tensor
 from .frequency import frequency_filtered, half_spectrum, half_spectrum_weight
 from .reduce import class_members, full_precision, same_shape
 
-EPS = 1e-5  # added to the variances of Eq. 6; the paper is silent
+EPS = 1e-5  # added to the variances of Eq. 6; the paper gives no value
 
 
 class Moments(NamedTuple):
-    """Means over the cells of one instance and channel, (N, C) each."""
+    """Means, variances and covariance over the cells of each instance and channel, (N, C) each."""
 
     mean_s: Tensor
     mean_t: Tensor
@@ -22,7 +27,7 @@ class Moments(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """The switches of steps 2 and 3; see :func:`ima`."""
+    """Options of steps 2 and 3; see :func:`ima`."""
 
     standardize: bool
     standardize_teacher: bool
@@ -42,35 +47,45 @@ def ima(
     scale_floor: float = 0.1,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Frequency mask, instance standardization, adaptive scale deflation, squared error.
+    """Instance mask alignment: masked frequencies, standardization, scale deflation, squared error.
 
-    1. F̂ = F⁻¹(M ⊙ F(S)) (Eq. 2-4); skipped without ``mask``.
+    1. F̂ = F⁻¹(M ⊙ F(S)) (Eq. 2-4); skipped if ``mask`` is None.
     2. F ← (F − μ)/√(σ² + 1e-5) per instance and channel, biased σ² (Eq. 5-7).
     3. F̃ = α F, α = clamp(cos(F^S, F^T), 0, 1) over the instance's flattened maps (Eq. 8-10), then
-       α ← f + (1 − f) α. α carries no gradient.
-    4. mean over instances of the mean over channels and cells of (F̃^S − F^T)² (Eq. 4).
+       α ← f + (1 − f) α. No gradient flows through α.
+    4. L = mean over instances of the mean over channels and cells of (F̃^S − F^T)² (Eq. 4).
 
-    The paper leaves open: whether the teacher is standardized (Eq. 7 no, Eq. 15 yes), ε, which
-    maps Eq. 8 compares, and what becomes of an instance with a negative cosine: the clamped 0 is
-    an exactly zero gradient for ever, hence the floor f. ``scale_on="raw", scale_floor=0`` and
-    ``standardize_teacher=False`` are the paper to the letter.
+    The literal form for one instance of shape (C, cells) without ``weight``, after step 1::
+
+        s, t = (F.batch_norm(x[None], None, None, training=True, eps=EPS)[0] for x in (s, t))
+        cosine = F.cosine_similarity(s.flatten(), t.flatten(), dim=0)
+        alpha = scale_floor + (1 - scale_floor) * cosine.clamp(0, 1).detach()
+        loss = (alpha * s - t).square().mean()
+
+    The paper leaves open ε, which maps Eq. 8 compares, and whether the teacher is standardized
+    (Eq. 7: no, Eq. 15: yes). It also leaves open the case of a negative cosine. There the clamped
+    α = 0 would be an exactly zero gradient for ever, hence the floor f. The paper to the letter is
+    ``scale_on="raw", scale_floor=0, standardize_teacher=False``.
 
     Args:
-        student, teacher: (N, C, H, W), one instance a batch entry.
-        mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student.
-        standardize: step 2.
-        standardize_teacher: step 2 also for the teacher; read only if ``standardize``.
-        deflate: step 3.
-        scale_on: "standardized" (the maps that are compared) or "raw" (before step 2).
+        student, teacher: (N, C, H, W), one instance per batch entry. Detach the teacher: a gradient
+            reaches both.
+        mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student. None skips
+            step 1.
+        standardize: True for step 2.
+        standardize_teacher: True for step 2 of the teacher, too. Read only if ``standardize``.
+        deflate: True for step 3.
+        scale_on: maps of the cosine, "standardized" (after step 2) or "raw" (before it).
         scale_floor: f in [0, 1].
-        weight: (N, 1, H, W) >= 0, the instance's share of each cell; enters μ, σ, α and the loss.
-            An instance without weight counts as a full rectangle. None: all cells.
+        weight: (N, 1, H, W) >= 0, the instance's share of each cell. It enters μ, σ, α and the
+            loss. An instance whose weights are all 0 counts as a full rectangle. None means all
+            cells.
 
     Returns:
         A scalar >= 0 (up to rounding); a connected zero without instances.
 
     Raises:
-        ValueError: shapes differ, or ``scale_on`` or ``scale_floor`` is out of range.
+        ValueError: if shapes differ, or ``scale_on`` or ``scale_floor`` is invalid.
     """
     student, teacher = same_shape(student, teacher)
     if len(student) == 0:
@@ -92,23 +107,24 @@ def ima_classes(
     scale_on: str = "standardized",
     scale_floor: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`ima` where an instance is the set of cells of one class in one picture.
+    """Instance mask alignment with one instance per class and image; see :func:`ima`.
 
-    Such a set is no rectangle: the frequency mask acts on the whole map; statistics, α and the
-    loss run over the instance's own cells.
+    The cells of a class do not form a rectangle. Therefore the frequency mask acts on the whole
+    map. Statistics, α and the loss run over the cells of the instance.
 
     Args:
-        student, teacher: (N, C, H, W).
-        labels: (N, H, W) int64; values outside [0, num_classes) belong to no instance.
+        student, teacher: (N, C, H, W). Detach the teacher: a gradient reaches both.
+        labels: (N, H, W) int64. Values outside [0, num_classes) belong to no instance.
         num_classes: K.
-        mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student.
+        mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student. None skips
+            step 1.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see :func:`ima`.
 
     Returns:
-        The sum over the instances that have a cell, and their number, scalars.
+        The sum of the losses of the instances that have a cell, and their number, both scalars.
 
     Raises:
-        ValueError: as :func:`ima`, or the labels have another size than the maps.
+        ValueError: as :func:`ima`, or if the labels have another size than the maps.
     """
     student, teacher = same_shape(student, teacher)
     member = class_members(labels, student, num_classes)
@@ -123,7 +139,11 @@ def ima_classes(
 def instance_moments(
     student: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor | None
 ) -> Moments:
-    """Moments of the instances of :func:`ima`, whose float32 arguments these are."""
+    """Return the moments of the instances of :func:`ima`.
+
+    Args:
+        student, teacher, mask, weight: those of :func:`ima`, in full precision.
+    """
     if weight is None and mask is not None:
         return _spectral_moments(student, teacher, mask)
     return _spatial_moments(frequency_filtered(student, mask), teacher, weight)
@@ -132,23 +152,28 @@ def instance_moments(
 def class_moments(
     student: Tensor, teacher: Tensor, member: Tensor, mask: Tensor | None
 ) -> tuple[Moments, Tensor]:
-    """Moments of the instances of :func:`ima_classes`, whose float32 arguments these are.
+    """Return the moments of the instances of :func:`ima_classes`.
 
     Args:
-        member: (N, K, H·W) bool, the cells of each class.
+        student, teacher, mask: those of :func:`ima_classes`, in full precision.
+        member: (N, K, H·W) bool, True for the cells of each class.
 
     Returns:
-        Moments of N·K instances, and (N·K,) 1 for those that have a cell, else 0.
+        The moments of N·K instances, and (N·K,) numbers: 1 for instances with a cell, else 0.
     """
     student = frequency_filtered(student, mask)
     member = member.to(student.dtype)
-    with torch.autocast(student.device.type, enabled=False):  # it would halve matrix products
+    with torch.autocast(student.device.type, enabled=False):  # keeps the products in float32
         moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
     return moments, member.amax(2).flatten()
 
 
 def deflation(moments: Moments, align: Alignment) -> tuple[Moments, Tensor]:
-    """Steps 2 and 3 of :func:`ima`: the moments after step 2, and (n, 1) α of each instance."""
+    """Return the moments after step 2 of :func:`ima`, and α of each instance, (n, 1).
+
+    Raises:
+        ValueError: if ``scale_on`` or ``scale_floor`` is invalid.
+    """
     if align.scale_on not in ("standardized", "raw"):
         raise ValueError(f"scale_on must be 'standardized' or 'raw', got {align.scale_on!r}")
     if not 0 <= align.scale_floor <= 1:
@@ -162,15 +187,16 @@ def deflation(moments: Moments, align: Alignment) -> tuple[Moments, Tensor]:
 
 
 def _aligned(moments: Moments, align: Alignment) -> Tensor:
-    """(n,) loss of each instance from its moments: steps 2 to 4 of :func:`ima`."""
+    """Return the (n,) losses of the instances from their moments: steps 2 to 4 of :func:`ima`."""
     compared, scale = deflation(moments, align)
     mean_s, mean_t, var_s, var_t, cov = compared
-    # The means' gap stays apart: squares of large means would swallow small variances.
+    # Means stay separate: adding their large squares would round small variances away.
     gap = scale * mean_s - mean_t
     return (scale**2 * var_s + var_t - 2 * scale * cov + gap**2).mean(1)
 
 
 def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Moments:
+    """Return the moments over the cells, weighted by ``weight``."""
     cells = (-2, -1)
     if weight is None:
         share = student.new_full((1, 1, 1, 1), 1 / (student.shape[-2] * student.shape[-1]))
@@ -192,7 +218,12 @@ def _spatial_moments(student: Tensor, teacher: Tensor, weight: Tensor | None) ->
 
 
 def _class_moments(student: Tensor, teacher: Tensor, member: Tensor) -> Moments:
-    """Moments over the cells of each class, (N·K, C); maps (N, C, HW), ``member`` (N, K, HW)."""
+    """Return the moments over the cells of each class, (N·K, C).
+
+    Args:
+        student, teacher: (N, C, H·W).
+        member: (N, K, H·W) in {0, 1}.
+    """
     share = member / member.sum(2, keepdim=True).clamp(min=1)
     mean_s, mean_t = (torch.einsum("nkx,ncx->nkc", share, x) for x in (student, teacher))
     s = student - torch.einsum("nkc,nkx->ncx", mean_s, member)
@@ -202,12 +233,18 @@ def _class_moments(student: Tensor, teacher: Tensor, member: Tensor) -> Moments:
 
 
 def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Moments:
-    """Moments of the masked student from the spectra (Parseval); no inverse transform."""
+    """Return the moments of the masked student from the spectra (Parseval).
+
+    The literal form::
+
+        student = torch.fft.irfft2(mask * torch.fft.rfft2(student), s=student.shape[-2:])
+        return _spatial_moments(student, teacher, None)
+    """
     height, width = student.shape[-2:]
     cells = height * width
     s, t = mask * half_spectrum(student), half_spectrum(teacher)
     weight = half_spectrum_weight(width, s.device).expand(height, -1).clone()
-    weight[0, 0] = 0  # the constant term is the mean, not variance
+    weight[0, 0] = 0  # the constant term is the mean, not part of the variance
     weight = weight / cells**2
     mean_t = teacher.mean((-2, -1), keepdim=True)
     return Moments(
@@ -220,7 +257,7 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Moments
 
 
 def _standardized(m: Moments, teacher: bool) -> Moments:
-    """The moments after step 2; ``teacher``: of the teacher too."""
+    """Return the moments after step 2, also of the teacher if ``teacher`` is True."""
     zero = torch.zeros_like(m.mean_s)
     std_s, std_t = (m.var_s + EPS).sqrt(), (m.var_t + EPS).sqrt()
     var_s = m.var_s / (m.var_s + EPS)
@@ -230,7 +267,7 @@ def _standardized(m: Moments, teacher: bool) -> Moments:
 
 
 def _cosine(m: Moments) -> Tensor:
-    """(N,) cosine of the flattened maps; 0 where one of them is zero."""
+    """Return the (N,) cosines of the flattened maps, 0 where a map is zero."""
     ss, tt, st = m.var_s + m.mean_s**2, m.var_t + m.mean_t**2, m.cov + m.mean_s * m.mean_t
     norm = (ss.sum(1) * tt.sum(1)).clamp(min=1e-24).sqrt()
     return st.sum(1) / norm

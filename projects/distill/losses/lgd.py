@@ -5,27 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cells import covered
+from .boxes import covered
 from .reduce import full_precision, same_shape
 
-LGD_EPS = 1e-5  # added to a channel's variance
+LGD_EPS = 1e-5  # added to the variance of a channel
 
 
 def lgd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared error of instance-normalized maps, over all levels together.
+    """LGD's distillation loss: mean squared error of instance-normalized maps of all levels.
 
-    mean (IN(S) − IN(sg(T)))², IN: each channel of each picture at mean 0 and (biased) variance 1.
-    The mean is over the cells of all levels, so that fine levels weigh most.
+    L = mean (IN(S) − IN(sg(T)))², where IN gives each channel of each image mean 0 and variance 1
+
+    The variance is biased. The mean runs over the cells of all levels together, so that fine levels
+    weigh most.
 
     Args:
-        student, teacher: one (N, C, H, W) map a level; the student's are adapted. No gradient
+        student, teacher: one (N, C, H, W) map per level; the student's are adapted. No gradient
             reaches the teacher.
 
     Returns:
         A scalar >= 0 in float32; a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes or the numbers of levels differ.
+        ValueError: if shapes or the numbers of levels differ.
     """
     if len(student) != len(teacher):
         raise ValueError(f"student has {len(student)} levels and teacher {len(teacher)}")
@@ -36,7 +38,10 @@ def lgd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def instance_normalized(x: Tensor) -> Tensor:
-    """(N, C, H, W) with mean 0 and variance 1 over the cells; a map of one cell becomes 0."""
+    """Normalize each channel of (N, C, H, W) maps to mean 0 and variance 1 over the cells.
+
+    A map of one cell becomes 0.
+    """
     centred = x - x.mean((2, 3), keepdim=True)
     return centred * (centred.square().mean((2, 3), keepdim=True) + LGD_EPS).rsqrt()
 
@@ -44,16 +49,17 @@ def instance_normalized(x: Tensor) -> Tensor:
 def lgd_labels(
     boxes: Tensor, classes: Tensor, padded_size: tuple[int, int], num_classes: int
 ) -> Tensor:
-    """Descriptors of the objects: corners over the canvas and the class, in [−1, 1] (Sec. 3.2).
+    """Return LGD's label descriptors: relative corners and one-hot class, in [−1, 1] (Sec. 3.2).
 
     Args:
-        boxes: (N, M, 4) XYXY in canvas pixels; NaN where a picture has fewer than M objects.
+        boxes: (N, M, 4) XYXY in pixels of the padded image; NaN where an image has fewer than M
+            objects.
         classes: (N, M) in [0, K).
-        padded_size: (height, width).
+        padded_size: (height, width) of the padded image.
         num_classes: K.
 
     Returns:
-        (N, 1 + M, 4 + K). The first is the context: the box of the canvas, of no class.
+        (N, 1 + M, 4 + K). The first row is the context: the box of the padded image, of no class.
     """
     height, width = padded_size
     x1, y1, x2, y2 = full_precision(boxes).nan_to_num().unbind(2)
@@ -66,12 +72,12 @@ def lgd_labels(
 
 
 def lgd_masks(boxes: Tensor, padded_size: tuple[int, int], height: int, width: int) -> Tensor:
-    """The cells of a map whose centres lie in the boxes; of a small box there may be none.
+    """Return LGD's masks: the cells whose centres lie in each box. A small box may have no cell.
 
     Args:
-        boxes: (N, M, 4) XYXY in canvas pixels; NaN: no cell.
-        padded_size: (height, width) of what the map shows.
-        height, width: of the map in cells.
+        boxes: (N, M, 4) XYXY in pixels of the padded image. A box with NaN has no cell.
+        padded_size: (height, width) of the padded image.
+        height, width: size of the map in cells.
 
     Returns:
         (N, M, height, width) float32 in {0, 1}.
@@ -85,13 +91,29 @@ def lgd_masks(boxes: Tensor, padded_size: tuple[int, int], height: int, width: i
 
 
 def lgd_pooled(maps: Tensor, masks: Tensor) -> Tensor:
-    """(N, M, C) means of (N, C, H, W) maps over (N, M, H, W) masks; 0 over an empty one."""
-    with torch.autocast(maps.device.type, enabled=False):  # sums of many cells
+    """Return the means of maps over masks, 0 over an empty mask.
+
+    Args:
+        maps: (N, C, H, W).
+        masks: (N, M, H, W) in {0, 1}.
+
+    Returns:
+        (N, M, C) in full precision.
+    """
+    with torch.autocast(maps.device.type, enabled=False):  # sums of many cells need float32
         sums = torch.einsum("nchw,nmhw->nmc", full_precision(maps), masks)
         return sums / masks.sum((2, 3)).clamp(min=1)[..., None]
 
 
 def lgd_rendered(objects: Tensor, masks: Tensor) -> Tensor:
-    """(N, C, H, W): of (N, M, C) objects the sum of those whose (N, M, H, W) masks hold a cell."""
+    """Render objects into a map: each cell gets the sum of the objects whose masks hold it.
+
+    Args:
+        objects: (N, M, C).
+        masks: (N, M, H, W) in {0, 1}.
+
+    Returns:
+        (N, C, H, W) in full precision.
+    """
     with torch.autocast(objects.device.type, enabled=False):
         return torch.einsum("nmc,nmhw->nchw", full_precision(objects), masks)

@@ -6,27 +6,29 @@ from torch import Tensor
 from .reduce import full_precision, same_shape
 
 MASK_EPS = 1e-5  # added to the area of a mask
-DICE_EPS = 1e-12  # added to the square of a mask
+DICE_EPS = 1e-12  # added to Σ M² of a mask
 
 
 def maskd(student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Squared error under each mask, divided by the mask's area (stage 2, segmentation).
+    """MasKD's stage-2 loss for segmentation: squared error under each mask, divided by its area.
 
-    1/(2N) Σ_n Σ_t w_nt 1/C Σ_c [Σ_hw M² (S − T)² / (Σ_hw M + 1e-5)]. The mask enters squared, as
-    in the released code, which masks both maps before it takes the square. Segmentation compares
-    logits with w = 1/T; detection compares features with learned w, without the factor 1/2.
+    L = 1/(2N) Σ_n Σ_t w_nt 1/C Σ_c [Σ_hw M² (S − T)² / (Σ_hw M + 1e-5)]
+
+    The mask enters squared, as in the released code, which masks both maps before it takes the
+    square. Segmentation compares logits with w = 1/T, T being the number of tokens. Detection
+    compares features with learned w and without the factor 1/2.
 
     Args:
         student, teacher: (N, C, H, W); no gradient reaches the teacher.
-        masks: (N, T, H, W) in [0, 1] from :func:`receptive_masks` of the teacher, or of both
-            networks multiplied; constants here.
-        weights: (N, T) w >= 0 with Σ_t w = 1, constants, too; None: 1/T.
+        masks: (N, T, H, W) in [0, 1] from :func:`receptive_masks` of the teacher, or the product of
+            both networks' masks. No gradient reaches them.
+        weights: (N, T) w >= 0 with Σ_t w = 1; no gradient reaches them. None means 1/T.
 
     Returns:
         A scalar >= 0 in float32; a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes differ, or masks or weights do not fit.
+        ValueError: if shapes differ, or masks or weights do not fit.
     """
     student, teacher = same_shape(student, teacher)
     batch, channels, *size = student.shape
@@ -49,17 +51,17 @@ def maskd(student: Tensor, teacher: Tensor, masks: Tensor, weights: Tensor | Non
 
 
 def receptive_masks(tokens: Tensor, features: Tensor) -> Tensor:
-    """σ(token · feature) of each token and cell.
+    """Return MasKD's receptive masks: σ(token · feature) for each token and cell.
 
     Args:
         tokens: (T, C), learned in stage 1.
         features: (N, C, H, W).
 
     Returns:
-        (N, T, H, W) float32 in [0, 1], with the gradients of both.
+        (N, T, H, W) float32 in [0, 1]. The gradient reaches both arguments.
 
     Raises:
-        ValueError: the channels differ.
+        ValueError: if the channels differ.
     """
     if tokens.ndim != 2 or tokens.shape[1] != features.shape[1]:
         raise ValueError(
@@ -67,14 +69,15 @@ def receptive_masks(tokens: Tensor, features: Tensor) -> Tensor:
             "(T, C)"
         )
     tokens, features = full_precision(tokens), full_precision(features)
-    with torch.autocast(features.device.type, enabled=False):  # it would halve matrix products
+    with torch.autocast(features.device.type, enabled=False):  # keeps the products in float32
         return torch.einsum("tc,nchw->nthw", tokens, features).sigmoid()
 
 
 def dice_overlap(masks: Tensor) -> Tensor:
-    """Mean Dice coefficient of two different masks of a picture, what keeps tokens apart (stage 1).
+    """MasKD's stage-1 loss, which keeps tokens different: mean Dice coefficient of two masks.
 
-    2 Σ M_i M_j / (Σ M_i² + Σ M_j²), averaged over the ordered pairs i ≠ j and the pictures.
+    2 Σ M_i M_j / (Σ M_i² + Σ M_j²), averaged over the ordered pairs i ≠ j of an image and the
+    images
 
     Args:
         masks: (N, T, H, W) in [0, 1].

@@ -10,22 +10,24 @@ from .reduce import full_precision, same_shape
 def mgd(
     student: Tensor, teacher: Tensor, generator: Callable[[Tensor], Tensor], keep: Tensor
 ) -> Tensor:
-    """Squared error of what a generator makes of the student's map where cells are masked out.
+    """Masked generative distillation: the teacher's map is generated from a masked student (Eq. 3).
 
-    Σ (G(M · S) − T)² / N over all cells, masked or not (Eq. 3): a sum over channels and cells, so
-    that the weight belongs to a number of channels and a size of pictures.
+    L = Σ (G(M · S) − T)² / N
+
+    The sum runs over channels and all cells, masked or not. A suitable weight therefore depends on
+    the number of channels and the image size.
 
     Args:
         student, teacher: (N, C, H, W), the student adapted to the teacher's channels. No gradient
             reaches the teacher.
-        generator: G; keeps the shape.
-        keep: (N, 1, H, W) M in {0, 1}; the paper keeps a share of 1 − λ.
+        generator: G, which keeps the shape.
+        keep: (N, 1, H, W) M in {0, 1}. The paper keeps a share of 1 − λ of the cells.
 
     Returns:
         A scalar >= 0; a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
     if keep.shape != (len(student), 1, *student.shape[2:]):

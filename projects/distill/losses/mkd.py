@@ -10,26 +10,27 @@ from .cwd import cwd
 from .frequency import masked_energy
 from .reduce import mean_square, same_shape
 
-ATTENTION_TEMPERATURE = 0.5  # τ of the spatial attention; the paper is silent
+ATTENTION_TEMPERATURE = 0.5  # τ of the spatial attention; the paper gives no value
 MKD_TERMS = ("fea", "multiscale", "fdmd", "fad")
 
 
 def multi_scale(student: Tensor, teacher: Tensor, scales: Sequence[int] = (1, 2, 4)) -> Tensor:
-    """Squared error of average-pooled maps, summed over the scales (L_Multiscale, Eq. 1).
+    """MKD's multi-scale loss: squared error of average-pooled maps (L_Multiscale, Eq. 1).
 
-    Σ_k 1/(N·C·H·W) Σ (pool_k(T) − pool_k(S))², pool_k with kernel and stride k and ``ceil_mode``.
-    H·W is the unpooled size for every k, as printed. The paper leaves open: the scales, and the
-    mean over N and C.
+    L = Σ_k 1/(N·C·H·W) Σ (pool_k(T) − pool_k(S))², pool_k with kernel = stride = k, ``ceil_mode``
+
+    H·W is the unpooled size for every k, as printed. The paper leaves open the scales, and the mean
+    over N and C.
 
     Args:
-        student, teacher: (N, C, H, W).
+        student, teacher: (N, C, H, W). Detach the teacher: a gradient reaches both.
         scales: k >= 1 in cells.
 
     Returns:
         A scalar >= 0; a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes differ, or a scale is below 1.
+        ValueError: if shapes differ, or a scale is below 1.
     """
     if not scales or min(scales) < 1:
         raise ValueError(f"scales must be at least 1 each, got {tuple(scales)}")
@@ -41,24 +42,24 @@ def multi_scale(student: Tensor, teacher: Tensor, scales: Sequence[int] = (1, 2,
 def channel_alignment(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, attention: bool = True
 ) -> Tensor:
-    """Divergence of each channel's distribution over the cells (L_FAD, Eq. 5).
+    """MKD's alignment loss: divergence of each channel's distribution over cells (L_FAD, Eq. 5).
 
-    𝒯²/(N·C) Σ_c Σ_i φ(G^T) log(φ(G^T)/φ(G^S)), φ = softmax over the H·W cells of a channel at
-    temperature 𝒯, G = A ⊙ map. A is the sum of both networks' spatial attention
-    H·W·softmax(mean_c|x| / τ), without gradient, divided by its maximum: with mean 1 instead, φ
-    collapses onto about one cell and the gradient grows a thousandfold. The paper leaves open the
-    form of the attention and 𝒯.
+    L = 𝒯²/(N·C) Σ_c Σ_i φ(G^T) log(φ(G^T)/φ(G^S)), G = A ⊙ map, φ = softmax over H·W cells at 𝒯
+
+    A is the sum of both networks' spatial attention H·W·softmax(mean_c|x| / τ), divided by its
+    maximum. No gradient flows through A. With a mean of 1 instead, φ collapses onto about one cell
+    and the gradient grows a thousandfold. The paper leaves open the form of the attention and 𝒯.
 
     Args:
-        student, teacher: (N, C, H, W).
+        student, teacher: (N, C, H, W). No gradient reaches the teacher.
         temperature: 𝒯 > 0.
-        attention: False compares the maps themselves (A = 1): :func:`~distill.losses.cwd`.
+        attention: False compares the maps themselves (A = 1), as :func:`~distill.losses.cwd`.
 
     Returns:
         A scalar >= 0 (up to rounding); a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes differ, or ``temperature`` is not positive.
+        ValueError: if shapes differ, or ``temperature`` is not above 0.
     """
     student, teacher = same_shape(student, teacher)
     if attention and student.numel():
@@ -69,10 +70,9 @@ def channel_alignment(
 
 @torch.no_grad()
 def joint_attention(student: Tensor, teacher: Tensor) -> Tensor:
-    """A of :func:`channel_alignment`: (N, 1, H, W) in (0, 1], without gradient."""
+    """Return A of :func:`channel_alignment`, (N, 1, H, W) in (0, 1], without gradient."""
     area = sum(
-        (full.abs().mean(1).flatten(1) / ATTENTION_TEMPERATURE).softmax(1)
-        for full in (student, teacher)
+        (x.abs().mean(1).flatten(1) / ATTENTION_TEMPERATURE).softmax(1) for x in (student, teacher)
     )
     assert isinstance(area, Tensor)
     area = area / area.amax(1, keepdim=True)  # H·W cancels here
@@ -88,24 +88,28 @@ def mkd(
     temperature: float = 1.0,
     attention: bool = True,
 ) -> dict[str, Tensor]:
-    """The terms of one level by name; what they share is computed once.
+    """Multi-knowledge distillation of one level: its terms by name (Eq. 6 without α).
 
-    ``fea`` is :func:`~distill.losses.fitnet`, ``multiscale`` :func:`multi_scale`, ``fdmd``
-    :func:`~distill.losses.frequency_masked_mse`, ``fad`` :func:`channel_alignment`.
+    ``fea`` is :func:`~distill.losses.fitnet`, and ``multiscale`` is :func:`multi_scale`. ``fdmd``
+    is :func:`~distill.losses.frequency_masked_mse`, and ``fad`` is :func:`channel_alignment`.
+    Quantities that several terms need are computed once.
 
     Args:
-        student, teacher: (N, C, H, W).
-        mask: (N, 1, H, W // 2 + 1) of ``fdmd``; None: nothing is masked, ``fdmd`` is ``fea``.
-        terms: the ones to compute.
-        scales: of ``multiscale``.
-        temperature, attention: of ``fad``.
+        student, teacher: (N, C, H, W). Detach the teacher.
+        mask: (N, 1, H, W // 2 + 1) of ``fdmd``. None masks nothing: ``fdmd`` is then ``fea``.
+        terms: names of the terms to compute.
+        scales: scales of ``multiscale``.
+        temperature, attention: options of ``fad``.
+
+    Returns:
+        One scalar >= 0 (up to rounding) per term; connected zeros for an empty batch.
 
     Raises:
-        ValueError: as the functions above.
+        ValueError: if a term is unknown, or as in the functions above.
     """
     unknown = set(terms) - set(MKD_TERMS)
     if unknown:
-        raise ValueError(f"terms must be of {MKD_TERMS}, got {sorted(unknown)}")
+        raise ValueError(f"terms must be among {', '.join(MKD_TERMS)}, got {sorted(unknown)}")
     student, teacher = same_shape(student, teacher)
     losses = {}
     gap = student - teacher
@@ -122,7 +126,10 @@ def mkd(
 
 
 def _multi_scale(gap: Tensor, scales: Sequence[int], square: Tensor) -> Tensor:
-    """Pooling is linear: pool(T) − pool(S) = pool(T − S); ``square`` is the term of k = 1."""
+    """Return :func:`multi_scale` from ``gap`` = S − T. ``square`` is the term of k = 1.
+
+    Pooling is linear, so that pool(T) − pool(S) = pool(T − S).
+    """
     terms = [square] * scales.count(1)
     for k in scales:
         if k > 1 and gap.numel():

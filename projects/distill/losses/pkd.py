@@ -6,14 +6,16 @@ from torch import Tensor
 from .fitnet import fitnet
 from .reduce import same_shape
 
-PKD_EPS = 1e-6  # added to a channel's standard deviation
+PKD_EPS = 1e-6  # added to the standard deviation of a channel
 
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
-    """Half the mean squared error of channels at mean 0 and standard deviation 1.
+    """PKD: half the mean squared error of maps standardized in each channel.
 
-    Statistics are of a channel over N, H and W together, unbiased, as released; so with n = N·H·W
-    cells this is (n − 1)/n · mean_c (1 − r_c), r the correlation of both networks' channels.
+    L = 1/2 mean (ŝ − t̂)², x̂ the map with mean 0 and standard deviation 1 in each channel
+
+    The statistics of a channel run over N, H and W together, unbiased, as in the released code.
+    With n = N·H·W this is (n − 1)/n · mean_c (1 − r_c), r_c the Pearson correlation of channel c.
 
     Args:
         student, teacher: (N, C, H, W). No gradient reaches the teacher.
@@ -22,7 +24,7 @@ def pkd(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar in [0, 2]; a connected zero for an empty batch.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher)
     if student.numel() == 0:
@@ -31,13 +33,16 @@ def pkd(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def standardized(x: Tensor) -> Tensor:
-    """(N, C, H, W) with mean 0 and unbiased standard deviation 1 in each channel."""
+    """Return (N, C, H, W) maps with mean 0 and unbiased standard deviation 1 in each channel."""
     mean, deviation = statistics(x)
     return (x - mean) / (deviation + PKD_EPS)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, C, 1, 1) mean and unbiased standard deviation of each channel; 0 of a single cell."""
+    """Return the mean and the unbiased standard deviation of each channel, (1, C, 1, 1) each.
+
+    The deviation of a single cell is 0.
+    """
     cells = x.shape[0] * x.shape[2] * x.shape[3]
     deviation = x.std((0, 2, 3), correction=min(cells - 1, 1), keepdim=True)
     return x.mean((0, 2, 3), keepdim=True), deviation

@@ -1,23 +1,26 @@
-"""What losses share: precision on entry, shape checks, directions, classes, the connected zero."""
+"""Helpers of all losses: precision, shape checks, unit vectors, classes, the connected zero."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-ZERO = 1e-6  # the norm up to which a vector counts as zero
+ZERO = 1e-6  # norm up to which a vector counts as zero
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """``x`` in float32, whatever the autocast state; float64 is kept for gradient checks."""
+    """Convert ``x`` to float32, whatever the autocast state.
+
+    float64 is kept for gradient checks.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
 def same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in full precision.
+    """Check that the shapes agree and return both tensors in full precision.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: if the shapes differ.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -27,10 +30,10 @@ def same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def same_cells(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps in full precision; of the shapes all but the channels must agree.
+    """Check that N, H and W agree and return both maps in full precision. C may differ.
 
     Raises:
-        ValueError: N, H or W differ.
+        ValueError: if N, H or W differ.
     """
     if student.shape[:1] + student.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
         raise ValueError(
@@ -41,10 +44,17 @@ def same_cells(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_members(labels: Tensor, maps: Tensor, num_classes: int) -> Tensor:
-    """(N, K, H·W) bool: the cells of each class; none has those outside [0, num_classes).
+    """Return which cells belong to each class, (N, K, H·W) bool.
+
+    A label outside [0, num_classes) belongs to no class.
+
+    Args:
+        labels: (N, H, W) integers.
+        maps: (N, C, H, W), read only for its shape.
+        num_classes: K.
 
     Raises:
-        ValueError: the labels have another size than the maps.
+        ValueError: if the labels have another size than the maps.
     """
     if labels.shape != (len(maps), *maps.shape[2:]):
         raise ValueError(
@@ -56,29 +66,29 @@ def class_members(labels: Tensor, maps: Tensor, num_classes: int) -> Tensor:
 
 
 def length(x: Tensor, dim: int) -> Tensor:
-    """|x| along ``dim``, which is kept; ∞ for zeros.
+    """Return the norm |x| along ``dim``, which is kept; ∞ for zero vectors.
 
-    Over it, a cell of zeros (after a ReLU) has the direction 0 and no gradient. Over a small
-    constant its gradient would drown all others, and overflow in half precision.
+    Divided by it, a cell of zeros (after a ReLU) has direction 0 and no gradient. With a small
+    constant in place of ∞, its gradient would exceed all others, and overflow in half precision.
     """
     norm = x.norm(dim=dim, keepdim=True)
     return norm.where(norm > ZERO, torch.inf)
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """``x`` at length 1 along ``dim``; zeros stay zeros."""
+    """Scale ``x`` to length 1 along ``dim``; zero vectors stay zero."""
     return x / length(x, dim)
 
 
 def mean_square(gap: Tensor) -> Tensor:
-    """Mean of the squares; a connected zero for an empty tensor."""
+    """Return the mean of the squares; a connected zero for an empty tensor."""
     return gap.square().sum() / max(gap.numel(), 1)
 
 
 def connected_zero(*tensors: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
-    """0 with a gradient path to every given tensor.
+    """Return 0 with a gradient path to every given tensor.
 
-    DistributedDataParallel fails at the next iteration when a parameter got no gradient.
+    DistributedDataParallel fails in the next iteration if a parameter got no gradient. The form is
     ``(x * 0).sum()``, because ``x.sum() * 0`` overflows to NaN in half precision.
     """
     return sum((x * 0).sum() for x in (*tensors, *parameters))  # type: ignore[return-value]

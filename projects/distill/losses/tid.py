@@ -1,7 +1,10 @@
-"""Task integration distillation (TID, Sec. 3): where teacher and student matter.
+"""Task integration distillation (TID, Sec. 3).
 
-P counts the feature points of one picture, all levels together; A the boxes decoded at a point.
-Nothing here carries a gradient but the two maps of :func:`tid`.
+DIEM scores how well a network does both tasks at each point. LDAM selects areas by the scores of
+both networks. SFDM weighs the feature error by the areas.
+
+P is the number of feature points of one image, all levels together. A is the number of boxes
+that are decoded at a point. Only the two maps of :func:`tid` carry a gradient.
 """
 
 from math import ceil
@@ -13,15 +16,21 @@ from torchvision.ops import nms
 
 from .reduce import full_precision, same_shape
 
-CHUNK = 8  # ground-truth boxes compared with all points at once: keeps temporaries small
-MAX_WEAK = 2000  # candidates of the weak area before NMS
+CHUNK = 8  # ground-truth boxes compared with all points at once; bounds the memory
+MAX_WEAK = 2000  # maximum number of candidates of the weak area before NMS
 TID_SCORES = ("both", "cls", "reg")
 TID_AREAS = ("both", "key", "weak")
 
 
 @torch.no_grad()
 def matched_iou(boxes: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """IOU_max of every point: the largest IoU of its boxes with the ground truth (DIEM).
+    """Return IOU_max of every point: the largest IoU of its boxes with the ground truth (DIEM).
+
+    The literal form, which would hold P·A × K numbers::
+
+        iou = torchvision.ops.box_iou(boxes.flatten(0, 1), gt).view(P, A, K)
+        best, index = iou.flatten(1).max(1)
+        gt_index, anchor_index = index % K, index // K
 
     Args:
         boxes: (P, A, 4) XYXY, decoded at each point.
@@ -29,16 +38,16 @@ def matched_iou(boxes: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         iou: (P,) float32 in [0, 1], 0 without ground truth.
-        gt_index: (P,) the matched box, 0 where ``iou`` is 0.
-        anchor_index: (P,) the box of the point that matches.
+        gt_index: (P,) index of the matched ground-truth box, 0 where ``iou`` is 0.
+        anchor_index: (P,) index of the point's box that matches.
     """
     points, anchors = boxes.shape[:2]
     flat = boxes.detach().float().flatten(0, 1).T.contiguous()
     corners = F.pad(gt.detach().float(), (0, 0, 0, -len(gt) % CHUNK))  # empty boxes overlap nothing
     chunks = corners.view(-1, CHUNK, 4)
     best, chunk = flat.new_zeros(flat.shape[1]), flat.new_zeros(flat.shape[1], dtype=torch.long)
-    # The index of each maximum would cost as much again as the maxima: it is found at the end,
-    # for the best chunk of each point's best box alone.
+    # Finding the index of each maximum would double the cost. Therefore it is found at the end,
+    # only for the best chunk of the best box of each point.
     for k in range(len(chunks)):
         iou = _iou(flat, chunks[k].T[:, :, None]).amax(0)
         chunk.masked_fill_(iou > best, k)
@@ -54,9 +63,10 @@ def matched_iou(boxes: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _iou(boxes: Tensor, gt: Tensor) -> Tensor:
-    """IoU of boxes (4, P) with ground truth (4, K, 1 or P); without overlap it may be below 0.
+    """Return the IoU of boxes (4, P) with ground truth (4, K, 1 or P).
 
-    Written out: torchvision's ``box_iou`` takes several times as long and as much memory.
+    Boxes that do not overlap may get a value below 0. torchvision's ``box_iou`` takes several times
+    as long and as much memory.
     """
     (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = boxes, gt
     area, gt_area = (x2 - x1) * (y2 - y1), ((gx2 - gx1) * (gy2 - gy1)).clamp(min=1e-6)
@@ -75,25 +85,26 @@ def tid_score(
     parts: str = "both",
     raw_iou: bool = False,
 ) -> Tensor:
-    """How well one network does both tasks at each point of one picture (DIEM).
+    """Return TID's score of each point: how well one network does both tasks there (DIEM).
 
     Score = Score_c · Score_r. Score_r is 2 where IOU_max >= positive, 0.4 where IOU_max <=
-    negative, 1.5 between. Score_c is 1.5 at the points of the highest probabilities, ``top`` of
-    all, else 1; a probability of 0 is never among them (silent).
+    negative, 1.5 between. Score_c is 1.5 at the points with the highest probabilities, a share
+    ``top`` of all points, else 1. The paper leaves open a probability of 0; here it never belongs
+    to the top.
 
     Args:
-        iou: (P,) IOU_max.
+        iou: (P,) IOU_max of the points of one image.
         prob: (P,) probability of the matched box's class; 0 where ``iou`` is 0.
         positive, negative: IoU thresholds of the detector's own assignment.
-        top: share of the points in (0, 1].
-        parts: "both", or the ablations "cls" (Score_c alone) and "reg" (Score_r alone).
-        raw_iou: ablation: Score_r is IOU_max itself.
+        top: share of the points, in (0, 1].
+        parts: "both", or the ablations "cls" (only Score_c) and "reg" (only Score_r).
+        raw_iou: True for the ablation with Score_r = IOU_max.
 
     Returns:
-        (P,) float32; 0.4 ... 3 without ``raw_iou``.
+        (P,) float32; in [0.4, 3] without ``raw_iou``.
 
     Raises:
-        ValueError: ``parts``, ``top`` or the thresholds are out of range.
+        ValueError: if ``parts``, ``top`` or the thresholds are invalid.
     """
     if parts not in TID_SCORES:
         raise ValueError(f"parts must be one of {', '.join(TID_SCORES)}, got {parts!r}")
@@ -121,28 +132,29 @@ def tid_value(
     nms_iou: float = 0.6,
     area: str = "both",
 ) -> Tensor:
-    """Value_output = Score_key · Score_weak of each point of one picture (LDAM).
+    """Return TID's Value_output = Score_key · Score_weak of each point of one image (LDAM).
 
-    With k = ⌈γP⌉: Score_key is Score_T at the k points of the highest Score_T, 0 elsewhere.
-    Score_weak is 1.5 at the weak area, 1 elsewhere: of the points where Score_T − Score_S > 0, at
-    most 2 000 in the order of that difference pass a class-agnostic NMS of the teacher's boxes, so
-    that one object does not take all; the first k survivors are the area. Scores take few
-    values, so ranks are exact: ties go by ``tie``, then by position. The paper leaves open γ, the
-    limits and the IoU of the NMS.
+    With k = ⌈γP⌉, Score_key is Score_T at the k points of the highest Score_T, 0 elsewhere.
+    Score_weak is 1.5 in the weak area, 1 elsewhere. The candidates of the weak area are the points
+    where Score_T − Score_S > 0, at most 2 000 by descending difference. A class-agnostic NMS of the
+    teacher's boxes keeps one object from taking the whole area. The first k survivors are the area.
+
+    Scores take few values, so that ranks must be exact: ties go by ``tie``, then by position. The
+    paper leaves open γ, the limits and the IoU of the NMS.
 
     Args:
         score_teacher, score_student: (P,) from :func:`tid_score`.
         tie: (P,) the teacher's IOU_max · p.
         boxes: (P, 4) XYXY, the teacher's matching box of each point.
         gamma: γ in (0, 1].
-        nms_iou: in [0, 1].
+        nms_iou: IoU threshold of the NMS, in [0, 1].
         area: "both", or the ablations "key" (Score_weak = 1) and "weak" (Score_key = 1).
 
     Returns:
         (P,) float32.
 
     Raises:
-        ValueError: ``area`` or ``gamma`` is out of range, or shapes differ.
+        ValueError: if ``area`` or ``gamma`` is invalid, or shapes differ.
     """
     key, weak = tid_areas(score_teacher, score_student, tie, boxes, gamma, nms_iou, area)
     return key.mul_(weak)
@@ -158,7 +170,7 @@ def tid_areas(
     nms_iou: float = 0.6,
     area: str = "both",
 ) -> tuple[Tensor, Tensor]:
-    """Score_key and Score_weak, (P,) float32 each; see :func:`tid_value`."""
+    """Return Score_key and Score_weak, (P,) float32 each; see :func:`tid_value`."""
     if area not in TID_AREAS:
         raise ValueError(f"area must be one of {', '.join(TID_AREAS)}, got {area!r}")
     if not 0 < gamma <= 1:
@@ -172,7 +184,7 @@ def tid_areas(
     if area != "key" and len(score_weak):
         lead = score_teacher - score_student
         order = _ranked(lead, tie)[:MAX_WEAK]
-        # Points without a lead come last in that order, so they suppress none that has one.
+        # Points without a lead come last in this order and cannot suppress the others.
         rank = torch.arange(len(order), 0, -1, device=lead.device, dtype=torch.float32)
         weak = order[nms(boxes[order].float(), rank, nms_iou)[:count]]
         score_weak[weak] = torch.where(lead[weak] > 0, 1.5, 1.0)
@@ -180,24 +192,25 @@ def tid_areas(
 
 
 def _share(share: float, points: int) -> int:
-    """⌈share · P⌉; without rounding, 0.05 · 140 would count as 8."""
+    """Return ⌈share · P⌉. Without the rounding, 0.05 · 140 would count as 8."""
     return ceil(round(share * points, 6))
 
 
 def _ranked(primary: Tensor, secondary: Tensor) -> Tensor:
-    """Indices in descending order of ``primary``, ties by ``secondary``, then by position."""
+    """Return indices by descending ``primary``; ties go by ``secondary``, then by position."""
     order = secondary.argsort(descending=True, stable=True)
     return order[primary[order].argsort(descending=True, stable=True)]
 
 
 @torch.no_grad()
 def tid_information(points: Tensor, boxes: Tensor) -> Tensor:
-    """V_information: 1 inside a ground-truth box, fading to 0 around it (SFDM).
+    """Return TID's V_information: 1 inside a ground-truth box, fading to 0 around it (SFDM).
 
-    Outside, max(0, 1 − hypot(dx/(w/2), dy/(h/2))), dx and dy the distances to the border: linear
-    over a band of half the box's side. Several boxes: the maximum. The text says that the value
-    decreases outwards, the printed fraction is the complement; the band's width is silent. Sides
-    are at least one pixel.
+    Outside it is max(0, 1 − hypot(dx/(w/2), dy/(h/2))), dx and dy the distances to the border. The
+    value falls linearly over a band of half the box's side. With several boxes the maximum counts.
+
+    The text says that the value decreases outwards; the printed fraction is the complement. The
+    paper leaves open the width of the band. Sides are at least one pixel.
 
     Args:
         points: (P, 2) x, y in pixels.
@@ -217,33 +230,38 @@ def tid_information(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def tid_mask(value: Tensor) -> Tensor:
-    """M of V = Value_output · V_information (SFDM): V, 0.7 V below 1, 0.05 V below 0.01."""
+    """Return TID's mask M of V = Value_output · V_information (SFDM), without gradient.
+
+    M = V where V >= 1, 0.7 V where 0.01 <= V < 1, 0.05 V where V < 0.01. Any shape is possible.
+    """
     return full_precision(value.detach()) * tid_by_value(value, 1.0, 0.7, 0.05)
 
 
 def tid_by_value(value: Tensor, high: float, medium: float, low: float) -> Tensor:
-    """``high`` where V >= 1, ``medium`` where 0.01 <= V < 1, ``low`` below (SFDM)."""
+    """Return ``high`` where V >= 1, ``medium`` where 0.01 <= V < 1, ``low`` below (SFDM)."""
     return torch.where(value >= 1, high, torch.where(value >= 0.01, medium, low))
 
 
 def tid(
     student: Tensor, teacher: Tensor, mask: Tensor, alpha: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of L_fea of one level (SFDM).
+    """Numerator and denominator of TID's feature loss L_fea of one level (SFDM).
 
-    L_fea = Σ α M (T − S)² / (C·Σ M), both sums over the batch and all levels: the mean weighted
-    by M (the paper does not say how it normalises) is independent of the picture's size.
+    L_fea = Σ α M (T − S)² / (C·Σ M), both sums over the batch and all levels
+
+    The paper leaves open the normalization. The mean weighted by M is independent of the image
+    size.
 
     Args:
-        student, teacher: (N, C, H, W).
-        mask: (N, H, W), M >= 0.
-        alpha: (N, H, W), α of each cell's area; None: 1.
+        student, teacher: (N, C, H, W). Detach the teacher: a gradient reaches both.
+        mask: (N, H, W) M >= 0 from :func:`tid_mask`; no gradient reaches it.
+        alpha: (N, H, W) α of the area of each cell. None means 1.
 
     Returns:
         Σ α M (T − S)² / C and Σ M, scalars.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher)
     if mask.shape != (len(student), *student.shape[2:]):

@@ -1,13 +1,14 @@
 """Networks that detectron2 lacks, as ordinary registered components.
 
-A checkpoint of a student that uses one needs only ``import distill.nets`` beside detectron2, and
-``distill.nets.add_nets_config(cfg)`` if its ``student.yaml`` has keys of this package: those of
-dense detectors, timm backbones, dilated backbones and the semantic heads here.
+Stock detectron2 can load a student that uses one of these networks after ``import distill.nets``.
+If its ``student.yaml`` has keys of this package, call ``distill.nets.add_nets_config(cfg)``
+first. These are the keys of dense detectors, timm backbones, dilated backbones and the semantic
+heads.
 """
 
 from . import necks
 from .atss import ATSS
-from .config import DENSE_DETECTORS, add_config_read_by, add_nets_config
+from .config import add_config_read_by, add_nets_config
 from .deeplabv3 import ASPPHead
 from .fcos import FCOS
 from .gfl import GFL
@@ -19,7 +20,6 @@ from .timm import TimmBackbone, build_timm_backbone
 
 __all__ = [
     "ATSS",
-    "DENSE_DETECTORS",
     "FCOS",
     "GFL",
     "PAFPN",

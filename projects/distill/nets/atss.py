@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -13,26 +12,47 @@ from detectron2.structures import Boxes, Instances
 from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
+from ..losses.boxes import box_centerness
+from ..section import BOX_WEIGHTS, POSITIVE, Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
-from .dense import PriorDetector, Scale, detector_arguments, head_arguments
+from .dense import (
+    DENSE_SECTION,
+    FOCAL_LOSS_SECTION,
+    PriorDetector,
+    Scale,
+    detector_arguments,
+    head_arguments,
+)
 
 
 @META_ARCH_REGISTRY.register()
 class ATSS(PriorDetector):
-    """One anchor a cell, assigned by :func:`~distill.nets.assign.atss_assign`; with centerness.
+    """ATSS: one anchor per cell, adaptive assignment, and centerness.
 
-    Losses: focal on all anchors over their positive number; 2 · GIoU of the positives weighted by
-    their centerness target, over the sum of those; binary cross entropy of the centerness over
-    the positive number. Numbers and sums are means over processes. A box is scored by
-    √(class · centerness), as detectron2's FCOS does.
+    Anchors are assigned by :func:`~distill.nets.assign.atss_assign`. Losses:
+
+    - ``loss_cls``: focal loss of all anchors, divided by the number of positives.
+    - ``loss_box_reg``: 2 · GIoU loss of the positives, a mean weighted by their centerness target.
+    - ``loss_centerness``: binary cross entropy, divided by the number of positives.
+
+    Numbers and sums of weights are means over processes. The score of a box is
+    √(class probability · centerness), as in detectron2's FCOS.
 
     Args:
-        candidates: of a box on each level.
-        focal_loss_alpha, focal_loss_gamma: of the classification.
+        candidates: number of candidate anchors per box and level.
+        focal_loss_alpha, focal_loss_gamma: α and γ of the focal loss.
         box_loss_weight, centerness_loss_weight: factors of the losses.
+        kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
 
+    section = Section(
+        ANCHOR_SIZE=Key(8.0, "side of the anchor of each cell in strides", POSITIVE),
+        CANDIDATES=Key(9, "candidate anchors per box and level", at_least(1)),
+        BBOX_REG_WEIGHTS=Key((10.0, 10.0, 5.0, 5.0), "weights of Box2BoxTransform", BOX_WEIGHTS),
+        BOX_LOSS_WEIGHT=Key(2.0, "factor of the GIoU loss", at_least(0)),
+        CENTERNESS_LOSS_WEIGHT=Key(1.0, "factor of the centerness loss", at_least(0)),
+    ).on_top_of({**DENSE_SECTION, **FOCAL_LOSS_SECTION})
     score_maps = 1
 
     @configurable
@@ -78,15 +98,15 @@ class ATSS(PriorDetector):
             self.flat(maps, width) for maps, width in zip(predictions, (self.num_classes, 4, 1))
         )
         targets = self.targets(priors, gt_instances)
-        every = Boxes.cat(priors).tensor
-        positive, anchors, boxes, truth = self.positives(deltas, every, targets)
+        all_anchors = Boxes.cat(priors).tensor
+        positive, anchors, boxes, truth = self.positives(deltas, all_anchors, targets)
         number = reduce_mean(positive.sum())
-        closeness = centerness_of(anchors, truth)
-        mass = reduce_mean(closeness.sum(), minimum=1e-6)
+        target = box_centerness(anchors, truth)
+        target_sum = reduce_mean(target.sum(), minimum=1e-6)
         classes = F.one_hot(targets.labels, self.num_classes + 1)[..., :-1].to(logits.dtype)
-        box = (giou_loss(boxes, truth) * closeness).sum() / mass
+        box = (giou_loss(boxes, truth) * target).sum() / target_sum
         centre = F.binary_cross_entropy_with_logits(
-            centerness[positive][:, 0], closeness, reduction="sum"
+            centerness[positive][:, 0], target, reduction="sum"
         )
         return {
             "loss_cls": sigmoid_focal_loss_jit(logits, classes, reduction="sum", **self.focal)
@@ -101,9 +121,9 @@ class ATSS(PriorDetector):
 
 
 class ATSSHead(FCOSHead):
-    """detectron2's FCOS head with a learned :class:`~distill.nets.dense.Scale` of each level.
+    """detectron2's FCOS head with a learned :class:`~distill.nets.dense.Scale` per level.
 
-    The arguments are those of detectron2's.
+    The arguments are those of ``FCOSHead``.
     """
 
     def __init__(self, *, input_shape: list[ShapeSpec], **kwargs: Any):
@@ -111,17 +131,9 @@ class ATSSHead(FCOSHead):
         self.scales = nn.ModuleList(Scale() for _ in input_shape)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """(N, K, Hi, Wi) logits, (N, 4, Hi, Wi) deltas and (N, 1, Hi, Wi) centerness logits."""
+        """Return logits (N, K, Hi, Wi), deltas (N, 4, Hi, Wi) and centerness logits (N, 1, Hi, Wi).
+
+        Each is a list with one map per level.
+        """
         logits, deltas, centerness = super().forward(features)
         return logits, [scale(x) for scale, x in zip(self.scales, deltas)], centerness
-
-
-def centerness_of(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """(P,) in [0, 1]: √(min(l, r) / max(l, r) · min(t, b) / max(t, b)) of the anchors' centres.
-
-    l, t, r, b are the distances to the sides of the (P, 4) boxes that hold the centres.
-    """
-    centres = Boxes(anchors).get_centers()
-    sides = torch.stack([centres - boxes[:, :2], boxes[:, 2:] - centres]).clamp(min=0)
-    ratio = sides.amin(0) / sides.amax(0).clamp(min=1e-6)
-    return ratio.prod(1).sqrt()

@@ -1,6 +1,7 @@
-"""DeepLabV3's head as the IMA paper has it (Chen et al., "Rethinking atrous convolution").
+"""DeepLabV3's head as in the IMA paper (Chen et al., "Rethinking atrous convolution").
 
-detectron2's own ``DeepLabV3Head`` joins its branches by a 1x1 convolution, without auxiliary head.
+detectron2's own ``DeepLabV3Head`` joins its branches with a 1x1 convolution and has no auxiliary
+head.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from .segmentation import ContextBranches, ContextHead, PooledContext, conv_norm
 
 
 class AtrousPooling(ContextBranches):
-    """A map convolved 1x1 and 3x3 with several dilations, its mean, and a 3x3 over all of them.
+    """Atrous spatial pyramid pooling, followed by a 3x3 convolution.
+
+    The branches are a 1x1 convolution, 3x3 convolutions with several dilations, and the mean of the
+    map.
 
     Args:
-        in_channels: of the map.
-        channels: of every branch, and of the result.
-        dilations: of the 3x3 branches, in cells.
-        norm: of the convolutions.
+        in_channels: channels of the map.
+        channels: channels of every branch and of the result.
+        dilations: dilations of the 3x3 branches, in cells.
+        norm: norm of the convolutions.
     """
 
     def __init__(self, in_channels: int, channels: int, dilations: Sequence[int], norm: str = ""):
@@ -33,9 +37,10 @@ class AtrousPooling(ContextBranches):
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class ASPPHead(ContextHead):
-    """Atrous spatial pyramid pooling: ``SEM_SEG_HEAD.(ASPP_CHANNELS, ASPP_DILATIONS)``.
+    """Semantic head with atrous spatial pyramid pooling.
 
-    The paper's are 512 and 12, 24, 36, at output stride 8.
+    It reads ``SEM_SEG_HEAD.(ASPP_CHANNELS, ASPP_DILATIONS)``. The paper uses 512 channels and
+    dilations 12, 24, 36 at output stride 8.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the dense detectors here share: priors, targets, normalisers, inference."""
+"""Base class and helpers of the dense detectors of this package."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,29 +12,50 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..section import FRACTION, INSIDE_0_1, NUMBER, TEXT, TEXTS, Key, Section, at_least
+
+DENSE_SECTION = Section(
+    NUM_CLASSES=Key(80, "number of classes", at_least(1)),
+    IN_FEATURES=Key(["p3", "p4", "p5", "p6", "p7"], "levels that the head reads", TEXTS),
+    NUM_CONVS=Key(4, "convolutions in each tower of the head", at_least(1)),
+    NORM=Key("GN", "norm of the towers", TEXT),
+    PRIOR_PROB=Key(0.01, "initial probability of an object", INSIDE_0_1),
+    SCORE_THRESH_TEST=Key(0.05, "lowest score of a detection", NUMBER),
+    TOPK_CANDIDATES_TEST=Key(1000, "detections per level before NMS", at_least(1)),
+    NMS_THRESH_TEST=Key(0.6, "IoU threshold of NMS", FRACTION),
+)
+"""Keys of every dense detector here, with the names of ``MODEL.RETINANET`` where it has them."""
+
+FOCAL_LOSS_SECTION = Section(
+    FOCAL_LOSS_ALPHA=Key(0.25, "α of the focal loss; below 0: no weighting", NUMBER),
+    FOCAL_LOSS_GAMMA=Key(2.0, "γ of the focal loss", at_least(0)),
+)
+
 
 class Targets(NamedTuple):
-    """What the priors of a batch are trained on.
+    """Training targets of the priors of a batch.
 
     Attributes:
-        labels: (N, R) in [0, K]; K is background, -1 is not trained.
-        boxes: (N, R, 4) XYXY of the matched objects, anything where there is none.
+        labels: (N, R) in [0, K]; K means background, -1 means that the prior is not trained.
+        boxes: (N, R, 4) XYXY of the matched objects; undefined for unmatched priors.
     """
 
     labels: Tensor
     boxes: Tensor
 
     def positive(self, num_classes: int) -> Tensor:
-        """(N, R) bool: the priors that are matched with an object."""
+        """Return (N, R) bool, True for the priors that are matched with an object."""
         return (self.labels >= 0) & (self.labels < num_classes)
 
 
 class Positives(NamedTuple):
-    """The priors of a batch that are matched with an object.
+    """The P priors of a batch that are matched with an object.
 
     Attributes:
-        mask: (N, R) bool, which they are; P of them.
-        priors, boxes, truth: (P, 4) XYXY of them, of what they predict, and of their objects.
+        mask: (N, R) bool, True for these priors.
+        priors: (P, 4) XYXY.
+        boxes: (P, 4) XYXY, predicted by the priors.
+        truth: (P, 4) XYXY of the matched objects.
     """
 
     mask: Tensor
@@ -44,23 +65,24 @@ class Positives(NamedTuple):
 
 
 class PriorDetector(DenseDetector):
-    """A dense detector with one square prior on every cell, centred on it.
+    """Base class of dense detectors with one square prior at the centre of every cell.
 
-    A subclass assigns priors to objects (:meth:`assign`), computes its losses
-    (:meth:`losses`) and scores (:meth:`scores`). The head returns at least (logits, regression),
-    lists of (N, K, Hi, Wi) and (N, ``box_dim``, Hi, Wi) maps.
+    A subclass implements :meth:`assign`, which assigns priors to objects, and :meth:`losses`. It
+    may override :meth:`scores`. The head returns at least (logits, regression), lists of
+    (N, K, Hi, Wi) and (N, ``box_dim``, Hi, Wi) maps.
 
     Args:
         prior_size: side of a prior in units of its level's stride.
-        box2box_transform: turns regressions (P, ``box_dim``) and priors (P, 4) into boxes (P, 4).
-        num_classes: K, background excluded.
-        test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as of
+        box2box_transform: converts regressions (P, ``box_dim``) and priors (P, 4) to boxes (P, 4).
+        num_classes: K, without background.
+        test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in
             detectron2's RetinaNet.
+        kwargs: arguments of detectron2's ``DenseDetector``.
     """
 
     box_dim = 4
     score_maps = 0
-    """Number of the head's maps after the regression that :meth:`scores` reads."""
+    """Number of maps after the regression that :meth:`scores` reads."""
 
     def __init__(
         self,
@@ -107,38 +129,60 @@ class PriorDetector(DenseDetector):
         predictions: Sequence[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Losses by name, given the head's output and the priors of each level."""
+        """Return the losses by name.
+
+        Args:
+            priors: the priors of each level.
+            predictions: output of the head.
+            gt_instances: the objects of each image.
+        """
         raise NotImplementedError
 
     def assign(self, priors: list[Tensor], gt: Tensor) -> Tensor:
-        """(R,) of each prior the index of its ground-truth box, or -1."""
+        """Return (R,) indices of the ground-truth box of each prior, or -1.
+
+        Args:
+            priors: one (Ri, 4) XYXY tensor per level.
+            gt: (M, 4) XYXY.
+        """
         raise NotImplementedError
 
     def scores(self, logits: Tensor, *others: Tensor) -> Tensor:
-        """(P, K) in [0, 1] of one picture and level, from what the head returns beside boxes."""
+        """Return the scores of one image and level, (P, K) in [0, 1].
+
+        Args:
+            logits: (P, K).
+            others: the ``score_maps`` other maps, (P, 1) each.
+        """
         return logits.sigmoid()
 
     @torch.no_grad()
     def targets(self, priors: list[Boxes], gt_instances: list[Instances]) -> Targets:
-        """The labels and boxes that :meth:`assign` gives each picture's priors."""
+        """Return the labels and boxes that :meth:`assign` gives to the priors of each image."""
         tensors = [x.tensor for x in priors]
         matched = [self.assign(tensors, x.gt_boxes.tensor) for x in gt_instances]
         pairs = [labelled(x, m, self.num_classes) for x, m in zip(gt_instances, matched)]
         return Targets(*(torch.stack(x) for x in zip(*pairs)))
 
     def flat(self, maps: list[Tensor], width: int) -> Tensor:
-        """(N, R, width) in full precision of a head's (N, width, Hi, Wi) maps."""
+        """Concatenate (N, width, Hi, Wi) maps of all levels to (N, R, width) in full precision."""
         return torch.cat([permute_to_N_HWA_K(x, width) for x in maps], 1).float()
 
     def decoded(self, regression: Tensor, priors: Tensor) -> Tensor:
-        """Boxes of (..., box_dim) regressions at (..., 4) priors."""
+        """Decode (..., ``box_dim``) regressions at (..., 4) priors to (..., 4) boxes."""
         flat = self.box2box_transform.apply_deltas(
             regression.reshape(-1, regression.shape[-1]), priors.reshape(-1, 4)
         )
         return flat.view(*regression.shape[:-1], 4)
 
     def positives(self, regression: Tensor, priors: Tensor, targets: Targets) -> Positives:
-        """The matched priors, of (N, R, ``box_dim``) regressions at (R, 4) priors."""
+        """Select the matched priors and decode their boxes.
+
+        Args:
+            regression: (N, R, ``box_dim``).
+            priors: (R, 4) XYXY.
+            targets: the targets of the batch.
+        """
         mask = targets.positive(self.num_classes)
         matched = priors.expand(*mask.shape, 4)[mask]
         return Positives(
@@ -167,7 +211,7 @@ class PriorDetector(DenseDetector):
         regression: list[Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        """The detections of one picture, best first."""
+        """Return the detections of one image by descending score."""
         found = self._decode_multi_level_predictions(
             priors,
             scores,
@@ -183,7 +227,10 @@ class PriorDetector(DenseDetector):
 
 
 class Scale(nn.Module):
-    """A learned factor, one a level: levels share the convolutions, not the range of sizes."""
+    """A learned scalar factor.
+
+    Levels share the convolutions of a head, but not the range of sizes: each has its own factor.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +241,16 @@ class Scale(nn.Module):
 
 
 def labelled(truth: Instances, matched: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(R,) labels and (R, 4) boxes of the objects that (R,) ``matched`` names; -1: background."""
+    """Convert matches to labels and boxes.
+
+    Args:
+        truth: the objects of one image.
+        matched: (R,) index of the object of each prior, or -1 for background.
+        num_classes: K, the label of background.
+
+    Returns:
+        (R,) labels and (R, 4) boxes.
+    """
     if len(truth) == 0:
         return torch.full_like(matched, num_classes), truth.gt_boxes.tensor.new_zeros(
             len(matched), 4
@@ -205,7 +261,7 @@ def labelled(truth: Instances, matched: Tensor, num_classes: int) -> tuple[Tenso
 
 
 def detector_arguments(cfg: CfgNode, section: CfgNode) -> dict[str, Any]:
-    """Arguments that every dense detector here takes, the head excepted."""
+    """Return the constructor arguments that all dense detectors share, without the head."""
     return {
         "backbone": build_backbone(cfg),
         "head_in_features": list(section.IN_FEATURES),
@@ -220,11 +276,11 @@ def detector_arguments(cfg: CfgNode, section: CfgNode) -> dict[str, Any]:
 
 
 def head_arguments(section: CfgNode, detector: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of detectron2's RetinaNetHead and FCOSHead.
+    """Return the arguments of detectron2's RetinaNetHead and FCOSHead.
 
     Args:
-        section: of the detector.
-        detector: what :func:`detector_arguments` returned.
+        section: config section of the detector.
+        detector: result of :func:`detector_arguments`.
     """
     shapes = detector["backbone"].output_shape()
     inputs = [shapes[name] for name in detector["head_in_features"]]

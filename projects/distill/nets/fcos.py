@@ -1,4 +1,4 @@
-"""detectron2's FCOS, usable from a config file."""
+"""detectron2's FCOS, built from a config file."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,16 +9,24 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from .dense import detector_arguments, head_arguments
+from ..section import NUMBER, POSITIVE, Key, Section
+from .dense import DENSE_SECTION, FOCAL_LOSS_SECTION, detector_arguments, head_arguments
 
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """detectron2's FCOS (:paper:`fcos`), which it builds from Python alone; ``MODEL.FCOS`` here.
+    """detectron2's FCOS (:paper:`fcos`), which reads ``MODEL.FCOS``.
 
-    Centre sampling, GIoU, centerness on the regression tower, and regressions in units of the
-    level's stride, as detectron2 has them.
+    detectron2 can build it only from Python. As in detectron2 it has centre sampling, the GIoU loss
+    and centerness on the regression tower. Regressions are in units of the level's stride.
     """
+
+    section = Section(
+        SCORE_THRESH_TEST=Key(
+            0.2, "lowest score, √(class probability · centerness), of a detection", NUMBER
+        ),
+        CENTER_SAMPLING_RADIUS=Key(1.5, "radius of the positive region in strides", POSITIVE),
+    ).on_top_of({**DENSE_SECTION, **FOCAL_LOSS_SECTION})
 
     @configurable
     def __init__(self, *, head: nn.Module, **kwargs: Any):
@@ -43,6 +51,6 @@ class FCOS(fcos.FCOS):
         predictions: Sequence[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        # detectron2's GIoU fails on the halved boxes of autocast.
+        # detectron2's GIoU fails on boxes in half precision, which autocast gives.
         full = [[x.float() for x in maps] for maps in predictions]
         return super().forward_training(images, features, full, gt_instances)

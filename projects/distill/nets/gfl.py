@@ -1,5 +1,6 @@
-"""Generalized focal loss (Li et al., "Generalized focal loss: learning qualified and distributed
-bounding boxes for dense object detection")."""
+"""GFL (Li et al., "Generalized focal loss: learning qualified and distributed bounding boxes for
+dense object detection").
+"""
 
 from typing import Any
 
@@ -15,30 +16,46 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss
 from torch import Tensor, nn
 
+from ..section import POSITIVE, Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
-from .dense import PriorDetector, Scale, detector_arguments, head_arguments
+from .dense import DENSE_SECTION, PriorDetector, Scale, detector_arguments, head_arguments
 
-NEAR_END = 0.1  # distance, in strides, that a target keeps from the last bin
+NEAR_END = 0.1  # minimum distance of a target to the last bin, in strides
 
 
 @META_ARCH_REGISTRY.register()
 class GFL(PriorDetector):
-    """Classes as localization quality (QFL), sides of boxes as distributions (DFL).
+    """GFL: class scores that predict localization quality, and box sides as distributions.
 
-    Priors are assigned as in ATSS. A side's distance from the prior's centre is the expectation of
-    a softmax over bins 0 ... ``reg_max``, in units of the level's stride. Losses: QFL of all
-    priors over the number of positives, at least 1 a picture; 2 · GIoU and 0.25 · DFL (mean of the
-    four sides) of the positives weighted by their largest class probability (detached), over the
-    sum of those weights. Number and sum are means over processes; the sum's is at least 1.
+    Priors are assigned as in ATSS. The distance of a side from the prior's centre is the
+    expectation of a softmax over the bins 0 ... ``reg_max``, in units of the level's stride.
+    Losses:
+
+    - ``loss_qfl``: QFL of all priors, divided by the number of positives (at least 1 per image).
+    - ``loss_box_reg``: 2 · GIoU loss of the positives.
+    - ``loss_dfl``: 0.25 · DFL of the positives, a mean of the four sides.
+
+    The last two are weighted by the largest class probability (detached), and divided by the sum of
+    these weights (at least 1). Number and sum are means over processes.
 
     Args:
-        prior_size: as of the base.
-        reg_max: the last bin.
-        candidates: of a box on each level.
+        prior_size: as in :class:`~distill.nets.dense.PriorDetector`.
+        reg_max: last bin.
+        candidates: number of candidate anchors per box and level.
         beta: exponent of QFL.
         box_loss_weight, dfl_loss_weight: factors of the losses.
+        kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
+
+    section = Section(
+        ANCHOR_SIZE=Key(8.0, "side of the anchor of each cell in strides", POSITIVE),
+        CANDIDATES=Key(9, "candidate anchors per box and level", at_least(1)),
+        REG_MAX=Key(16, "last bin of the distribution of a side, in strides", at_least(1)),
+        QFL_BETA=Key(2.0, "exponent β of the quality focal loss", at_least(0)),
+        BOX_LOSS_WEIGHT=Key(2.0, "factor of the GIoU loss", at_least(0)),
+        DFL_LOSS_WEIGHT=Key(0.25, "factor of the distribution focal loss", at_least(0)),
+    ).on_top_of(DENSE_SECTION)
 
     @configurable
     def __init__(
@@ -85,8 +102,8 @@ class GFL(PriorDetector):
         logits = self.flat(predictions[0], self.num_classes)
         sides = self.flat(predictions[1], self.box_dim)
         targets = self.targets(priors, gt_instances)
-        every = Boxes.cat(priors).tensor
-        positive, anchors, boxes, truth = self.positives(sides, every, targets)
+        all_priors = Boxes.cat(priors).tensor
+        positive, anchors, boxes, truth = self.positives(sides, all_priors, targets)
         number = reduce_mean(positive.sum(1).clamp(min=1).sum())
 
         quality = torch.zeros_like(logits)
@@ -95,22 +112,24 @@ class GFL(PriorDetector):
             1, targets.labels[positive][:, None], overlap[:, None]
         )
         weight = logits.detach()[positive].sigmoid().amax(1)
-        mass = reduce_mean(weight.sum()).clamp(min=1)
+        weight_sum = reduce_mean(weight.sum()).clamp(min=1)
+        box = (giou_loss(boxes, truth) * weight).sum() / weight_sum
         distances = self.box2box_transform.get_deltas(anchors, truth)
         dfl = distribution_focal(sides[positive], distances, self.reg_max)
         return {
             "loss_qfl": quality_focal(logits, quality, self.beta).sum() / number,
-            "loss_box_reg": (giou_loss(boxes, truth) * weight).sum() / mass * self.box_loss_weight,
-            "loss_dfl": (dfl * weight).sum() / mass * self.dfl_loss_weight,
+            "loss_box_reg": box * self.box_loss_weight,
+            "loss_dfl": (dfl * weight).sum() / weight_sum * self.dfl_loss_weight,
         }
 
 
 class GFLHead(RetinaNetHead):
-    """detectron2's RetinaNet head, its regression a distribution, with a scale of each level.
+    """detectron2's RetinaNet head with distributions as regression, and a factor per level.
 
     Args:
-        reg_max: the last bin of a side's distribution.
-        kwargs: as of detectron2's.
+        input_shape: shape of each level.
+        reg_max: last bin of the distribution of a side.
+        kwargs: other arguments of ``RetinaNetHead``.
     """
 
     def __init__(self, *, input_shape: list[ShapeSpec], reg_max: int, **kwargs: Any):
@@ -123,16 +142,19 @@ class GFLHead(RetinaNetHead):
         self.scales = nn.ModuleList(Scale() for _ in input_shape)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(N, K, Hi, Wi) logits and (N, 4 · (reg_max + 1), Hi, Wi) logits of the sides' bins."""
+        """Return logits (N, K, Hi, Wi), and logits of the bins (N, 4 · (reg_max + 1), Hi, Wi).
+
+        Each is a list with one map per level.
+        """
         logits, sides = super().forward(features)
         return logits, [scale(x) for scale, x in zip(self.scales, sides)]
 
 
 class Integral:
-    """detectron2's interface of a box transform, for distributions of the sides' distances.
+    """Box transform, with detectron2's interface, for distributions of the distances of the sides.
 
     Args:
-        reg_max: the last bin.
+        reg_max: last bin.
         prior_size: side of a prior in units of its level's stride.
     """
 
@@ -142,44 +164,50 @@ class Integral:
         self.linear = Box2BoxTransformLinear(normalize_by_size=True)
 
     def expectation(self, sides: Tensor) -> Tensor:
-        """(P, 4) distances (Eq. 5) in strides, from 0, of (P, 4 · (reg_max + 1)) logits."""
+        """Return the expected distances in strides (Eq. 5), (P, 4) >= 0.
+
+        Args:
+            sides: (P, 4 · (reg_max + 1)) logits.
+        """
         bins = torch.arange(self.reg_max + 1, device=sides.device, dtype=sides.dtype)
         return (sides.view(len(sides), 4, self.reg_max + 1).softmax(2) * bins).sum(2)
 
     def get_deltas(self, priors: Tensor, boxes: Tensor) -> Tensor:
-        """(P, 4) distances in strides from the priors' centres to the sides of (P, 4) boxes."""
+        """Return the (P, 4) distances in strides from prior centres to sides of (P, 4) boxes."""
         return self.linear.get_deltas(priors, boxes) * self.prior_size
 
     def apply_deltas(self, sides: Tensor, priors: Tensor) -> Tensor:
-        """(P, 4) XYXY of (P, 4 · (reg_max + 1)) logits and (P, 4) priors."""
+        """Return the (P, 4) XYXY boxes of (P, 4 · (reg_max + 1)) logits at (P, 4) priors."""
         return self.linear.apply_deltas(self.expectation(sides) / self.prior_size, priors)
 
 
 def quality_focal(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
-    """QFL (Eq. 2): |q − σ|^β times the binary cross entropy.
+    """Quality focal loss (QFL, Eq. 2): |q − σ|^β times the binary cross entropy.
 
     Args:
-        logits: of any shape.
-        quality: q of the same shape, in [0, 1].
-        beta: at least 0.
+        logits: any shape.
+        quality: q in [0, 1], same shape.
+        beta: β >= 0.
 
     Returns:
-        Of each element.
+        The loss of each element, >= 0, same shape.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     return entropy * (quality - logits.sigmoid()).abs() ** beta
 
 
 def distribution_focal(sides: Tensor, distances: Tensor, reg_max: int) -> Tensor:
-    """DFL (Eq. 6), mean over the four sides.
+    """Distribution focal loss (DFL, Eq. 6), averaged over the four sides.
+
+    It is the cross entropy with the two bins around each distance, weighted by nearness.
 
     Args:
         sides: (P, 4 · (reg_max + 1)) logits.
-        distances: (P, 4) in strides, clamped to [0, reg_max − 0.1].
-        reg_max: the last bin.
+        distances: (P, 4) in strides; clamped to [0, reg_max − 0.1] here.
+        reg_max: last bin.
 
     Returns:
-        (P,) cross entropy with the two bins around each distance, weighted by nearness.
+        (P,) >= 0.
     """
     target = distances.clamp(0, reg_max - NEAR_END)
     left = target.floor()

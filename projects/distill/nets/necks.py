@@ -1,13 +1,15 @@
-"""Backbones with a neck, by name.
+"""Backbones with a neck, registered by name.
 
     build_<bottom-up>_<neck>_backbone              P2-P5, and P6 by subsampling: for R-CNN
     build_retinanet_<bottom-up>_<neck>_backbone    P3-P5, and P6, P7 by strided convolutions
-    build_fcos_<bottom-up>_fpn_backbone            likewise, but of P5 instead of C5
+    build_fcos_<bottom-up>_fpn_backbone            same, but P6 is computed from P5, not C5
 
-Bottom-ups: ``resnet`` (detectron2's, 18 to 152 layers, ResNeXt too), ``shallow_resnet``, ``timm``.
-Necks: ``fpn``, and ``pafpn``, whose P6 and P7 are those of P5. detectron2 has two of these itself.
-``MODEL.FPN.IN_FEATURES`` says which maps of the bottom-up a neck reads: res2 to res5 for the
-first, res3 to res5 for the others.
+Bottom-ups are ``resnet`` (detectron2's, 18 to 152 layers, also ResNeXt), ``shallow_resnet`` and
+``timm``. Necks are ``fpn`` and ``pafpn``; P6 and P7 of ``pafpn`` are computed from P5. detectron2
+itself has two of these backbones.
+
+``MODEL.FPN.IN_FEATURES`` names the maps of the bottom-up that a neck reads: res2 to res5 in the
+first row, res3 to res5 in the others.
 """
 
 from collections.abc import Callable
@@ -33,17 +35,17 @@ BOTTOM_UPS: dict[str, Builder] = {
 }
 
 
-def _subsampled(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
+def _top_by_subsampling(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
     return LastLevelMaxPool()
 
 
-def _of_c5(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
+def _top_from_c5(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
     last = cfg.MODEL.FPN.IN_FEATURES[-1]
     channels = bottom_up.output_shape()[last].channels
     return LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
 
 
-def _of_p5(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
+def _top_from_p5(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return LastLevelP6P7(channels, channels, in_feature="p5")
 
@@ -74,13 +76,13 @@ def _register(
         return neck(cfg, bottom_up, top(cfg, bottom_up))
 
     build.__name__ = build.__qualname__ = name
-    if name not in BACKBONE_REGISTRY:  # else it is detectron2's own
+    if name not in BACKBONE_REGISTRY:  # detectron2 has two of these names itself
         BACKBONE_REGISTRY.register(build)
 
 
 for _name, _builder in BOTTOM_UPS.items():
-    _register(f"build_{_name}_fpn_backbone", _builder, _fpn, _subsampled)
-    _register(f"build_{_name}_pafpn_backbone", _builder, _pafpn, _subsampled)
-    _register(f"build_retinanet_{_name}_fpn_backbone", _builder, _fpn, _of_c5)
-    _register(f"build_retinanet_{_name}_pafpn_backbone", _builder, _pafpn, _of_p5)
-    _register(f"build_fcos_{_name}_fpn_backbone", _builder, _fpn, _of_p5)
+    _register(f"build_{_name}_fpn_backbone", _builder, _fpn, _top_by_subsampling)
+    _register(f"build_{_name}_pafpn_backbone", _builder, _pafpn, _top_by_subsampling)
+    _register(f"build_retinanet_{_name}_fpn_backbone", _builder, _fpn, _top_from_c5)
+    _register(f"build_retinanet_{_name}_pafpn_backbone", _builder, _pafpn, _top_from_p5)
+    _register(f"build_fcos_{_name}_fpn_backbone", _builder, _fpn, _top_from_p5)

@@ -1,4 +1,4 @@
-"""FPN + PAN: a top-down and then a bottom-up pathway (Liu et al., "Path aggregation network")."""
+"""FPN + PAN: a top-down and a bottom-up pathway (Liu et al., "Path aggregation network")."""
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 class PAFPN(Backbone):
     """detectron2's FPN followed by a bottom-up pathway.
 
-    Outputs are the deep maps under the FPN's own names ("p3", ...), which detectors read, the
-    coarser ones of ``top_block`` included, and the FPN's maps as "fpn_p3", .... Every level, the
-    finest included, has an output convolution of its own, so that no deep map is its shallow one.
-    A dense detector that is built by hand, FCOS for one, must name its ``head_in_features``: by
-    default it reads every output.
+    The outputs of the bottom-up pathway (deep maps) have the FPN's own names ("p3", ...), which
+    detectors read. They include the coarser levels of ``top_block``. The FPN's maps (shallow maps)
+    are also outputs, as "fpn_p3", .... Every level, also the finest, has its own output
+    convolution, so that no deep map equals its shallow map.
+
+    A dense detector that is built without a config must name its ``head_in_features``: by default
+    it would read every output.
 
     Args:
-        fpn: without a top block.
-        top_block: makes the coarsest levels of the deepest deep map; as of detectron2's FPN.
-        norm: of the convolutions of the bottom-up pathway.
+        fpn: FPN without a top block.
+        top_block: makes the coarsest levels from the last deep map, as in detectron2's FPN.
+        norm: norm of the convolutions of the bottom-up pathway.
     """
 
     def __init__(self, fpn: FPN, top_block: nn.Module | None = None, norm: str = ""):
@@ -34,7 +36,7 @@ class PAFPN(Backbone):
         )
         self.output_convs = nn.ModuleDict({name: _conv(channels, norm) for name in self.levels})
         self.shallow_features = {name: f"fpn_{name}" for name in self.levels}
-        """Names of the FPN's maps by the name of the deep map of their level."""
+        """Name of the shallow map of each level, by the name of the deep map."""
         strides = {name: shapes[name].stride for name in self.levels}
         strides |= {name: 2 ** int(name[1:]) for name in self._coarser_names()}
         strides |= {self.shallow_features[name]: strides[name] for name in self.levels}
@@ -43,7 +45,10 @@ class PAFPN(Backbone):
         self._out_feature_channels = dict.fromkeys(strides, channels)
 
     def _coarser_names(self) -> list[str]:
-        """Outputs of the top block: detectron2's FPN numbers levels by log2 of the stride."""
+        """Return the names of the top block's outputs.
+
+        Like detectron2's FPN, number the levels by log2(stride).
+        """
         first = int(self.levels[-1][1:]) + 1
         number = getattr(self.top_block, "num_levels", 0)
         return [f"p{k}" for k in range(first, first + number)]
@@ -57,7 +62,7 @@ class PAFPN(Backbone):
         return self.fpn.padding_constraints
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps (N, C, H / stride, W / stride) of every output for (N, 3, H, W) pictures."""
+        """Return all outputs by name, (N, C, H / stride, W / stride), for images (N, 3, H, W)."""
         shallow = self.fpn(x)
         outputs = {self.shallow_features[name]: shallow[name] for name in self.levels}
         path = None

@@ -11,13 +11,13 @@ from .segmentation import ContextBranches, ContextHead, PooledContext
 
 
 class PyramidPooling(ContextBranches):
-    """A map and the means of its parts at several scales, and a 3x3 convolution over them.
+    """Pyramid pooling: a map and its means over grids of several sizes, then a 3x3 convolution.
 
     Args:
-        in_channels: of the map.
-        channels: of every scale, and of the result.
-        scales: parts along each side.
-        norm: of the convolutions.
+        in_channels: channels of the map.
+        channels: channels of every scale and of the result.
+        scales: number of grid cells along each side.
+        norm: norm of the convolutions.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class PyramidPooling(ContextBranches):
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class PSPHead(ContextHead):
-    """Pyramid pooling of scales 1, 2, 3 and 6; ``SEM_SEG_HEAD.CONVS_DIM`` channels each.
+    """Semantic head with pyramid pooling at scales 1, 2, 3 and 6.
 
-    512 channels are usual, 128 for ResNet-18 and -34.
+    Each scale has ``SEM_SEG_HEAD.CONVS_DIM`` channels: usually 512, and 128 for ResNet-18 and -34.
     """
 
     @classmethod

@@ -14,35 +14,63 @@ from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
+from ..section import POSITIVE, SHARE, Key, Rule, Section, at_least, is_rising, list_of
 from ..utils.distributed import reduce_mean
 from .assign import nearest_point_assign
-from .dense import PriorDetector, Targets, detector_arguments, head_arguments, labelled
+from .dense import (
+    DENSE_SECTION,
+    FOCAL_LOSS_SECTION,
+    PriorDetector,
+    Targets,
+    detector_arguments,
+    head_arguments,
+    labelled,
+)
 
-KERNEL = 3  # side of the deformable convolutions, which read one cell at each of their points
+KERNEL = 3  # side of the deformable convolutions, which sample the map at KERNEL² points
 POINTS = KERNEL**2
-TRAINED = 0.1  # share of the classification's gradient that reaches the first points
-MOMENT_TRAINED = 0.01  # share of the gradient that reaches the factors of the boxes' sizes
+TRAINED = 0.1  # share of the gradient of classes and refinement that reaches the first points
+MOMENT_TRAINED = 0.01  # share of the gradient that reaches the factors of the box sizes
 SMOOTH_L1_BETA = 0.11
+TWO_THRESHOLDS = Rule(
+    lambda x: list_of(SHARE, 2, 2).holds(x) and is_rising(x), "2 rising numbers in (0, 1]"
+)
 
 
 @META_ARCH_REGISTRY.register()
 class RepPoints(PriorDetector):
-    """Nine points of an object, their moments its box; found, then refined.
+    """RepPoints: nine points per object; their moments are its box, which is then refined.
 
-    The first points are trained on the objects whose nearest point this is
-    (:func:`~distill.nets.assign.nearest_point_assign`), the refined ones and the classes on those
-    that the box of the first points overlaps (``iou_thresholds``; of objects that are overlapped
-    less, the boxes that do so most).
-    Losses over the number of positives, a mean over processes: focal, and smooth L1 (β = 0.11) of
-    both boxes in units of ``point_scale`` · stride.
+    The first points are trained on the objects to which
+    :func:`~distill.nets.assign.nearest_point_assign` assigns their cell. Refined points and classes
+    are trained on the objects that the box of the first points overlaps (``iou_thresholds``). An
+    object with smaller overlaps goes to the boxes that overlap it most.
+
+    Losses are a focal loss and the smooth L1 (β = 0.11) of both boxes in units of
+    ``point_scale`` · stride. They are divided by the number of positives, a mean over processes.
 
     Args:
         point_scale: side of a box in units of the stride of its level.
-        points_per_object: of the first assignment.
-        iou_thresholds: below the first a prior is background, from the second on an object.
-        focal_loss_alpha, focal_loss_gamma: of the classification.
-        init_loss_weight, refine_loss_weight: factors of the two boxes' losses.
+        points_per_object: points per object in the first assignment.
+        iou_thresholds: a prior is background below the first IoU, an object from the second on.
+        focal_loss_alpha, focal_loss_gamma: α and γ of the focal loss.
+        init_loss_weight, refine_loss_weight: factors of the losses of the first and refined boxes.
+        kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
+
+    section = Section(
+        NUM_CONVS=3,
+        NMS_THRESH_TEST=0.5,
+        POINT_SCALE=Key(4.0, "side of a box in strides of its level", POSITIVE),
+        POINTS_PER_OBJECT=Key(1, "points that are trained to find an object", at_least(1)),
+        IOU_THRESHOLDS=Key(
+            [0.4, 0.5],
+            "IoU thresholds of the refinement: background below the first, object from the second",
+            TWO_THRESHOLDS,
+        ),
+        INIT_LOSS_WEIGHT=Key(0.5, "factor of the loss of the first boxes", at_least(0)),
+        REFINE_LOSS_WEIGHT=Key(1.0, "factor of the loss of the refined boxes", at_least(0)),
+    ).on_top_of({**DENSE_SECTION, **FOCAL_LOSS_SECTION})
 
     @configurable
     def __init__(
@@ -110,56 +138,61 @@ class RepPoints(PriorDetector):
         }
 
     def _box_loss(self, regression: Tensor, anchors: Tensor, targets: Targets) -> Tensor:
-        positive, at, boxes, truth = self.positives(regression, anchors, targets)
-        unit = (at[:, 2:3] - at[:, :1]) * self.point_scale
+        positive, cells, boxes, truth = self.positives(regression, anchors, targets)
+        unit = (cells[:, 2:3] - cells[:, :1]) * self.point_scale
         loss = smooth_l1_loss(boxes / unit, truth / unit, SMOOTH_L1_BETA, reduction="sum")
         return loss / reduce_mean(positive.sum())
 
     @torch.no_grad()
     def refine_targets(self, boxes: Tensor, gt_instances: list[Instances]) -> Targets:
-        """Targets of the refined points, by the (N, R, 4) boxes of the first."""
+        """Return the targets of the refined points, given the (N, R, 4) boxes of the first ones."""
         pairs = []
         for found, truth in zip(boxes, gt_instances):
             iou = pairwise_iou(truth.gt_boxes, Boxes(found))
-            met = iou.amax(1) > 0  # as the best of a row of zeros, the matcher takes all of them
-            index, label = self.anchor_matcher(iou[met])
-            labels, matched = labelled(truth[met], index.where(label == 1, -1), self.num_classes)
+            hit = iou.amax(1) > 0  # for a row of zeros, the matcher would take all boxes
+            index, label = self.anchor_matcher(iou[hit])
+            labels, matched = labelled(truth[hit], index.where(label == 1, -1), self.num_classes)
             pairs.append((labels.where(label >= 0, -1), matched))
         return Targets(*(torch.stack(x) for x in zip(*pairs)))
 
     def _points(self, priors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(R, 2) points and (R,) strides of the priors, which are cells."""
+        """Return (R, 2) centres and (R,) strides of the priors, which are cells."""
         cells = torch.cat(priors)
         return Boxes(cells).get_centers(), cells[:, 2] - cells[:, 0]
 
 
 class CellTransform:
-    """detectron2's interface of a box transform: corners relative to a cell's centre, in cells."""
+    """Box transform, with detectron2's interface: corners relative to the cell centre, in cells."""
 
     def get_deltas(self, cells: Tensor, boxes: Tensor) -> Tensor:
-        """(P, 4) of (P, 4) XYXY boxes and the cells."""
+        """Return the (P, 4) deltas of (P, 4) XYXY boxes relative to their cells."""
         centres, size = _centres_and_size(cells)
         return (boxes - centres) / size
 
     def apply_deltas(self, deltas: Tensor, cells: Tensor) -> Tensor:
-        """(P, 4) XYXY of (P, 4) deltas and the cells."""
+        """Return the (P, 4) XYXY boxes of (P, 4) deltas relative to their cells."""
         centres, size = _centres_and_size(cells)
         return deltas * size + centres
 
 
 def _centres_and_size(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (P, 4) centres x, y, x, y and the (P, 1) sizes of square cells."""
     return Boxes(cells).get_centers().repeat(1, 2), cells[:, 2:3] - cells[:, :1]
 
 
 class RepPointsHead(nn.Module):
-    """Two towers; points from the second, then classes and refined points read at the points.
+    """RepPoints' head with two towers, for classes and for points.
+
+    The second tower predicts the first points. Deformable convolutions then read both towers at
+    these points, and predict classes and refined points.
 
     Args:
-        input_shape: of each level.
+        input_shape: shape of each level.
         num_classes: K.
-        conv_dims: channels of the towers' convolutions; also those of the deformable ones.
-        norm: of the towers, as :func:`detectron2.layers.get_norm` names it.
-        prior_prob: of a class at the start.
+        conv_dims: channels of the towers' convolutions. The last one is also the number of channels
+            of the deformable convolutions.
+        norm: norm of the towers, a name of :func:`detectron2.layers.get_norm`.
+        prior_prob: class probability at initialization.
     """
 
     def __init__(
@@ -182,7 +215,7 @@ class RepPointsHead(nn.Module):
         self.refine_points = nn.Conv2d(width, 2 * POINTS, 1)
         self.cls_conv = DeformConv2d(width, width, KERNEL, padding=1, bias=False)
         self.cls_score = nn.Conv2d(width, num_classes, 1)
-        # Logarithms of the factors from the points' standard deviation to half a side, y and x.
+        # log of (half a side / standard deviation of the points), for y and x
         self.moment = nn.Parameter(torch.zeros(2))
         y, x = torch.meshgrid(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0), indexing="ij")
         kernel = torch.stack([y, x], -1).view(1, 2 * POINTS, 1, 1)
@@ -192,15 +225,15 @@ class RepPointsHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-            elif isinstance(layer, DeformConv2d):  # as those of its authors' framework
+            elif isinstance(layer, DeformConv2d):  # as in the authors' framework
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
         predictor: Any = self.cls_score
         nn.init.constant_(predictor.bias, -math.log(1 / prior_prob - 1))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Logits (N, K, Hi, Wi), refined and first boxes (N, 4, Hi, Wi).
+        """Return logits (N, K, Hi, Wi), refined boxes and first boxes, (N, 4, Hi, Wi) each.
 
-        Boxes are corners relative to the cell's centre, in cells.
+        Boxes are corners relative to the cell centre, in cells.
         """
         levels = [self._level(x) for x in features]
         logits, refined, first = map(list, zip(*levels))
@@ -216,9 +249,10 @@ class RepPointsHead(nn.Module):
         return logits, self.boxes(refined), self.boxes(first)
 
     def boxes(self, points: Tensor) -> Tensor:
-        """(N, 4, H, W) XYXY of (N, 2 · 9, H, W) points y, x, ...: centre and size by moments.
+        """Return the (N, 4, H, W) XYXY boxes of (N, 2 · 9, H, W) points y, x, y, x, ....
 
-        Half a side is the standard deviation (unbiased) of the points times a learned factor.
+        The centre of a box is the mean of the points. Half a side is their (unbiased) standard
+        deviation times a learned factor.
         """
         moment = MOMENT_TRAINED * self.moment + (1 - MOMENT_TRAINED) * self.moment.detach()
         spread, centre = torch.std_mean(points.float().unflatten(1, (POINTS, 2)), dim=1)
@@ -228,7 +262,10 @@ class RepPointsHead(nn.Module):
 
 
 def _deformed(conv: DeformConv2d, x: Tensor, offset: Tensor) -> Tensor:
-    """torchvision has no half precision of it on a CPU, and positions would be too coarse."""
+    """Apply a deformable convolution in float32.
+
+    torchvision has no half-precision kernel for CPU, and positions would be too coarse.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return conv(x.float(), offset.float())
 

@@ -1,4 +1,4 @@
-"""ResNets that detectron2 lacks: smaller ones, narrower ones, and dilated ones of every depth."""
+"""ResNets that detectron2 lacks: shallower, narrower, and dilated ones of every depth."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,25 +11,25 @@ from detectron2.modeling.backbone import Backbone, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.projects.deeplab.resnet import DeepLabStem
 
-BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of basic blocks
+BLOCKS_PER_STAGE = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # basic blocks
 BOTTLENECKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STEMS = {"basic": BasicStem, "deeplab": DeepLabStem}
 
 
 @BACKBONE_REGISTRY.register()
 def build_shallow_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """A ResNet of basic blocks: depth 10, 18 or 34 and any width.
+    """Build a ResNet with basic blocks: depth 10, 18 or 34, and any width.
 
-    ``MODEL.RESNETS.RES2_OUT_CHANNELS`` is the width of the first stage (64 in the paper) and
+    ``MODEL.RESNETS.RES2_OUT_CHANNELS`` is the width of the first stage (64 in the paper). The width
     doubles with every stage.
 
     Raises:
-        ValueError: another depth.
+        ValueError: if the depth is not supported.
     """
     node = cfg.MODEL.RESNETS
     if node.DEPTH not in BLOCKS_PER_STAGE:
         raise ValueError(
-            f"MODEL.RESNETS.DEPTH is {node.DEPTH}; build_shallow_resnet_backbone has "
+            f"MODEL.RESNETS.DEPTH is {node.DEPTH}; build_shallow_resnet_backbone supports "
             f"{sorted(BLOCKS_PER_STAGE)}"
         )
     stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, node.NORM)
@@ -39,12 +39,12 @@ def build_shallow_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backb
 
 
 class DilatedBasicBlock(BasicBlock):
-    """detectron2's basic block, under its names, with dilated convolutions.
+    """detectron2's basic block with dilated convolutions. Parameter names are unchanged.
 
     Args:
-        in_channels, out_channels, stride, norm: as of detectron2's.
-        dilation: of the second convolution.
-        first_dilation: of the first one, which has the stride.
+        in_channels, out_channels, stride, norm: as in detectron2's ``BasicBlock``.
+        dilation: dilation of the second convolution.
+        first_dilation: dilation of the first convolution, which has the stride.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class DilatedBasicBlock(BasicBlock):
 
 
 class DilatedResNet(ResNet):
-    """A ResNet that has its pictures padded to whole cells of its coarsest output.
+    """A ResNet whose images are padded to whole cells of its coarsest output.
 
-    Only then is a map of stride s, enlarged s times, as large as the labels.
+    Only then does a map of stride s, enlarged s times, have the size of the labels.
     """
 
     @property
@@ -75,19 +75,21 @@ class DilatedResNet(ResNet):
 
 @BACKBONE_REGISTRY.register()
 def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """A ResNet of depth 10, 18, 34, 50, 101 or 152 with output stride 32, 16 or 8.
+    """Build a ResNet of depth 10, 18, 34, 50, 101 or 152 with output stride 32, 16 or 8.
 
-    ``MODEL.RESNETS.(RES4_DILATION, RES5_DILATION)`` are (1, 1), (1, 2) or (2, 4) for these
-    strides. A dilated stage has no stride, and every convolution the dilation that makes up for
-    the strides left out before it: a network trained with strides says the same at the cells that
-    it had. Three settings are of detectron2's DeepLab: ``STEM_TYPE`` is ``basic`` (one 7x7
-    convolution) or ``deeplab`` (three of 3x3); ``RES5_MULTI_GRID`` multiplies the dilation of the
-    three bottlenecks of res5, and does nothing to basic blocks. The names in the state dict are
-    those of detectron2's ResNets.
+    ``MODEL.RESNETS.(RES4_DILATION, RES5_DILATION)`` are (1, 1), (1, 2) or (2, 4) for these strides.
+    A dilated stage has no stride. The dilation of its convolutions compensates for the strides that
+    are left out before it. Therefore a network that was trained with strides gives the same values
+    at the cells that it had.
+
+    Two settings come from detectron2's DeepLab. ``STEM_TYPE`` is ``basic`` (one 7x7 convolution) or
+    ``deeplab`` (three 3x3 convolutions). ``RES5_MULTI_GRID`` multiplies the dilations of the three
+    bottlenecks of res5; basic blocks ignore it. The names in the state dict are those of
+    detectron2's ResNets.
 
     Raises:
-        ValueError: the depth, stem or dilation is none of these, or deformable convolutions are
-            asked for.
+        ValueError: if the depth, stem or dilation is not supported, or deformable convolutions are
+            requested.
     """
     node = cfg.MODEL.RESNETS
     _check_dilated(node)
@@ -99,6 +101,7 @@ def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backb
 
 
 def _check_dilated(node: CfgNode) -> None:
+    """Raise ValueError if the config has a setting that the dilated ResNet does not support."""
     depths = sorted(BLOCKS_PER_STAGE | BOTTLENECKS_PER_STAGE)
     dilations = (node.RES4_DILATION, node.RES5_DILATION)
     for keys, value, choices in (
@@ -109,20 +112,20 @@ def _check_dilated(node: CfgNode) -> None:
     ):
         if value not in choices:
             raise ValueError(
-                f"MODEL.RESNETS.{keys} is {value}; build_dilated_resnet_backbone has {choices}"
+                f"MODEL.RESNETS.{keys} is {value}; build_dilated_resnet_backbone supports {choices}"
             )
 
 
 class _Step(NamedTuple):
-    """What a stage does to the grid."""
+    """Stride and dilations of one stage."""
 
     stride: int
-    before: int  # dilation in front of the stride's place
-    dilation: int  # and behind it
+    before: int  # dilation before the position of the stride
+    dilation: int  # dilation after it
 
 
 def _steps(res4_dilation: int, res5_dilation: int) -> list[_Step]:
-    """Of res2 to res5: where the dilation grows, it replaces the stride."""
+    """Return the steps of res2 to res5. Where the dilation grows, it replaces the stride."""
     dilations = [1, 1, 1, res4_dilation, res5_dilation]
     return [
         _Step(2 if stage > 0 and before == dilation else 1, before, dilation)
@@ -150,7 +153,8 @@ def _bottleneck_stages(node: CfgNode, steps: list[_Step]) -> Iterator[list[CNNBl
     in_channels, out_channels = node.STEM_OUT_CHANNELS, node.RES2_OUT_CHANNELS
     width = node.NUM_GROUPS * node.WIDTH_PER_GROUP
     for stage, (number, step) in enumerate(zip(BOTTLENECKS_PER_STAGE[node.DEPTH], steps)):
-        # The first 3x3 convolution comes behind the stride, or has it and is dilated as before it.
+        # The first 3x3 convolution comes after the stride, or has the stride itself. In the second
+        # case it has the dilation before the stride.
         first = step.dilation if node.STRIDE_IN_1X1 else step.before
         dilations = [first] + [step.dilation] * (number - 1)
         if stage == 3:

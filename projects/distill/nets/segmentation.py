@@ -1,4 +1,4 @@
-"""What the semantic heads of this package share: everything behind the context module."""
+"""Shared parts of the semantic heads of this package: everything except the context module."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +12,13 @@ from detectron2.projects.deeplab.loss import DeepLabCE
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
-HARDEST = 0.2  # share of the pixels in hard_pixel_mining, as in detectron2's DeepLab
+HARDEST = 0.2  # share of the pixels that hard_pixel_mining uses, as in detectron2's DeepLab
 
 
 def conv_norm_relu(
     in_channels: int, channels: int, kernel_size: int, norm: str, dilation: int = 1
 ) -> Conv2d:
-    """A convolution that keeps the size of its map, with a bias if there is no norm."""
+    """Build a convolution that keeps the size of its map. It has a bias only without a norm."""
     conv = Conv2d(
         in_channels,
         channels,
@@ -34,10 +34,11 @@ def conv_norm_relu(
 
 
 class PooledContext(nn.Sequential):
-    """The mean of each of ``scale`` x ``scale`` parts of a map, convolved, as large as the map.
+    """Mean over each part of a ``scale`` x ``scale`` grid, convolved and resized to the map.
 
-    A single part has a bias instead of a norm: it is one cell, of which a batch norm could make
-    nothing with one picture and only signs with two. detectron2's ASPP does the same.
+    With ``scale`` 1 there is a single cell. A batch norm cannot normalize it with one image, and
+    leaves only its sign with two. Therefore this case has a bias instead of a norm, as in
+    detectron2's ASPP.
     """
 
     def __init__(self, in_channels: int, channels: int, scale: int, norm: str):
@@ -45,19 +46,19 @@ class PooledContext(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(scale), conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, channels, H, W)."""
+        """Map (N, C, H, W) to (N, channels, H, W)."""
         return resize(super().forward(x), x.shape[-2:])
 
 
 class ContextBranches(nn.Module):
-    """Views of one map side by side, and a 3x3 convolution over all of them.
+    """Several views of one map, concatenated and convolved 3x3.
 
     Args:
-        branches: each (N, C, H, W) to (N, Ci, H, W).
-        width: sum of the Ci, and C if ``keep_input``.
-        channels: of the result.
-        norm: of the last convolution.
-        keep_input: the map itself is a view, the first one.
+        branches: modules from (N, C, H, W) to (N, Ci, H, W).
+        width: sum of the Ci, plus C if ``keep_input``.
+        channels: channels of the result.
+        norm: norm of the last convolution.
+        keep_input: True to use the map itself as the first view.
     """
 
     def __init__(
@@ -69,20 +70,20 @@ class ContextBranches(nn.Module):
         self.keep_input = keep_input
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, channels, H, W)."""
+        """Map (N, C, H, W) to (N, channels, H, W)."""
         views = [x] if self.keep_input else []
         views += [branch(x) for branch in self.branches]
         return self.bottleneck(torch.cat(views, dim=1))
 
 
 class AuxiliaryHead(nn.Module):
-    """FCN on a map of the middle of the backbone: helps its training, and is left out elsewhere.
+    """FCN head on a map from the middle of the backbone. It is used only in training.
 
     Args:
-        in_channels: a quarter of them is the width.
-        num_classes: of the predictions.
-        norm: of the convolution.
-        dropout: probability that a channel is left out.
+        in_channels: channels of the map. The width of the head is a quarter of it.
+        num_classes: K.
+        norm: norm of the convolution.
+        dropout: probability to drop a channel.
     """
 
     def __init__(self, in_channels: int, num_classes: int, norm: str, dropout: float):
@@ -92,11 +93,12 @@ class AuxiliaryHead(nn.Module):
         self.predictor = predictor(in_channels // 4, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, K, H, W) logits."""
+        """Map (N, C, H, W) to (N, K, H, W) logits."""
         return self.predictor(self.dropout(self.conv(x)))
 
 
 def predictor(channels: int, num_classes: int) -> Conv2d:
+    """Build the 1x1 convolution that predicts the logits."""
     conv = Conv2d(channels, num_classes, kernel_size=1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
@@ -104,26 +106,34 @@ def predictor(channels: int, num_classes: int) -> Conv2d:
 
 
 def resize(x: Tensor, size: Any) -> Tensor:
-    """(N, C, H, W) to ``size``, bilinear, pixels having an area."""
+    """Resize (N, C, H, W) to ``size`` bilinearly (``align_corners`` False)."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_value: int) -> Tensor:
-    """Cross entropy averaged over the labelled pixels; a connected 0 without any.
+    """Return the mean cross entropy of the labelled pixels; a connected zero without any.
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), of which ``ignore_value`` is no class.
+        labels: (N, H, W); ``ignore_value`` is no class.
+        ignore_value: label of the pixels without a class.
     """
     total = F.cross_entropy(logits, labels, ignore_index=ignore_value, reduction="sum")
     return total / (labels != ignore_value).sum().clamp(min=1)
 
 
 def pixel_loss(loss_type: str, ignore_value: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of (N, K, H, W) logits and (N, H, W) labels, by ``SEM_SEG_HEAD.LOSS_TYPE``.
+    """Return the loss function for ``SEM_SEG_HEAD.LOSS_TYPE``.
+
+    Args:
+        loss_type: ``cross_entropy`` or ``hard_pixel_mining``.
+        ignore_value: label of the pixels without a class.
+
+    Returns:
+        A function of (N, K, H, W) logits and (N, H, W) labels.
 
     Raises:
-        ValueError: an unknown type.
+        ValueError: if the type is unknown.
     """
     if loss_type == "cross_entropy":
         return partial(mean_cross_entropy, ignore_value=ignore_value)
@@ -135,28 +145,28 @@ def pixel_loss(loss_type: str, ignore_value: int) -> Callable[[Tensor, Tensor], 
 
 
 class ContextHead(nn.Module):
-    """Semantic head on one map: context, dropout, ``predictor``, and an auxiliary head.
+    """Base class of semantic heads on one map: context, dropout, predictor and auxiliary head.
 
-    A subclass gives the context module in its ``from_config``. Logits are predicted at the stride
+    A subclass builds the context module in its ``from_config``. Logits are predicted at the stride
     of ``in_feature`` and enlarged bilinearly.
 
     Args:
-        input_shape: of the backbone's outputs.
-        in_feature: the output that the context sees.
-        context: (N, C, H, W) to (N, ``channels``, H, W).
-        channels: of the context.
+        input_shape: shapes of the backbone's outputs.
+        in_feature: backbone output that the context reads.
+        context: module from (N, C, H, W) to (N, ``channels``, H, W).
+        channels: output channels of the context.
         num_classes: K.
-        norm: of the auxiliary head.
-        dropout: probability that a channel is left out in front of a predictor.
-        loss_type: ``cross_entropy`` over the labelled pixels, or ``hard_pixel_mining``: over the
-            fifth of all pixels that has the largest.
+        norm: norm of the auxiliary head.
+        dropout: probability to drop a channel before a predictor.
+        loss_type: ``cross_entropy`` is the mean over the labelled pixels. ``hard_pixel_mining`` is
+            the mean over the fifth of all pixels with the largest cross entropy.
         loss_weight: factor of both losses.
         ignore_value: label of the pixels without a class.
-        aux_weight: factor of the auxiliary loss, besides; 0: no auxiliary head.
-        aux_in_feature: the output of the backbone that the auxiliary head sees.
+        aux_weight: additional factor of the auxiliary loss. 0 means no auxiliary head.
+        aux_in_feature: backbone output that the auxiliary head reads.
 
     Raises:
-        ValueError: the backbone has no such output.
+        ValueError: if the backbone has no such output.
     """
 
     @configurable
@@ -221,14 +231,14 @@ class ContextHead(nn.Module):
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """detectron2's contract.
+        """Follow the contract of detectron2's semantic heads.
 
         Args:
             features: (N, C, H / stride, W / stride) by name.
-            targets: (N, H, W) labels, in training.
+            targets: (N, H, W) labels; needed in training.
 
         Returns:
-            In training None and the losses, in evaluation (N, K, H, W) logits and {}.
+            In training None and the losses; in evaluation (N, K, H, W) logits and {}.
         """
         logits = self.layers(features)
         if self.training:
@@ -237,14 +247,15 @@ class ContextHead(nn.Module):
         return resize(logits, (height * self.common_stride, width * self.common_stride)), {}
 
     def layers(self, features: dict[str, Tensor]) -> Tensor:
-        """Logits at the stride of ``in_feature``."""
+        """Return the logits at the stride of ``in_feature``."""
         return self.predictor(self.dropout(self.context(features[self.in_feature])))
 
     def aux_logits(self, features: dict[str, Tensor]) -> Tensor | None:
+        """Return the logits of the auxiliary head, or None if there is no such head."""
         return self.aux_head(features[self.aux_in_feature]) if self.aux_head else None
 
     def losses(self, logits: Tensor, aux_logits: Tensor | None, targets: Any) -> dict[str, Tensor]:
-        """``loss_sem_seg`` and, with an auxiliary head, ``loss_sem_seg_aux``."""
+        """Return ``loss_sem_seg`` and, with an auxiliary head, ``loss_sem_seg_aux``."""
         losses = {"loss_sem_seg": self.pixel_losses(logits, targets) * self.loss_weight}
         if aux_logits is not None:
             factor = self.loss_weight * self.aux_weight
@@ -252,5 +263,6 @@ class ContextHead(nn.Module):
         return losses
 
     def pixel_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # In float32: exponentials of half precision are coarse, and millions of them are summed.
+        """Return the loss of logits that are enlarged to the size of the labels."""
+        # float32: exponentials in half precision are coarse, and millions of them are summed.
         return self.loss(resize(logits.float(), targets.shape[-2:]), targets)

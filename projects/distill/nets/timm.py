@@ -1,4 +1,4 @@
-"""timm's backbones with maps of several strides as bottom-ups of detectron2's necks."""
+"""timm backbones with maps of several strides, as bottom-ups of detectron2's necks."""
 
 import os
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class TimmBackbone(Backbone):
-    """A timm model's maps under detectron2's names, by stride: "res2" (4) to "res5" (32).
+    """The maps of a timm model under detectron2's names, by stride: "res2" (4) to "res5" (32).
 
     Args:
-        features: a timm model built with ``features_only=True``.
-        norm_eval: batch norms keep the statistics that they were loaded with.
+        features: timm model that was built with ``features_only=True``.
+        norm_eval: True if batch norms keep their loaded statistics in training.
     """
 
     def __init__(self, features: nn.Module, norm_eval: bool = False):
@@ -33,10 +33,11 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = dict(zip(self._out_features, channels))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps (N, C, H / stride, W / stride) by name for (N, 3, H, W) pictures."""
+        """Return maps (N, C, H / stride, W / stride) by name for images (N, 3, H, W)."""
         return dict(zip(self._out_features, self.features(x)))
 
     def train(self, mode: bool = True) -> "TimmBackbone":
+        """Set the mode; with ``norm_eval`` batch norms stay in eval mode."""
         super().train(mode)
         for module in self.modules() if self.norm_eval else ():
             if isinstance(module, _BatchNorm):
@@ -46,57 +47,69 @@ class TimmBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``MODEL.TIMM.NAME`` with maps of stride 4 and more, or those of ``OUT_INDICES``.
+    """Build ``MODEL.TIMM.NAME`` with its maps of stride 4 and more, or those of ``OUT_INDICES``.
 
-    ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.RESNETS`` are not read. The pictures' mean and
-    standard deviation are ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``, as of every backbone: most of
-    timm's weights were trained on RGB with 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375.
+    ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.RESNETS`` are not read. As for every backbone, images
+    are normalized with ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``. Most weights of timm were trained on
+    RGB with 123.675, 116.28, 103.53 and 58.395, 57.12, 57.375.
 
     Raises:
-        ValueError: timm has no such model, it has no such maps (transformers of one stride, of a
-            fixed size of pictures, or with channels last have not), there is no file ``WEIGHTS``,
-            or the file lacks weights of the model.
+        ValueError: if timm has no such model, or the model has no suitable maps. Transformers with
+            one stride, a fixed image size or channels last have none. Also if there is no file
+            ``WEIGHTS``, or if it lacks weights of the model.
     """
     import timm
 
     node = cfg.MODEL.TIMM
     if not timm.is_model(node.NAME):
         near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
-        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is no model of timm; nearest: {near}")
+        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is not a model of timm; nearest: {near}")
     if node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
-        raise ValueError(f"MODEL.TIMM.WEIGHTS: there is no file '{node.WEIGHTS}'")
-    indices = tuple(node.OUT_INDICES) or _from_stride_4(node.NAME, input_shape.channels)
+        raise ValueError(f"MODEL.TIMM.WEIGHTS '{node.WEIGHTS}' does not exist")
+    indices = tuple(node.OUT_INDICES) or _indices_from_stride_4(node.NAME, input_shape.channels)
     options = {"features_only": True, "out_indices": indices, "in_chans": input_shape.channels}
     if node.WEIGHTS:
-        features = _from_file(node.NAME, node.WEIGHTS, options)
+        features = _build_from_file(node.NAME, node.WEIGHTS, options)
     else:
-        features = _of_timm(node.NAME, node.PRETRAINED, options)
+        features = _build_from_timm(node.NAME, node.PRETRAINED, options)
     _check_maps(node.NAME, features, input_shape.channels)
     return TimmBackbone(features, node.NORM_EVAL)
 
 
 @torch.no_grad()
 def _check_maps(name: str, features: nn.Module, channels: int) -> None:
-    """Refuse a model whose maps are not (N, C, H / stride, W / stride) of rising powers of 2."""
+    """Raise ValueError if the maps are not (N, C, H / stride, W / stride).
+
+    The strides must be rising powers of 2.
+    """
     height, width = 128, 192
     try:
         maps = features.eval()(torch.zeros(1, channels, height, width))
     except (AssertionError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"MODEL.TIMM.NAME '{name}' is for pictures of one size ({reason})") from e
+        raise ValueError(
+            f"MODEL.TIMM.NAME '{name}' accepts only images of one size ({reason}); use a model "
+            "for any size"
+        ) from e
     finally:
         features.train()
     info: Any = features.feature_info
     strides = info.reduction()
-    given = [tuple(x.shape[1:]) for x in maps]
-    if given != [(c, height // s, width // s) for c, s in zip(info.channels(), strides)]:
-        raise ValueError(f"MODEL.TIMM.NAME '{name}' has no maps (channels, height, width): {given}")
+    shapes = [tuple(x.shape[1:]) for x in maps]
+    if shapes != [(c, height // s, width // s) for c, s in zip(info.channels(), strides)]:
+        raise ValueError(
+            f"MODEL.TIMM.NAME '{name}' returns maps of shapes {shapes} for a {height} x {width} "
+            "image; they must be (channels, height / stride, width / stride)"
+        )
     if any(s.bit_count() != 1 for s in strides) or sorted(set(strides)) != strides:
-        raise ValueError(f"MODEL.TIMM.NAME '{name}' has maps of strides {strides}, not 4, 8, ...")
+        raise ValueError(
+            f"MODEL.TIMM.NAME '{name}' has maps of strides {strides}; a neck needs rising powers "
+            "of 2, such as 4, 8, 16, 32"
+        )
 
 
-def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
-    """Indices of the maps of stride 4 and more."""
+def _indices_from_stride_4(name: str, channels: int) -> tuple[int, ...]:
+    """Return the indices of the maps of stride 4 and more."""
     import timm
 
     model: Any = timm.create_model(name, features_only=True, in_chans=channels)
@@ -104,7 +117,8 @@ def _from_stride_4(name: str, channels: int) -> tuple[int, ...]:
     return tuple(i for i, stride in enumerate(strides) if stride >= 4)
 
 
-def _of_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _build_from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """Build a model, with timm's own weights if ``pretrained``."""
     import timm
 
     try:
@@ -114,33 +128,33 @@ def _of_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             raise
         reason = " ".join(str(e).split())[:300]
         raise ValueError(
-            f"MODEL.TIMM.PRETRAINED: the weights of {name} cannot be had ({reason}); set it False, "
-            "or MODEL.TIMM.WEIGHTS to a file of them"
+            f"MODEL.TIMM.PRETRAINED is True, but the weights of {name} cannot be downloaded "
+            f"({reason}); set it to False, or MODEL.TIMM.WEIGHTS to a file of these weights"
         ) from e
 
 
-def _from_file(name: str, path: str, options: dict[str, Any]) -> Any:
-    """A model with the weights of a file; nothing that the file says is executed.
+def _build_from_file(name: str, path: str, options: dict[str, Any]) -> Any:
+    """Build a model with the weights of a file. No code of the file is executed.
 
-    timm leaves weights that a file lacks as they are initialised, and only logs it. It renames and
-    reshapes what it loads: so values are compared, not names. Only the first convolution's may
-    differ, which timm adapts to pictures that have not three channels.
+    If a file lacks weights, timm leaves them at their initialization and only logs it. timm also
+    renames and reshapes weights when it loads them. Therefore this compares values, not names. Only
+    those of the first convolution may differ: timm adapts it to images without three channels.
 
     Raises:
-        ValueError: the file is none of this model.
+        ValueError: if the file does not belong to this model.
     """
     import timm
 
-    named = f"MODEL.TIMM.WEIGHTS '{path}'"
+    source = f"MODEL.TIMM.WEIGHTS '{path}'"
     try:
         known = set(_digests(timm.models.load_state_dict(path).values()))
         overlay = {"file": path}
         model: Any = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, **options
         )
-    except Exception as e:  # on broken bytes, the readers raise nearly anything
+    except Exception as e:  # for corrupt files, the readers raise exceptions of many types
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{named} is no file of weights of {name} ({reason})") from e
+        raise ValueError(f"{source} does not hold weights of {name} ({reason})") from e
     state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
     if options["in_chans"] != 3:
         first = model.pretrained_cfg["first_conv"].replace(".", "_")
@@ -148,11 +162,12 @@ def _from_file(name: str, path: str, options: dict[str, Any]) -> Any:
     missing = [k for k, digest in zip(state, _digests(state.values())) if digest not in known]
     if missing:
         raise ValueError(
-            f"{named} lacks {len(missing)} of {len(state)} weights of {name}, such as "
+            f"{source} lacks {len(missing)} of {len(state)} weights of {name}, such as "
             f"{missing[0]}; name the file that belongs to MODEL.TIMM.NAME"
         )
     return model
 
 
 def _digests(tensors: Iterable[Tensor]) -> list[int]:
+    """Return a hash of the values of each tensor."""
     return [hash(x.detach().cpu().float().contiguous().numpy().tobytes()) for x in tensors]

@@ -1,1 +1,1 @@
-"""Learning-rate schedules and the moving average of the weights."""
+"""Learning-rate schedules and the exponential moving average of the weights."""

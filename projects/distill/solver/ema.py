@@ -1,4 +1,4 @@
-"""A moving average of the student's weights, which is what is evaluated and kept."""
+"""Exponential moving average of the student's weights, which is evaluated and saved."""
 
 import math
 from collections.abc import Iterator
@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 
 class EMAHook(HookBase):
-    """Exponential moving average of a network's parameters and floating-point buffers.
+    """Hook that averages a network's parameters and floating-point buffers exponentially.
 
-    After step t (from 1 on) average ← d·average + (1 − d)·weights, with d = ``decay`` ·
-    (1 − exp(−t / ``warmup_iters``)). Within :meth:`applied` the network has the averaged weights,
-    and this object keeps the trained ones; so in a checkpoint ``model`` is the average, and the
-    state of this object the weights that training goes on with.
+    After step t = 1, 2, ...: average ← d·average + (1 − d)·weights, with d = ``decay`` ·
+    (1 − exp(−t / ``warmup_iters``)).
+
+    Within :meth:`applied`, the network has the averaged weights, and the hook keeps the trained
+    ones. So ``model`` of a checkpoint is the average, and the state of the hook has the weights
+    with which the training continues.
 
     Args:
         model: the student.
-        decay: in (0, 1).
-        warmup_iters: time constant of the rise of d from 0, in iterations.
+        decay: weight of the old average, in (0, 1).
+        warmup_iters: time constant, in iterations, with which d rises from 0; 0: d is constant.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup_iters: int):
@@ -33,7 +35,7 @@ class EMAHook(HookBase):
         self._keep_current()
 
     def _state(self) -> dict[str, Tensor]:
-        """The tensors that are averaged, as they are in the network."""
+        """Return the averaged tensors of the network."""
         return {k: v for k, v in self.model.state_dict().items() if v.is_floating_point()}
 
     def _keep_current(self) -> None:
@@ -41,7 +43,7 @@ class EMAHook(HookBase):
 
     def before_train(self) -> None:
         if not self.resumed:
-            self._keep_current()  # the weights have been loaded meanwhile
+            self._keep_current()  # the weights were loaded after __init__
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -54,7 +56,7 @@ class EMAHook(HookBase):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the network has the averaged weights."""
+        """Give the network the averaged weights in this context."""
         self._swap()
         self.is_applied = True
         try:
@@ -71,12 +73,12 @@ class EMAHook(HookBase):
             self.kept[name].copy_(trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights, while a checkpoint is written within :meth:`applied`."""
+        """Return the trained weights; call it within :meth:`applied`, as every checkpoint does."""
         assert self.is_applied, "checkpoints are written with the averaged weights in place"
         return dict(self.kept)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the network's weights as the average, and go on training with those of ``state``."""
+        """Use the network's weights as the average, and continue training with ``state``."""
         self._keep_current()
         for name, x in self._state().items():
             x.copy_(state[name])

@@ -1,4 +1,4 @@
-"""Learning rates over a training: detectron2's, and the polynomial one of its DeepLab."""
+"""Learning-rate schedules: those of detectron2, its DeepLab's, and flat with a cosine end."""
 
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 
 class ResumablePolyLR(WarmupPolyLR):
-    """detectron2's, of which a checkpoint keeps the place only, as of its other schedules.
+    """``WarmupPolyLR`` whose state is only the current iteration, so training can be extended.
 
-    Its own checkpoints keep the length too: beyond it a resumed, longer training would fail.
+    The state of ``WarmupPolyLR`` has the length of the schedule too. A resumed training with a
+    larger ``MAX_ITER`` would fail beyond that length.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -27,15 +28,16 @@ class ResumablePolyLR(WarmupPolyLR):
     def get_lr(self) -> list[float]:
         if self.last_epoch <= self.max_iters:
             return super().get_lr()
-        # A finished training that goes on with fewer processes: rounding may put it past its end.
+        # A finished training that continues with fewer processes may be past its end by rounding.
         return [rate * self.constant_ending for rate in self.base_lrs]
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-    """The schedule that ``SOLVER.LR_SCHEDULER_NAME`` names; two are not detectron2's own.
+    """Build the schedule of ``SOLVER.LR_SCHEDULER_NAME``, as detectron2 does for its own names.
 
-    ``WarmupPolyLR`` is its DeepLab's. ``WarmupFlatCosineLR`` stays at ``BASE_LR`` for
-    ``FLAT_FRACTION`` of the training, then falls to ``BASE_LR_END`` along half a cosine.
+    There are two more names. ``WarmupPolyLR`` is the schedule of detectron2's DeepLab.
+    ``WarmupFlatCosineLR`` stays at ``BASE_LR`` for ``FLAT_FRACTION`` of the training, then falls to
+    ``BASE_LR_END`` along half a cosine.
     """
     node = cfg.SOLVER
     if node.LR_SCHEDULER_NAME == "WarmupFlatCosineLR":

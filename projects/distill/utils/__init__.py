@@ -1,1 +1,1 @@
-"""Helpers without knowledge of detection."""
+"""Helpers that do not depend on detection."""

@@ -1,4 +1,4 @@
-"""Command-line arguments that several commands share."""
+"""Command-line arguments of several commands."""
 
 import argparse
 import re
@@ -9,11 +9,7 @@ from ..errors import ConfigError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, as all mistakes of a user are.
-
-    Raises:
-        ConfigError: by ``parse_args``, if the arguments are wrong.
-    """
+    """``ArgumentParser`` that raises a ConfigError if the arguments are wrong."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`.")

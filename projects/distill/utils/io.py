@@ -39,5 +39,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write indented JSON, which has no number that is not finite."""
+    """Write indented JSON; every number must be finite."""
     write_text(path, json.dumps(content, indent=1) + "\n")

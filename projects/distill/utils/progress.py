@@ -1,4 +1,4 @@
-"""Progress of a command's stages: bars on a terminal, lines anywhere else."""
+"""Progress of a command's stages: bars on a terminal, and lines in a file or pipe."""
 
 import sys
 import time
@@ -18,23 +18,23 @@ from rich.progress import Progress as RichProgress
 
 from .text import printable
 
-PARTS = 10  # of a stage; a line follows each
-LINE_PERIOD_S = 2.0  # least time between two of these lines, so that quick stages print few
+PARTS = 10  # parts of a stage; there is one line after each part
+LINE_PERIOD_S = 2.0  # shortest time between two of these lines, so that quick stages print few
 
 
 class Progress(RichProgress):
-    """rich's progress bars. Where stdout is no terminal, they are lines.
+    """rich's progress bars, which become lines if stdout is not a terminal.
 
-    A stage prints a line when it starts, one when it ends, and for every 10 % of it a line with
-    the time that remains. stderr stays free for errors.
+    A stage prints a line when it starts, a line when it ends, and after every 10 % a line with the
+    remaining time. Nothing is printed on stderr.
 
     Args:
-        json: the command prints JSON on stdout. Bars are then on stderr if that is a terminal, and
-            there are no lines.
+        json: True if the command prints JSON on stdout. Then there are no lines, and bars only if
+            stderr is a terminal, on which they are printed.
     """
 
     def __init__(self, json: bool = False):
-        # The stream of now: bars stay visible while a stage's own output goes to a file.
+        # Keep the current stream: bars stay visible while a stage's own output goes to a file.
         console = Console(file=sys.stderr if json else sys.stdout)
         super().__init__(
             TextColumn("{task.description}", markup=False),
@@ -71,7 +71,7 @@ class Progress(RichProgress):
 
 
 class _Lines:
-    """The lines of one stage."""
+    """Lines of one stage."""
 
     def __init__(self, task: Task):
         self.start = self.last = time.monotonic()

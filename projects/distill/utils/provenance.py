@@ -1,4 +1,4 @@
-"""Facts to store with a result: the command, the commit and the versions that produced it."""
+"""Command, commit and versions to store with a result."""
 
 import platform
 import shlex
@@ -16,15 +16,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def command() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return shlex.join(["distill", *sys.argv[1:]])
 
 
 def commit() -> str | None:
-    """The checked-out commit of this package, "+" if files differ from it, or None outside git."""
+    """Return the commit of this package, with "+" if files differ from it; None outside git."""
     git = ["git", "-C", str(PACKAGE)]
     try:
-        # Fails if the package is only installed in a folder of somebody else's repository.
+        # This fails if the package is installed inside another project's repository.
         subprocess.check_output(
             [*git, "ls-files", "--error-unmatch", __file__], stderr=subprocess.DEVNULL
         )
@@ -36,6 +36,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that determine a result."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

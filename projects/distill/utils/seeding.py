@@ -1,8 +1,8 @@
-"""Random numbers as functions of the run's seed and of a place in the training.
+"""Random numbers that depend only on the run's seed and a position in the training.
 
-What happens at an iteration, and how a sample is augmented, depends neither on what was drawn
-before nor on the number of data workers. So an interrupted training goes on as if it had not been,
-in every process, and a single step can be repeated by itself.
+An iteration and the augmentation of a sample depend neither on earlier random numbers nor on the
+number of data workers. So an interrupted training continues in every process as if it had not
+stopped, and a single step can be repeated.
 """
 
 import random
@@ -14,24 +14,24 @@ import torch
 
 
 def derived_seed(*numbers: int) -> int:
-    """A well mixed seed in [0, 2^63) from numbers >= 0, such as the run's seed and an iteration."""
+    """Return a seed in [0, 2^63) mixed from numbers >= 0, such as the run's seed and iteration."""
     return int(_sequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_globally(*numbers: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators, on every device."""
+    """Seed the global generators of Python, NumPy and torch, on every device."""
     _seed_host(*numbers)
     torch.manual_seed(derived_seed(*numbers))
 
 
 @contextmanager
 def private_randomness(*numbers: int) -> Iterator[None]:
-    """Seed the global generators of the CPU inside, and leave them outside as they were."""
+    """Seed the global generators of the CPU in this context, and restore them after it."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
             _seed_host(*numbers)
-            # Not torch.manual_seed: it would touch the GPUs, which data workers must not.
+            # Do not call torch.manual_seed: data workers must not use the GPUs.
             torch.default_generator.manual_seed(derived_seed(*numbers))
             yield
         finally:
@@ -45,4 +45,4 @@ def _seed_host(*numbers: int) -> None:
 
 
 def _sequence(numbers: tuple[int, ...]) -> np.random.SeedSequence:
-    return np.random.SeedSequence((len(numbers), *numbers))  # which takes (1,) for (1, 0)
+    return np.random.SeedSequence((len(numbers), *numbers))  # without it, (1,) equals (1, 0)

@@ -6,14 +6,20 @@ from collections.abc import Iterable, Sequence
 
 
 def choices(value: str, valid: Iterable[str]) -> str:
-    """The valid names for a message, nearest to ``value`` first."""
+    """Return the valid names for a message, nearest to ``value`` first."""
     names = sorted(valid)
     near = similar(value, names, 0.5)
     return ", ".join(near + [n for n in names if n not in near])
 
 
+def shortened(names: Sequence[str], most: int) -> str:
+    """Return the first ``most`` names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str]:
-    """The names that are like ``value``, in capitals or not, the nearest first."""
+    """Return the names similar to ``value`` in any case, nearest first."""
     capitals: dict[str, list[str]] = {}
     for name in names:
         capitals.setdefault(name.upper(), []).append(name)
@@ -21,16 +27,32 @@ def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str
     return [name for x in found for name in capitals[x]]
 
 
+def nearest(value: object, valid: Iterable[str], most: int = 12) -> str:
+    """Return the valid names for a message, nearest first, and at most ``most`` of them."""
+    return shortened(choices(str(value), valid).split(", "), most)
+
+
 def one_line(text: object) -> str:
-    """The text with every run of white space replaced by one blank."""
+    """Replace every run of white space by one space."""
     return " ".join(str(text).split())
 
 
+def clause(error: BaseException) -> str:
+    """Return the message of an exception in one line, at most 200 characters, to be embedded."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return one_line(text)[:200].rstrip(".!")
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an exception's message, or its type if it has no message."""
+    return one_line(error).split(". ")[0][:200] or type(error).__name__
+
+
 def printable(text: str) -> str:
-    """The text with escapes for what no terminal shows: file names may hold half a character."""
+    """Escape characters that cannot be printed: file names may hold half a character."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def print_error(sentence: object) -> None:
-    """Print the line on stderr that says why a command ends with exit code 2."""
+    """Print on stderr why a command ends with exit code 2."""
     print(f"error: {one_line(sentence)}", file=sys.stderr, flush=True)

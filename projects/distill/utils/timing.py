@@ -8,7 +8,7 @@ import torch
 
 
 def seconds(function: Callable[[], Any], cuda: bool) -> float:
-    """Time of one call in seconds, with everything that it computes on a GPU if ``cuda``."""
+    """Return the time of one call in seconds, including its work on a GPU if ``cuda``."""
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 :func:`entry_faults` looks at what detectron2 has read of any data set, :func:`config_faults` at
 that and the config, :mod:`.coco_file` at an annotation file before detectron2 reads it. The
-pictures themselves are opened in :mod:`.guard`.
+pictures themselves are opened in :mod:`.images`.
 
 A fault is fatal if training would die of it or learn something wrong. The others are remarks, for
 detectron2 copes: its mapper drops boxes without area (COCO's own train2017 has some), its reader

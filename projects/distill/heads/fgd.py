@@ -1,0 +1,130 @@
+"""Focal and global distillation (FGD)."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from ..losses import fgd
+from ..section import POSITIVE, Key, Presets, Section, at_least
+from ..structures import Batch, NetworkInfo
+from .base import DISTILL_HEAD_REGISTRY
+from .fpn import BoxedFPNHead, Level
+
+
+class GlobalContext(nn.Module):
+    """Add a vector made of all cells of a map to each of them (Cao et al., "GCNet").
+
+    The vector is 0 at the start.
+
+    Args:
+        channels: C, at least 2.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.where = nn.Conv2d(channels, 1, kernel_size=1)
+        last = nn.Conv2d(channels // 2, channels, kernel_size=1)
+        self.transform = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, kernel_size=1),
+            nn.LayerNorm([channels // 2, 1, 1]),
+            nn.ReLU(inplace=True),
+            last,
+        )
+        nn.init.kaiming_normal_(self.where.weight)
+        for parameter in (self.where.bias, last.weight, last.bias):
+            nn.init.zeros_(parameter)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C, H, W) for (N, C, H, W)."""
+        share = self.where(x).flatten(1).softmax(1)
+        context = torch.einsum("np,ncp->nc", share, x.flatten(2))
+        added: Tensor = self.transform(context[..., None, None])
+        return x + added
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class FGD(BoxedFPNHead):
+    """FGD: compare objects and background apart, and the relation of all cells.
+
+    α foreground + β background + γ attention + λ relation
+
+    The first three are of :func:`distill.losses.fgd`. The relation is the squared distance of both
+    maps after a :class:`GlobalContext` each (Eq. 10-12). All sums run over channels and cells.
+
+    Args:
+        alpha, beta, gamma, lambda_: factors of the four terms.
+        temperature: 𝒯 > 0 of the attention.
+    """
+
+    section = Section(
+        ALPHA=Key(
+            Presets(DenseDetector=1e-3, RepPoints=1.6e-3, FCOS=1.6e-3, GeneralizedRCNN=5e-5),
+            "factor α of the foreground",
+            at_least(0),
+            term=True,
+        ),
+        BETA=Key(
+            Presets(DenseDetector=5e-4, RepPoints=8e-4, FCOS=8e-4, GeneralizedRCNN=2.5e-5),
+            "factor β of the background",
+            at_least(0),
+            term=True,
+        ),
+        GAMMA=Key(
+            Presets(DenseDetector=5e-4, RepPoints=8e-4, FCOS=8e-4, GeneralizedRCNN=5e-5),
+            "factor γ of the attention",
+            at_least(0),
+            term=True,
+        ),
+        LAMBDA=Key(
+            Presets(DenseDetector=5e-6, RepPoints=8e-6, FCOS=8e-6, GeneralizedRCNN=5e-7),
+            "factor λ of the global relation",
+            at_least(0),
+            term=True,
+        ),
+        TEMPERATURE=Key(
+            Presets(DenseDetector=0.5, FCOS=0.8, GeneralizedRCNN=0.5),
+            "temperature 𝒯 of the attention",
+            POSITIVE,
+        ),
+    )
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        lambda_: float,
+        temperature: float,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.factors = alpha, beta, gamma
+        self.lambda_ = lambda_
+        self.temperature = temperature
+        names = [level.student for level in self.levels]
+        of_teacher = [t for _, t in self.channels]
+        self.contexts = nn.ModuleDict(
+            {
+                name: nn.ModuleList([GlobalContext(c), GlobalContext(c)])
+                for name, c in zip(names, of_teacher)
+            }
+        )
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
+    ) -> dict[str, Any]:
+        ret = super().from_config(cfg, student, teacher)
+        ret["lambda_"] = ret.pop("lambda")  # a keyword of Python
+        return ret
+
+    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        terms = fgd(student, teacher, batch.boxes, batch.padded_size, self.temperature)
+        focal: Tensor = sum(f * x for f, x in zip(self.factors, terms))  # type: ignore[assignment]
+        contexts: Any = self.contexts[level.student]
+        gap = contexts[0](student).float() - contexts[1](teacher).float()
+        return focal + self.lambda_ * gap.square().sum() / max(len(student), 1)
