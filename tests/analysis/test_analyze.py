@@ -155,7 +155,7 @@ def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: Non
         assert report["pictures"][1]["f1"] == pytest.approx({"a": 1, "b": f1, "c": 1})
     assert run(*models[0], *models[2]) == 0
     report, page = run.report()
-    assert report["pictures"] == [] and "There is no such picture" in " ".join(page.texts)
+    assert report["pictures"] == [] and "There is no such image" in " ".join(page.texts)
     # Of equal differences, the picture with more objects; a low score counts as missed.
     faint = run.predictions("b", lambda x: {**x, "score": 0.3})
     assert run(*models[0], *faint, "--pictures", "1") == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill import cli
 from distill.experiments import compare, demo, runner
 from distill.experiments import shapes as shapes_data
-from distill.experiments.compare_report import Report, Row
+from distill.experiments.compare_report import MethodTable, Row
 from distill.heads import CWD
 from distill.heads.base import DISTILL_HEAD_REGISTRY
 from distill.utils.arguments import CommandParser
@@ -176,7 +176,7 @@ def test_rows_are_paired_by_seed_and_ranked() -> None:
     never = Row("never", None, {}, {0: "No.", 1: "No."})
     alone = measured("baseline", s0=10.0, s1=20.0)
     bad.notes.append("Its warm-up never ends.")
-    report = Report("bbox/AP", None, alone, [never, bad, good])
+    report = MethodTable("bbox/AP", None, alone, [never, bad, good])
     assert [row.name for row in report.rows] == ["baseline", "good", "bad", "never"]
     assert report.costs(good) == {0: pytest.approx(1.2), 1: pytest.approx(1.2)}
     good.results[0]["threads"] = 8  # no other time of this seed is of 8

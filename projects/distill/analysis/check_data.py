@@ -32,15 +32,18 @@ from ..utils.text import printable
 
 SHOWN = 3  # faults of each kind in the table
 
-Report = dict[str, list[Fault]]  # by data set
+Faults = dict[str, list[Fault]]
+"""Faults by data set."""
 
 
-def check(cfg: CfgNode, images: bool, workers: int, progress: Progress) -> Report:
+def check(cfg: CfgNode, images: bool, workers: int, progress: Progress) -> Faults:
     """Find the faults of every data set of the config.
 
     Args:
+        cfg: names the data sets.
         images: decode the images; otherwise they only have to exist.
-        workers: processes; 0: this one.
+        workers: number of processes, or 0 to use only this one.
+        progress: shows the data sets.
     """
     report = {}
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
@@ -53,7 +56,7 @@ def check(cfg: CfgNode, images: bool, workers: int, progress: Progress) -> Repor
     return report
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Faults) -> None:
     """Print a table of the kinds, and below it the first faults of each, to be copied."""
     table = Table(box=box.SIMPLE)
     for column in ("data set", "fault", "", "number"):
@@ -73,7 +76,7 @@ def print_report(report: Report) -> None:
         print(*map(printable, examples), sep="\n")
 
 
-def as_json(report: Report) -> list[dict[str, Any]]:
+def as_json(report: Faults) -> list[dict[str, Any]]:
     return [{"data_set": k, **x._asdict()} for k, faults in report.items() for x in faults]
 
 
