@@ -31,7 +31,7 @@ ALLOWED = {
     " .structures .modeling .solver",
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",
-    ".launch": "* .errors .config .checkpoint .data .engine .doctor",
+    ".launch": "* .errors .config .checkpoint .engine .doctor",
     "": ".nets .config .data.cityscapes .data.kitti .heads .modeling",  # distill/__init__.py
 }
 
