@@ -1,4 +1,4 @@
-"""What a config trains: plain where it names no heads, distilled where it does."""
+"""The network that a config trains: plain without heads, distilled with heads."""
 
 import logging
 from pathlib import Path
