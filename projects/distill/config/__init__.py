@@ -1,7 +1,7 @@
 """Config keys, how they are loaded, and the checks before a start."""
 
 from ..errors import building
-from .architecture import distill_architectures, student_architecture
+from .architecture import distill_architectures, student_architecture, student_class
 from .defaults import add_distill_config, get_distill_cfg
 from .load import find_config, load_config, merge_from_file, merge_from_list
 from .resolve import student_config, teacher_config
@@ -17,6 +17,7 @@ __all__ = [
     "merge_from_file",
     "merge_from_list",
     "student_architecture",
+    "student_class",
     "student_config",
     "teacher_config",
     "validate_config",

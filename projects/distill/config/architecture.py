@@ -20,3 +20,10 @@ def student_architecture(cfg: CfgNode) -> str:
         return name
     default: str = META_ARCH_REGISTRY.get(name).student_architecture
     return cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE or default
+
+
+def student_class(cfg: CfgNode) -> type:
+    """Return the class of the student's meta-architecture; ``object`` if a function builds it."""
+    name = student_architecture(cfg)
+    found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return found if isinstance(found, type) else object

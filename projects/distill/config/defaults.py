@@ -8,10 +8,12 @@ from ..section import (
     BELOW_1,
     HEIGHT_WIDTH,
     LIST,
+    SHARE,
     SWITCH,
     TEXT,
     TEXTS,
     Key,
+    Rule,
     add_keys,
     at_least,
     one_of,
@@ -67,6 +69,18 @@ KEYS: dict[str, Key] = {
         (),
         "custom data without Python: (name, annotations.json, image folder) triples in COCO format",
         LIST,
+    ),
+    "DATASETS.TRAIN_REPEAT_FACTOR": Key(
+        (),
+        "(data set, factor) pairs, by which detectron2's WeightedTrainingSampler and "
+        "WeightedCategoryTrainingSampler repeat the images of a data set",
+        Rule(
+            lambda x: all(isinstance(name, str) and factor > 0 for name, factor in x),
+            "a list of [data set, factor above 0]",
+        ),
+    ),
+    "DATALOADER.RANDOM_SUBSET_RATIO": Key(
+        1.0, "share of the images from which RandomSubsetTrainingSampler draws", SHARE
     ),
     "DATALOADER.ON_BAD_IMAGE": Key(
         "stop",

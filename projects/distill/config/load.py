@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from ..errors import ConfigError
 from ..section import check_choice
+from ..utils.old_names import rename_heads, renamed_option
 from ..utils.text import nearest
 from .defaults import get_distill_cfg
 from .detectron2_rules import leaves
@@ -128,6 +129,16 @@ class _SafeCfgNode(FvcoreCfgNode):
         text.name = filename  # for the messages of yaml
         return text
 
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """Load a file with today's names; those of a file go before those of its ``_BASE_``."""
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
+        model = loaded.get("MODEL")
+        section = model.get("DISTILL") if isinstance(model, dict) else None
+        if isinstance(section, dict):
+            rename_heads(section, f"Config file '{filename}'")
+        return loaded
+
 
 def find_config(name: str) -> str:
     """Return the path of a config file.
@@ -194,8 +205,9 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
         raise ConfigError(f"{options[0]} must stand before the KEY VALUE overrides.")
     if len(opts) % 2:
         raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
-    for key, value in zip(opts[0::2], opts[1::2]):
-        with _keeping_types(cfg, [str(key)], source):
+    for old_key, old_value in zip(opts[0::2], opts[1::2]):
+        key, value = renamed_option(str(old_key), old_value, source)
+        with _keeping_types(cfg, [key], source):
             try:
                 cfg.merge_from_list([key, value])
             except (ValueError, AssertionError) as e:

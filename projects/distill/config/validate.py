@@ -2,13 +2,18 @@
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    SemanticSegmentor,
+)
 
 from ..errors import ConfigError
 from ..families import FAMILIES
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..section import check_choice
-from .architecture import distill_architectures, student_architecture
+from .architecture import distill_architectures, student_architecture, student_class
 from .defaults import declared_keys
 from .detectron2_rules import check_rules, check_together, leaves
 from .resolve import teacher_config
@@ -55,6 +60,29 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    _validate_test_modes(cfg)
+
+
+def _validate_test_modes(cfg: CfgNode) -> None:
+    """Refuse an evaluation that the student's architecture does not have."""
+    student = student_class(cfg)
+    if cfg.TEST.SLIDING_WINDOW.ENABLED and not issubclass(student, SemanticSegmentor):
+        raise ConfigError(
+            "TEST.SLIDING_WINDOW.ENABLED is True, which is only for SemanticSegmentor; set it "
+            "False."
+        )
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    if not issubclass(student, GeneralizedRCNN) or issubclass(student, PanopticFPN):
+        raise ConfigError(
+            "TEST.AUG.ENABLED is True, but detectron2 has test-time augmentation only for "
+            "GeneralizedRCNN; set it False."
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ConfigError(
+            "TEST.AUG.ENABLED is True, but detectron2's test-time augmentation has no keypoints; "
+            "set it or MODEL.KEYPOINT_ON False."
+        )
 
 
 def check_values(cfg: CfgNode) -> None:

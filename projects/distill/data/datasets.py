@@ -16,11 +16,17 @@ from detectron2.data.build import (
 )
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.modeling import (
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+    SemanticSegmentor,
+)
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.file_io import PathManager
 
-from ..config import student_architecture
+from ..config import student_class
 from ..errors import DataError
-from ..nets import DENSE_DETECTORS
 from .checks.coco_file import CocoFile
 from .checks.issues import (
     ESCAPE,
@@ -37,15 +43,13 @@ from .cityscapes import check_ground_truth
 
 logger = logging.getLogger(__name__)
 
-_LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file names the pictures
+_LISTED = ("coco", "coco_panoptic_seg", "kitti", "lvis", "pascal_voc")  # a file names the pictures
 _CITYSCAPES = ("cityscapes_instance", "cityscapes_sem_seg")
 # Keys of the dataset dicts from which detectron2's mapper makes what its networks train on.
+_SEMANTIC = (PanopticFPN, SemanticSegmentor)
 _TRAINED_ON = (
-    (
-        *("annotations", "objects"),
-        ("GeneralizedRCNN", "RetinaNet", *DENSE_DETECTORS, "PanopticFPN", "ProposalNetwork"),
-    ),
-    ("sem_seg_file_name", "semantic labels", ("PanopticFPN", "SemanticSegmentor")),
+    ("annotations", "objects", (GeneralizedRCNN, DenseDetector, ProposalNetwork)),
+    ("sem_seg_file_name", "semantic labels", _SEMANTIC),
 )
 _SAMPLE = 100  # pictures of which one has to be there, if bad ones are dropped
 
@@ -124,6 +128,11 @@ def _load(name: str) -> list[dict[str, Any]]:
         return DatasetCatalog.get(name)
     except DataError:
         raise
+    except ModuleNotFoundError as e:
+        raise DataError(
+            f"Data set '{name}' needs the package {e.name}, which is not installed; run "
+            f"`pip install --no-deps {e.name}`."
+        ) from e
     except Exception as e:
         metadata = MetadataCatalog.get(name)
         path = metadata.get("json_file")
@@ -137,7 +146,15 @@ def _load(name: str) -> list[dict[str, Any]]:
 
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The dataset dicts of :func:`load_training_sets` in one list."""
+    return [entry for _, dicts in load_training_sets(cfg) for entry in dicts]
+
+
+def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
     """The training pictures as detectron2 dataset dicts, without fatal faults.
+
+    Returns:
+        Names and dicts of the data sets, in the order of ``DATASETS.TRAIN``.
 
     Raises:
         DataError: a set is unreadable or empty, the sets' classes differ, a path leads out of its
@@ -145,13 +162,15 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             annotation is wrong and ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
     names = tuple(cfg.DATASETS.TRAIN)
-    dicts = [picture for name in names for picture in _checked_set(cfg, name)]
+    sets = [(name, _checked_set(cfg, name)) for name in names]
+    dicts = [picture for _, pictures in sets for picture in pictures]
     if not any("annotations" in picture for picture in dicts):
-        return dicts
+        return sets
     if not all("annotations" in picture for picture in dicts):
         raise DataError(f"DATASETS.TRAIN {names} mixes sets with and without instances.")
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        dicts = filter_images_with_only_crowd_annotations(dicts)
+        sets = [(name, filter_images_with_only_crowd_annotations(x)) for name, x in sets]
+        dicts = [picture for _, pictures in sets for picture in pictures]
     if not dicts:
         raise DataError(
             f"No picture of DATASETS.TRAIN {names} has an annotation; set "
@@ -163,7 +182,7 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
     except ValueError as e:  # it names the sets and classes
         raise DataError(f"DATASETS.TRAIN: {one_line(e)}.") from e
-    return dicts
+    return sets
 
 
 def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
@@ -172,15 +191,15 @@ def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
     Raises:
         DataError: a picture has none, or they have more semantic classes than the network.
     """
-    architecture = student_architecture(cfg)
+    student = student_class(cfg)
     for key, what, architectures in _TRAINED_ON:
-        if architecture in architectures and not all(key in picture for picture in dicts):
+        if issubclass(student, architectures) and not all(key in picture for picture in dicts):
             raise DataError(
                 f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has pictures without {what} "
-                f"('{key}'), on which {architecture} trains; choose another set or "
+                f"('{key}'), on which {student.__name__} trains; choose another set or "
                 "MODEL.META_ARCHITECTURE."
             )
-    if architecture in ("PanopticFPN", "SemanticSegmentor"):
+    if issubclass(student, _SEMANTIC):
         _check_semantic_classes(cfg)
 
 
@@ -366,11 +385,12 @@ def find_faults(cfg: CfgNode, name: str) -> tuple[list[Fault], list[dict[str, An
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
     """Instance classes that the configured student predicts, and their key; None if it has none."""
-    architecture = student_architecture(cfg)
-    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
-        section = "ROI_HEADS"
-    elif architecture in ("RetinaNet", *DENSE_DETECTORS):
-        section = architecture.upper()
-    else:
+    student = student_class(cfg)
+    sections = []
+    if issubclass(student, GeneralizedRCNN):
+        sections = ["ROI_HEADS"]
+    elif issubclass(student, DenseDetector):  # a user's own may have the section of its base class
+        sections = [x.__name__.upper() for x in student.__mro__ if x.__name__.upper() in cfg.MODEL]
+    if not sections:
         return "", None
-    return f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
+    return f"MODEL.{sections[0]}.NUM_CLASSES", cfg.MODEL[sections[0]].NUM_CLASSES

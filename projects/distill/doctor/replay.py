@@ -30,6 +30,7 @@ from ..engine.setup import be_deterministic, setup_config
 from ..engine.train_loop import forward_context, seed_step
 from ..errors import DistillError, WeightsError
 from ..modeling.meta_arch import DistillModel, build_distill_model
+from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
 
 _TYPES = {
     **{"what": str, "losses": dict, "config": str, "seed": int, "iteration": int, "rank": int},
@@ -95,10 +96,11 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         be_deterministic()
     model = build_distill_model(cfg).train()
     with readable(path, "reproducer"):
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(with_renamed_keys(saved["model"], HEADS, f"'{path}'"))
         StudentState(getattr(model, "student", model)).load_state_dict(saved["student_state"])
         batch = from_plain(saved["batch"])
-        seen = {str(k): float(v) for k, v in saved["losses"].items()}
+        named = with_renamed_keys(saved["losses"], LOSSES, f"'{path}'")
+        seen = {name: float(value) for name, value in named.items()}
         seed_step(model, saved["seed"], saved["iteration"], saved["rank"])
     result = Replay(saved["what"], {}, seen)
     with EventStorage(saved["iteration"]):

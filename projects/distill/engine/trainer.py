@@ -5,6 +5,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor, build_model
 from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -22,10 +23,10 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint.load import load_strictly, readable
-from ..checkpoint.save import StudentCheckpointer, StudentState
-from ..config import student_architecture, student_config
+from ..checkpoint.save import HeadState, StudentCheckpointer, StudentState, check_states
+from ..config import student_class, student_config
 from ..data.cityscapes import SemanticMapper
-from ..data.datasets import check_labels, load_training_set
+from ..data.datasets import check_labels, load_training_sets
 from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..errors import building
@@ -36,7 +37,8 @@ from ..modeling.meta_arch import DistillModel, build_distill_model, network_info
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
-from .evaluators import check_test_sets, evaluator_builders
+from ..utils.old_names import HOOKS, with_renamed_keys
+from .evaluators import build_evaluators, check_test_sets
 from .hooks import (
     BestCheckpointHook,
     CheckpointHook,
@@ -47,7 +49,7 @@ from .hooks import (
 )
 from .nonfinite import FiniteGuard
 from .setup import be_deterministic, check_batch_size, scale_to_workers
-from .telemetry import drop_torn_row
+from .telemetry import drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class Trainer(DefaultTrainer):
             be_deterministic()
         cfg = scale_to_workers(cfg)
         check_batch_size(cfg)
-        self.dataset = load_training_set(cfg)
+        self.sets = load_training_sets(cfg)
         check_test_sets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -100,16 +102,15 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
-        checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
-        if isinstance(model, DistillModel):
-            checkpointables["distill"] = model.heads
+        heads = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         # The trainer's state comes last: it has the iteration to which everything else belongs.
         self.checkpointer = StudentCheckpointer(
             self.student,
             cfg.OUTPUT_DIR,
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             weights_in_place=self.averaged,
-            **checkpointables,
+            student_state=StudentState(self.student),
+            distill=HeadState(heads),
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -128,15 +129,17 @@ class Trainer(DefaultTrainer):
 
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """Return the training data from iteration ``start`` on."""
-        check_labels(cfg, self.dataset)
-        return build_train_loader(cfg, self.dataset, train_mapper(cfg), seed=self.seed, start=start)
+        check_labels(cfg, [entry for _, entries in self.sets for entry in entries])
+        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=self.seed, start=start)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
         return EvaluationLoader(cfg, dataset_name)
 
     def build_writers(self) -> list[EventWriter]:
-        drop_torn_row(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        log = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        drop_torn_row(log)
+        rename_losses(log)
         return super().build_writers()
 
     def build_hooks(self) -> list[HookBase]:
@@ -147,6 +150,9 @@ class Trainer(DefaultTrainer):
                 writers.append(hook)
             elif isinstance(hook, hooks.EvalHook):
                 before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
+                if cfg.TEST.AUG.ENABLED:  # takes 18 forwards per image: only at the end
+                    augmented = partial(self.test_with_TTA, cfg, self.student)
+                    before.append(EvalHook(0, augmented, self.averaged))
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -207,14 +213,27 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        place = {key: state_dict[key] for key in ("iteration", "seed")}
+        place = {key: state_dict.get(key) for key in ("iteration", "seed")}
         if not all(isinstance(x, int) and x >= 0 for x in place.values()):
             raise ValueError(f"it was written at {place}, which must be whole numbers from 0")
-        super().load_state_dict(state_dict)
+        hooks = self._checked_hooks(state_dict.get("hooks", {}))
+        super().load_state_dict({**state_dict, "hooks": hooks})
         self.seed = state_dict["seed"]
         world = comm.get_world_size()
         if self.cfg.SOLVER.REFERENCE_WORLD_SIZE and state_dict["world_size"] != world:
             self._rescale(state_dict["world_size"] / world)
+
+    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
+        """States of hooks by the names of today; detectron2 only warns of those that it ignores.
+
+        The moving average may start without a state, from the weights of the checkpoint.
+        """
+        states = with_renamed_keys(states, HOOKS, "The checkpoint")
+        own = {type(hook).__qualname__: hook for hook in self._hooks}
+        needed = [name for name, hook in own.items() if hook is not self.ema and hook.state_dict()]
+        remedy = "set SOLVER.EMA.DECAY, TEST.BEST_METRIC and your own hooks as they were"
+        check_states("hook", states, own, needed, remedy)
+        return states
 
     def _rescale(self, factor: float) -> None:
         """Continue with another number of processes, by which detectron2 scales the schedule.
@@ -254,21 +273,45 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
-        """Return the evaluators of a data set, by its ``evaluator_type``."""
-        builders = evaluator_builders(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
-        return DatasetEvaluators([build() for build in builders])
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluators:
+        """Return the evaluators of a data set, by its ``evaluator_type``.
+
+        Args:
+            dataset_name: name of a registered data set.
+            output_folder: for the files that they write; None: ``OUTPUT_DIR/inference``.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return DatasetEvaluators(build_evaluators(cfg, dataset_name, folder))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
         return super().test(cfg, with_sliding_window(cfg, model), evaluators)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> "OrderedDict[str, Any]":
+        """Evaluate with detectron2's test-time augmentation, ``TEST.AUG``.
+
+        Args:
+            model: a plain ``GeneralizedRCNN``.
+
+        Returns:
+            The results of :meth:`test`, with the suffix ``_TTA`` in the names of tasks, or of data
+            sets if there are several.
+        """
+        logger.info("Evaluating with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
 
 
 def train_mapper(cfg: CfgNode) -> DatasetMapper:
     """Return detectron2's mapper, or that of semantic labels, or that of ignored regions."""
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
-    if semantic or student_architecture(cfg) == "SemanticSegmentor":
+    if semantic or issubclass(student_class(cfg), SemanticSegmentor):
         return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
@@ -294,7 +337,11 @@ def evaluate(
         trainer: the class that evaluates.
     """
     check_test_sets(cfg)
-    return trainer.test(cfg, load_student(cfg, weights or cfg.MODEL.WEIGHTS))
+    student = load_student(cfg, weights or cfg.MODEL.WEIGHTS)
+    results: OrderedDict[str, Any] = trainer.test(cfg, student)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(trainer.test_with_TTA(cfg, student))
+    return results
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:

@@ -50,7 +50,7 @@ def ld_region(
     Args:
         anchors: one (Ri, 4) XYXY tensor per level; R is their sum.
         gt: (M, 4) XYXY.
-        candidates: number per level of ATSS.
+        candidates: number of candidates of ATSS per level.
         released: divide the overlap in DIoU by the anchor's area instead of the union, as the
             authors' code does, which makes the region larger.
 
