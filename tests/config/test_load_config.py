@@ -99,7 +99,7 @@ def test_a_schedule_that_was_not_applied_is_refused() -> None:
     "file, folder",
     [
         ("configs/COCO-Detection/IMA/a-b_1x.yaml", "output/COCO-Detection/IMA/a-b_1x"),
-        ("configs/quick/a.yaml", "output/quick/a"),
+        ("configs/Shapes-Detection/a.yaml", "output/Shapes-Detection/a"),
         ("configs/a.yaml", "output/a"),
         ("configs/old/configs/a.yaml", "output/a"),
         ("my_configs/b/a.yaml", "output/a"),

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from torch import Tensor
 
 from distill import cli
-from distill.experiments import compare, runner
+from distill.experiments import compare, demo, runner
 from distill.experiments import shapes as shapes_data
 from distill.experiments.compare_report import Report, Row
 from distill.heads import CWD
@@ -134,7 +134,7 @@ def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
     short = ("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.ROI_BOX_HEAD.FC_DIM", "8")
     short += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8")
-    config = "configs/quick/demo_distilled.yaml"
+    config = demo.DISTILLED
     shallow = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_fpn_backbone")
     teacher = [*short, *shallow, "MODEL.RESNETS.DEPTH", "10"]
     opts = ("MODEL.DISTILL.HEADS", "('FitNet',)", "MODEL.DISTILL.TEACHER.OPTS", str(teacher))

@@ -1,7 +1,7 @@
 """Draw what each method of a config looks at in one image.
 
-    distill visualize --config-file configs/quick/demo_tid.yaml --image 000000000012.jpg
-        [--weights student.pth] [--out output/visualize] [KEY VALUE ...]
+    distill visualize --config-file FILE --image 000000000012.jpg [--weights student.pth]
+        [--out output/visualize] [KEY VALUE ...]
 
 One figure per method is written: MSSD's masks (paper, Fig. 3), MKD's joint attention and
 frequency-masked features, IMA's instances and their α, TID's scores, areas and M (paper, Fig. 4),

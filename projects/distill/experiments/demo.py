@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..config import find_config
 from ..engine import Trainer, setup_config
 from ..utils.arguments import at_least
 from ..utils.io import replacing, write_json
@@ -41,10 +40,13 @@ COST = {"parameters": "M params", "gflops": "GFLOPs", "ms_per_image": "ms/image"
 TIMED_IMAGES = 50
 TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+TEACHER = "Shapes-Detection/faster_rcnn_R_18_FPN_64.yaml"
+STUDENT = "Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml"
+DISTILLED = "Shapes-Detection/IMA-ROIKD/faster_rcnn_R_18_FPN_64-faster_rcnn_R_10_FPN_32.yaml"
 
 
 class Demo(Runner):
-    """Runs configs of ``configs/quick`` on the shapes.
+    """Runs configs of this package on the shapes.
 
     Args:
         out: folder of everything that the demo writes.
@@ -66,21 +68,16 @@ class Demo(Runner):
         """Describe a run.
 
         Args:
-            config: name of a file in ``configs/quick``.
+            config: name of a config, such as ``Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml``.
             opts: KEY VALUE overrides.
         """
         opts = (*self.shapes.opts(), "OUTPUT_DIR", str(self.out), *opts)
-        return self.describe(name, seed, setup_config(quick(config), opts))
+        return self.describe(name, seed, setup_config(config, opts))
 
     def measure(self, stage: Stage, model: nn.Module) -> Result:
         (name,) = stage.cfg.DATASETS.TEST
         results = self.test(stage, model)[name]
         return {**scores(results), **cost(model, Trainer.build_test_loader(stage.cfg, name))}
-
-
-def quick(config: str) -> str:
-    """Return the path of a file of ``configs/quick``."""
-    return find_config(f"configs/quick/{config}")
 
 
 def scores(results: dict[str, dict[str, float]]) -> Result:
@@ -121,15 +118,15 @@ def random_teacher(demo: Demo, teacher: Stage) -> Path:
 
 
 def stages_of_seed(demo: Demo, seed: int, control: bool) -> list[Stage]:
-    teacher = demo.stage("teacher", seed, "demo_teacher.yaml")
-    stages = [teacher, demo.stage("baseline", seed, "demo_student.yaml")]
+    teacher = demo.stage("teacher", seed, TEACHER)
+    stages = [teacher, demo.stage("baseline", seed, STUDENT)]
     key = "MODEL.DISTILL.TEACHER.WEIGHTS"
-    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", quick("demo_teacher.yaml"))
+    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", TEACHER)
     distilled = (*opts, key, str(teacher.weights))
-    stages.append(demo.stage("distilled", seed, "demo_distilled.yaml", *distilled))
+    stages.append(demo.stage("distilled", seed, DISTILLED, *distilled))
     if control:
         untrained = (*opts, key, str(random_teacher(demo, teacher)))
-        stages.append(demo.stage("control", seed, "demo_distilled.yaml", *untrained))
+        stages.append(demo.stage("control", seed, DISTILLED, *untrained))
     return stages
 
 
@@ -177,7 +174,7 @@ def tune(demo: Demo, seeds: list[int]) -> dict[str, Any]:
     """The baseline's own best learning rate."""
     table = {
         str(lr): [
-            demo.run(demo.stage("tuning", seed, "demo_student.yaml", "SOLVER.BASE_LR", lr))["AP"]
+            demo.run(demo.stage("tuning", seed, STUDENT, "SOLVER.BASE_LR", lr))["AP"]
             for seed in seeds
         ]
         for lr in LEARNING_RATES

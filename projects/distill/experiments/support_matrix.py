@@ -2,9 +2,9 @@
 
     distill support-matrix [--out docs/support-matrix.md] [--check]
 
-Every pair is built, with the losses and gradients of a step. Networks are those of configs/quick,
-at a few channels, with random weights. With --check, the exit code is 1 after the difference if
-the file is not what would be written.
+Every pair is built, with the losses and gradients of a step. Networks are those of the configs for
+shapes, at a few channels, with random weights. With --check, the exit code is 1 after the
+difference if the file is not what would be written.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from ..structures import NetworkInfo
 from ..utils.io import write_text
 from ..utils.progress import Progress
 from .benchmark import synthetic_batch
-from .demo import quick
 
 PANOPTIC: list[Any] = [
     *("MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"),
@@ -42,20 +41,20 @@ R_CNN, DENSE = "build_shallow_resnet_{}_backbone", "build_retinanet_shallow_resn
 P3_TO_P7: list[Any] = [
     *("MODEL.REPPOINTS.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], "MODEL.REPPOINTS.NORM", "")
 ]
-# Config in configs/quick, overrides, and the backbone of a neck; "" where there is none.
+# Name of a config, overrides, and the backbone of a neck; "" where there is none.
 NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
-    "Faster R-CNN": ("faster_rcnn_student", (), R_CNN),
-    "Mask R-CNN": ("mask_rcnn_student", (), R_CNN),
-    "Cascade Mask R-CNN": ("cascade_mask_rcnn_student", (), R_CNN),
-    "Panoptic FPN": ("mask_rcnn_student", PANOPTIC, R_CNN),
-    "RetinaNet": ("demo_retinanet_student", (), DENSE),
-    "FCOS": ("demo_fcos_student", (), DENSE),
-    "ATSS": ("demo_atss_student", (), DENSE),
-    "GFL": ("demo_gfl_student", (), DENSE),
-    "RepPoints": ("demo_reppoints_student", P3_TO_P7, DENSE),
-    "Semantic FPN": ("semantic_student", (), R_CNN),
-    "PSPNet": ("demo_semantic_student", (), ""),
-    "DeepLabV3": ("demo_semantic_teacher", (), ""),
+    "Faster R-CNN": ("Shapes-Detection/faster_rcnn_R_10_FPN_32", (), R_CNN),
+    "Mask R-CNN": ("Shapes-InstanceSegmentation/mask_rcnn_R_10_FPN_32", (), R_CNN),
+    "Cascade Mask R-CNN": ("Shapes-InstanceSegmentation/cascade_mask_rcnn_R_10_FPN_32", (), R_CNN),
+    "Panoptic FPN": ("Shapes-InstanceSegmentation/mask_rcnn_R_10_FPN_32", PANOPTIC, R_CNN),
+    "RetinaNet": ("Shapes-Detection/retinanet_R_18_FPN_32", (), DENSE),
+    "FCOS": ("Shapes-Detection/fcos_R_18_FPN_32", (), DENSE),
+    "ATSS": ("Shapes-Detection/atss_R_18_FPN_32", (), DENSE),
+    "GFL": ("Shapes-Detection/gfl_R_18_FPN_32", (), DENSE),
+    "RepPoints": ("Shapes-Detection/reppoints_R_18_FPN_32", P3_TO_P7, DENSE),
+    "Semantic FPN": ("Shapes-SemanticSegmentation/semantic_fpn_R_10_FPN_32", (), R_CNN),
+    "PSPNet": ("Shapes-SemanticSegmentation/pspnet_R_10", (), ""),
+    "DeepLabV3": ("Shapes-SemanticSegmentation/deeplabv3_R_18", (), ""),
 }
 NARROW: list[Any] = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
@@ -78,7 +77,7 @@ make no difference: feature heads match levels by stride.
 def config(name: str, neck: str = "fpn") -> CfgNode:
     file, opts, backbone = NETWORKS[name]
     cfg = get_distill_cfg()
-    merge_from_file(cfg, quick(f"{file}.yaml"))
+    merge_from_file(cfg, f"{file}.yaml")
     merge_from_list(cfg, [*NARROW, *opts])
     if backbone:
         cfg.MODEL.BACKBONE.NAME = backbone.format(neck)
