@@ -48,7 +48,7 @@ def head_of(classes=CLASSES, candidates=4, **keys):
 
 
 def heard(boxes=None, positives=((3, 0), (17, 2), (52, 1)), seed=0):
-    """Of two pictures, in float64; the first has rows that are positives, of a class each."""
+    """Return outputs for two images, in float64; the first has one positive row per class."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for own in BOXES if boxes is None else boxes:
@@ -189,7 +189,7 @@ def test_a_batch_without_any_box_trains():
 
 
 def test_the_students_own_candidates():
-    """Of the network, not of the config."""
+    """The candidates are those of the network, not of the config."""
     student = network_info("student", tiny_model("gfl", "MODEL.GFL.CANDIDATES", 5))
     assert LD(tiny_cfg("gfl"), student, network_info("teacher", tiny_model("gfl"))).candidates == 5
 

@@ -36,13 +36,13 @@ def lgd_model(family="faster", *opts, detach_iters=0, **kw):
 
 
 def batch(objects=2):
-    """Two sizes; the second picture has nothing on it."""
+    """Two sizes; the second image has no objects."""
     first = picture(0, 64, 80, objects, semantic=True)
     return [first, picture(1, 96, 64, objects=0, semantic=True)]
 
 
 def sizes(parameters):
-    """Of the gradients; None where there is none."""
+    """Return the gradients, or None."""
     return [None if p.grad is None else float(p.grad.abs().sum()) for p in parameters]
 
 

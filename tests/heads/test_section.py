@@ -34,7 +34,7 @@ FRS = ("FEATURE_WEIGHT", "CLASS_WEIGHT")
 FKD = ("ATTENTION_WEIGHT", "POOLED_WEIGHT", "RELATION_WEIGHT", "TEMPERATURE")
 CROSSKD = ("CLASS_WEIGHT", "BOX_WEIGHT", "REUSED_CONVS")
 ONE_STAGE = (RetinaNet, FCOS, ATSS, GFL, RepPoints)
-# What the authors have published: head, keys, detectors, values.
+# Values that the authors published: head, keys, detectors, values.
 TABLE = [
     ("FGD", FGD, (RetinaNet, GFL), (1e-3, 5e-4, 5e-4, 5e-6, 0.5)),
     ("FGD", FGD, (RepPoints,), (1.6e-3, 8e-4, 8e-4, 8e-6, 0.5)),

@@ -48,7 +48,7 @@ def detector(net):
 
 
 def decoded(net, outputs, image, strides):
-    """(P, A, 4) boxes and (P, A, K) logits of one picture, anchor by anchor."""
+    """Return (P, A, 4) boxes and (P, A, K) logits of one image, anchor by anchor."""
     owner = detector(net)
     boxes, logits = [], []
     for level, (height, width) in enumerate(outputs.dense.sizes):
@@ -97,7 +97,7 @@ def opinion(net, outputs, image, truth, strides, thresholds):
 
 
 def literal_losses(model, student, teacher):
-    """Every level's loss by the paper, on all points of all pictures."""
+    """Return each level's loss by the paper, on all points of all images."""
     strides = [2**k for k in range(2, 7)]
     thresholds = (0.7, 0.3) if hasattr(model.student, "proposal_generator") else (0.5, 0.4)
     sizes = student.dense.sizes
