@@ -68,9 +68,9 @@ HEADS = {
         *("FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"),
         *("CWD", "KD", "DKD", "MasKD", "LGD", *FEATURE_HEADS),
     ),
-    "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
-    "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
-    "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
+    "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
+    "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
     "retinanet": (
         *("FitNet", "IMA", "MKD", "TID", "DenseKD"),
         *("CrossKD", "GID", "MasKD", "LGD", *FEATURE_HEADS),

@@ -36,7 +36,7 @@ EIGHT_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES"
 FAMILIES = ("faster", "mask", "retinanet")
 HEADS = {
     "faster": ("FitNet", "IMA", "ROIKD", "DenseKD"),
-    "mask": ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD"),
+    "mask": ("FitNet", "IMA", "ROIKD", "MaskLogitKD", "DenseKD"),
     "retinanet": ("FitNet", "IMA", "DenseKD"),
 }
 Shapes = tuple[str, str, str]

@@ -18,21 +18,16 @@ from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
 from detectron2.modeling import build_model
 
 from distill import DistillModel
-from distill.config import (
-    get_distill_cfg,
-    merge_from_file,
-    student_config,
-    teacher_config,
-    validate_config,
-)
+from distill.config import load_config, student_config, teacher_config, validate_config
 from distill.data.shapes import SceneConfig, write_cityscapes, write_coco
 from distill.engine import Trainer, setup_config
+from distill.modeling.meta_arch import build_distill_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "configs").rglob("*.yaml"))
 RUNNABLE = [p for p in PATHS if not p.name.startswith("Base-")]
 QUICK = [p for p in RUNNABLE if p.parent.name == "quick"]
-DISTILLED = [p for p in RUNNABLE if "META_ARCHITECTURE: Distill" in p.read_text()]
+DISTILLED = [p for p in RUNNABLE if "  HEADS: " in p.read_text()]
 BASELINES = [p for p in RUNNABLE if p not in QUICK + DISTILLED]
 SEMANTIC = [p for p in BASELINES if p.parent.name.endswith("-SemanticSegmentation")]
 DENSE = [p for p in BASELINES if p.stem.split("_")[0] in ("fcos", "atss", "gfl", "reppoints")]
@@ -79,9 +74,7 @@ def load(path: Path | str) -> CfgNode:
 
 @cache
 def _loaded(path: str) -> CfgNode:
-    cfg = get_distill_cfg()
-    merge_from_file(cfg, path)
-    return cfg
+    return load_config(path)
 
 
 def leaves(node: CfgNode, prefix: str = "") -> dict[str, Any]:
@@ -256,7 +249,7 @@ def test_a_network_is_built(
     validate_config(cfg)
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        model = build_model(cfg)
+        model = build_distill_model(cfg)
     if path in BASELINES:
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE and not loaded
         return

@@ -27,7 +27,7 @@ CASES = {
     "FitNet": ("mask", ("FitNet",), ()),
     "ROIKD": ("mask", ("ROIKD",), ()),
     "ROIKD, cascade": ("cascade", ("ROIKD",), ()),
-    "MaskKD": ("mask", ("MaskKD",), ()),
+    "MaskLogitKD": ("mask", ("MaskLogitKD",), ()),
     "DenseKD, RPN": ("mask", ("DenseKD",), ()),
     "DenseKD, RetinaNet": ("retinanet", ("DenseKD",), ()),
     "IMA, image": ("mask", ("IMA",), ("MODEL.DISTILL.IMA.SCOPE", "image")),
@@ -47,7 +47,7 @@ CASES = {
     "MasKD, masks": ("semantic", ("MasKDLogits",), ("MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 0)),
     "MSSD": ("mask", ("MSSD",), (*PAFPN, "MODEL.DISTILL.MSSD.WEIGHT", 0.01)),
 }
-NEED_OBJECTS = ("MaskKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")
+NEED_OBJECTS = ("MaskLogitKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")
 OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # by rank
 
 
@@ -153,7 +153,7 @@ STOP = 2
 
 
 def training_model() -> DistillModel:
-    heads = ("FitNet", "IMA", "ROIKD", "MaskKD", "DenseKD")
+    heads = ("FitNet", "IMA", "ROIKD", "MaskLogitKD", "DenseKD")
     opts = [x for h in heads for x in (f"MODEL.DISTILL.{h.upper()}.STOP_ITER", STOP)]
     return distilled("mask", heads, *opts, teacher=outspoken_model("mask", seed=1, fpn=24))
 

@@ -88,7 +88,10 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
             ["'MODEL.DISTILL.FitNet.WEIGHT'", "has: FITNET,"],
         ),
     ),
-    "head of another family": (["MODEL.DISTILL.HEADS", "('MaskKD',)"], ["HEADS: MaskKD", "FitNet"]),
+    "head of another family": (
+        ["MODEL.DISTILL.HEADS", "('MaskLogitKD',)"],
+        ["HEADS: MaskLogitKD", "FitNet"],
+    ),
     "misspelt architecture": (
         *(["MODEL.META_ARCHITECTURE", "DistilRCNN"],),
         *(["MODEL.META_ARCHITECTURE", "mean DistillRCNN?"],),
@@ -109,8 +112,8 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "unknown test set": (["DATASETS.TEST", "('shape_tiny',)"], ["DATASETS.TEST", "shapes_tiny"]),
     "no training set": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN is empty"]),
     "no evaluator": (
-        ["DATASETS.TEST", "('lvis_v1_val',)"],
-        ["DATASETS.TEST 'lvis_v1_val'", "coco"],
+        ["DATASETS.TEST", "('cityscapes_fine_panoptic_val',)"],
+        ["DATASETS.TEST 'cityscapes_fine_panoptic_val'", "coco"],
     ),
     "data set not there": (
         *(["DATASETS.TRAIN", "('coco_2014_minival',)"],),

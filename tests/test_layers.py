@@ -24,7 +24,7 @@ ALLOWED = {
     ".checkpoint.unpickler": "*",
     ".checkpoint.load": "* .errors .utils .checkpoint.unpickler",
     ".checkpoint.save": "* .errors .checkpoint .utils",
-    ".config": "* .errors .section .heads .nets .utils .modeling.init_from_teacher",
+    ".config": "* .errors .section .heads .families .nets .utils",
     ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data .utils",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",

@@ -35,7 +35,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from distill import DistillModel, DistillRCNN, DistillRetinaNet, DistillSemanticSegmentor
-from distill.data.datasets import load_training_set
+from distill.data.datasets import load_training_sets
 from distill.data.loader import build_train_loader
 from distill.engine import Trainer
 from distill.engine.train_loop import repeatable, seed_step
@@ -118,7 +118,7 @@ def test_teacher_equal_to_student_gives_zero(family: str, head: str, scope: str,
 def test_train_on_pred_boxes_asks_about_the_boxes_that_were_pooled() -> None:
     """That option rewrites the proposals' boxes after the student has pooled them."""
     opts = ("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True)
-    model = distilled_from_itself("mask", ["ROIKD", "MaskKD"], *opts)
+    model = distilled_from_itself("mask", ["ROIKD", "MaskLogitKD"], *opts)
     losses, student, _ = record(model, pictures())
     assert student.rois[0].boxes[0].shape == (16, 4)
     assert all(float(x.detach()) == 0 for x in losses.values())
@@ -132,7 +132,7 @@ class StockTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_train_loader(cfg, load_training_set(cfg), train_mapper(cfg), seed=cfg.SEED)
+        return build_train_loader(cfg, load_training_sets(cfg), train_mapper(cfg), seed=cfg.SEED)
 
     def run_step(self) -> None:
         seed_step(self._trainer.model, self.cfg.SEED, self.iter)
@@ -358,7 +358,7 @@ def with_classes_in_order(model: nn.Module, order: list[int]) -> nn.Module:
 @pytest.mark.parametrize("family", ["mask", "retinanet"])
 def test_classes_are_matched_by_name(family: str) -> None:
     order = [2, 0, 1]
-    heads = [h for h in HEADS[family] if h in ("ROIKD", "MaskKD", "DenseKD")]
+    heads = [h for h in HEADS[family] if h in ("ROIKD", "MaskLogitKD", "DenseKD")]
     teacher = outspoken_model(family, seed=1)
     shuffled = with_classes_in_order(teacher, order)
     names = [CLASSES[i] for i in order]
@@ -380,7 +380,7 @@ TEACHER_SUBSET = ("star", "hexagon", "circle")  # its columns 2, 0 are the stude
 def test_roi_and_mask_losses_skip_what_the_teacher_does_not_know() -> None:
     model = distilled(
         "mask",
-        ["ROIKD", "MaskKD"],
+        ["ROIKD", "MaskLogitKD"],
         *("MODEL.DISTILL.ROIKD.FOREGROUND_WEIGHT", 2.0),
         *("MODEL.DISTILL.ROIKD.BACKGROUND_WEIGHT", 0.5),
         *("MODEL.DISTILL.ROIKD.TEMPERATURE", 3.0),
@@ -408,7 +408,7 @@ def test_roi_and_mask_losses_skip_what_the_teacher_does_not_know() -> None:
     p = torch.distributions.Bernoulli(logits=t.masks.logits[known][rows, in_teacher[labels]])
     q = torch.distributions.Bernoulli(logits=s.masks.logits[known][rows, labels])
     expected = torch.distributions.kl_divergence(p, q).mean()
-    torch.testing.assert_close(losses["loss_maskkd"], expected)
+    torch.testing.assert_close(losses["loss_masklogitkd"], expected)
 
 
 def test_dense_loss_compares_the_shared_classes() -> None:
@@ -528,12 +528,12 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         r"DenseKD .*strides differ \(student \[4",
     ),
     "student without masks": (
-        lambda: distilled("faster", ["MaskKD"], teacher=tiny_model("mask")),
-        "MaskKD .*masks, which the student .*does not produce; heads that do: .*FitNet",
+        lambda: distilled("faster", ["MaskLogitKD"], teacher=tiny_model("mask")),
+        "MaskLogitKD .*masks, which the student .*does not produce; heads that do: .*FitNet",
     ),
     "teacher without masks": (
-        lambda: distilled("mask", ["MaskKD"], teacher=tiny_model("faster")),
-        "MaskKD .*masks, which the teacher",
+        lambda: distilled("mask", ["MaskLogitKD"], teacher=tiny_model("faster")),
+        "MaskLogitKD .*masks, which the teacher",
     ),
     "dense teacher of boxes": (
         lambda: distilled("faster", ["ROIKD"], teacher=tiny_model("retinanet")),

@@ -50,7 +50,7 @@ AT, LAST = 2, 4  # iteration of the fault, number of iterations
 HEADS = {
     "faster": ("FitNet", "IMA"),
     "retinanet": ("FitNet", "DenseKD"),
-    "mask": ("FitNet", "MaskKD"),
+    "mask": ("FitNet", "MaskLogitKD"),
     "semantic": ("FitNet", "IMA", "CIRKD"),
 }
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)

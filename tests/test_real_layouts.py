@@ -27,7 +27,7 @@ CASES = {
 
 
 DISTILLED = {
-    "cityscapes instances": ("IMA", "MKD", "TID", "MaskKD"),
+    "cityscapes instances": ("IMA", "MKD", "TID", "MaskLogitKD"),
     "cityscapes semantic": ("IMA", "MKD", "CWDLogits", "PixelKD", "CIRKD"),
 }
 

@@ -87,6 +87,27 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "flat cosine": ("faster", ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR")),
     "crops": ("faster", ("INPUT.CROP.ENABLED", True)),
     "no seed": ("faster", ("SEED", -1)),
+    "random subset, no seed": (
+        "faster",
+        (
+            *("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
+            *("DATALOADER.RANDOM_SUBSET_RATIO", 0.7, "SEED", -1),
+        ),
+    ),
+    "weighted sets": (
+        "faster",
+        (
+            *("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"),
+            *("DATASETS.TRAIN_REPEAT_FACTOR", (("shapes_tiny", 1.6),)),
+        ),
+    ),
+    "weighted classes": (
+        "faster",
+        (
+            *("DATALOADER.SAMPLER_TRAIN", "WeightedCategoryTrainingSampler"),
+            *("DATALOADER.REPEAT_THRESHOLD", 1.0),
+        ),
+    ),
     "deterministic": ("faster", ("DETERMINISTIC", True)),
     "memories and stages": ("semantic", ("MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 4)),
 }

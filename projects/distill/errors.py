@@ -1,5 +1,10 @@
 """Errors that a user can fix; the message is one sentence that says what to change."""
 
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DistillError(Exception):
     """Base class; the command line prints only the message and exits with code 2."""
@@ -27,3 +32,31 @@ class NumericalError(DistillError):
 
 class RecorderError(DistillError, RuntimeError):
     """A module whose output should be recorded, but which does not exist or did not run."""
+
+
+_UNBUILDABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
+
+@contextmanager
+def building(network: str) -> Iterator[None]:
+    """Say in one sentence what detectron2 asserts about a config that it cannot build.
+
+    Raises:
+        ConfigError: with the statement that failed, which names the key in most cases.
+    """
+    try:
+        yield
+    except DistillError:
+        raise
+    except _UNBUILDABLE as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        reason = " ".join(str(e.args[0] if e.args else "").split())
+        where = f" at {os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
+        if (frame.line or "").startswith("raise "):  # then the reason is written for users
+            where = ""
+        raise ConfigError(
+            f"The {network} cannot be built from its config: {type(e).__name__} {reason}{where}"
+        ) from e

@@ -20,7 +20,7 @@ class Rule(NamedTuple):
 
     holds: Callable[[Any], bool]  # it raises if the value has a wrong type
     text: str  # completes the sentence "it must be ..."
-    names: tuple[str, ...] = ()  # the valid values if they are a few names
+    names: tuple[str, ...] = ()  # the valid values for messages, if they are names
 
     def allows(self, value: Any) -> bool:
         try:
@@ -41,9 +41,11 @@ class Rule(NamedTuple):
         Args:
             alternative: a further valid value, for the message.
         """
+        if self.allows(value):
+            return
         if self.names:
             check_choice(key, value, self.names)
-        elif not self.allows(value):
+        else:
             raise ConfigError(f"{key} is {value!r:.200}; it must be {self.text}{alternative}.")
 
 
@@ -57,10 +59,12 @@ def check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
 
 
 def one_of(*names: str) -> Rule:
+    """Return the rule of a value that is one of a few names."""
     return Rule(lambda x: x in names, " | ".join(names), names)
 
 
 def at_least(minimum: int) -> Rule:
+    """Return the rule of a number with a lower limit."""
     return Rule(lambda x: x >= minimum, f"at least {minimum}")
 
 

@@ -93,7 +93,7 @@ class DenseTargets:
     boxes: Tensor
 
     def positive(self, num_classes: int) -> Tensor:
-        """Return (N, R) bool: the rows that are trained on an object, of ``num_classes`` K."""
+        """Return (N, R) bool: True for rows that are trained on an object."""
         return (self.labels >= 0) & (self.labels < num_classes)
 
 
@@ -175,17 +175,17 @@ class NetworkOutputs:
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """Where the rows of a dense head's (N, R, K) outputs lie in the image, and what they encode.
+    """Layout of a dense head: where the rows of its outputs lie in the image, and their encoding.
 
     Attributes:
         objectness: True for the RPN of an R-CNN, whose only class is every object.
         levels: names of the features that the head reads, finest first.
-        strides: of the levels, in pixels.
+        strides: size in pixels of a cell of each level.
         anchors: one (A, 4) XYXY tensor per level, relative to the cell's origin, on the CPU.
-        offset: of the cells' origins from the image's, in strides.
+        offset: distance of the cells' origins from the image's, in strides.
         thresholds: IoU below which an anchor is negative, and from which it is positive.
         box2box_transform: detectron2's transform between anchors and boxes.
-        box_dim: numbers that a box is regressed by: 4, or 4 times the bins of a distribution.
+        box_dim: numbers that encode a box: 4, or 4 times the bins of a distribution.
         reg_max: last bin of the distribution of a box's side; None without distributions.
         candidates: anchors per level and object that ATSS considers in the assignment.
         subnet_channels: output channels of each convolution of the classification and of the
@@ -229,10 +229,10 @@ class NetworkInfo:
         sem_seg_classes: class names in the order of the semantic head's logits.
         shallow: names of the features that have a shallow map in ``NetworkOutputs.shallow``.
         dense: layout of the dense head; None without such a head.
-        last_layers: function that runs the last layers of the dense head; None if the network has
-            no ``head_features``. Its arguments are the number of convolutions of each subnet to
-            keep. The layers turn maps before an activation, one list of levels per subnet, into
-            (N, R, D) predictions, one tensor per output of the head.
+        last_layers: function that returns the last layers of the dense head, given the number of
+            convolutions of each subnet to keep; None if the network has no ``head_features``. The
+            layers turn maps before an activation, one list of levels per subnet, into (N, R, D)
+            predictions, one tensor per output of the head.
         box_in_features: names of the features from which an R-CNN crops its boxes.
         use_sigmoid_ce: True if an R-CNN scores its boxes by sigmoids.
         detector_levels: names of the features that ``detector_losses`` reads, finest first.

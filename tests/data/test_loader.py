@@ -12,26 +12,31 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_cfg
-from detectron2.data import build_detection_train_loader
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, build, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from PIL import Image
 
+from distill.config import validate_config
 from distill.data.loader import (
     Batches,
     Sample,
     Samples,
     TrainLoader,
     _start_worker,
+    build_sampler,
     build_train_loader,
+    repeat_factors,
 )
-from distill.errors import DataError
+from distill.errors import ConfigError, DataError
 
 SEED = 7
 # Images with portrait and landscape format.
 DICTS: list[dict[str, Any]] = [
     {"width": 64 if k % 3 else 32, "height": 48, "image_id": k} for k in range(11)
 ]
+SETS = [("train", DICTS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +59,7 @@ def cfg(*opts: Any) -> Any:
 
 
 def batches(count: int, *opts: Any, mapper: Callable[..., Any] = draw, start: int = 0) -> list[Any]:
-    loader = build_train_loader(cfg(*opts), DICTS, mapper, seed=SEED, start=start)
+    loader = build_train_loader(cfg(*opts), SETS, mapper, seed=SEED, start=start)
     return list(islice(loader, count))
 
 
@@ -89,28 +94,101 @@ def test_a_later_start_goes_on_as_if_it_had_been_there(start: int, grouping: boo
     assert batches(4, *opts, start=start) == batches(start + 4, *opts)[start:]
 
 
-@pytest.mark.parametrize("name", ["RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"])
-def test_detectron2s_other_samplers_follow_the_seed(name: str) -> None:
-    annotated = [{**x, "annotations": [{"category_id": x["image_id"] % 2}]} for x in DICTS]
-    opts = ("DATALOADER.SAMPLER_TRAIN", name)
+# ---- Samplers.
 
-    def order(seed: int, start: int = 0) -> list[list[int]]:
-        config = cfg(*opts)
-        config.DATALOADER.RANDOM_SUBSET_RATIO = 0.5  # which detectron2 reads and does not declare
-        loader = build_train_loader(config, annotated, draw, seed=seed, start=start)
-        return [[x["image_id"] for x in batch] for batch in islice(loader, 6)]
+ANNOTATED = [{**x, "annotations": [{"category_id": int(x["image_id"] > 8)}]} for x in DICTS]
+TWO_SETS = [("much", ANNOTATED[:7]), ("rare", ANNOTATED[7:])]
+TRAIN = ("DATASETS.TRAIN", ("much", "rare"))
+WEIGHTS = ("DATASETS.TRAIN_REPEAT_FACTOR", (("rare", 3.5),))
+SAMPLERS: dict[str, tuple[Any, ...]] = {
+    "RepeatFactorTrainingSampler": ("DATALOADER.REPEAT_THRESHOLD", 0.9),
+    "RandomSubsetTrainingSampler": ("DATALOADER.RANDOM_SUBSET_RATIO", 0.5),
+    "WeightedTrainingSampler": WEIGHTS,
+    "WeightedCategoryTrainingSampler": (*WEIGHTS, "DATALOADER.REPEAT_THRESHOLD", 0.9),
+}
 
-    assert order(3) == order(3)
-    assert order(3, start=2)[:4] == order(3)[2:]
-    if name == "RandomSubsetTrainingSampler":
-        assert order(3) != order(4)
+
+def order(name: str, seed: int, start: int = 0, count: int = 12) -> list[list[int]]:
+    """Images of the batches from iteration ``start`` on."""
+    config = cfg("DATALOADER.SAMPLER_TRAIN", name, *TRAIN, *SAMPLERS[name])
+    validate_sampler(config)
+    for x, y in zip(ANNOTATED, DICTS):
+        x["file_name"] = y["file_name"]
+    loader = build_train_loader(config, TWO_SETS, draw, seed=seed, start=start)
+    return [[x["image_id"] for x in batch] for batch in islice(loader, count)]
+
+
+def validate_sampler(config: CfgNode) -> None:
+    for name in config.DATASETS.TRAIN:
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, list)
+    validate_config(config)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_detectron2s_other_samplers_are_functions_of_seed_and_iteration(name: str) -> None:
+    expected = order(name, 3)
+    assert order(name, 3) == expected
+    for start in (1, 7):
+        assert order(name, 3, start, 12 - start) == expected[start:]
+    if name != "RepeatFactorTrainingSampler":  # detectron2 gives it SEED
+        assert order(name, 4) != expected
+
+
+def test_a_random_subset_is_always_the_same() -> None:
+    seen = {x for batch in order("RandomSubsetTrainingSampler", 3, count=30) for x in batch}
+    assert len(seen) == 5 < len(DICTS) / 2
+
+
+@pytest.mark.parametrize("by_category", [False, True])
+def test_weights_are_those_of_detectron2(
+    by_category: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"Weighted{'Category' if by_category else ''}TrainingSampler"
+    config = cfg(*TRAIN, *SAMPLERS[name])
+    own = dict(TWO_SETS)
+    monkeypatch.setattr(build, "get_detection_dataset_dicts", lambda names, **_: own[names[0]])
+    theirs = build._build_weighted_sampler(config, by_category)
+    ours = repeat_factors(config, TWO_SETS, by_category)
+    assert ours.unique().numel() > 1 and ours.min() == 1
+    torch.testing.assert_close(ours, theirs._int_part + theirs._frac_part, rtol=0, atol=1e-6)
+
+
+def test_an_image_that_was_left_out_is_not_weighted() -> None:
+    """detectron2 counts it, and then draws an index that the data set does not have."""
+    config = cfg("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler", *TRAIN, *WEIGHTS)
+    sets = [("much", ANNOTATED[:2]), ("rare", [])]
+    sampler = build_sampler(config, sets)
+    assert {*islice(sampler, 20)} == {0, 1}
+
+
+UNUSABLE = {
+    "no classes": (
+        ("DATALOADER.SAMPLER_TRAIN", "WeightedCategoryTrainingSampler"),
+        "WeightedCategoryTrainingSampler repeats images with rare classes, but",
+    ),
+    "empty subset": (
+        (
+            *("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
+            *("DATALOADER.RANDOM_SUBSET_RATIO", 0.05),
+        ),
+        "RANDOM_SUBSET_RATIO is 0.05, which leaves none of the 11 images; raise it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_samplers_that_draw_nothing_are_refused(case: str) -> None:
+    opts, sentence = UNUSABLE[case]
+    with pytest.raises(ConfigError, match=sentence):
+        build_sampler(cfg(*opts), SETS)
 
 
 def test_another_seed_is_another_order() -> None:
     orders = [
         [
             [x["image_id"] for x in b]
-            for b in islice(build_train_loader(cfg(), DICTS, draw, seed=s), 5)
+            for b in islice(build_train_loader(cfg(), SETS, draw, seed=s), 5)
         ]
         for s in (1, 2)
     ]
@@ -158,7 +236,7 @@ def test_a_bad_image_stops_with_its_name(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_replaced_and_counted(workers: int, caplog: Any) -> None:
     opts = ("DATALOADER.ON_BAD_IMAGE", "drop", "DATALOADER.NUM_WORKERS", workers)
-    loader = build_train_loader(cfg(*opts), DICTS, Spoilt(), seed=SEED)
+    loader = build_train_loader(cfg(*opts), SETS, Spoilt(), seed=SEED)
     found = list(islice(loader, 12))
     assert {x["image_id"] % 2 for batch in found for x in batch} == {0}
     assert [len(batch) for batch in found] == [4] * 12
@@ -166,7 +244,7 @@ def test_bad_images_are_replaced_and_counted(workers: int, caplog: Any) -> None:
     assert sorted(loader.left_out) == sorted(x["file_name"] for x in DICTS if x["image_id"] % 2)
     assert "truncated" in loader.left_out[DICTS[1]["file_name"]] and "(5 so far)" in caplog.text
     # A resumed run has the same replacements, because they depend only on the position.
-    resumed = build_train_loader(cfg(*opts), DICTS, Spoilt(), seed=SEED, start=7)
+    resumed = build_train_loader(cfg(*opts), SETS, Spoilt(), seed=SEED, start=7)
     assert list(islice(resumed, 5)) == found[7:]
 
 

@@ -55,7 +55,7 @@ CLASSES = ("circle", "ellipse", "square", "triangle", "pentagon", "star", "cross
 NAMED = ("MODEL.DISTILL.TEACHER.CLASSES", CLASSES)
 HEADS = {
     "faster": ("FitNet", "TID", "ROIKD"),
-    "mask": ("IMA", "MKD", "MaskKD"),
+    "mask": ("IMA", "MKD", "MaskLogitKD"),
     "retinanet": ("FitNet", "TID", "DenseKD"),
     "semantic": ("IMA", "MKD"),
 }
@@ -237,13 +237,13 @@ def test_outputs_are_shown_with_those_they_are_compared_with(
 def test_predictions_are_paired_by_the_heads(tmp_path: Path, shapes: Shapes) -> None:
     some = ("circle", "unheard of", *CLASSES[2:])
     opts = ("MODEL.DISTILL.TEACHER.CLASSES", some, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4)
-    cfg = distilled_cfg(tmp_path, shapes, "mask", ["ROIKD", "MaskKD", "DenseKD"], *opts)
+    cfg = distilled_cfg(tmp_path, shapes, "mask", ["ROIKD", "MaskLogitKD", "DenseKD"], *opts)
     report = examine_outputs(cfg)
     by_output = {(row.output, row.student.name): row for row in report.outputs if row.student}
     for key, comparison in {
         ("dense logits", "p3"): ("DenseKD", "identity"),
         ("rois logits", "stage 0"): ("ROIKD", "7 of 8 classes"),
-        ("masks logits", "masks"): ("MaskKD", "7 of 8 classes, resized 14→8"),
+        ("masks logits", "masks"): ("MaskLogitKD", "7 of 8 classes, resized 14→8"),
     }.items():
         row = by_output[key]
         assert [(x.head, x.adapter) for x in row.heads] == [comparison]
@@ -284,7 +284,7 @@ def test_every_registered_head_works_or_says_why(tmp_path: Path, shapes: Shapes)
     assert set(listed) == {name for name, _ in DISTILL_HEAD_REGISTRY}
     working = {name for name, row in listed.items() if row.problem is None}
     assert working >= {"FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"}
-    assert "masks" in str(listed["MaskKD"].problem)
+    assert "masks" in str(listed["MaskLogitKD"].problem)
     assert listed["MSSD"].configured and "pafpn" in str(listed["MSSD"].problem)
     assert not listed["MSSD"].needs_teacher and listed["ROIKD"].compares == ["rois"]
 

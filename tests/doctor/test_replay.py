@@ -37,6 +37,8 @@ from distill.engine import Trainer
 from distill.errors import DistillError
 from distill.heads.fitnet import FitNet
 from distill.structures import Batch, NetworkOutputs
+from distill.utils.old_names import HEADS as HEADS_BEFORE
+from distill.utils.old_names import LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,28 @@ def test_random_masks_are_those_of_the_step(
         other = replay(str(tmp_path / "other.pth")).losses
         assert other["loss_ima"] != result.losses["loss_ima"], key
         assert other["loss_fitnet/p3"] == result.losses["loss_fitnet/p3"], key
+
+
+def test_old_names_of_heads_and_losses(
+    shapes: Shapes,
+    teachers: Teachers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    semantic_pictures(monkeypatch)
+    spoil(monkeypatch, "losses", FitNet, "p4", nan)
+    stopped(config("semantic", shapes, teachers, tmp_path))
+    path = reproducer(tmp_path)
+    result = replay(str(path))
+    saved = torch.load(path, weights_only=True)
+    for part, new, old in (("model", "heads.CIRKD", "heads.Memory"), ("losses", "cirkd", "memory")):
+        assert any(new in key for key in saved[part]), part
+        saved[part] = {key.replace(new, old): x for key, x in saved[part].items()}
+    torch.save(saved, tmp_path / "old.pth")
+    monkeypatch.setitem(HEADS_BEFORE, "Memory", "CIRKD")
+    monkeypatch.setitem(LOSSES, "memory", "cirkd")
+    again = replay(str(tmp_path / "old.pth"))
+    assert same(again.saved_losses, result.saved_losses) and again.sources == result.sources
 
 
 def test_mixed_precision_and_overrides(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from distill.data.datasets import register_coco_format
 from distill.engine import trainer
-from distill.engine.evaluators import evaluator_builders
+from distill.engine.evaluators import build_evaluators
 
 OBJECTS = 144
 
@@ -49,8 +49,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
 def evaluated(cfg: CfgNode, name: str, folder: str) -> float:
     """Return the AP of detections that equal the ground truth."""
     DatasetCatalog.get(name)  # sets the metadata of the classes, which the evaluator needs
-    (build,) = evaluator_builders(cfg, name, folder)
-    evaluator = build()
+    (evaluator,) = build_evaluators(cfg, name, folder)
     evaluator.reset()
     at = torch.arange(OBJECTS)
     corner = torch.stack([20 * (at % 12), 20 * (at // 12)], 1).float()

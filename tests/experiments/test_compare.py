@@ -24,6 +24,8 @@ EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
 TEST = ("DATASETS.TEST", ("shapes_tiny",))
 SHORT = ("SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
     """A distillation of a tiny Faster R-CNN, in three iterations."""
@@ -53,7 +55,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_file(tmp_path, shapes)
-    heads = ["--heads", "CWD", "FitNet", "MaskKD", "--seeds", "2"]
+    heads = ["--heads", "CWD", "FitNet", "MaskLogitKD", "--seeds", "2"]
     override = ["--set", "FitNet", "MODEL.DISTILL.FITNET.WEIGHT", "0.0"]
     override += ["--set", "FitNet", "MODEL.DISTILL.FITNET.WARMUP_ITERS", "3"]
     with monkeypatch.context() as patch:
@@ -62,7 +64,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     found = content(tmp_path)
     rows = found["rows"]
     assert found["metric"] == "bbox/AP" and found["seeds"] == [0, 1]
-    assert "compares masks" in rows["MaskKD"]["failures"]["0"]
+    assert "compares masks" in rows["MaskLogitKD"]["failures"]["0"]
     assert "loss_cwd/p2 is nan" in rows["CWD"]["failures"]["1"] and not rows["CWD"]["results"]
     for name in ("baseline", "FitNet"):
         assert set(rows[name]["results"]) == {"0", "1"} and not rows[name]["failures"]
@@ -74,7 +76,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     assert rows["FitNet"]["extra_parameters"] == adapters
     assert rows["baseline"]["results"]["0"]["peak_memory_mb"] is None  # on a CPU
     table = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| MaskKD | - | - |" in table and "GPU" not in table
+    assert "| MaskLogitKD | - | - |" in table and "GPU" not in table
     assert "FITNET.WARMUP_ITERS is 3 and SOLVER.MAX_ITER 3: what follows" in table
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5_000
 
@@ -86,7 +88,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
         train(self, stage)
 
     monkeypatch.setattr(runner.Runner, "_train", watched)
-    heads.remove("MaskKD")
+    heads.remove("MaskLogitKD")
     assert run(tmp_path, config, *heads, *override) == 0  # CWD is mended
     assert trained == ["CWD (seed 0)", "CWD (seed 1)"]
     assert content(tmp_path)["rows"]["FitNet"] == rows["FitNet"]
@@ -125,8 +127,10 @@ def test_an_interrupted_comparison_goes_on(
 def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(ROOT)  # the config names its teacher from here
     monkeypatch.setattr(shapes_data, "SCENES", {"train": 5, "val": 2})
-    registered = {name: DISTILL_HEAD_REGISTRY.get(name) for name in ("FitNet", "MSSD", "MaskKD")}
+    names = ("FitNet", "MSSD", "MaskLogitKD", "IMA")  # the config has keys of IMA
+    registered = {name: DISTILL_HEAD_REGISTRY.get(name) for name in names}
     monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
     short = ("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.ROI_BOX_HEAD.FC_DIM", "8")
     short += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8")
@@ -137,8 +141,8 @@ def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     assert run(tmp_path, config, "--shapes", "--tune", *short, *opts) == 0
     found = content(tmp_path)
     assert found["data_seed"] == 0 and found["seeds"] == [100]
-    assert list(found["rows"]) == ["teacher", "baseline", "FitNet"]
-    assert set(found["skipped"]) == {"MSSD", "MaskKD"}
+    assert list(found["rows"]) == ["teacher", "baseline", "FitNet", "IMA"]
+    assert set(found["skipped"]) == {"MSSD", "MaskLogitKD"}
     assert "bottom-up" in (tmp_path / "out" / "comparison.md").read_text()
     assert not found["rows"]["teacher"]["summary"].keys() & {"gain", "relative_cost"}
     said = capsys.readouterr().out
@@ -149,8 +153,8 @@ def test_a_teacher_of_nothing_is_not_trained(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_file(tmp_path, shapes)
-    assert run(tmp_path, config, "--train-teacher", "--heads", "MaskKD") == 2
-    assert "None of the methods works here: MaskKD" in capsys.readouterr().err
+    assert run(tmp_path, config, "--train-teacher", "--heads", "MaskLogitKD") == 2
+    assert "None of the methods works here: MaskLogitKD" in capsys.readouterr().err
     assert not (tmp_path / "out" / "stages").exists()
 
 
@@ -244,7 +248,10 @@ def test_keys_may_stand_right_behind_the_heads() -> None:
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "which trains without distillation"),
         (["MODEL.DISTILL.INHERIT", "('neck',)"], "MODEL.DISTILL.INHERIT is ('neck',)"),
         (["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
-        (["--heads", "MaskKD"], "None of the methods works here: MaskKD: it compares masks"),
+        (
+            ["--heads", "MaskLogitKD"],
+            "None of the methods works here: MaskLogitKD: it compares masks",
+        ),
         (
             ["--heads", "FitNet", "--set", "FitNet", "MODEL.DISTILL.FITNET.WIGHT", "1"],
             "Unknown config key 'MODEL.DISTILL.FITNET.WIGHT' in --set FitNet",

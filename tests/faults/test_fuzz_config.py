@@ -39,7 +39,7 @@ SETUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "gfl": ("gfl", ("DenseKD",), "GFL"),
     "reppoints": ("reppoints", ("IMA",), "REPPOINTS"),
     "features": ("faster", ("FitNet", "MKD", "TID"), "FITNET|MKD|TID|RPN"),
-    "masks": ("mask", ("MaskKD",), "MASK"),
+    "masks": ("mask", ("MaskLogitKD",), "MASK"),
     "cascade": ("cascade", ("FitNet",), "CASCADE"),
     "pafpn": ("faster", ("MSSD",), "MSSD|FPN"),
 }

@@ -218,4 +218,4 @@ def test_a_head_that_does_not_fit_the_family_fails_when_it_is_built():
     )
     working = message.removesuffix(".").rpartition(": ")[2].split(", ")
     assert {"FitNet", "IMA", "DenseKD"} <= set(working)
-    assert not {"ROIKD", "MaskKD"} & set(working)
+    assert not {"ROIKD", "MaskLogitKD"} & set(working)

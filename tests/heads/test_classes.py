@@ -7,7 +7,7 @@ import torch
 from detectron2.layers import ShapeSpec
 
 from distill.config import get_distill_cfg
-from distill.heads import MaskKD
+from distill.heads import MaskLogitKD
 from distill.heads.classes import ClassMap, no_shared_class
 from distill.structures import NetworkInfo
 
@@ -141,11 +141,11 @@ def test_index_tensors_move_with_the_module_and_stay_out_of_checkpoints():
 def test_a_head_logs_what_it_drops(caplog):
     cfg = get_distill_cfg()
     with caplog.at_level(logging.WARNING, logger="distill.heads.classes"):
-        head = MaskKD(cfg, spec("student", STUDENT), spec("teacher", ("dog",)))
+        head = MaskLogitKD(cfg, spec("student", STUDENT), spec("teacher", ("dog",)))
     assert head.classes.dropped == ["car", "cat"]
-    assert caplog.messages == ["MaskKD skips classes unknown to the teacher: car, cat"]
+    assert caplog.messages == ["MaskLogitKD skips classes unknown to the teacher: car, cat"]
     caplog.clear()
-    MaskKD(cfg, spec("student", STUDENT), spec("teacher", CASES["permuted"]))
+    MaskLogitKD(cfg, spec("student", STUDENT), spec("teacher", CASES["permuted"]))
     assert not caplog.messages
 
 

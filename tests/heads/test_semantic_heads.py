@@ -84,7 +84,7 @@ def test_similarities_of_detectors() -> None:
 
 def test_one_picture_a_process_is_too_few_for_relations(caplog: Any) -> None:
     built_head(CIRKD, "semantic", "SOLVER.IMS_PER_BATCH", 1)
-    assert "no other to compare it with" in caplog.text
+    assert "each process has only one" in caplog.text
 
 
 @pytest.mark.parametrize("name", [x for x in EVERY if x not in ("CWD", "SKD")])

@@ -21,8 +21,8 @@ from distill.config import get_distill_cfg, teacher_config
 from distill.data.datasets import class_names
 from distill.engine import Trainer
 from distill.engine.nonfinite import FiniteGuard
+from distill.engine.setup import scale_to_workers
 from distill.engine.train_loop import TrainLoop
-from distill.engine.trainer import scale_to_workers
 from distill.errors import WeightsError
 from distill.launch.main import argument_parser, configure, finished_checkpoint, main
 

@@ -43,6 +43,22 @@ def test_a_stage_prints_a_line_for_each_tenth(
     assert not captured.err
 
 
+def test_a_tracked_sequence_prints_the_same_lines(
+    tick: Tick, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress() as progress:
+        for _ in progress.track(range(4), description="students"):
+            tick(3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "students: 0 of 4",
+        "students: 1 of 4, ETA 0:00:09",
+        "students: 2 of 4, ETA 0:00:06",
+        "students: 3 of 4, ETA 0:00:03",
+        "students: done in 0:00:12",
+    ]
+
+
 def test_a_quick_stage_prints_two_lines(tick: Tick, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress() as progress:
         assert list(progress.track(range(30), description="[red]a\ud800[/]")) == [*range(30)]

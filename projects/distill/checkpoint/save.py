@@ -7,7 +7,7 @@ and tensors only, so that ``torch.load(..., weights_only=True)`` reads it.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import CheckpointError, WeightsError
 from ..utils.io import replacing
+from ..utils.old_names import HEADS, with_renamed_keys
 from ..utils.text import first_sentence
 from .load import SafeCheckpointer, file_hash, read_torch
 
@@ -38,6 +39,10 @@ class StudentCheckpointer(SafeCheckpointer):
     ):
         super().__init__(*args, **kwargs)
         self.weights_in_place = weights_in_place
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        nothing: dict[str, Any] = {key: {} for key in self.checkpointables}
+        return {**nothing, **super()._load_file(filename)}  # fvcore skips what a file lacks
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``save_dir/<name>.pth`` and its checksum, and tag it as the last checkpoint.
@@ -156,6 +161,48 @@ class StudentState:
                 setattr(self.student, name, state[name])
             elif hasattr(self.student, name):  # the first step sets it
                 delattr(self.student, name)
+
+
+class HeadState:
+    """State of the distillation heads, which is loaded only into the same heads."""
+
+    def __init__(self, heads: nn.ModuleDict):
+        self.heads = heads
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.heads.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of every head, also under the name that it had in an earlier version.
+
+        Raises:
+            WeightsError: a state belongs to no head, or a head has none.
+        """
+        state = with_renamed_keys(state, HEADS, "The checkpoint")
+        saved, own = ({name.split(".")[0] for name in x} for x in (state, self.state_dict()))
+        check_states("head", saved, own, own, "set MODEL.DISTILL.HEADS as it was")
+        self.heads.load_state_dict(state)
+
+
+def check_states(
+    kind: str, saved: Collection[str], own: Collection[str], needed: Collection[str], remedy: str
+) -> None:
+    """Raise a WeightsError if a checkpoint has other states than this training.
+
+    Args:
+        kind: noun for the message, such as "hook".
+        saved: names of those whose state is in the checkpoint.
+        own: names of those in this training.
+        needed: names of those that cannot start without a state.
+        remedy: advice for the message.
+    """
+    unknown, missing = sorted({*saved} - {*own}), sorted({*needed} - {*saved})
+    if unknown or missing:
+        problem = "a state of" if unknown else "no state of"
+        raise WeightsError(
+            f"the checkpoint has {problem} the {kind} {', '.join(unknown or missing)}, which this "
+            f"training {'lacks' if unknown else 'has'}; {remedy}."
+        )
 
 
 def checksum_file(path: str) -> str:

@@ -1,8 +1,10 @@
 """Config keys, how they are loaded, and the checks before a start."""
 
+from ..errors import building
+from .architecture import distill_architectures, student_architecture, student_class
 from .defaults import add_distill_config, get_distill_cfg
-from .load import find_config, merge_from_file, merge_from_list
-from .resolve import building, distill_architectures, student_config, teacher_config
+from .load import find_config, load_config, merge_from_file, merge_from_list
+from .resolve import student_config, teacher_config
 from .validate import validate_config
 
 __all__ = [
@@ -11,8 +13,11 @@ __all__ = [
     "distill_architectures",
     "find_config",
     "get_distill_cfg",
+    "load_config",
     "merge_from_file",
     "merge_from_list",
+    "student_architecture",
+    "student_class",
     "student_config",
     "teacher_config",
     "validate_config",

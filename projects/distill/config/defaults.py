@@ -8,10 +8,12 @@ from ..section import (
     BELOW_1,
     HEIGHT_WIDTH,
     LIST,
+    SHARE,
     SWITCH,
     TEXT,
     TEXTS,
     Key,
+    Rule,
     add_keys,
     at_least,
     one_of,
@@ -19,13 +21,17 @@ from ..section import (
 
 KEYS: dict[str, Key] = {
     "MODEL.DISTILL.STUDENT_ARCHITECTURE": Key(
-        "GeneralizedRCNN",
-        "the student's meta-architecture: GeneralizedRCNN, PanopticFPN, SemanticSegmentor, "
-        "RetinaNet, FCOS, ATSS, GFL or RepPoints",
+        "",
+        "student of META_ARCHITECTURE DistillRCNN, DistillRetinaNet or DistillSemanticSegmentor, "
+        "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor: PanopticFPN, FCOS, ATSS, "
+        "GFL or RepPoints",
         TEXT,
     ),
     "MODEL.DISTILL.HEADS": Key(
-        (), "names of distillation heads; empty: the student trains without a teacher", TEXTS
+        (),
+        "names of distillation heads, which switch distillation on; MODEL.META_ARCHITECTURE stays "
+        "the student's. Empty: the student trains without distillation",
+        TEXTS,
     ),
     "MODEL.DISTILL.INHERIT": Key(
         (),
@@ -64,6 +70,18 @@ KEYS: dict[str, Key] = {
         "custom data without Python: (name, annotations.json, image folder) triples in COCO format",
         LIST,
     ),
+    "DATASETS.TRAIN_REPEAT_FACTOR": Key(
+        (),
+        "(data set, factor) pairs, by which detectron2's WeightedTrainingSampler and "
+        "WeightedCategoryTrainingSampler repeat the images of a data set",
+        Rule(
+            lambda x: all(isinstance(name, str) and factor > 0 for name, factor in x),
+            "a list of [data set, factor above 0]",
+        ),
+    ),
+    "DATALOADER.RANDOM_SUBSET_RATIO": Key(
+        1.0, "share of the images from which RandomSubsetTrainingSampler draws", SHARE
+    ),
     "DATALOADER.ON_BAD_IMAGE": Key(
         "stop",
         "action for an image that cannot be read or is wrongly annotated; drop logs the number",
@@ -71,6 +89,12 @@ KEYS: dict[str, Key] = {
     ),
     "DATALOADER.TIMEOUT": Key(
         600, "seconds to wait for a data worker; 0: without limit", at_least(0)
+    ),
+    "SOLVER.SCHEDULE": Key(
+        "1x",
+        "factor of SOLVER.MAX_ITER and STEPS, as in detectron2's model zoo; it is applied, and "
+        "reset to 1x, when the config is loaded",
+        one_of("1x", "2x", "3x"),
     ),
     "SOLVER.OPTIMIZER": Key("SGD", "optimizer; SGD is detectron2's", one_of("SGD", "ADAMW")),
     "SOLVER.EMA.DECAY": Key(

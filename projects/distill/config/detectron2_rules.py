@@ -33,6 +33,8 @@ from ..section import (
     list_of,
     one_of,
 )
+from .architecture import student_architecture
+from .detectron2_values import NAME_RULES, channels
 
 
 def is_writable(folder: str) -> bool:
@@ -54,7 +56,6 @@ def _is_anchors(value: Any) -> bool:
 
 
 _ANCHORS = Rule(_is_anchors, "numbers above 0, or a list of such numbers for each level")
-_BOX_LOSSES = one_of("smooth_l1", "giou", "diou", "ciou")
 _STEPS = Rule(
     lambda x: all(WHOLE.holds(k) and k > 0 for k in x) and is_rising(x),
     "rising whole numbers from 1",
@@ -63,20 +64,15 @@ _THREE_COUNTS = Rule(lambda x: COUNTS.holds(x) and len(x) == 3, "three whole num
 
 # By patterns of keys. Every rule whose pattern fits a key has to hold.
 _RULES: dict[str, Rule] = {
+    **NAME_RULES,
     "DATALOADER.NUM_WORKERS": at_least(0),
     "DATALOADER.REPEAT_THRESHOLD": FRACTION,
-    "DATALOADER.SAMPLER_TRAIN": one_of("TrainingSampler", "RepeatFactorTrainingSampler"),
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": SHARE,
     "INPUT.CROP.SIZE": list_of(POSITIVE, 2, 2),
-    "INPUT.CROP.TYPE": one_of("relative", "relative_range", "absolute", "absolute_range"),
-    "INPUT.FORMAT": one_of("BGR", "RGB", "L", "YUV-BT.601"),
-    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
     "INPUT.MAX_SIZE_*": at_least(1),
     "INPUT.MIN_SIZE_TEST": at_least(0),  # 0: no resizing
     "INPUT.MIN_SIZE_TRAIN": list_of(WHOLE),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
-    "INPUT.RANDOM_FLIP": one_of("horizontal", "vertical", "none"),
     "MODEL.*.BATCH_SIZE_PER_IMAGE": at_least(1),
     "MODEL.*.FOCAL_LOSS_GAMMA": at_least(0),
     "MODEL.*.IOUS": IOU_THRESHOLDS,
@@ -103,17 +99,13 @@ _RULES: dict[str, Rule] = {
     "MODEL.RESNETS.RES4_DILATION": Rule(lambda x: x in (1, 2), "1 or 2"),
     "MODEL.RESNETS.RES5_DILATION": Rule(lambda x: x in (1, 2, 4), "1, 2 or 4"),
     "MODEL.RESNETS.RES5_MULTI_GRID": _THREE_COUNTS,
-    "MODEL.RESNETS.STEM_TYPE": one_of("basic", "deeplab"),
     "MODEL.RESNETS.WIDTH_PER_GROUP": at_least(1),
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": BOX_WEIGHTS,
     "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Rule(
         lambda x: all(map(BOX_WEIGHTS.allows, x)), "a list of 4 numbers above 0 for each stage"
     ),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": BOX_WEIGHTS,
     "MODEL.RPN.*_NMS_TOPK_*": at_least(1),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
     "MODEL.RPN.BBOX_REG_WEIGHTS": BOX_WEIGHTS,
     "MODEL.RPN.CONV_DIMS": list_of(Rule(lambda x: x == -1 or x >= 1, "-1 or at least 1")),
     "MODEL.SEM_SEG_HEAD.ASPP_CHANNELS": at_least(1),
@@ -129,18 +121,10 @@ _RULES: dict[str, Rule] = {
     "SOLVER.*_ITERS": at_least(0),
     "SOLVER.BASE_LR*": at_least(0),
     "SOLVER.CHECKPOINT_PERIOD": at_least(1),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("value", "norm"),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": POSITIVE,
     "SOLVER.GAMMA": at_least(0),
     "SOLVER.IMS_PER_BATCH": at_least(1),
-    "SOLVER.LR_SCHEDULER_NAME": one_of(
-        "WarmupMultiStepLR",
-        "WarmupCosineLR",
-        "WarmupFlatCosineLR",
-        "WarmupStepWithFixedGammaLR",
-        "WarmupPolyLR",
-    ),
     "SOLVER.MAX_ITER": at_least(1),
     "SOLVER.MOMENTUM": FRACTION,
     "SOLVER.NUM_DECAYS": at_least(1),
@@ -148,7 +132,6 @@ _RULES: dict[str, Rule] = {
     "SOLVER.POLY_LR_POWER": at_least(0),
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0),
     "SOLVER.STEPS": _STEPS,
-    "SOLVER.WARMUP_METHOD": one_of("linear", "constant"),
     "SOLVER.WEIGHT_DECAY": at_least(0),
     "SOLVER.WEIGHT_DECAY_BIAS": Rule(
         lambda x: x is None or (is_number(x) and x >= 0), "None or at least 0"
@@ -167,6 +150,11 @@ _RULES: dict[str, Rule] = {
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the infinity norm is the largest entry
 # Conditions on several keys, and what to say if one does not hold.
 _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
+    (
+        lambda c: {name for name, _ in c.DATASETS.TRAIN_REPEAT_FACTOR} <= {*c.DATASETS.TRAIN},
+        "DATASETS.TRAIN_REPEAT_FACTOR is {c.DATASETS.TRAIN_REPEAT_FACTOR}; it may only have data "
+        "sets of DATASETS.TRAIN {c.DATASETS.TRAIN}.",
+    ),
     (
         lambda c: c.SOLVER.IMS_PER_BATCH % max(c.SOLVER.REFERENCE_WORLD_SIZE, 1) == 0,
         "SOLVER.IMS_PER_BATCH is {c.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
@@ -210,15 +198,13 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "in (0, 1] if relative, else whole numbers of pixels.",
     ),
     (
-        lambda c: (
-            len(c.MODEL.PIXEL_MEAN) == len(c.MODEL.PIXEL_STD) == (1 if c.INPUT.FORMAT == "L" else 3)
-        ),
+        lambda c: len(c.MODEL.PIXEL_MEAN) == len(c.MODEL.PIXEL_STD) == channels(c.INPUT.FORMAT),
         "MODEL.PIXEL_MEAN is {c.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD {c.MODEL.PIXEL_STD}; they "
         "must have one number per channel of INPUT.FORMAT {c.INPUT.FORMAT}.",
     ),
     (
         lambda c: (
-            "PanopticFPN" not in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
+            student_architecture(c) != "PanopticFPN"
             or c.MODEL.MASK_ON
             or not c.MODEL.PANOPTIC_FPN.COMBINE.ENABLED
         ),
@@ -242,14 +228,6 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         lambda c: _has_output_stride(c),
         "MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {c.MODEL.SEM_SEG_HEAD.COMMON_STRIDE}; DeepLabV3Head "
         "needs the backbone's output stride, by RES4_DILATION and RES5_DILATION 32, 16 or 8.",
-    ),
-    (
-        lambda c: (
-            not c.TEST.SLIDING_WINDOW.ENABLED
-            or "SemanticSegmentor"
-            in (c.MODEL.META_ARCHITECTURE, c.MODEL.DISTILL.STUDENT_ARCHITECTURE)
-        ),
-        "TEST.SLIDING_WINDOW.ENABLED is True, which only SemanticSegmentor can do; set it False.",
     ),
     (
         lambda c: all(

@@ -3,8 +3,7 @@
 import io
 import os
 import re
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,104 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
 from ..errors import ConfigError
+from ..section import check_choice
+from ..utils.old_names import rename_heads, renamed_option
 from ..utils.text import nearest
+from .defaults import get_distill_cfg
 from .detectron2_rules import leaves
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
+SCHEDULES = ("1x", "2x", "3x")
+
+
+def load_config(
+    config_file: str, opts: Sequence[Any] = (), source: str = "the command line"
+) -> CfgNode:
+    """Return the defaults of detectron2 and this package, a yaml file and overrides, merged.
+
+    Two keys are resolved:
+
+    - ``SOLVER.SCHEDULE`` scales the file's ``SOLVER.MAX_ITER`` and ``SOLVER.STEPS``, see
+      :func:`scale_schedule`, and becomes 1x. Overrides of these two keys are not scaled.
+    - An ``OUTPUT_DIR`` that neither the file, its ``_BASE_`` nor an override sets is derived from
+      the file's path, see :func:`default_output_dir`.
+
+    Args:
+        config_file: yaml path; "" for the defaults alone.
+        opts: KEY VALUE overrides.
+        source: where the overrides come from, for messages.
+
+    Raises:
+        ConfigError: the file or an override cannot be merged.
+    """
+    cfg = get_distill_cfg()
+    cfg.OUTPUT_DIR = ""
+    if config_file:
+        merge_from_file(cfg, config_file)
+    of_file = cfg.SOLVER.clone()
+    merge_from_list(cfg, list(opts), source)
+    schedule = cfg.SOLVER.SCHEDULE
+    _apply_schedule(cfg.SOLVER, of_file, overridden={str(key) for key in opts[0::2]})
+    if not cfg.OUTPUT_DIR:
+        other = schedule if schedule != of_file.SCHEDULE else ""
+        cfg.OUTPUT_DIR = default_output_dir(config_file, other)
+    return cfg
+
+
+def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> None:
+    check_choice("SOLVER.SCHEDULE", solver.SCHEDULE, SCHEDULES)
+    max_iter, steps = scale_schedule(of_file.MAX_ITER, of_file.STEPS, solver.SCHEDULE)
+    if "SOLVER.MAX_ITER" not in overridden:
+        solver.MAX_ITER = max_iter
+    # Other schedulers ignore the steps, which stay as they are.
+    if "SOLVER.STEPS" not in overridden and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        solver.STEPS = steps
+    solver.SCHEDULE = "1x"
+
+
+def scale_schedule(
+    max_iter: int, steps: Sequence[int], schedule: str
+) -> tuple[int, tuple[int, ...]]:
+    """Return the iterations and the learning rate's steps of a 1x, 2x or 3x schedule.
+
+    This is the rule of detectron2's model zoo: from (60k, 80k) of 90k, 2x makes (120k, 160k) of
+    180k and 3x (210k, 250k) of 270k. The phases after a step are at most doubled, because a longer
+    training gains from its high learning rate (He et al., Rethinking ImageNet Pre-training).
+
+    Args:
+        max_iter, steps: of the 1x schedule.
+        schedule: one of :data:`SCHEDULES`.
+    """
+    factor = SCHEDULES.index(schedule) + 1
+    total = factor * max_iter
+    return total, tuple(total - min(factor, 2) * (max_iter - step) for step in steps)
+
+
+def default_output_dir(config_file: str, schedule: str = "") -> str:
+    """Return ``output/<path>``: the path of a config file below the folder ``configs``.
+
+    The extension is left out. A file outside of such a folder gives ``output/<name>``; no file
+    gives detectron2's ``./output``.
+
+    Args:
+        config_file: yaml path, or "".
+        schedule: one that is not the file's own, which would overwrite its results. It replaces
+            the ``_1x`` at the end of the name, or is appended.
+    """
+    if not config_file:
+        return "./output"
+    path = os.path.splitext(os.path.abspath(config_file))[0]
+    _, below, name = path.rpartition(f"{os.sep}configs{os.sep}")
+    name = name if below else os.path.basename(path)
+    if schedule:
+        name = f"{re.sub('_[123]x$', '', name)}_{schedule}"
+    return os.path.join("output", name)
 
 
 class _SafeCfgNode(FvcoreCfgNode):
-    """Loads ``_BASE_`` chains with the safe yaml loader only.
+    """Config that loads ``_BASE_`` chains with the safe yaml loader only.
 
-    detectron2's own RetinaNet and FCOS files compute their anchor sizes with an ``eval`` tag; that
-    one expression is replaced by its value, every other tag is refused.
+    detectron2's own RetinaNet and FCOS files compute their anchor sizes with an ``eval`` tag. That
+    one expression is replaced by its value; every other tag is refused.
     """
 
     _EVAL = (
@@ -37,12 +122,22 @@ class _SafeCfgNode(FvcoreCfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
-        if "://" in filename:  # what a _BASE_ names would be fetched and stored
+        if "://" in filename:  # detectron2 would download it and keep the copy
             raise OSError(f"_BASE_ '{filename}' is no file; download it and name the copy")
         with PathManager.open(filename, "r") as f:
             text = io.StringIO(f.read().replace(cls._EVAL, cls._VALUE))
-        text.name = filename  # yaml's messages show it
+        text.name = filename  # for the messages of yaml
         return text
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """Load a file with today's names; those of a file go before those of its ``_BASE_``."""
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
+        model = loaded.get("MODEL")
+        section = model.get("DISTILL") if isinstance(model, dict) else None
+        if isinstance(section, dict):
+            rename_heads(section, f"Config file '{filename}'")
+        return loaded
 
 
 def find_config(name: str) -> str:
@@ -74,7 +169,7 @@ def merge_from_file(cfg: CfgNode, filename: str) -> None:
     """Merge a yaml file and its ``_BASE_`` chain into ``cfg``.
 
     Raises:
-        ConfigError: the file is missing, no valid or safe yaml, or has an unknown key.
+        ConfigError: the file is missing, is no valid or safe yaml, or has an unknown key.
     """
     filename = find_config(filename)
     try:
@@ -89,7 +184,7 @@ def merge_from_file(cfg: CfgNode, filename: str) -> None:
 def _read_yaml(filename: str) -> CfgNode:
     try:
         return CfgNode(_SafeCfgNode.load_yaml_with_base(filename, allow_unsafe=False))
-    except (YAMLError, OSError, ValueError) as e:  # yaml's scanner raises the last, too
+    except (YAMLError, OSError, ValueError) as e:  # yaml's scanner raises ValueError, too
         reason = " ".join(str(e).split())
         raise ConfigError(f"Config file '{filename}' cannot be read as safe yaml: {reason}") from e
     except (AttributeError, TypeError, AssertionError) as e:
@@ -103,15 +198,16 @@ def merge_from_list(cfg: CfgNode, opts: list[Any], source: str = "the command li
     """Merge ``KEY VALUE ...`` overrides into ``cfg``.
 
     Raises:
-        ConfigError: a key is unknown, a value is missing or of another type.
+        ConfigError: a key is unknown, or a value is missing or of another type.
     """
     options = [x for x in opts[0::2] if str(x).startswith("--")]
     if options:
         raise ConfigError(f"{options[0]} must stand before the KEY VALUE overrides.")
     if len(opts) % 2:
         raise ConfigError(f"Overrides must be KEY VALUE pairs; '{opts[-1]}' has no value.")
-    for key, value in zip(opts[0::2], opts[1::2]):
-        with _keeping_types(cfg, [str(key)], source):
+    for old_key, old_value in zip(opts[0::2], opts[1::2]):
+        key, value = renamed_option(str(old_key), old_value, source)
+        with _keeping_types(cfg, [key], source):
             try:
                 cfg.merge_from_list([key, value])
             except (ValueError, AssertionError) as e:
@@ -127,7 +223,7 @@ def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
 
 
 def _said(error: Exception) -> str:
-    """What yacs says of a value, in words for users where it names Python's types."""
+    """Return the message of yacs, rewritten for users where it compares Python types."""
     sentence = str(error.args[0] if error.args else error)
     found = _MISMATCH.search(sentence)
     if not found:
@@ -146,7 +242,7 @@ _MISMATCH = re.compile(
 
 @contextmanager
 def _keeping_types(cfg: CfgNode, keys: list[str], source: str) -> Iterator[None]:
-    """Refuse unknown keys, and None for a value that is not None, which yacs takes."""
+    """Refuse unknown keys, and None in place of another value, which yacs accepts."""
     before = {key: _value(cfg, key, source) for key in keys}
     yield
     for key, value in before.items():
@@ -155,10 +251,10 @@ def _keeping_types(cfg: CfgNode, keys: list[str], source: str) -> Iterator[None]
 
 
 def _value(cfg: CfgNode, key: str, source: str) -> Any:
-    """The value of a key; None if detectron2 knows it as one of earlier times.
+    """Return the value of a key, or None for a key that detectron2 has deprecated or renamed.
 
     Raises:
-        ConfigError: it is unknown, or a section.
+        ConfigError: the key is unknown, or a section.
     """
     path: list[str] = []
     node = cfg

@@ -1,38 +1,47 @@
 """The checks that run before any weight is loaded."""
 
-import warnings
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    SemanticSegmentor,
+)
 
 from ..errors import ConfigError
+from ..families import FAMILIES
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
-from ..modeling.init_from_teacher import INHERITED_PARTS
 from ..section import check_choice
+from .architecture import distill_architectures, student_architecture, student_class
 from .defaults import declared_keys
 from .detectron2_rules import check_rules, check_together, leaves
+from .resolve import teacher_config
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # its use of pkg_resources is not our user's
-from .resolve import distill_architectures, teacher_config
+INHERITED_PARTS = ("neck", "head")
 
 
 def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
-    """Check every value that this package reads; runs before any weight is loaded.
+    """Check every value that this package reads, before any weight is loaded.
 
     Args:
-        cfg: the whole config.
-        training: check the training sets and the teacher's config too; evaluation needs neither.
+        cfg: the whole config, as :func:`distill.config.load_config` returns it.
+        training: also check the training sets and the teacher's config, which evaluation does not
+            need.
 
     Raises:
         ConfigError: names the key, its value and the valid choices, nearest first.
     """
     check_values(cfg)
+    if cfg.SOLVER.SCHEDULE != "1x":
+        raise ConfigError(
+            f"SOLVER.SCHEDULE is {cfg.SOLVER.SCHEDULE}, but MAX_ITER and STEPS are not scaled yet; "
+            "load the config with distill.config.load_config, or set it to 1x."
+        )
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError(
             "MODEL.LOAD_PROPOSALS is True; detectron2 reads proposals from pickles, which can run "
-            "any code: set it False."
+            "any code: set it to False."
         )
     architectures = [name for name, _ in META_ARCH_REGISTRY]
     check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
@@ -47,10 +56,33 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
                 f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
                 "False."
             )
-    if cfg.MODEL.META_ARCHITECTURE in distill_architectures():
+    if cfg.MODEL.DISTILL.HEADS or cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    _validate_test_modes(cfg)
+
+
+def _validate_test_modes(cfg: CfgNode) -> None:
+    """Refuse an evaluation that the student's architecture does not have."""
+    student = student_class(cfg)
+    if cfg.TEST.SLIDING_WINDOW.ENABLED and not issubclass(student, SemanticSegmentor):
+        raise ConfigError(
+            "TEST.SLIDING_WINDOW.ENABLED is True, which is only for SemanticSegmentor; set it "
+            "False."
+        )
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    if not issubclass(student, GeneralizedRCNN) or issubclass(student, PanopticFPN):
+        raise ConfigError(
+            "TEST.AUG.ENABLED is True, but detectron2 has test-time augmentation only for "
+            "GeneralizedRCNN; set it False."
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ConfigError(
+            "TEST.AUG.ENABLED is True, but detectron2's test-time augmentation has no keypoints; "
+            "set it or MODEL.KEYPOINT_ON False."
+        )
 
 
 def check_values(cfg: CfgNode) -> None:
@@ -76,12 +108,8 @@ def _validate_teacher(teacher: CfgNode) -> None:
 
 
 def _validate_distill(cfg: CfgNode) -> None:
+    _validate_architectures(cfg)
     node = cfg.MODEL.DISTILL
-    plain = [n for n, _ in META_ARCH_REGISTRY if n not in distill_architectures()]
-    check_choice("MODEL.DISTILL.STUDENT_ARCHITECTURE", node.STUDENT_ARCHITECTURE, plain)
-    student = META_ARCH_REGISTRY.get(node.STUDENT_ARCHITECTURE)
-    if isinstance(student, type):  # of a function that builds one, the network itself will tell
-        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).check_student(student)
     if len(set(node.HEADS)) < len(node.HEADS):
         raise ConfigError(f"MODEL.DISTILL.HEADS {tuple(node.HEADS)} names a head twice.")
     for name in node.HEADS:
@@ -98,4 +126,28 @@ def _validate_distill(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.DISTILL.INHERIT is {tuple(node.INHERIT)}, but no head of MODEL.DISTILL.HEADS "
             "has a teacher; name one that has, or empty it."
+        )
+
+
+def _validate_architectures(cfg: CfgNode) -> None:
+    """Refuse a student that cannot be distilled, or two keys that name different students."""
+    name, student = cfg.MODEL.META_ARCHITECTURE, student_architecture(cfg)
+    named, distilling = cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE, distill_architectures()
+    if named not in ("", student):
+        raise ConfigError(
+            f"MODEL.DISTILL.STUDENT_ARCHITECTURE is {named}, but MODEL.META_ARCHITECTURE {name} is "
+            "a student itself; leave STUDENT_ARCHITECTURE empty, or change one of them."
+        )
+    plain = [n for n, _ in META_ARCH_REGISTRY if n not in distilling]
+    check_choice("MODEL.DISTILL.STUDENT_ARCHITECTURE", student, plain)
+    network = META_ARCH_REGISTRY.get(student)
+    if not isinstance(network, type):
+        return  # the class is known only after this function has built a network
+    if name in distilling:
+        META_ARCH_REGISTRY.get(name).check_student(network)
+    elif not issubclass(network, tuple(family.architecture for family in FAMILIES)):
+        families = ", ".join(family.architecture.__name__ for family in FAMILIES)
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {name} cannot be distilled; MODEL.DISTILL.HEADS needs one of "
+            f"{families} or a subclass."
         )

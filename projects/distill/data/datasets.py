@@ -16,11 +16,17 @@ from detectron2.data.build import (
 )
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.modeling import (
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+    SemanticSegmentor,
+)
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.file_io import PathManager
 
-from ..config import student_config
+from ..config import student_class
 from ..errors import DataError
-from ..nets import DENSE_DETECTORS
 from ..utils.text import clause
 from .checks.coco_file import CocoFile
 from .checks.issues import (
@@ -37,15 +43,13 @@ from .cityscapes import check_ground_truth
 
 logger = logging.getLogger(__name__)
 
-_LISTED = ("coco", "coco_panoptic_seg", "kitti", "pascal_voc")  # a file lists the images
+_LISTED = ("coco", "coco_panoptic_seg", "kitti", "lvis", "pascal_voc")  # a file lists the images
 _CITYSCAPES = ("cityscapes_instance", "cityscapes_sem_seg")
+_SEMANTIC = (PanopticFPN, SemanticSegmentor)
 # Key of the dataset dicts that has the labels, name of the labels, and architectures that need them
 _TRAINED_ON = (
-    (
-        *("annotations", "objects"),
-        ("GeneralizedRCNN", "RetinaNet", *DENSE_DETECTORS, "PanopticFPN", "ProposalNetwork"),
-    ),
-    ("sem_seg_file_name", "semantic labels", ("PanopticFPN", "SemanticSegmentor")),
+    ("annotations", "objects", (GeneralizedRCNN, DenseDetector, ProposalNetwork)),
+    ("sem_seg_file_name", "semantic labels", _SEMANTIC),
 )
 _SAMPLE = 100  # number of images of which one must exist, if bad images are dropped
 
@@ -125,6 +129,11 @@ def _load(name: str) -> list[dict[str, Any]]:
         return DatasetCatalog.get(name)
     except DataError:
         raise
+    except ModuleNotFoundError as e:
+        raise DataError(
+            f"Data set '{name}' needs the package {e.name}, which is not installed; run "
+            f"`pip install --no-deps {e.name}`."
+        ) from e
     except Exception as e:
         metadata = MetadataCatalog.get(name)
         path = metadata.get("json_file")
@@ -138,7 +147,15 @@ def _load(name: str) -> list[dict[str, Any]]:
 
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Return the dataset dicts of :func:`load_training_sets` in one list."""
+    return [entry for _, dicts in load_training_sets(cfg) for entry in dicts]
+
+
+def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the dataset dicts of all training sets, without fatal issues.
+
+    Returns:
+        Names and dicts of the data sets, in the order of ``DATASETS.TRAIN``.
 
     Raises:
         DataError: a data set is unreadable, empty or does not fit the config; or a path leads out
@@ -146,13 +163,15 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             too. A wrong annotation is an error if ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
     names = tuple(cfg.DATASETS.TRAIN)
-    dicts = [image for name in names for image in _checked_set(cfg, name)]
+    sets = [(name, _checked_set(cfg, name)) for name in names]
+    dicts = [image for _, images in sets for image in images]
     if not any("annotations" in image for image in dicts):
-        return dicts
+        return sets
     if not all("annotations" in image for image in dicts):
         raise DataError(f"DATASETS.TRAIN {names} mixes sets with and without instances.")
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        dicts = filter_images_with_only_crowd_annotations(dicts)
+        sets = [(name, filter_images_with_only_crowd_annotations(x)) for name, x in sets]
+        dicts = [image for _, images in sets for image in images]
     if not dicts:
         raise DataError(
             f"No image of DATASETS.TRAIN {names} has an annotation; set "
@@ -164,7 +183,7 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
             print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
     except ValueError as e:  # its message names the data sets and classes
         raise DataError(f"DATASETS.TRAIN: {clause(e)}.") from e
-    return dicts
+    return sets
 
 
 def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
@@ -173,15 +192,15 @@ def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:
     Raises:
         DataError: an image has no such labels, or they have more semantic classes than the network.
     """
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    student = student_class(cfg)
     for key, what, architectures in _TRAINED_ON:
-        if architecture in architectures and not all(key in image for image in dicts):
+        if issubclass(student, architectures) and not all(key in image for image in dicts):
             raise DataError(
                 f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has images without {what} "
-                f"('{key}'), on which {architecture} trains; choose another set or "
+                f"('{key}'), on which {student.__name__} trains; choose another set or "
                 "MODEL.META_ARCHITECTURE."
             )
-    if architecture in ("PanopticFPN", "SemanticSegmentor"):
+    if issubclass(student, _SEMANTIC):
         _check_semantic_classes(cfg)
 
 
@@ -378,11 +397,12 @@ def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, An
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
     """Return the key and the number of the student's instance classes; None without instances."""
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
-    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
-        section = "ROI_HEADS"
-    elif architecture in ("RetinaNet", *DENSE_DETECTORS):
-        section = architecture.upper()
-    else:
+    student = student_class(cfg)
+    sections = []
+    if issubclass(student, GeneralizedRCNN):
+        sections = ["ROI_HEADS"]
+    elif issubclass(student, DenseDetector):  # a user's class may use the section of its base class
+        sections = [x.__name__.upper() for x in student.__mro__ if x.__name__.upper() in cfg.MODEL]
+    if not sections:
         return "", None
-    return f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
+    return f"MODEL.{sections[0]}.NUM_CLASSES", cfg.MODEL[sections[0]].NUM_CLASSES

@@ -12,10 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..utils.seeding import derived_seed, private_randomness
 from .guarded_mapper import BadImage, GuardedMapper
 
@@ -214,9 +216,68 @@ def _start_worker(worker: int) -> None:
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, lost) else show(kind, *rest)
 
 
+# detectron2 reads the data sets again for these, also the images that were left out.
+_WEIGHTED = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
+_BY_CATEGORY = ("RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler")
+
+
+def build_sampler(cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]) -> Sampler[int]:
+    """Build detectron2's sampler ``DATALOADER.SAMPLER_TRAIN`` of the images in all sets.
+
+    Args:
+        sets: names and dataset dicts of the training sets.
+
+    Raises:
+        ConfigError: the sampler draws no image, or needs classes that the images lack.
+    """
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    dicts = [entry for _, entries in sets for entry in entries]
+    if name in _BY_CATEGORY and not all("annotations" in x for x in dicts):
+        raise ConfigError(
+            f"DATALOADER.SAMPLER_TRAIN {name} repeats images with rare classes, but DATASETS.TRAIN "
+            f"{tuple(cfg.DATASETS.TRAIN)} has no annotated objects; use TrainingSampler."
+        )
+    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if name == "RandomSubsetTrainingSampler" and len(dicts) * ratio < 1:
+        raise ConfigError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, which leaves none of the {len(dicts)} "
+            "images; raise it."
+        )
+    if name in _WEIGHTED:
+        return RepeatFactorTrainingSampler(repeat_factors(cfg, sets, name in _BY_CATEGORY))
+    return _train_loader_from_config(cfg, lambda entry: entry, dataset=dicts)["sampler"]
+
+
+def repeat_factors(
+    cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]], by_category: bool
+) -> Tensor:
+    """How often detectron2's weighted samplers draw each image, relative to the others.
+
+    Args:
+        sets: names and dataset dicts of the training sets.
+        by_category: multiply by the factors of rare classes, relative to the smallest product.
+
+    Returns:
+        (N,) numbers above 0, in the order of the sets.
+    """
+    of_set = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    factors = torch.cat([torch.full((len(x),), float(of_set.get(name, 1))) for name, x in sets])
+    if not by_category:
+        return factors
+    node = cfg.DATALOADER
+    of_classes = [
+        RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            entries, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
+        )
+        for _, entries in sets
+    ]
+    factors = torch.cat(of_classes) * factors
+    return factors / factors.min()
+
+
 def build_train_loader(
     cfg: CfgNode,
-    dicts: list[dict[str, Any]],
+    sets: Sequence[tuple[str, list[dict[str, Any]]]],
     mapper: Callable[[dict[str, Any]], Any],
     *,
     seed: int,
@@ -226,13 +287,14 @@ def build_train_loader(
 
     Args:
         cfg: the whole config.
-        dicts: detectron2's dataset dicts of the training sets.
+        sets: names and dataset dicts of the training sets.
         mapper: a mapper with detectron2's contract.
         seed: seed of the run, which determines the order of the images and their augmentations.
         start: iteration at which the batches begin.
     """
+    dicts = [entry for _, entries in sets for entry in entries]
     with private_randomness(seed):  # detectron2's samplers take their seeds from NumPy's state
-        sampler = _train_loader_from_config(cfg, mapper, dataset=dicts)["sampler"]
+        sampler = build_sampler(cfg, sets)
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         groups = [x.get("width", 0) > x.get("height", 0) for x in dicts]

@@ -21,7 +21,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..engine.trainer import setup_config
+from ..engine import setup_config
 from ..errors import DistillError
 from ..utils.arguments import add_config_arguments, at_least
 from ..utils.progress import Progress

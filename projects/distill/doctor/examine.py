@@ -13,10 +13,9 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import building, student_config, teacher_config, validate_config
-from ..data.datasets import register_coco_format
+from ..config import student_config, teacher_config
 from ..engine.hooks import memory_mb
-from ..errors import ConfigError
+from ..errors import ConfigError, building
 from ..families import build_family
 from ..heads import outlasting_phases
 from ..heads.classes import ClassMap
@@ -47,7 +46,6 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
     Raises:
         DistillError: the training would fail before its first step.
     """
-    check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
         dry_run = build_dry_run(cfg, folder)
@@ -76,7 +74,6 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
 
 def examine_outputs(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
     """Examine only the recorded outputs and their pairs, by one batch and without gradients."""
-    check_config(cfg)
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
         dry_run = build_dry_run(cfg, folder)
@@ -93,7 +90,6 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
     There is a teacher if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` names one. A configured head that
     does not work is not an error here.
     """
-    check_config(cfg)
     say("building the networks")
     with building("student"):
         student = build_model(student_config(cfg))
@@ -105,11 +101,6 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
         teacher_weights=teacher_config(cfg).MODEL.WEIGHTS if teacher else "",
         registered_heads=head_table(*infos, configured=tuple(cfg.MODEL.DISTILL.HEADS)),
     )
-
-
-def check_config(cfg: CfgNode) -> None:
-    register_coco_format(cfg)
-    validate_config(cfg)
 
 
 # ---- Networks, before the first batch.

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 from rich.console import Console
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 
 from ..checkpoint.load import read_torch, readable
 from ..checkpoint.save import StudentState
-from ..config import building
 from ..engine.nonfinite import bad_gradients, from_plain, says_nonfinite
+from ..engine.setup import be_deterministic, setup_config
 from ..engine.train_loop import forward_context, seed_step
-from ..engine.trainer import be_deterministic, setup_config
 from ..errors import DistillError, WeightsError
-from ..modeling.meta_arch import DistillModel
+from ..modeling.meta_arch import DistillModel, build_distill_model
+from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
 from ..utils.text import one_line
 
 _TYPES = {
@@ -97,13 +96,13 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     cfg = _config(path, saved["config"], opts)
     if cfg.DETERMINISTIC:
         be_deterministic()
-    with building("student"):
-        model = build_model(cfg).train()
+    model = build_distill_model(cfg).train()
     with readable(path, "reproducer"):
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(with_renamed_keys(saved["model"], HEADS, f"'{path}'"))
         StudentState(getattr(model, "student", model)).load_state_dict(saved["student_state"])
         batch = from_plain(saved["batch"])
-        saved_losses = {str(k): float(v) for k, v in saved["losses"].items()}
+        named = with_renamed_keys(saved["losses"], LOSSES, f"'{path}'")
+        saved_losses = {name: float(value) for name, value in named.items()}
         seed_step(model, saved["seed"], saved["iteration"], saved["rank"])
     result = Replay(saved["what"], {}, saved_losses)
     with EventStorage(saved["iteration"]):

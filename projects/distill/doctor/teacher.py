@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import teacher_config
 from ..data.datasets import class_names
-from ..engine.evaluators import evaluator_builders
+from ..engine.evaluators import build_evaluators
 from ..errors import ConfigError
 from ..heads.classes import ClassMap
 from ..modeling.teacher import Teacher
@@ -177,7 +177,7 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, info: NetworkInfo, images: int) -
             "MODEL.DISTILL.TEACHER.CLASSES for --teacher-ap."
         )
     mapper = DatasetMapper(teacher_config(cfg), is_train=False)
-    evaluator = evaluator_builders(cfg, name, cfg.OUTPUT_DIR)[0]()
+    evaluator = build_evaluators(cfg, name, cfg.OUTPUT_DIR)[0]
     evaluator.reset()
     teacher.model.to(cfg.MODEL.DEVICE)
     for inputs in build_detection_test_loader(chosen, mapper=mapper):

@@ -1,5 +1,6 @@
 """Training and evaluation with detectron2's trainer, for plain and distilled students."""
 
-from .trainer import Trainer, evaluate, load_student, setup_config
+from .setup import finish_config, setup_config
+from .trainer import Trainer, evaluate, load_student
 
-__all__ = ["Trainer", "evaluate", "load_student", "setup_config"]
+__all__ = ["Trainer", "evaluate", "finish_config", "load_student", "setup_config"]

@@ -1,70 +1,44 @@
 """Evaluators of a data set, chosen by its ``evaluator_type``."""
 
-from collections.abc import Callable
-from typing import Any
-
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
+    DatasetEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils.registry import Registry
 
 from ..data.datasets import check_test_set, is_own_set
 from ..errors import ConfigError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
+from ..evaluation.lvis import LVISEvaluator
+from ..utils.text import nearest
+
+EVALUATOR_REGISTRY = Registry("EVALUATOR")
+EVALUATOR_REGISTRY.__doc__ = """
+Registry of evaluators, by the ``evaluator_type`` of a data set's metadata.
+
+A registered function is called as ``function(cfg, dataset_name, folder)`` and returns a list of
+detectron2's evaluators, which may write files to the folder.
+"""
+Evaluators = list[DatasetEvaluator]
 
 
-def evaluator_builders(cfg: CfgNode, dataset_name: str, folder: str) -> list[Callable[[], Any]]:
-    """Return functions that build the evaluators of a data set and read its annotations.
+def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    """Build the evaluators of a data set, which read its annotations.
 
     Args:
-        cfg: config with ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE``.
+        cfg: the whole config; ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE`` are read.
         dataset_name: name of a registered data set.
-        folder: folder for the files that evaluators write.
-
-    Raises:
-        ConfigError: the data set has no or an unknown ``evaluator_type``.
+        folder: for the files that evaluators write.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    builders: dict[str, list[Callable[[], Any]]] = {
-        "coco": [
-            lambda: COCOEvaluator(
-                dataset_name, output_dir=folder, max_dets_per_image=_max_dets(cfg, dataset_name)
-            )
-        ],
-        "cityscapes_instance": [lambda: CityscapesInstanceEvaluator(dataset_name, folder)],
-        "cityscapes_sem_seg": [lambda: CityscapesSemanticEvaluator(dataset_name, folder)],
-        "kitti": [
-            lambda: coco_evaluator(dataset_name, folder),
-            lambda: KITTIEvaluator(dataset_name),
-        ],
-        "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
-        "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
-        "coco_panoptic_seg": [
-            lambda: SemSegEvaluator(dataset_name, output_dir=folder),
-            lambda: COCOEvaluator(dataset_name, output_dir=folder),
-            lambda: COCOPanopticEvaluator(dataset_name, folder),
-        ],
-    }
-    if kind not in builders:
-        raise ConfigError(
-            f"DATASETS.TEST '{dataset_name}' has evaluator type '{kind}'; "
-            f"it must be one of: {', '.join(builders)}."
-        )
-    return builders[kind]
-
-
-def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
-    """Return the number of detections per image that COCO's metrics count; None: COCO's 100.
-
-    An image of a user's own data set may have more objects.
-    """
-    own = is_own_set(cfg, dataset_name)
-    return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None
+    kind = MetadataCatalog.get(dataset_name).evaluator_type
+    evaluators: Evaluators = EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, folder)
+    return evaluators
 
 
 def check_test_sets(cfg: CfgNode) -> None:
@@ -74,5 +48,65 @@ def check_test_sets(cfg: CfgNode) -> None:
         ConfigError, DataError: a test set has no evaluator, no images or unreadable annotations.
     """
     for name in cfg.DATASETS.TEST:
-        evaluator_builders(cfg, name, cfg.OUTPUT_DIR)
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind not in EVALUATOR_REGISTRY:
+            raise ConfigError(
+                f"DATASETS.TEST '{name}' has evaluator type '{kind}'; evaluators exist for: "
+                f"{nearest(kind, [kind for kind, _ in EVALUATOR_REGISTRY])}. Register your own in "
+                "distill.engine.evaluators.EVALUATOR_REGISTRY."
+            )
         check_test_set(cfg, name)
+
+
+@EVALUATOR_REGISTRY.register()
+def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    most = _max_dets(cfg, dataset_name)
+    return [COCOEvaluator(dataset_name, output_dir=folder, max_dets_per_image=most)]
+
+
+@EVALUATOR_REGISTRY.register()
+def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [
+        SemSegEvaluator(dataset_name, output_dir=folder),
+        COCOEvaluator(dataset_name, output_dir=folder),
+        COCOPanopticEvaluator(dataset_name, folder),
+    ]
+
+
+@EVALUATOR_REGISTRY.register()
+def cityscapes_instance(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [CityscapesInstanceEvaluator(dataset_name, folder)]
+
+
+@EVALUATOR_REGISTRY.register()
+def cityscapes_sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [CityscapesSemanticEvaluator(dataset_name, folder)]
+
+
+@EVALUATOR_REGISTRY.register()
+def kitti(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [coco_evaluator(dataset_name, folder), KITTIEvaluator(dataset_name)]
+
+
+@EVALUATOR_REGISTRY.register()
+def lvis(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [LVISEvaluator(dataset_name, output_dir=folder)]
+
+
+@EVALUATOR_REGISTRY.register()
+def pascal_voc(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [PascalVOCDetectionEvaluator(dataset_name)]
+
+
+@EVALUATOR_REGISTRY.register()
+def sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    return [SemSegEvaluator(dataset_name, output_dir=folder)]
+
+
+def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
+    """Return the number of detections per image that COCO's measures count; None: COCO's 100.
+
+    An image of a user's own set may have more objects than that.
+    """
+    own = is_own_set(cfg, dataset_name)
+    return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None

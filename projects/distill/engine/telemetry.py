@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checkpoint.save import replacing
+from ..utils.old_names import LOSSES, log_old_names, renamed
+
 Gradient = Sequence[Tensor | None]
 """Gradients by parameter; None if the loss does not depend on the parameter."""
 
@@ -16,6 +19,17 @@ def drop_torn_row(path: str) -> None:
     if os.path.isfile(path):
         with open(path, "rb+") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def rename_losses(path: str) -> None:
+    """Give the losses in a ``metrics.json`` today's names, so that a resumed run has one each."""
+    if os.path.isfile(path):
+        with open(path) as f:
+            text = f.read()
+        log_old_names([text], LOSSES, f"'{path}'")
+        if (new := renamed(text, LOSSES)) != text:
+            with replacing(path) as f:
+                f.write(new.encode())
 
 
 def head_of(loss: str, heads: Sequence[str]) -> str | None:

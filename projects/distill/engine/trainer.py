@@ -5,6 +5,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor, build_model
 from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -22,29 +23,22 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint.load import load_strictly, readable
-from ..checkpoint.save import StudentCheckpointer, StudentState
-from ..config import (
-    building,
-    distill_architectures,
-    get_distill_cfg,
-    merge_from_file,
-    merge_from_list,
-    student_config,
-    validate_config,
-)
+from ..checkpoint.save import HeadState, StudentCheckpointer, StudentState, check_states
+from ..config import student_class, student_config
 from ..data.cityscapes import SemanticMapper
-from ..data.datasets import check_labels, load_training_set, register_coco_format
+from ..data.datasets import check_labels, load_training_sets
 from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
-from ..errors import ConfigError
+from ..errors import building
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
-from ..modeling.init_from_teacher import inherit
-from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.init_from_teacher import init_from_teacher
+from ..modeling.meta_arch import DistillModel, build_distill_model, network_infos
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
-from .evaluators import check_test_sets, evaluator_builders
+from ..utils.old_names import HOOKS, with_renamed_keys
+from .evaluators import build_evaluators, check_test_sets
 from .hooks import (
     BestCheckpointHook,
     CheckpointHook,
@@ -54,21 +48,22 @@ from .hooks import (
     TelemetryHook,
 )
 from .nonfinite import FiniteGuard
-from .telemetry import drop_torn_row
+from .setup import be_deterministic, check_batch_size, scale_to_workers
+from .telemetry import drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains ``cfg.MODEL.META_ARCHITECTURE``, a plain detectron2 network or a ``Distill*`` one.
+    """Trainer of a plain detectron2 network, or of a distilled student if the config names heads.
 
-    Data are checked before any weight is loaded. Checkpoints are stock checkpoints of the student;
-    ``OUTPUT_DIR/student.yaml`` is its plain detectron2 config.
+    The data are checked before any weight is loaded. Checkpoints are stock checkpoints of the
+    student; ``OUTPUT_DIR/student.yaml`` is its plain detectron2 config.
 
     Args:
-        cfg: a config that :func:`validate_config` has passed.
-        extra_hooks: appended to detectron2's.
+        cfg: as :func:`distill.engine.setup_config` returns it.
+        extra_hooks: appended to those of :meth:`build_hooks`.
 
     Raises:
         ConfigError, DataError, WeightsError: before training starts.
@@ -81,10 +76,9 @@ class Trainer(DefaultTrainer):
             be_deterministic()
         cfg = scale_to_workers(cfg)
         check_batch_size(cfg)
-        self.dataset = load_training_set(cfg)
+        self.sets = load_training_sets(cfg)
         check_test_sets(cfg)
-        with building("student"):
-            model = self.build_model(cfg)
+        model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.cfg = cfg
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -92,7 +86,7 @@ class Trainer(DefaultTrainer):
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = getattr(model, "heads", {})
         self.teacher: Teacher | None = getattr(model, "teacher", None)
-        # Not the local rank, as detectron2 has it: SLURM may show each task its own GPU alone.
+        # Not the local rank, as in detectron2: SLURM may show each task its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
             create_ddp_model(model, broadcast_buffers=False, device_ids=devices),
@@ -108,16 +102,15 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
-        checkpointables: dict[str, Any] = {"student_state": StudentState(self.student)}
-        if isinstance(model, DistillModel):
-            checkpointables["distill"] = model.heads
-        # The trainer's state last: it says which iteration everything before belongs to.
+        heads = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
+        # The trainer's state comes last: it has the iteration to which everything else belongs.
         self.checkpointer = StudentCheckpointer(
             self.student,
             cfg.OUTPUT_DIR,
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             weights_in_place=self.averaged,
-            **checkpointables,
+            student_state=StudentState(self.student),
+            distill=HeadState(heads),
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -125,20 +118,28 @@ class Trainer(DefaultTrainer):
             write_student_yaml(cfg)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within, the student has the weights that are evaluated and kept."""
+        """Return a context in which the student has the weights that are evaluated and saved."""
         return self.ema.applied() if self.ema else contextlib.nullcontext()
 
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_distill_model(cfg)
+        logger.info("Model:\n%s", model)
+        return model
+
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
-        """The training data from iteration ``start`` on."""
-        check_labels(cfg, self.dataset)
-        return build_train_loader(cfg, self.dataset, train_mapper(cfg), seed=self.seed, start=start)
+        """Return the training data from iteration ``start`` on."""
+        check_labels(cfg, [entry for _, entries in self.sets for entry in entries])
+        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=self.seed, start=start)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
         return EvaluationLoader(cfg, dataset_name)
 
     def build_writers(self) -> list[EventWriter]:
-        drop_torn_row(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        log = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        drop_torn_row(log)
+        rename_losses(log)
         return super().build_writers()
 
     def build_hooks(self) -> list[HookBase]:
@@ -149,6 +150,9 @@ class Trainer(DefaultTrainer):
                 writers.append(hook)
             elif isinstance(hook, hooks.EvalHook):
                 before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
+                if cfg.TEST.AUG.ENABLED:  # takes 18 forwards per image: only at the end
+                    augmented = partial(self.test_with_TTA, cfg, self.student)
+                    before.append(EvalHook(0, augmented, self.averaged))
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -162,15 +166,18 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.BEST_METRIC:
             best = BestCheckpointHook(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
             before.append(best)
-        # Last of all: what a checkpoint has behind it is evaluated and written, and not repeated.
+        # Last, so that all that happens at an iteration is done before its checkpoint is written.
         period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
         return [*before, *writers, CheckpointHook(self.checkpointer, period, keep)]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load the newest intact checkpoint of ``OUTPUT_DIR`` if ``resume``, else the weights.
+        """Load the newest intact checkpoint of ``OUTPUT_DIR``, or ``MODEL.WEIGHTS``.
 
-        A resumed run ends as an uninterrupted one. Without any checkpoint in ``OUTPUT_DIR``, it
-        starts from ``MODEL.WEIGHTS`` too, and with what ``MODEL.DISTILL.INHERIT`` names.
+        A resumed run ends with the same bits as an uninterrupted one.
+
+        Args:
+            resume: if False, or if there is no checkpoint, load ``MODEL.WEIGHTS``, and copy the
+                parts that ``MODEL.DISTILL.INHERIT`` names from the teacher.
 
         Raises:
             WeightsError: the file is missing or unreadable, or every checkpoint is damaged.
@@ -182,7 +189,7 @@ class Trainer(DefaultTrainer):
             with readable(weights, "MODEL.WEIGHTS") if weights else contextlib.nullcontext():
                 self.checkpointer.load(weights, checkpointables=[])
             if self.teacher and self.cfg.MODEL.DISTILL.INHERIT:
-                self._inherit(self.teacher)
+                self._init_from(self.teacher)
             return
         with readable(last, "--resume"):
             self.checkpointer.load(last)
@@ -190,10 +197,11 @@ class Trainer(DefaultTrainer):
         self._trainer.seed = self._trainer.guard.seed = self.seed
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
-    def _inherit(self, teacher: Teacher) -> None:
+    def _init_from(self, teacher: Teacher) -> None:
         specs = network_infos(self.cfg, build_family(self.student), teacher.family)
         own, taught = ((x.classes, x.sem_seg_classes) for x in specs if x)
-        inherit(self.student, teacher.model, self.cfg.MODEL.DISTILL.INHERIT, own == taught)
+        parts = self.cfg.MODEL.DISTILL.INHERIT
+        init_from_teacher(self.student, teacher.model, parts, own == taught)
 
     def train(self) -> Any:
         try:
@@ -205,20 +213,33 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        place = {key: state_dict[key] for key in ("iteration", "seed")}
+        place = {key: state_dict.get(key) for key in ("iteration", "seed")}
         if not all(isinstance(x, int) and x >= 0 for x in place.values()):
-            raise ValueError(f"it was written at {place}, which are no whole numbers from 0")
-        super().load_state_dict(state_dict)
+            raise ValueError(f"it was written at {place}, which must be whole numbers from 0")
+        hooks = self._checked_hooks(state_dict.get("hooks", {}))
+        super().load_state_dict({**state_dict, "hooks": hooks})
         self.seed = state_dict["seed"]
         world = comm.get_world_size()
         if self.cfg.SOLVER.REFERENCE_WORLD_SIZE and state_dict["world_size"] != world:
             self._rescale(state_dict["world_size"] / world)
 
+    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
+        """States of hooks by the names of today; detectron2 only warns of those that it ignores.
+
+        The moving average may start without a state, from the weights of the checkpoint.
+        """
+        states = with_renamed_keys(states, HOOKS, "The checkpoint")
+        own = {type(hook).__qualname__: hook for hook in self._hooks}
+        needed = [name for name, hook in own.items() if hook is not self.ema and hook.state_dict()]
+        remedy = "set SOLVER.EMA.DECAY, TEST.BEST_METRIC and your own hooks as they were"
+        check_states("hook", states, own, needed, remedy)
+        return states
+
     def _rescale(self, factor: float) -> None:
-        """Go on with another number of processes, by which detectron2 scales the schedule.
+        """Continue with another number of processes, by which detectron2 scales the schedule.
 
         Args:
-            factor: how many times as many iterations the whole training has now.
+            factor: ratio of the new to the old number of iterations.
         """
         done = round((self.iter + 1) * factor)
         logger.warning("Iteration %d is now %d: the number of processes changed", self.iter, done)
@@ -252,60 +273,48 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
-        """The evaluators of a data set, by its ``evaluator_type``."""
-        builders = evaluator_builders(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
-        return DatasetEvaluators([build() for build in builders])
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluators:
+        """Return the evaluators of a data set, by its ``evaluator_type``.
+
+        Args:
+            dataset_name: name of a registered data set.
+            output_folder: for the files that they write; None: ``OUTPUT_DIR/inference``.
+        """
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return DatasetEvaluators(build_evaluators(cfg, dataset_name, folder))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
         return super().test(cfg, with_sliding_window(cfg, model), evaluators)
 
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> "OrderedDict[str, Any]":
+        """Evaluate with detectron2's test-time augmentation, ``TEST.AUG``.
+
+        Args:
+            model: a plain ``GeneralizedRCNN``.
+
+        Returns:
+            The results of :meth:`test`, with the suffix ``_TTA`` in the names of tasks, or of data
+            sets if there are several.
+        """
+        logger.info("Evaluating with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
+
 
 def train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """detectron2's mapper, that for semantic labels, or the one that knows ignored regions."""
+    """Return detectron2's mapper, or that of semantic labels, or that of ignored regions."""
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
-    if semantic or student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+    if semantic or issubclass(student_class(cfg), SemanticSegmentor):
         return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
-
-
-def be_deterministic() -> None:
-    """Use algorithms on CUDA that give the same bits every time, as those on the CPU do."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-
-
-def scale_to_workers(cfg: CfgNode) -> CfgNode:
-    """detectron2's ``auto_scale_workers``, the average and the heads' schedules included."""
-    scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
-    if factor == 1:
-        return scaled
-    scaled = scaled.clone()
-    scaled.defrost()
-    ema = scaled.SOLVER.EMA
-    ema.DECAY **= 1 / factor  # as much of the average is forgotten in as many pictures
-    ema.WARMUP_ITERS = round(ema.WARMUP_ITERS * factor)
-    distilled = cfg.MODEL.META_ARCHITECTURE in distill_architectures()
-    for head in scaled.MODEL.DISTILL.HEADS if distilled else ():
-        section = scaled.MODEL.DISTILL[head.upper()]
-        for key in [key for key in section if key.endswith(("_ITER", "_ITERS"))]:
-            section[key] = round(section[key] * factor)
-    scaled.freeze()
-    return scaled
-
-
-def check_batch_size(cfg: CfgNode) -> None:
-    world = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
-            f"{world} processes."
-        )
 
 
 def write_student_yaml(cfg: CfgNode) -> None:
@@ -317,52 +326,30 @@ def write_student_yaml(cfg: CfgNode) -> None:
         f.write(student.dump())
 
 
-def setup_config(config_file: str, opts: Sequence[Any] = (), *, training: bool = True) -> CfgNode:
-    """Load, register data, validate.
-
-    Args:
-        config_file: yaml path, or "" for the defaults.
-        opts: KEY VALUE overrides.
-        training: False for evaluation, which needs neither the teacher nor the training data.
-
-    Raises:
-        ConfigError, DataError: one sentence that names what to change.
-    """
-    cfg = get_distill_cfg()
-    if config_file:
-        merge_from_file(cfg, config_file)
-    merge_from_list(cfg, list(opts))
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s, but there is no GPU: using the CPU", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE.startswith("cuda:"):  # where memory is measured and waited for, too
-        torch.cuda.set_device(cfg.MODEL.DEVICE)
-    register_coco_format(cfg, None if training else cfg.DATASETS.TEST)
-    validate_config(cfg, training=training)
-    cfg.freeze()
-    return cfg
-
-
 def evaluate(
     cfg: CfgNode, weights: str | None = None, trainer: type[Trainer] = Trainer
 ) -> "OrderedDict[str, Any]":
-    """Evaluate the student alone; needs none of the teacher's files.
+    """Evaluate the student; none of the teacher's files is needed.
 
     Args:
-        cfg: of the training or plain.
+        cfg: config of the training, or a plain one.
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
         trainer: the class that evaluates.
     """
     check_test_sets(cfg)
-    return trainer.test(cfg, load_student(cfg, weights or cfg.MODEL.WEIGHTS))
+    student = load_student(cfg, weights or cfg.MODEL.WEIGHTS)
+    results: OrderedDict[str, Any] = trainer.test(cfg, student)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(trainer.test_with_TTA(cfg, student))
+    return results
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:
-    """The student alone, a plain detectron2 network.
+    """Return the student, a plain detectron2 network, with its weights.
 
     Args:
-        cfg: of the training or plain.
-        weights: checkpoint that fits it.
+        cfg: config of the training, or a plain one.
+        weights: checkpoint of the student.
     """
     with building("student"):
         model = build_model(student_config(cfg))

@@ -132,7 +132,7 @@ STUDIES = {
         "demo_mask_student.yaml",
         "demo_mask_ima.yaml",
         "demo_mask_teacher.yaml",
-        methods(MaskKD={"WEIGHT": 30.0}, MKD={"WEIGHT": 20.0, "IN_FEATURES": ("p2",)}),
+        methods(MaskLogitKD={"WEIGHT": 30.0}, MKD={"WEIGHT": 20.0, "IN_FEATURES": ("p2",)}),
         "mask AP",
     ),
     "semantic": Study(

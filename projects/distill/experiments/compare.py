@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor, build_model
 from torch import nn
 
 from ..config import (
@@ -28,6 +28,7 @@ from ..config import (
     get_distill_cfg,
     merge_from_file,
     merge_from_list,
+    student_class,
     student_config,
     teacher_config,
     validate_config,
@@ -194,7 +195,7 @@ class Comparison:
         cfg = get_distill_cfg()
         merge_from_file(cfg, self.args.config_file)
         merge_from_list(cfg, self.args.opts)
-        semantic = student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+        semantic = issubclass(student_class(cfg), SemanticSegmentor)
         shapes = Shapes(self.out, self.data_seed, "cityscapes" if semantic else "coco")
         with Progress() as progress:
             shapes.render(progress)

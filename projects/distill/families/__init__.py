@@ -1,4 +1,4 @@
-"""Probes: where the signals live in a family of networks."""
+"""Families of networks: where each keeps the outputs that heads compare."""
 
 from torch import nn
 
@@ -12,15 +12,15 @@ FAMILIES: tuple[type[Family], ...] = (RCNNFamily, DenseFamily, SemanticFamily)
 
 
 def build_family(model: nn.Module) -> Family:
-    """The probe of ``model``'s family.
+    """Wrap a network in its family.
 
     Raises:
-        ConfigError: no family fits.
+        ConfigError: if no family fits.
     """
     for family in FAMILIES:
         if isinstance(model, family.architecture):
             return family(model)
-    families = ", ".join(p.architecture.__name__ for p in FAMILIES)
+    families = ", ".join(x.architecture.__name__ for x in FAMILIES)
     raise ConfigError(f"{type(model).__name__} cannot be distilled; it must be one of: {families}.")
 
 

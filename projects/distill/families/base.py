@@ -1,4 +1,4 @@
-"""The two questions of distillation: what did the student say, what would the teacher say?"""
+"""Base class of families: read a student's outputs, ask a teacher for its own."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +16,12 @@ T = TypeVar("T")
 
 
 class Family:
-    """Reads a student through taps, asks a teacher through its public submodules.
+    """A network whose outputs can be read in its own forward, or asked for.
 
-    A subclass names its family's modules. A probe serves a network in either role; the teacher is
-    never run through its ``forward``: dense inference rewrites what a tap recorded
-    (``sigmoid_``), training mode updates statistics, and both compute what nobody reads.
+    A subclass names the modules of its family. It serves a student, whose forward is recorded, and
+    a teacher, whose public submodules are called. A teacher is never run through its ``forward``.
+    Dense inference would rewrite recorded outputs (``sigmoid_``), training mode would update
+    statistics, and both would compute outputs that no head reads.
     """
 
     architecture: ClassVar[type[nn.Module]] = nn.Module
@@ -45,14 +46,14 @@ class Family:
 
     @property
     def sem_seg_shape(self) -> ShapeSpec | None:
-        """Channels and stride of the semantic head's features; None: there is no such head."""
+        """Channels and stride of the semantic head's features; None without such a head."""
         if "sem_seg" not in self.outputs:
             return None
         head = self.model.sem_seg_head
         return ShapeSpec(channels=head.predictor.in_channels, stride=head.common_stride)
 
     def _split(self, outputs: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-        """The backbone's outputs as features and shallow maps."""
+        """Split the backbone's outputs into features and shallow maps."""
         shallow = {deep: outputs[name] for deep, name in self.shallow_names.items()}
         names = set(self.shallow_names.values())
         return {k: v for k, v in outputs.items() if k not in names}, shallow
@@ -69,7 +70,7 @@ class Family:
     def info(
         self, name: str, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()
     ) -> NetworkInfo:
-        """Return what heads may know of this network.
+        """Return the facts from which heads are built.
 
         Args:
             name: "student" or "teacher".
@@ -88,42 +89,42 @@ class Family:
         )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
-        """Modules to tap so that :meth:`read` can fill ``needs``; the backbone is always one."""
+        """Return the modules to record for :meth:`read`; the backbone is always one."""
         return ["backbone"]
 
     def read(self, recorder: Recorder, batch: Batch, needs: Collection[str]) -> NetworkOutputs:
-        """What the student said in the forward that ``calls`` recorded."""
+        """Return the student's outputs in a recorded forward."""
         return self._features(batch, recorder["backbone"].output)
 
     def ask(
         self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
     ) -> NetworkOutputs:
-        """What the teacher says of the student's batch and boxes; call it under ``no_grad``.
+        """Return the teacher's outputs for the student's batch and boxes; call it in ``no_grad``.
 
         Args:
-            images: (N, C, H, W) preprocessed for this network, at least as large as the canvas.
-            student: the student's signals, whose boxes the teacher is asked about.
-            needs: signals to fill.
+            images: (N, C, H, W) preprocessed for this network, at least of the padded size.
+            student: the student's outputs, for whose boxes the teacher is asked.
+            needs: fields of the outputs to fill.
         """
         return self._features(student.batch, self.model.backbone(images))
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[Recorder]:
-        """Tap this network for one forward."""
+        """Record one forward of this network."""
         with record(self.model, self.recorded_modules(needs)) as recorder:
             yield recorder
 
     def batch(self, recorder: Recorder, inputs: list[dict[str, Any]]) -> Batch:
-        """The batch as the tapped student saw it."""
+        """Return the batch as the recorded student saw it."""
         images = recorder["backbone"].args[0]
         instances = [x["instances"].to(images.device) for x in inputs if "instances" in x]
         return Batch(inputs, tuple(images.shape[-2:]), instances, images.device)
 
     def preprocess(self, inputs: list[Tensor], padded_size: tuple[int, int]) -> Tensor:
-        """Normalise, pad and batch pictures for this network.
+        """Normalise, pad and batch images for this network.
 
         Args:
-            inputs: one (C, H, W) tensor a picture in this network's channel order.
+            inputs: one (C, H, W) tensor per image in this network's channel order.
             padded_size: (height, width) that the result covers at least; this network's own
                 divisibility or square padding may pad further.
 
@@ -131,17 +132,17 @@ class Family:
             (N, C, H, W).
 
         Raises:
-            ConfigError: the canvas exceeds the fixed square that this network pads to.
+            ConfigError: if the padded size exceeds the fixed square that this network pads to.
         """
         model = self.model
         images = [(x.to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs]
-        # The first picture, padded to the canvas, carries the whole batch to the canvas' size.
+        # The first image, padded, carries the whole batch to the padded size.
         first = images[0]
         images[0] = first.new_zeros(len(first), *padded_size)
         images[0][:, : first.shape[1], : first.shape[2]] = first
         padding = model.backbone.padding_constraints
         square = padding.get("square_size", 0)
-        if 0 < square < max(padded_size):  # detectron2 would cut the picture without a word
+        if 0 < square < max(padded_size):  # detectron2 would cut the image silently
             raise ConfigError(
                 f"The teacher pads to {square} x {square} pixels, but the student's input has "
                 f"{padded_size[0]} x {padded_size[1]}; lower INPUT.MAX_SIZE_TRAIN or take another "

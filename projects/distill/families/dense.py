@@ -28,14 +28,14 @@ from .recorder import Recorder, record
 def dense_outputs(
     output: Sequence[Any], num_classes: int, student: DenseOutputs | None = None, box_dim: int = 4
 ) -> DenseOutputs:
-    """A head's (logits, deltas) lists of (N, Ai x K, Hi, Wi) maps as a :class:`DenseOutputs`.
+    """Return the (logits, deltas) of a head, lists of (N, Ai x K, Hi, Wi) maps, as rows.
 
     Args:
-        output: of the head; further entries are left out.
+        output: the head's output; entries after the second are left out.
         num_classes: K of the logits.
-        student: cut the maps to the cells that both networks share: a teacher may have padded its
-            canvas further.
-        box_dim: numbers a box is regressed by.
+        student: the student's outputs. Maps are cut to its cells, because a teacher may have
+            padded its images further.
+        box_dim: numbers that encode a box.
     """
     logits, deltas = output[:2]
     if student is not None:
@@ -50,15 +50,15 @@ def dense_outputs(
 
 
 def decode_dense(detector: Any, outputs: NetworkOutputs, needs: Collection[str]) -> None:
-    """Fill ``signals.dense_boxes`` if needed.
+    """Fill ``dense_boxes`` if they are needed.
 
     Args:
-        detector: what owns ``anchor_generator`` and ``box2box_transform``: an RPN or the model.
+        detector: owner of ``anchor_generator`` and ``box2box_transform``: an RPN or the model.
     """
     if "dense_boxes" not in needs:
         return
     dense = outputs.dense
-    assert dense is not None, "the boxes are decoded from the dense signal"
+    assert dense is not None, "the boxes are decoded from the dense outputs"
     generator: DefaultAnchorGenerator = detector.anchor_generator
     cells = zip(generator.cell_anchors, generator.strides, dense.sizes)
     for deltas, (anchors, stride, size) in zip(dense.deltas, cells):
@@ -76,7 +76,7 @@ class DenseFamily(Family):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        # RepPoints assigns twice: its classes by the second.
+        # RepPoints assigns twice; the second assignment is that of its classes.
         methods = ("refine_targets", "label_anchors", "targets")
         self.assignment = next((f"{k}()" for k in methods if hasattr(model, k)), None)
         self.subnets = {
@@ -123,9 +123,7 @@ class DenseFamily(Family):
         if "head_features" in needs:
             outputs.head_features = self._head_features(recorder)
         if "targets" in needs and self.assignment:
-            assigned = recorder[
-                self.assignment
-            ].output  # detectron2's are lists, one entry a picture
+            assigned = recorder[self.assignment].output  # detectron2's: lists, one entry per image
             labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
             outputs.targets = DenseTargets(labels, boxes)
         decode_dense(self.model, outputs, needs)
@@ -149,7 +147,7 @@ class DenseFamily(Family):
     def _head_features(
         self, recorder: Recorder, student: DenseOutputs | None = None
     ) -> HeadFeatures:
-        """Of the recorded calls, cut to the cells of the student."""
+        """Return the recorded maps, cut to the cells of the student."""
         subnets = []
         for name, indices in self.subnets.items():
             maps = [[call.output for call in recorder.all(f"{name}.{k}")] for k in indices]
@@ -159,5 +157,5 @@ class DenseFamily(Family):
         return HeadFeatures(*subnets)
 
     def _dense(self, output: Sequence[Any], student: DenseOutputs | None = None) -> DenseOutputs:
-        box_dim = getattr(self.model, "box_dim", 4)  # detectron2's have 4
+        box_dim = getattr(self.model, "box_dim", 4)  # 4 in detectron2's own
         return dense_outputs(output, self.model.num_classes, student, box_dim)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..structures import DenseLayout
 
-SUBNETS = ("cls_subnet", "bbox_subnet")  # of detectron2's RetinaNetHead and those made of it
+SUBNETS = ("cls_subnet", "bbox_subnet")  # in detectron2's RetinaNetHead and its relatives
 
 
 def dense_layout(
@@ -21,7 +21,7 @@ def dense_layout(
     Args:
         detector: owner of ``anchor_generator`` and ``box2box_transform``: an RPN or the model.
         levels: names of the features that the head reads.
-        shapes: of the features.
+        shapes: channels and strides of the features.
         objectness: True for an RPN.
     """
     head = getattr(detector, "head", None)
@@ -33,7 +33,7 @@ def dense_layout(
         offset=detector.anchor_generator.offset,
         thresholds=_thresholds(detector),
         box2box_transform=detector.box2box_transform,
-        box_dim=getattr(detector, "box_dim", 4),  # detectron2's have 4
+        box_dim=getattr(detector, "box_dim", 4),  # 4 in detectron2's own
         reg_max=getattr(detector, "reg_max", None),
         candidates=getattr(detector, "candidates", DenseLayout.candidates),
         subnet_channels=_subnet_channels(head),
@@ -42,7 +42,7 @@ def dense_layout(
 
 
 def _thresholds(detector: Any) -> tuple[float, float]:
-    """Return those of its matcher, or RetinaNet's 0.4 and 0.5 if the assignment is adaptive."""
+    """Return the matcher's thresholds, or RetinaNet's 0.4 and 0.5 if the assignment is adaptive."""
     matcher = getattr(detector, "anchor_matcher", None)
     bounds = getattr(matcher, "thresholds", None)  # the matcher adds both infinities
     return (bounds[1], bounds[-2]) if bounds else (0.4, 0.5)
@@ -71,7 +71,7 @@ class LastLayers:
     """The last layers of a dense head; they share their modules with the head.
 
     Args:
-        detector: a dense detector, whose head is a RetinaNetHead or made of it.
+        detector: a dense detector whose head is a RetinaNetHead or its relative.
         convs: last convolutions of each subnet that stay.
     """
 

@@ -26,8 +26,12 @@ MASK_PREDICTOR = "roi_heads.mask_head.predictor"
 
 
 class RCNNFamily(Family):
-    """Boxes come from the arguments of ``box_pooler`` and ``mask_head``: TRAIN_ON_PRED_BOXES
-    rewrites those in the proposals. Labels come from the output of ``roi_heads``."""
+    """R-CNNs with an FPN.
+
+    Boxes are read from the arguments of ``box_pooler`` and ``mask_head``, because
+    TRAIN_ON_PRED_BOXES rewrites those in the proposals. Labels are read from the output of
+    ``roi_heads``.
+    """
 
     architecture = GeneralizedRCNN
 
@@ -36,9 +40,8 @@ class RCNNFamily(Family):
         heads = self.model.roi_heads
         if not isinstance(heads, StandardROIHeads):
             raise ConfigError(
-                f"{type(heads).__name__} shares its box and mask features in one block, which "
-                "distillation cannot tap; use an FPN config (ROI_HEADS.NAME StandardROIHeads or "
-                "CascadeROIHeads)."
+                f"MODEL.ROI_HEADS.NAME is {type(heads).__name__}, whose shared block cannot be "
+                "distilled; use an FPN config (StandardROIHeads or CascadeROIHeads)."
             )
         predictors = heads.box_predictor
         cascade = isinstance(heads, CascadeROIHeads)
@@ -73,7 +76,7 @@ class RCNNFamily(Family):
         generator, heads = self.model.proposal_generator, self.model.roi_heads
         sigmoid = any(getattr(x, "use_sigmoid_ce", False) for x in self.predictors)
         info = replace(info, box_in_features=tuple(heads.box_in_features), use_sigmoid_ce=sigmoid)
-        if "dense" not in info.outputs:  # without an RPN its losses cannot be computed again
+        if "dense" not in info.outputs:  # without an RPN, detector losses cannot be computed
             return info
         losses = DetectorLosses(self.model)
         return replace(
@@ -120,7 +123,7 @@ class RCNNFamily(Family):
         return stages
 
     def _relabel(self, boxes: list[Tensor], targets: list[Instances], stage: int) -> Tensor:
-        """Labels of a later Cascade stage: its boxes are matched anew at its own IoU."""
+        """Return the labels of a later Cascade stage, which matches its boxes at its own IoU."""
         heads = self.model.roi_heads
         labels = []
         for boxes_per_image, target in zip(boxes, targets):
@@ -168,10 +171,10 @@ class RCNNFamily(Family):
         return outputs
 
     def _ask_rois(self, features: dict[str, Tensor], rois: ROIs, stage: int | None) -> ROIs:
-        """This network's opinion of the student's boxes.
+        """Return this network's predictions for the student's boxes.
 
-        A Cascade asked by a Cascade of as many stages answers stage by stage; asked by any other
-        student, with the mean of its stages' scores and the first stage's deltas.
+        A Cascade answers a Cascade of as many stages stage by stage. For any other student it
+        returns the mean of its stages' scores and the first stage's deltas.
         """
         heads = self.model.roi_heads
         pooled = heads.box_pooler(
@@ -187,7 +190,7 @@ class RCNNFamily(Family):
         return ROIs(rois.boxes, logits, deltas, rois.labels)
 
     def _ask_masks(self, features: dict[str, Tensor], masks: Masks | None) -> Masks:
-        assert masks is not None, "the student's masks say which boxes to ask about"
+        assert masks is not None, "the student's masks have the boxes to ask for"
         heads = self.model.roi_heads
         pooled = heads.mask_pooler(
             [features[f] for f in heads.mask_in_features], [Boxes(b) for b in masks.boxes]

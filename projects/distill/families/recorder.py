@@ -1,7 +1,7 @@
-"""Taps: hooks that live for one forward and record what crosses module boundaries.
+"""Record the calls of submodules during one forward.
 
-Only boundaries that detectron2 documents by name are safe: inside a module, later in-place
-operations rewrite what a hook has seen.
+Only modules that detectron2 documents by name are safe to record. Inside of them, later in-place
+operations rewrite the recorded tensors.
 """
 
 import inspect
@@ -15,14 +15,14 @@ from ..errors import RecorderError
 
 
 class Call(NamedTuple):
-    """One call of a tapped module or method."""
+    """One call of a recorded module or method."""
 
     args: tuple[Any, ...]
     output: Any
 
 
 class Recorder:
-    """The recorded calls of one forward, by the tap's name."""
+    """The recorded calls of one forward, by the name of the module."""
 
     def __init__(self, names: Sequence[str]):
         self._calls: dict[str, list[Call]] = {name: [] for name in names}
@@ -31,22 +31,23 @@ class Recorder:
         self._calls[name].append(call)
 
     def all(self, name: str) -> list[Call]:
-        """All calls of ``name`` in order.
+        """Return all calls of ``name`` in order.
 
         Raises:
-            RecorderError: the module is not tapped or did not run; a silent zero loss is worse.
+            RecorderError: if the module is not recorded or did not run.
         """
         if name not in self._calls:
-            raise RecorderError(f"Module '{name}' is not tapped; tapped: {', '.join(self._calls)}.")
+            names = ", ".join(self._calls)
+            raise RecorderError(f"Module '{name}' is not recorded; recorded: {names}.")
         if not self._calls[name]:
             raise RecorderError(
-                f"The tapped module '{name}' did not run in this forward; hooks do not fire inside "
-                "a compiled graph: compile the module itself, not one that contains it."
+                f"The recorded module '{name}' did not run in this forward. Hooks do not fire "
+                "inside a compiled graph: compile the module itself, not one that contains it."
             )
         return self._calls[name]
 
     def __getitem__(self, name: str) -> Call:
-        """The last call of ``name``; see :meth:`all`."""
+        """Return the last call of ``name``; see :meth:`all`."""
         return self.all(name)[-1]
 
 
@@ -55,10 +56,10 @@ def record(model: nn.Module, names: Sequence[str]) -> Iterator[Recorder]:
     """Record the calls of submodules and methods of ``model`` while the context is open.
 
     Args:
-        names: of submodules, such as "backbone", or of methods, such as "label_anchors()".
+        names: submodules, such as "backbone", and methods, such as "label_anchors()".
 
     Raises:
-        RecorderError: ``model`` has no such submodule or method.
+        RecorderError: if ``model`` has no such submodule or method.
     """
     recorder = Recorder(names)
     with ExitStack() as hooks:
@@ -72,19 +73,19 @@ def record(model: nn.Module, names: Sequence[str]) -> Iterator[Recorder]:
 
 
 def _record_method(model: nn.Module, name: str, recorder: Recorder) -> Callable[[], None]:
-    """Record a method's calls; what is returned takes the tap away."""
+    """Record a method's calls; the returned function ends the recording."""
     attribute = name[:-2]
     method = getattr(model, attribute, None)
     if not inspect.isroutine(method):
-        raise RecorderError(f"{type(model).__name__} has no method '{name}' to tap.")
-    own = vars(model).get(attribute)  # of the instance: an outer tap, or what a user has set
+        raise RecorderError(f"{type(model).__name__} has no method '{name}' to record.")
+    own = vars(model).get(attribute)  # set on the instance by an outer recorder or by a user
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         output = method(*args, **kwargs)
         recorder.add(name, Call(args, output))
         return output
 
-    setattr(model, attribute, recorded)  # of the instance; the class keeps its own
+    setattr(model, attribute, recorded)  # only on the instance
     return lambda: setattr(model, attribute, own) if own else delattr(model, attribute)
 
 
@@ -92,7 +93,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as e:
-        raise RecorderError(f"{type(model).__name__} has no module '{name}' to tap: {e}.") from e
+        raise RecorderError(f"{type(model).__name__} has no module '{name}' to record: {e}.") from e
 
 
 def _hook(recorder: Recorder, name: str) -> Any:

@@ -15,18 +15,19 @@ PREDICTOR = "sem_seg_head.predictor"
 
 
 def sem_seg_modules(needs: Collection[str]) -> list[str]:
+    """Return the modules to record for the semantic head."""
     return [PREDICTOR] if "sem_seg" in needs else []
 
 
 def read_sem_seg(outputs: NetworkOutputs, recorder: Recorder, needs: Collection[str]) -> None:
-    """Fill ``signals.sem_seg`` if needed; the head itself returns losses in training."""
+    """Fill ``sem_seg`` if it is needed; in training, the head itself returns losses."""
     if "sem_seg" in needs:
         call = recorder[PREDICTOR]
         outputs.sem_seg = SemSeg(call.args[0], call.output)
 
 
 def ask_sem_seg(model: nn.Module, outputs: NetworkOutputs, needs: Collection[str]) -> None:
-    """Fill ``signals.sem_seg`` if needed by running the head up to its predictor."""
+    """Fill ``sem_seg`` if it is needed, by running the head up to its predictor."""
     if "sem_seg" in needs:
         with record(model, [PREDICTOR]) as recorder:
             _predict(model.sem_seg_head, outputs.features)
@@ -34,7 +35,7 @@ def ask_sem_seg(model: nn.Module, outputs: NetworkOutputs, needs: Collection[str
 
 
 def _predict(head: Any, features: dict[str, Tensor]) -> None:
-    """Run a semantic head up to its predictor: what follows enlarges logits to the picture."""
+    """Run a semantic head up to its predictor; later layers enlarge the logits to the image."""
     if hasattr(head, "layers"):
         head.layers(features)
     elif isinstance(head, DeepLabV3Head):
@@ -44,6 +45,8 @@ def _predict(head: Any, features: dict[str, Tensor]) -> None:
 
 
 class SemanticFamily(Family):
+    """Semantic segmenters."""
+
     architecture = SemanticSegmentor
 
     @property

@@ -1,4 +1,4 @@
-"""The contract of a distillation head."""
+"""Base class and registry of distillation heads."""
 
 import logging
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ Its keys are in ``MODEL.DISTILL.<NAME>``, the class name in upper case.
 
 
 class DistillHead(nn.Module):
-    """Compares what student and teacher said and returns named, weighted losses.
+    """Compare outputs of student and teacher, and return named, weighted losses.
 
     A subclass writes :meth:`losses` and declares its config keys in ``section``, on top of those of
     its bases. Each key is an argument of the constructor, in lower case. The schedule, connected
@@ -55,8 +55,8 @@ class DistillHead(nn.Module):
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
 
     parts: tuple[str, ...] = ("",)
-    """Names of what :meth:`losses` returns, the same at every iteration: loggers go on showing the
-    last value of a name that is gone."""
+    """Names of the losses that :meth:`losses` returns, the same at every iteration: loggers would
+    go on showing the last value of a missing name."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -99,7 +99,7 @@ class DistillHead(nn.Module):
 
     @classmethod
     def missing_outputs(cls, student: NetworkInfo, teacher: NetworkInfo | None) -> str | None:
-        """Which of ``needs`` a network does not produce, or None."""
+        """Return why a network lacks outputs in ``needs``, or None."""
         if teacher is None and cls.needs_teacher:
             return "it compares with a teacher, but no teacher is configured"
         for net in (student, teacher) if teacher and cls.needs_teacher else (student,):
@@ -113,7 +113,7 @@ class DistillHead(nn.Module):
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: Any) -> str | None:
-        """Why this head cannot compare these two networks, or None.
+        """Return why this head cannot compare these two networks, or None.
 
         Args:
             student, teacher: :class:`NetworkInfo`; the teacher is None if no head needs one.
@@ -121,7 +121,7 @@ class DistillHead(nn.Module):
         return cls.missing_outputs(student, teacher)
 
     def factor(self) -> float:
-        """The weight at the current iteration."""
+        """Return the weight at the current iteration."""
         iteration = current_iteration()
         if self.stop_iter and iteration >= self.stop_iter:
             return 0.0
@@ -130,7 +130,7 @@ class DistillHead(nn.Module):
         return self.weight
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
-        """Unweighted scalar losses by the names in ``parts``, to be summed.
+        """Return unweighted scalar losses by the names in ``parts``, to be summed.
 
         Args:
             student, teacher: :class:`NetworkOutputs`; a head without ``needs_teacher`` reads no
@@ -139,11 +139,11 @@ class DistillHead(nn.Module):
         raise NotImplementedError
 
     def forward(self, student: NetworkOutputs, teacher: NetworkOutputs | None) -> dict[str, Tensor]:
-        """Weighted losses, named ``loss_<head>[/<part>]``.
+        """Return weighted losses, named ``loss_<head>[/<part>]``.
 
         Args:
-            student: what the student said.
-            teacher: what the teacher said; None while no head that needs it is active.
+            student: the student's outputs.
+            teacher: the teacher's outputs; None while no active head needs them.
         """
         head = f"loss_{type(self).__name__.lower()}"
         names = {part: f"{head}/{part}" if part else head for part in self.parts}
@@ -157,7 +157,7 @@ class DistillHead(nn.Module):
 
 
 class NonModuleRef:
-    """What a head refers to and does not own: no submodule of it, and shared by its copies."""
+    """Reference to a value that is no submodule of a head and that its copies share."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -167,15 +167,15 @@ class NonModuleRef:
 
 
 class StepGenerator(nn.Module):
-    """A head's private source of randomness; it leaves the global state alone.
+    """A head's private random generator, which does not change the global random state.
 
-    The trainer reseeds it at every iteration, so a checkpoint needs none of its state. The
-    generator lives on the device that draws: nothing is copied or synchronised.
+    The trainer reseeds it at every iteration, so checkpoints do not store its state. The generator
+    lives on the device that draws, so that nothing is copied or synchronised.
     """
 
     def __init__(self, seed: int):
         super().__init__()
-        self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # other masks in every process
+        self.seed = max(seed, 0) + comm.get_rank() * 1_000_003  # different in every process
         self._generator: torch.Generator | None = None
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -190,7 +190,7 @@ class StepGenerator(nn.Module):
 
 
 def teacher_needed(cfg: CfgNode) -> bool:
-    """Whether a head of ``cfg.MODEL.DISTILL.HEADS`` compares with a teacher."""
+    """Return True if a head of ``cfg.MODEL.DISTILL.HEADS`` compares with a teacher."""
     return any(DISTILL_HEAD_REGISTRY.get(n).needs_teacher for n in cfg.MODEL.DISTILL.HEADS)
 
 
@@ -201,7 +201,7 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
         teacher: None if no head needs one.
 
     Raises:
-        ConfigError: a head cannot compare these networks; the message says which heads can.
+        ConfigError: if a head cannot compare these networks; the message names heads that can.
     """
     heads = nn.ModuleDict()
     for name in cfg.MODEL.DISTILL.HEADS:
@@ -222,7 +222,7 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
 
 
 def outlasting_phases(cfg: CfgNode) -> list[str]:
-    """A sentence for each first phase of a head, a key ``*_ITERS``, that fills the training."""
+    """Return a warning for each first phase of a head (a key ``*_ITERS``) that never ends."""
     node, last = cfg.MODEL.DISTILL, cfg.SOLVER.MAX_ITER
     phases = {
         f"MODEL.DISTILL.{head.upper()}.{key}": value

@@ -29,21 +29,22 @@ logger = logging.getLogger(__name__)
 
 @DISTILL_HEAD_REGISTRY.register()
 class CIRKD(RelationDistillHead):
-    """Similarities with pixels of other pictures: of the process's batch, and of the past.
+    """CIRKD: compare similarities with pixels of other images, of the batch and of a memory.
 
     See :func:`distill.losses.cross_image_relation` and :func:`distill.losses.memory_contrast`.
     The memory holds the teacher's features of labelled pixels (``pixel``) and of the regions of a
-    class (``region``), from all processes; it is saved with the head.
+    class (``region``). It is filled by all processes and saved with the head.
 
     Args:
-        num_classes: of the semantic labels.
+        num_classes: number of classes of the semantic labels.
         part_weights: factor of each of the ``parts``.
         pool: side in cells of the patches that ``minibatch`` compares.
-        pixels, regions: slots a class of the two memories.
-        pixel_keys, region_keys: of all classes together, drawn for a step; at least one a class.
-        new_pixels: stored of each class and picture.
-        norm: of the projection of the student's features.
-        seed: of all that is drawn.
+        pixels, regions: slots per class of the two memories.
+        pixel_keys, region_keys: number of keys of all classes that are drawn in an iteration; at
+            least one per class.
+        new_pixels: pixels per class and image that are stored.
+        norm: norm layer of the projection of the student's features.
+        seed: seed of the drawn pixels and keys.
     """
 
     section = Section(
@@ -93,7 +94,7 @@ class CIRKD(RelationDistillHead):
         self.part_weights = dict(zip(self.parts, part_weights))
         self.pool = pool
         self.new_pixels = new_pixels
-        self.pixel_keys = pixel_keys // num_classes + 1  # of each class
+        self.pixel_keys = pixel_keys // num_classes + 1  # per class
         self.region_keys = region_keys // num_classes + 1
         self.random = StepGenerator(seed)
         self.projection = nn.Sequential(
@@ -139,7 +140,7 @@ class CIRKD(RelationDistillHead):
         self.remember(t, labels)
         rows = self.projection(s).movedim(1, -1).flatten(0, 2), t.movedim(1, -1).flatten(0, 2)
         labelled = ((labels >= 0) & (labels < self.num_classes)).flatten()
-        share = labelled.sum() / reduce_mean(labelled.sum())  # of this process
+        share = labelled.sum() / reduce_mean(labelled.sum())  # this process has
         generator = self.random.generator(s.device)
         for name, memory, number in (
             ("pixel", self.pixel_memory, self.pixel_keys),
@@ -151,7 +152,7 @@ class CIRKD(RelationDistillHead):
         return {part: losses[part] * self.part_weights[part] for part in self.parts}
 
     def remember(self, teacher: Tensor, labels: Tensor) -> None:
-        """Store the regions and some pixels of the teacher's maps, those of all processes."""
+        """Store the regions and some pixels of the teacher's maps of all processes."""
         generator = self.random.generator(teacher.device)
         regions, present = class_regions(teacher, labels, self.num_classes)
         drawn = class_pixels(teacher, labels, self.num_classes, self.new_pixels, generator)

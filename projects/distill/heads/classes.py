@@ -1,4 +1,4 @@
-"""Heads that compare predictions: classes of two networks, matched by name."""
+"""Base of heads that compare predictions, whose classes are matched by name."""
 
 import logging
 from typing import Any
@@ -47,32 +47,33 @@ class ClassMap(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def select(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Last-dimension columns of the shared classes in both, K -> K'."""
+        """Return the columns of the shared classes, K -> K' in the last dimension."""
         if self.identity:
             return student, teacher
         return student[..., self.in_student], teacher[..., self.in_teacher]
 
     def select_with_background(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`select` for (R, K + 1) logits whose last column is background."""
+        """Return the same for (R, K + 1) logits, whose last column is background."""
         if self.identity:
             return student, teacher
         s, t = self.select(student[:, :-1], teacher[:, :-1])
         return torch.cat([s, student[:, -1:]], 1), torch.cat([t, teacher[:, -1:]], 1)
 
     def shared_labels(self, labels: Tensor) -> Tensor:
-        """Positions of labels among the shared classes; -1 for all others, background included."""
+        """Return positions among the shared classes, -1 for other labels and background."""
         classes = len(self.position) - 1
         inside = (labels >= 0) & (labels < classes)
         return self.position[labels.where(inside, 0)].where(inside, -1)
 
     def known(self, labels: Tensor) -> Tensor:
-        """Whether the teacher knows each label in [0, K]; background (K) is known."""
+        """Return True for labels in [0, K] that the teacher knows, as it does background (K)."""
         return self.position[labels] >= 0
 
     def at_label(self, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries of (R, K or 1, ...) class-specific or class-agnostic outputs at each box's label.
+        """Return the (R, ...) entries at each box's label of (R, K or 1, ...) outputs.
 
-        Labels outside the shared classes read an arbitrary entry; mask them with :meth:`known`.
+        Class-agnostic outputs have a 1. For labels outside the shared classes the entry is
+        arbitrary; mask it with :meth:`known`.
         """
         return _gather(student, labels), _gather(teacher, self.teacher_label[labels])
 
@@ -111,7 +112,7 @@ class PredictionDistillHead(DistillHead):
 
     @classmethod
     def class_names(cls, net: NetworkInfo) -> tuple[str, ...]:
-        """The classes of the outputs that this head compares."""
+        """Return the classes of the outputs that this head compares."""
         return net.classes
 
     @classmethod
@@ -121,7 +122,7 @@ class PredictionDistillHead(DistillHead):
 
 
 def class_map(head: str, student: tuple[str, ...], teacher: tuple[str, ...]) -> ClassMap:
-    """The classes that both networks list; the log says which ones ``head`` leaves out."""
+    """Return the classes that both networks list, and log which ones ``head`` leaves out."""
     classes = ClassMap(student, teacher)
     if classes.dropped:
         names = ", ".join(classes.dropped)
@@ -130,7 +131,7 @@ def class_map(head: str, student: tuple[str, ...], teacher: tuple[str, ...]) -> 
 
 
 def no_shared_class(student: tuple[str, ...], teacher: tuple[str, ...]) -> str | None:
-    """The reason against comparing predictions of networks without a common class, or None."""
+    """Return why predictions of networks without a common class cannot be compared, or None."""
     if set(student) & set(teacher):
         return None
     return (

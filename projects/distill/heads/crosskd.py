@@ -1,4 +1,4 @@
-"""The student's features, read on by the teacher's head."""
+"""Cross-head distillation (CrossKD): the teacher's head reads the student's features."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,26 +18,26 @@ from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
 from .dense import AnchorGrids, anchor_problem, grid_problem, layout_of
 from .fpn import FPNDistillHead
 
-TASKS = ("classes", "boxes")  # of the subnets, as :class:`HeadFeatures` names them
+TASKS = ("classes", "boxes")  # names of the subnets in :class:`HeadFeatures`
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class CrossKD(DistillHead):
-    """The teacher's last layers read the student's features, and what they predict of them is
-    compared with what the teacher predicts, see :func:`distill.losses.crosskd_classes`.
+    """CrossKD: compare predictions of the teacher with those of its last layers on the student.
 
-    The features are those before an activation, brought to the teacher's mean and deviation in
-    each channel (:func:`distill.losses.crosskd_aligned`). Boxes are compared as distributions in
-    GFL, by 1 − GIoU in RetinaNet and ATSS, by −log IoU in FCOS; in ATSS the centerness of the
-    student's positives, too. The authors compare heads of the same channels; others are adapted
-    here by a 1x1 convolution a task.
+    The last layers of the teacher's head read the student's features before an activation, with
+    the teacher's mean and deviation in each channel (:func:`distill.losses.crosskd_aligned`).
+    Classes are compared by :func:`distill.losses.crosskd_classes`. Boxes are compared as
+    distributions in GFL, by 1 − GIoU in RetinaNet and ATSS, and by −log IoU in FCOS. In ATSS the
+    centerness of the student's positives is compared too. The authors compare heads of the same
+    channels; others are adapted here by a 1x1 convolution per task.
 
     Args:
-        last_layers: of the teacher's head, which stays outside of this module.
-        layout: of the teacher's head.
-        fcos: the networks are FCOS.
-        reused_convs: last convolutions of its subnets that read the student's features.
-        channels: of those features, (student, teacher) a task.
+        last_layers: last layers of the teacher's head, which stays outside of this module.
+        layout: layout of the teacher's head.
+        fcos: True if the networks are FCOS.
+        reused_convs: number of last convolutions of its subnets that read the student's features.
+        channels: (student, teacher) channels of these features, per task.
         grids: the anchors.
         class_weight, box_weight: factors of ``cls`` and of ``box``.
     """
@@ -144,7 +144,7 @@ class CrossKD(DistillHead):
         return losses
 
     def aligned(self, student: HeadFeatures, teacher: HeadFeatures) -> list[list[Tensor]]:
-        """The student's features as the teacher's, by task and level."""
+        """Return the student's features, aligned with the teacher's, by task and level."""
         aligned = []
         for adapter, task in zip(self.adapters, TASKS):
             pairs = zip(self.held(student, task), self.held(teacher, task))
@@ -152,18 +152,18 @@ class CrossKD(DistillHead):
         return aligned
 
     def held(self, head_features: HeadFeatures, task: str) -> list[Tensor]:
-        """The features that the teacher's last layers read."""
+        """Return the features that the teacher's last layers read."""
         return getattr(head_features, task)[-1 - self.reused_convs]
 
     def number(self, positive: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """What the losses are divided by: the positives, in FCOS their centerness."""
+        """Return the normaliser of the losses: the positives, in FCOS their centerness."""
         if self.fcos:
             centre = box_centerness(*_rows(anchors, boxes)).view_as(positive)
             return reduce_mean(centre.where(positive > 0, 0).sum())
         return reduce_mean(positive.sum())
 
     def centerness(self, logits: Tensor, teacher: HeadFeatures, positive: Tensor) -> Tensor:
-        """Σ of the positives' cross entropy of (N, R, 1) logits."""
+        """Return the sum over the positives of the cross entropy of (N, R, 1) logits."""
         with torch.no_grad():
             own = self.last_layers.value([self.held(teacher, task) for task in TASKS])[2]
         entropy = F.binary_cross_entropy_with_logits(
@@ -173,5 +173,5 @@ class CrossKD(DistillHead):
 
 
 def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(N·R, ...) of (N, R, ...)."""
+    """Flatten (N, R, ...) to (N·R, ...)."""
     return a.flatten(0, 1), b.flatten(0, 1)

@@ -15,12 +15,12 @@ from .semantic import SemSegDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class CWD(FPNDistillHead):
-    """Where each channel is active; see :func:`distill.losses.cwd`.
+    """CWD of feature maps: compare where each channel is active; see :func:`distill.losses.cwd`.
 
-    Levels are summed, as in the detectors of MMRazor whose weight is the default.
+    Levels are summed, as in MMRazor's detectors, whose weight is the default.
 
     Args:
-        temperature: 𝒯 > 0.
+        temperature: 𝒯 > 0 of the softmax over cells.
     """
 
     section = Section(
@@ -39,7 +39,7 @@ class CWD(FPNDistillHead):
 
 @DISTILL_HEAD_REGISTRY.register()
 class CWDLogits(SemSegDistillHead):
-    """Where each class is, of the logits; see :func:`distill.losses.cwd`."""
+    """CWD of semantic logits: compare where each class is; see :func:`distill.losses.cwd`."""
 
     section = Section(WEIGHT=3.0, TEMPERATURE=4.0)
 

@@ -14,9 +14,10 @@ from .fpn import BoxedFPNHead, small_convolution
 
 @DISTILL_HEAD_REGISTRY.register()
 class DeFeat(BoxedFPNHead):
-    """Objects and background apart, each object on one level, see :func:`distill.losses.defeat`.
+    """DeFeat: compare objects and background apart, each object on one level.
 
-    The neck's part, which is what the released configuration distils; the levels are averaged.
+    See :func:`distill.losses.defeat`. This is the part on the neck's maps, as in the released
+    configuration. Levels are averaged.
 
     Args:
         foreground_weight, background_weight: factors of both terms.

@@ -1,4 +1,4 @@
-"""Heads that compare dense predictions anchor by anchor."""
+"""Base of heads that compare dense predictions anchor by anchor."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ def layout_of(net: NetworkInfo) -> DenseLayout:
 
 
 def dense_classes(net: NetworkInfo) -> tuple[str, ...]:
-    """The classes of a dense head's logits."""
+    """Return the classes of a dense head's logits."""
     return ("object",) if layout_of(net).objectness else net.classes
 
 
 def grid_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | None:
-    """Why dense outputs do not speak of the same points and classes, or None."""
+    """Return why dense outputs are of different points or kinds of classes, or None."""
     s, t = layout_of(student), layout_of(teacher)
     if s.objectness != t.objectness:
         return "one network's dense head is an RPN (objectness), the other's predicts classes"
@@ -34,13 +34,12 @@ def grid_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | None:
 
 
 def anchor_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | None:
-    """Why dense outputs at the same index speak of different boxes, or None."""
+    """Return why dense outputs at the same index are of different anchors, or None."""
     s, t = layout_of(student), layout_of(teacher)
     for level, (a, b) in enumerate(zip(s.anchors, t.anchors)):
         if len(a) != len(b):
-            return (
-                f"level {level} has {len(a)} anchors a cell in the student, {len(b)} in the teacher"
-            )
+            student_has = f"{len(a)} anchors per cell in the student"
+            return f"level {level} has {student_has}, {len(b)} in the teacher"
         if not torch.allclose(a, b, atol=1e-3):
             return f"the anchors of level {level} differ (student {_sizes(a)}, teacher {_sizes(b)})"
     return None
@@ -57,7 +56,7 @@ class AnchorGrids(nn.Module):
     They are made of buffers, so that no step copies them to the device.
 
     Args:
-        layout: of the head.
+        layout: layout of the head.
     """
 
     def __init__(self, layout: DenseLayout):
@@ -76,10 +75,10 @@ class AnchorGrids(nn.Module):
 
 
 class DenseDistillHead(PredictionDistillHead):
-    """Dense outputs of both networks in detectron2's (N, R, K) layout.
+    """Base of heads that compare dense outputs in detectron2's (N, R, K) layout.
 
     For an R-CNN the RPN is the dense head, with objectness as its only class. Both networks must
-    have the same strides and anchors. A subclass writes :meth:`losses`, one part a level.
+    have the same strides and anchors. A subclass writes :meth:`losses`, one part per level.
 
     Args:
         num_levels: number of levels of both dense heads.
@@ -116,7 +115,7 @@ class DenseDistillHead(PredictionDistillHead):
     def logits(
         self, student: NetworkOutputs, teacher: NetworkOutputs
     ) -> list[tuple[Tensor, Tensor]]:
-        """(N, R, K') logits of the shared classes of every level."""
+        """Return (N, R, K') logits of the shared classes, one (student, teacher) pair per level."""
         assert student.dense is not None and teacher.dense is not None
         return [
             self.classes.select(s, t) for s, t in zip(student.dense.logits, teacher.dense.logits)

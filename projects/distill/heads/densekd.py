@@ -12,9 +12,10 @@ from .dense import DenseDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class DenseKD(DenseDistillHead):
-    """Class logits weighted by the teacher's confidence; see :func:`distill.losses.dense_kd`.
+    """DenseKD: compare class logits, weighted by the teacher's confidence.
 
-    All levels share one normaliser, so that a level counts as much as the teacher finds in it.
+    See :func:`distill.losses.dense_kd`. All levels share one normaliser, so that a level counts as
+    much as the teacher finds in it.
     """
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from .roi import ROIPair
 
 @DISTILL_HEAD_REGISTRY.register()
 class DKD(KD):
-    """Target and other classes apart, see :func:`distill.losses.dkd`.
+    """DKD: compare the label's class and the others apart; see :func:`distill.losses.dkd`.
 
     Args:
         alpha, beta: factors of both parts.

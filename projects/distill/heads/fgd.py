@@ -14,9 +14,9 @@ from .fpn import BoxedFPNHead, Level
 
 
 class GlobalContext(nn.Module):
-    """A map with a vector added to every cell, made of all its cells (Cao et al., "GCNet").
+    """Add a vector made of all cells of a map to each of them (Cao et al., "GCNet").
 
-    At the start the vector is 0.
+    The vector is 0 at the start.
 
     Args:
         channels: C, at least 2.
@@ -37,7 +37,7 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) of the same."""
+        """Return (N, C, H, W) for (N, C, H, W)."""
         share = self.where(x).flatten(1).softmax(1)
         context = torch.einsum("np,ncp->nc", share, x.flatten(2))
         added: Tensor = self.transform(context[..., None, None])
@@ -46,11 +46,12 @@ class GlobalContext(nn.Module):
 
 @DISTILL_HEAD_REGISTRY.register()
 class FGD(BoxedFPNHead):
-    """Objects and background apart, and the relation of all cells; see
-    :func:`distill.losses.fgd`.
+    """FGD: compare objects and background apart, and the relation of all cells.
 
-    α foreground + β background + γ attention + λ relation, the last the squared distance of both
-    maps behind a :class:`GlobalContext` each (Eq. 10-12). All are sums over channels and cells.
+    α foreground + β background + γ attention + λ relation
+
+    The first three are of :func:`distill.losses.fgd`. The relation is the squared distance of both
+    maps after a :class:`GlobalContext` each (Eq. 10-12). All sums run over channels and cells.
 
     Args:
         alpha, beta, gamma, lambda_: factors of the four terms.

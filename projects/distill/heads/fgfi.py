@@ -15,11 +15,12 @@ from .fpn import BoxedFPNHead, small_convolution
 
 @DISTILL_HEAD_REGISTRY.register()
 class FGFI(BoxedFPNHead):
-    """Cells whose anchors are near an object, see :func:`distill.losses.fgfi`.
+    """FGFI: compare cells whose anchors are near an object; see :func:`distill.losses.fgfi`.
 
-    The authors imitate the one map of a VGG; on an FPN these are the maps that the dense head (an
-    R-CNN's RPN) reads, and an object is compared with the anchors of all of them. The authors'
-    adapter ends with the ReLU of their map; those of an FPN have values below 0.
+    The authors imitate the one map of a VGG. On an FPN, all maps that the dense head (an R-CNN's
+    RPN) reads are imitated. An object is compared with the anchors of all of them. The authors'
+    adapter ends with a ReLU, as their map does. An FPN's maps have values below 0, so
+    there is no ReLU here.
 
     Args:
         grids: the student's anchors.

@@ -10,7 +10,7 @@ from .fpn import FPNDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class FitNet(FPNDistillHead):
-    """Mean squared error of feature maps; see :func:`distill.losses.fitnet`."""
+    """FitNet: mean squared error of feature maps; see :func:`distill.losses.fitnet`."""
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return fitnet(student, teacher)

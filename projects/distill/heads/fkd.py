@@ -1,4 +1,4 @@
-"""Feature-based knowledge distillation with attention and non-local relations (FKD)."""
+"""Attention-guided and non-local distillation of features (FKD)."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from .fpn import BatchNorm, FPNDistillHead, Level
 
 
 class NonLocal(nn.Module):
-    """Each cell with what the pooled cells say of it (Wang et al., "Non-local neural networks").
+    """Add to each cell its relation to the pooled cells (Wang et al., "Non-local neural networks").
 
-    z = x + W (softmax-free: θ(x)ᵀ φ(x) / number of keys) g(x); at the start z = x.
+    z = x + W (θ(x)ᵀ φ(x) / number of keys) g(x), without a softmax. At the start z = x.
 
     Args:
         channels: C.
         inside: channels of θ, φ and g.
-        stride: side of the pooled cells.
+        stride: side of the pooled cells in cells.
     """
 
     def __init__(self, channels: int, inside: int, stride: int):
@@ -33,7 +33,7 @@ class NonLocal(nn.Module):
         self.pool = nn.MaxPool2d(stride, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) of the same."""
+        """Return (N, C, H, W) for (N, C, H, W)."""
         query = self.query(x).flatten(2)
         key, value = (self.pool(f(x)).flatten(2) for f in (self.key, self.value))
         # Divided first: the sum over the keys could overflow in half precision.
@@ -43,12 +43,12 @@ class NonLocal(nn.Module):
 
 
 class FKDAdapters(nn.Module):
-    """What FKD compares of one level: maps, pooled maps, and maps related to themselves.
+    """Adapters of one level for FKD's three terms: maps, pooled maps, and relations.
 
     Args:
-        student, teacher: channels.
+        student, teacher: channels of the maps.
         inside: channels of the relation.
-        stride: side in cells of what a cell is related to.
+        stride: side in cells of the pooled cells that a cell is related to.
     """
 
     def __init__(self, student: int, teacher: int, inside: int, stride: int):
@@ -63,10 +63,10 @@ class FKDAdapters(nn.Module):
 
 @DISTILL_HEAD_REGISTRY.register()
 class FKD(FPNDistillHead):
-    """Attended maps, their means over cells and over channels, and their relations, see
-    :func:`distill.losses.fkd`.
+    """FKD: compare attended maps, their means over cells and over channels, and their relations.
 
-    Every term is a length, not its square, of the difference in the whole batch.
+    See :func:`distill.losses.fkd`. Each term is the length of a difference in the whole batch, not
+    its square.
 
     Args:
         attention_weight, pooled_weight, relation_weight: factors of the terms.

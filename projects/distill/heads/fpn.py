@@ -1,4 +1,4 @@
-"""Heads that compare the backbone's feature maps level by level."""
+"""Bases of heads that compare the backbone's feature maps level by level."""
 
 import logging
 from math import ceil
@@ -40,17 +40,17 @@ def match_levels(
 
     Args:
         student, teacher: ``NetworkInfo.maps`` of the networks.
-        names: the student's levels to pair; empty: every level of the backbone whose stride the
-            teacher has too, or, without any, all.
+        names: the student's levels to pair. If empty: every level of the backbone whose stride the
+            teacher has too; all levels if there is no such level.
         key: the config key that gave ``names``, for the message.
 
     Returns:
-        Pairs, finest first. Where several levels share a stride (dilated stages), the deepest are
+        Pairs, finest first. If several levels share a stride (dilated stages), the deepest are
         paired with the deepest. A named level without an equal stride is paired with the nearest.
-        Features of a semantic head are paired with those of the other.
+        Features of the semantic heads are paired with each other.
 
     Raises:
-        ConfigError: a name is none of the student's maps, or the teacher has no semantic head.
+        ConfigError: if the student has no such map, or the teacher no semantic head.
     """
     for name in names:
         if name not in student:
@@ -71,7 +71,7 @@ def match_levels(
 
 
 def _partner(name: str, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> str:
-    """The teacher's level of the nearest stride; of several, the one as deep as ``name``."""
+    """Return the teacher's level of the nearest stride, as deep as ``name`` among several."""
     stride = student[name].stride
     nearest = min((s.stride for s in teacher.values()), key=lambda x: (abs(x / stride - 1), x))
     partners = [n for n, s in teacher.items() if s.stride == nearest]
@@ -81,10 +81,11 @@ def _partner(name: str, student: dict[str, ShapeSpec], teacher: dict[str, ShapeS
 
 
 class FPNDistillHead(DistillHead):
-    """Feature distillation: levels matched by stride, channels by 1x1 adapters, sizes by resizing.
+    """Base of heads that compare feature maps.
 
-    A subclass writes :meth:`loss` for one level, or :meth:`level_loss` where a level has modules of
-    its own. Levels are averaged, or added up if ``summed``.
+    Levels are matched by stride, channels by 1x1 adapters, sizes by resizing. A subclass writes
+    :meth:`loss` for one level, or :meth:`level_loss` if a level has modules of its own. Levels are
+    averaged, or added up if ``summed``.
 
     Args:
         levels: pairs from :func:`match_levels`.
@@ -98,7 +99,7 @@ class FPNDistillHead(DistillHead):
     )
     needs = frozenset({"features"})
     adapts: ClassVar[bool] = True  # False: the loss takes maps of different channels
-    summed: ClassVar[bool] = False  # what the authors of a method do, whose weights apply then
+    summed: ClassVar[bool] = False  # True if the authors of a method sum the levels
 
     @configurable
     def __init__(self, *, levels: list[Level], channels: list[tuple[int, int]], **kwargs: Any):
@@ -117,7 +118,7 @@ class FPNDistillHead(DistillHead):
 
     @staticmethod
     def adapter(student: int, teacher: int) -> nn.Module:
-        """What makes a student's map of ``student`` channels one of the teacher's."""
+        """Build the layer that maps student channels to teacher channels."""
         return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, kernel_size=1)
 
     @classmethod
@@ -139,11 +140,11 @@ class FPNDistillHead(DistillHead):
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        """The student's levels to compare; empty: see :func:`match_levels`."""
+        """Return the student's levels to compare; if empty, see :func:`match_levels`."""
         return tuple(cls.config_node(cfg).get("IN_FEATURES", ()))
 
     def maps(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[tuple[Tensor, Tensor]]:
-        """Adapted student and sized teacher maps, (N, C, H, W) each, of every level."""
+        """Return one pair of (N, C, H, W) maps per level: student adapted, teacher resized."""
         pairs = []
         for level in self.levels:
             s, t = student.maps[level.student], teacher.maps[level.teacher]
@@ -160,25 +161,29 @@ class FPNDistillHead(DistillHead):
         }
 
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """Scalar loss of one level; both maps (N, C, H, W)."""
+        """Return the scalar loss of one level; both maps are (N, C, H, W)."""
         return self.loss(student, teacher, level.stride, batch)
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
-        """Scalar loss of one level; both maps (N, C, H, W), ``stride`` in pixels a cell."""
+        """Return the scalar loss of one level; both maps are (N, C, H, W).
+
+        Args:
+            stride: size of a cell in pixels.
+        """
         raise NotImplementedError
 
 
 def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tensor:
-    """The teacher's map on the student's cells.
+    """Return the teacher's map, resized to the student's cells.
 
     Args:
         teacher, student: (N, C, H, W), each of any C, H and W.
-        stride: of the teacher's map in pixels.
+        stride: size in pixels of a cell of the teacher's map.
 
     Returns:
         (N, C, H, W): C of the teacher, H and W of the student.
     """
-    # Cells beyond the shared canvas are the teacher's padding: cut, then resize.
+    # Cells beyond the student's padded size are the teacher's own padding: cut, then resize.
     height, width = (ceil(x / stride) for x in batch.padded_size)
     teacher = teacher[..., :height, :width]
     if teacher.shape[-2:] == student.shape[-2:]:
@@ -187,11 +192,13 @@ def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tens
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's; the only cell of the only picture, which has no deviation and stops torch's, is
-    normalised by the running statistics."""
+    """torch's ``BatchNorm2d`` that accepts one image of one cell, which torch's refuses.
+
+    Such a cell has no deviation: it is normalised by the running statistics.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) of the same."""
+        """Return (N, C, H, W) for (N, C, H, W)."""
         if x.numel() > x.shape[1]:
             return super().forward(x)
         statistics = self.running_mean, self.running_var
@@ -199,17 +206,17 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def cell_labels(labels: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W) labels of pixels at the centres of (height, width) cells."""
+    """Return the (N, height, width) labels of the pixels at the cells' centres."""
     pixels = labels[:, None].float()  # exact up to 2^24 classes
     return F.interpolate(pixels, size=(height, width), mode="nearest-exact")[:, 0].long()
 
 
 class FrequencyMasks(StepGenerator):
-    """New random frequency masks at every call, one a batch entry.
+    """New random frequency masks at every call, one per image or crop.
 
     Args:
         mask_ratio: ζ in [0, 1), see :func:`distill.losses.frequency_mask`.
-        seed: of the masks.
+        seed: seed of the masks.
     """
 
     def __init__(self, mask_ratio: float, seed: int):
@@ -217,7 +224,7 @@ class FrequencyMasks(StepGenerator):
         self.mask_ratio = mask_ratio
 
     def forward(self, maps: Tensor) -> Tensor | None:
-        """(N, 1, H, W // 2 + 1) for (N, C, H, W) ``maps``; None if nothing is ever masked."""
+        """Return (N, 1, H, W // 2 + 1) for (N, C, H, W) maps, or None if ``mask_ratio`` is 0."""
         if self.mask_ratio == 0:
             return None
         batch, _, height, width = maps.shape
@@ -277,7 +284,7 @@ class DenseFPNHead(FPNDistillHead):
 
 
 def small_convolution(student: int, teacher: int) -> nn.Conv2d:
-    """3x3 with weights of 1e-4: what FGFI and DeFeat adapt the student with."""
+    """Build the adapter of FGFI and DeFeat: a 3x3 convolution with weights of 1e-4."""
     convolution = nn.Conv2d(student, teacher, kernel_size=3, padding=1)
     nn.init.trunc_normal_(convolution.weight, std=1e-4, a=-2e-4, b=2e-4)
     return convolution

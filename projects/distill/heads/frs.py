@@ -14,8 +14,9 @@ from .fpn import DenseFPNHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class FRS(DenseFPNHead):
-    """Features and class logits where the teacher finds something, see
-    :func:`distill.losses.frs`; of an R-CNN, the RPN's objectness.
+    """FRS: compare features and class logits where the teacher finds something.
+
+    See :func:`distill.losses.frs`. For an R-CNN the logits are the RPN's objectness.
 
     Args:
         feature_weight, class_weight: factors of both terms.
@@ -62,6 +63,6 @@ class FRS(DenseFPNHead):
 
 
 def _as_maps(rows: Tensor, maps: Tensor) -> Tensor:
-    """(N, A·K, H, W) of (N, H·W·A, K) rows, with the H and W of ``maps``."""
+    """Return (N, H·W·A, K) rows as (N, A·K, H, W), with the H and W of ``maps``."""
     batch, _, height, width = maps.shape
     return rows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""General instances: the boxes about which student and teacher differ most."""
+"""General instance distillation (GID) of the boxes on which the networks differ most."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, layout_of
 from .fpn import DenseFPNHead
 
-SIDE = 10  # of an instance's cropped features, in cells
+SIDE = 10  # in cells, of the crop of an instance's features
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class GID(DenseFPNHead):
-    """Features, relations and predictions of general instances, see
-    :func:`distill.losses.general_instances`.
+    """GID: compare features, relations and predictions of general instances.
 
-    An instance's box is that of the network which is surer of the anchor. Predictions are compared
-    at the anchors that the student's matcher gives to the instances. The paper adapts the
-    student's maps by a 3x3 convolution that all levels share; the released code never applies it
-    (``shared_adapter=False``; then only differing channels are adapted, by 1x1).
+    See :func:`distill.losses.general_instances`. The box of an instance is that of the network with
+    the higher score at the anchor. Predictions are compared at the anchors that the student's
+    matcher gives to the instances. The paper adapts the student's maps by a 3x3 convolution that
+    all levels share. The released code never applies it (``shared_adapter=False``): only differing
+    channels are adapted, by 1x1.
 
     Args:
-        strides: of the levels.
+        strides: strides of the levels in pixels.
         grids: the student's anchors.
-        threshold: IoU from which an anchor belongs to an instance, beside the instance's best.
+        threshold: IoU from which an anchor belongs to an instance, as its best anchor always does.
         feature_weight, relation_weight, class_weight, box_weight: factors of the parts.
-        shared_adapter: the 3x3 convolution.
+        shared_adapter: True to adapt by the 3x3 convolution.
     """
 
     section = Section(
@@ -129,7 +129,7 @@ class GID(DenseFPNHead):
     def instances(
         self, student: NetworkOutputs, teacher: NetworkOutputs, logits: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(N, K, 4) boxes and (N, K) bool, which of them there are."""
+        """Return (N, K, 4) boxes, and (N, K) bool: True for boxes that exist."""
         ours, theirs = (x.float().amax(2).sigmoid() for x in logits)
         own, other = (torch.cat(x.dense_boxes, 1) for x in (student, teacher))
         boxes = other.where((theirs > ours)[..., None], own)
@@ -138,7 +138,7 @@ class GID(DenseFPNHead):
 
     @torch.no_grad()
     def selected(self, boxes: Tensor, student: NetworkOutputs) -> Tensor:
-        """(N, R) 1 of the anchors of an instance, else 0; boxes of no size have none."""
+        """Return (N, R) 1 for the anchors of an instance, else 0; empty boxes have no anchors."""
         assert student.dense is not None
         anchors = torch.cat([x.flatten(0, 2) for x in self.grids(student.dense.sizes)])
         iou = pairwise_iou(boxes.flatten(0, 1), anchors)

@@ -15,10 +15,12 @@ from .semantic import RelationDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class IFVD(RelationDistillHead):
-    """Similarity of each cell to the mean of its class; see :func:`distill.losses.ifvd`.
+    """IFVD: compare the similarity of each cell to the mean of its class.
+
+    See :func:`distill.losses.ifvd`.
 
     Args:
-        num_classes: of the semantic labels.
+        num_classes: number of classes of the semantic labels.
     """
 
     section = Section(WEIGHT=200.0)

@@ -1,4 +1,4 @@
-"""Instance mask alignment: what an instance is, and how its features are cut out."""
+"""Instance mask alignment (IMA): definition of an instance, and its features."""
 
 from typing import Any
 
@@ -25,17 +25,17 @@ CROP_SIZE = 14  # cells of a cropped instance, as in the mask head of Mask R-CNN
 
 @DISTILL_HEAD_REGISTRY.register()
 class IMA(FPNDistillHead):
-    """Instance mask alignment; see :func:`distill.losses.ima`.
+    """IMA: compare aligned and standardized features of instances; see :func:`distill.losses.ima`.
 
     Args:
-        scope: what an instance is. "image": every picture of a level. "box": RoIAlign of every
-            ground-truth box, on the same boxes and levels in both networks. "mask": as "box",
-            the cells weighted by the ground-truth mask. "class": the cells of one semantic class
-            in one picture, on every level.
-        num_classes: of the semantic labels; read by scope "class" alone.
+        scope: definition of an instance. "image": each image, on every level. "box": RoIAlign of
+            each ground-truth box, on the same boxes and levels in both networks. "mask": the same,
+            with cells weighted by the ground-truth mask. "class": the cells of one semantic class
+            in one image, on every level.
+        num_classes: number of classes of the semantic labels; only for scope "class".
         mask_ratio: ζ of the frequency mask; 0 switches it off.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
-        seed: of the frequency masks.
+        seed: seed of the frequency masks.
     """
 
     section = Section(
@@ -130,7 +130,7 @@ class IMA(FPNDistillHead):
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        """Crops come from the levels that the student's own boxes are cropped from."""
+        """Return the levels to compare; crops are from those of the student's own boxes."""
         names = super().level_names(cfg, student)
         if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.outputs:
             return student.box_in_features
@@ -143,7 +143,7 @@ class IMA(FPNDistillHead):
 
     @staticmethod
     def default_scope(student: NetworkInfo) -> str:
-        """The paper is silent (its Fig. 1 shows instance maps): what the family has labels for."""
+        """Return the scope for the family's labels; the paper is silent (Fig. 1: instance maps)."""
         for signal, scope in (("masks", "mask"), ("rois", "box"), ("dense", "image")):
             if signal in student.outputs:
                 return scope
@@ -161,11 +161,11 @@ class IMA(FPNDistillHead):
     def crops(
         self, maps: list[tuple[Tensor, Tensor]], batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The instances of scopes "box" and "mask".
+        """Return the instances of scopes "box" and "mask".
 
         Returns:
             student, teacher: (ΣRi, C, CROP_SIZE, CROP_SIZE).
-            weight: of their cells, (ΣRi, 1, CROP_SIZE, CROP_SIZE); None: all alike.
+            weight: (ΣRi, 1, CROP_SIZE, CROP_SIZE) weights of the cells; None if all weigh the same.
         """
         boxes = [Boxes(b) for b in batch.boxes]
         s = self.pooler([s for s, _ in maps], boxes)
@@ -184,13 +184,13 @@ class IMA(FPNDistillHead):
         return ima(student, teacher, self.masks(student), weight=weight, **self.options)
 
     def scales(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-        """(N,): α of each instance, of maps or :meth:`crops`."""
+        """Return the (N,) α of each instance of maps or :meth:`crops`."""
         student, teacher = same_shape(student, teacher)
         moments = instance_moments(student, teacher, self.masks(student), weight)
         return deflation(moments, Alignment(**self.options))[1][:, 0]
 
     def class_scales(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """(N, K): α of each class of (N, H, W) ``labels``; NaN for those without a cell."""
+        """Return the (N, K) α of each class of (N, H, W) labels; NaN without a cell."""
         student, teacher = same_shape(student, teacher)
         member = class_members(labels, student, self.num_classes)
         moments, present = class_moments(student, teacher, member, self.masks(student))
@@ -199,9 +199,10 @@ class IMA(FPNDistillHead):
 
     @staticmethod
     def instance_masks(batch: Batch) -> Tensor:
-        """(ΣRi, 1, CROP_SIZE, CROP_SIZE): ground-truth masks on the crops' grid.
+        """Return the ground-truth masks on the crops' grid, (ΣRi, 1, CROP_SIZE, CROP_SIZE).
 
-        detectron2 rasterises polygons on the CPU, one by one: the originals are there already.
+        detectron2 rasterises polygons on the CPU, one by one. So the originals are read, which are
+        on the CPU already.
         """
         originals = [x["instances"] for x in batch.inputs]
         crops = [

@@ -10,10 +10,10 @@ from .roi import ROIDistillHead, ROIPair
 
 @DISTILL_HEAD_REGISTRY.register()
 class KD(ROIDistillHead):
-    """Hinton's divergence of the class logits, see :func:`distill.losses.kd`.
+    """KD: Hinton's divergence of the class logits; see :func:`distill.losses.kd`.
 
-    The mean over all boxes that the student sampled, those of classes that the teacher lacks
-    excepted.
+    It is the mean over the boxes that the student sampled, without those of classes that the
+    teacher lacks.
     """
 
     parts = ("",)
@@ -22,11 +22,11 @@ class KD(ROIDistillHead):
         return {"": _mean(self.divergence(rois), rois.labels >= 0)}
 
     def divergence(self, rois: ROIPair) -> Tensor:
-        """(ΣRi,) of the boxes."""
+        """Return the (ΣRi,) divergences of the boxes."""
         return categorical_kl(rois.student_logits, rois.teacher_logits, self.temperature)
 
 
-def _mean(values: Tensor, of: Tensor) -> Tensor:
-    """Mean of those values that are chosen, over all processes."""
-    chosen = of.to(values.dtype)
+def _mean(values: Tensor, known: Tensor) -> Tensor:
+    """Return the mean over all processes of the values whose class is known."""
+    chosen = known.to(values.dtype)
     return (chosen * values).sum() / reduce_mean(chosen.sum())

@@ -1,4 +1,4 @@
-"""Distributions of box sides: localization distillation."""
+"""Localization distillation (LD) of the distributions of box sides."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ from .dense import AnchorGrids, DenseDistillHead, layout_of
 
 @DISTILL_HEAD_REGISTRY.register()
 class LD(DenseDistillHead):
-    """Distributions of box sides, and classes, see :func:`distill.losses.ld`.
+    """LD: compare distributions of box sides, and classes; see :func:`distill.losses.ld`.
 
-    ``box`` is the sum over the student's positives, weighted by their largest class probability,
-    ``region`` that over the valuable localization region
-    (:func:`distill.losses.ld_region`), weighted by the IoU; a side counts a quarter
-    and a sixteenth. ``cls`` is the mean over the positives, of a softmax over the classes.
+    ``box`` is the sum over the student's positives, weighted by their largest class probability; a
+    side counts 1/4. ``region`` is the sum over the valuable localization region
+    (:func:`distill.losses.ld_region`), weighted by the IoU; a side counts 1/16. ``cls`` is the mean
+    over the positives, with a softmax over the classes.
 
     Args:
         grids: the student's anchors.
-        candidates: of the student's assignment.
+        candidates: number per level and object in the student's assignment.
         box_weight, region_weight, class_weight: factors of the parts.
-        class_temperature: T of ``cls``; ``temperature`` is that of the sides.
+        class_temperature: T of ``cls``; ``temperature`` is T of the sides.
         released_region: see :func:`distill.losses.ld_region`.
     """
 
@@ -110,12 +110,12 @@ class LD(DenseDistillHead):
         return {part: losses[part] * factor for part, factor in self.factors.items()}
 
     def region(self, student: NetworkOutputs, rows: int) -> Tensor:
-        """(N, R) weights of the valuable localization region."""
+        """Return the (N, R) weights of the valuable localization region."""
         assert student.dense is not None
         boxes = padded(student.batch.boxes)
         anchors = [x.flatten(0, 2) for x in self.grids(student.dense.sizes)]
         of_boxes = ld_region(
             anchors, boxes.flatten(0, 1), self.candidates, self.released_region
         ).view(*boxes.shape[:2], rows)
-        none = of_boxes.new_zeros(len(boxes), 1, rows)  # of a batch without boxes
+        none = of_boxes.new_zeros(len(boxes), 1, rows)  # for a batch without boxes
         return torch.cat([of_boxes, none], 1).amax(1)

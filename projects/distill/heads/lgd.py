@@ -1,4 +1,4 @@
-"""Label-guided self-distillation."""
+"""Label-guided self-distillation (LGD)."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,7 +23,7 @@ ATTENTION_HEADS = 8
 
 
 def perceptron(*sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes, each normalized and rectified."""
+    """Build linear layers of these sizes, each followed by a layer norm and a ReLU."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         norm = nn.LayerNorm(after, elementwise_affine=False)
@@ -32,7 +32,7 @@ def perceptron(*sizes: int) -> nn.Sequential:
 
 
 def convolution(channels: int) -> nn.Sequential:
-    """3x3, normalized over all channels and cells of a picture."""
+    """Build a 3x3 convolution, normalized over all channels and cells of an image."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, kernel_size=3, padding=1),
         nn.GroupNorm(1, channels, affine=False),
@@ -40,7 +40,7 @@ def convolution(channels: int) -> nn.Sequential:
 
 
 class Transform(nn.Module):
-    """A vector times a matrix made of it: PointNet's T-Net, without its identity, as released.
+    """Multiply a vector by a matrix made of it (PointNet's T-Net, without identity, as released).
 
     Args:
         size: k of the vector; the last layer has 256 k² weights.
@@ -54,13 +54,13 @@ class Transform(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, M, k) of the same."""
+        """Return (N, M, k) for (N, M, k)."""
         matrix = self.matrix(x).unflatten(2, (self.size, self.size))
         return torch.einsum("nmi,nmij->nmj", x, matrix)
 
 
 class LabelEncoder(nn.Module):
-    """A PointNet over the objects of a picture, with layer norms (Sec. 3.2).
+    """PointNet over the objects of an image, with layer norms (Sec. 3.2).
 
     Args:
         size: k of an object's descriptor.
@@ -74,19 +74,23 @@ class LabelEncoder(nn.Module):
         self.fused = perceptron(64 + 1024, channels, channels)
 
     def forward(self, labels: Tensor, absent: Tensor) -> Tensor:
-        """(N, M, C) embeddings of (N, M, k) descriptors; (N, M) ``absent`` is True of padding."""
+        """Return (N, M, C) embeddings of (N, M, k) descriptors.
+
+        Args:
+            absent: (N, M) bool, True for padding.
+        """
         local = self.local(labels)
         scene = self.scene(local).masked_fill(absent[..., None], -inf).amax(1, keepdim=True)
         return self.fused(torch.cat([local, scene.expand(-1, labels.shape[1], -1)], 2))
 
 
 class ImplicitTeacher(nn.Module):
-    """Maps of a picture made of its labels and of what the student's maps show of its objects.
+    """Make an image's maps of its labels and of the appearance of its objects in the student.
 
-    Of each level, the appearance of an object (the mean over its cells) asks the embedded labels
-    of all objects of the picture (attention: query appearance, keys and values labels), and the
-    answers are drawn into the boxes, where they add up, over that of the context: an object of no
-    class that is the whole canvas. All modules serve every level.
+    The appearance of an object on a level is the mean over its cells. By attention, appearances
+    (queries) ask the embedded labels of all objects of the image (keys and values). The answers
+    are drawn into the boxes, where they add up, on top of the answer of the context. The context is
+    an object without a class that covers the padded image. All levels share the modules.
 
     Args:
         num_classes: K of the labels.
@@ -116,13 +120,13 @@ class ImplicitTeacher(nn.Module):
         classes: list[Tensor],
         padded_size: tuple[int, int],
     ) -> list[Tensor]:
-        """One (N, C, Hi, Wi) map a level, as the given ones.
+        """Return one (N, C, Hi, Wi) map per level, of the size of the student's.
 
         Args:
-            maps: of the student.
-            boxes: one (Ri, 4) XYXY tensor in canvas pixels a picture.
-            classes: one (Ri,) tensor in [0, K) a picture.
-            padded_size: (height, width) in pixels.
+            maps: the student's maps.
+            boxes: one (Ri, 4) XYXY tensor per image, in pixels of the padded images.
+            classes: one (Ri,) tensor in [0, K) per image.
+            padded_size: (height, width) of the padded images in pixels.
         """
         corners = padded(boxes)
         kinds = pad_sequence(classes, batch_first=True, padding_value=-1)
@@ -134,39 +138,39 @@ class ImplicitTeacher(nn.Module):
         return [self.draw(x, mask) for x, mask in zip(answers.chunk(len(maps), 1), masks)]
 
     def seen(self, x: Tensor, masks: Tensor) -> Tensor:
-        """(N, 1 + M, C) appearances of the context and the objects on a level."""
+        """Return the (N, 1 + M, C) appearances of the context and the objects on a level."""
         x = full_precision(self.appearance(x))
         return torch.cat([x.mean((2, 3))[:, None], lgd_pooled(x, masks)], 1)
 
     def draw(self, answers: Tensor, masks: Tensor) -> Tensor:
-        """(N, C, H, W) map of a level, of (N, 1 + M, C) answers and (N, M, H, W) masks."""
+        """Draw (N, 1 + M, C) answers into (N, M, H, W) masks; returns a (N, C, H, W) map."""
         objects = self.drawn(lgd_rendered(self.object(answers[:, 1:]), masks))
         return self.refined(objects + self.context(answers[:, 0])[..., None, None])
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class LGD(DistillHead):
-    """Maps made of the student's and the labels are trained by its own detection losses and
-    teach it; see :class:`ImplicitTeacher` and :func:`distill.losses.lgd`.
+    """LGD: maps made of the student's maps and the labels teach the student.
 
-    ``teacher`` is the detection losses of the student's head on these maps, whose gradient reaches
-    the head and, through the objects' appearances, the student's backbone; ``distill`` compares
-    the student's maps, adapted, with them. This second run of the head leaves the student as it is;
-    the authors' enters its loss normalizer and running statistics.
+    See :class:`ImplicitTeacher` and :func:`distill.losses.lgd`. ``teacher`` is the student's own
+    detection losses on these maps. Their gradient reaches its head and, through the objects'
+    appearances, its backbone. ``distill`` compares the student's adapted maps with the made ones.
+    This second run of the head leaves the student as it is. The authors' second run changes its
+    loss normalizer and running statistics.
 
-    In the first iterations the distillation loss trains its adapter alone. The authors also freeze
-    the backbone below the neck for the first 10000 (1x) or 20000 iterations, from all losses: that
-    is not done here. An object has the cells whose centres lie in its box, the authors' has those
-    whose upper left corners do.
+    In the first iterations the distillation loss trains only its adapter. The authors also freeze
+    the backbone below the neck for the first 10000 (1x) or 20000 iterations, which is not done
+    here. An object has the cells whose centres lie in its box. The authors take the cells whose
+    upper left corners do.
 
     Args:
-        detector_losses: of the student, see :class:`~distill.structures.NetworkInfo`.
+        detector_losses: the student's, see :class:`~distill.structures.NetworkInfo`.
         levels: names of the maps that the student's head reads, finest first.
-        channels: C of all of them.
+        channels: C of all these maps.
         num_classes: K of the student.
         distill_weight: λ, factor of ``distill``.
         detach_iters: iterations before ``distill`` has a gradient to the student.
-        detach_appearance: the objects' appearances have none.
+        detach_appearance: True to detach the objects' appearances from the student.
     """
 
     section = Section(  # WEIGHT is the factor of both losses

@@ -1,4 +1,4 @@
-"""Heads that compare instance masks."""
+"""Base of heads that compare instance masks."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +8,7 @@ from .classes import PredictionDistillHead
 
 
 class InstanceMaskDistillHead(PredictionDistillHead):
-    """Mask logits of both networks for the *student's* foreground instances, at their class.
+    """Base of heads that compare mask logits of the student's foreground instances, at their class.
 
     A subclass writes :meth:`loss` for one (ΣRi, M, M) pair.
     """
@@ -24,5 +24,9 @@ class InstanceMaskDistillHead(PredictionDistillHead):
         return {"": self.loss(s, t, self.classes.known(labels))}
 
     def loss(self, student: Tensor, teacher: Tensor, known: Tensor) -> Tensor:
-        """Scalar loss of (ΣRi, M, M) logits; ``known`` (ΣRi,): the teacher knows the class."""
+        """Return the scalar loss of (ΣRi, M, M) logits.
+
+        Args:
+            known: (ΣRi,) bool, True if the teacher knows the class.
+        """
         raise NotImplementedError

@@ -9,7 +9,7 @@ from .mask import InstanceMaskDistillHead
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class MaskKD(InstanceMaskDistillHead):
+class MaskLogitKD(InstanceMaskDistillHead):
     """T² KL(σ(t/T) || σ(s/T)) of the mask logits, averaged over cells and instances."""
 
     def loss(self, student: Tensor, teacher: Tensor, known: Tensor) -> Tensor:

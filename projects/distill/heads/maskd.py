@@ -1,4 +1,4 @@
-"""Masks that learned tokens draw on the teacher's maps, in which the student is compared."""
+"""Masked distillation with receptive tokens (MasKD) of feature maps and of semantic logits."""
 
 import copy
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from .semantic import SemSegDistillHead
 
 
 class ReceptiveTokens(nn.Module):
-    """Masks of a map by learned tokens, and the share of each.
+    """Learned tokens that draw masks on a map, and a share of each mask.
 
     Args:
-        tokens: T.
+        tokens: T, number of masks.
         channels: C of the map.
     """
 
@@ -40,20 +40,20 @@ class ReceptiveTokens(nn.Module):
         )
 
     def masks(self, x: Tensor) -> Tensor:
-        """(N, T, H, W) in [0, 1] of a (N, C, H, W) map."""
+        """Return (N, T, H, W) masks in [0, 1] of a (N, C, H, W) map."""
         return receptive_masks(self.tokens, x)
 
     def shares(self, x: Tensor) -> Tensor:
-        """(N, T), of sum 1."""
+        """Return the (N, T) shares of the masks, of sum 1 per image."""
         return full_precision(self.weighting(x)[:, :, 0, 0])
 
     def masked(self, x: Tensor, masks: Tensor) -> Tensor:
-        """The map times the sum of its masks by their shares, on which the tokens are trained."""
+        """Return the map times the weighted sum of its masks, on which tokens are trained."""
         return x * torch.einsum("nt,nthw->nhw", self.shares(x), masks)[:, None]
 
 
 def frozen(drawn: nn.Module) -> Any:
-    """A copy for what was learned: decay and momentum go on to move parameters."""
+    """Return a frozen copy, which weight decay and momentum do not change."""
     return copy.deepcopy(drawn).requires_grad_(False)
 
 
@@ -70,25 +70,25 @@ def check_stages(head: type[DistillHead], cfg: CfgNode) -> None:
 
 @torch.no_grad()
 def remember(learned: nn.Module, drawn: nn.Module) -> None:
-    """Bring a frozen copy up to date."""
+    """Update a frozen copy."""
     for kept, parameter in zip(learned.parameters(), drawn.parameters()):
         kept.copy_(parameter)
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class MasKD(BoxedFPNHead):
-    """Levels compared under masks; see :func:`distill.losses.maskd`.
+    """MasKD of feature maps: compare levels under learned masks; see :func:`distill.losses.maskd`.
 
-    As in the paper the tokens are learned first, by the teacher's own detection losses on its
-    masked levels and by their difference from each other (``tokens``), then they distil. There it
-    takes a training of its own, here the first iterations of the student's. The authors' further
-    term on the outputs of the box regression is left out.
+    The tokens are learned first (``tokens``), by the teacher's own detection losses on its masked
+    levels and by the overlap of the masks. Then they distil. In the paper the first stage is a
+    training of its own, here it is the first iterations of the student's training. The authors'
+    further term on the outputs of the box regression is left out.
 
     Args:
-        detector_losses: of the teacher, see :class:`~distill.structures.NetworkInfo`.
+        detector_losses: the teacher's, see :class:`~distill.structures.NetworkInfo`.
         tokens: number of masks.
         token_iters: iterations of the first stage.
-        student_mask_iters: iterations of the second one before the teacher's masks are multiplied
+        student_mask_iters: iterations of the second stage before the teacher's masks are multiplied
             by the student's.
     """
 
@@ -148,7 +148,7 @@ class MasKD(BoxedFPNHead):
         if not teacher.has_boxes:
             return f"a {teacher.kind} does not learn boxes, and so no masks"
         if teacher.detector_losses is None:
-            return "the teacher has no RPN, by whose losses, too, the masks are learned"
+            return "the teacher has no RPN, whose losses train the masks"
         if student.classes != teacher.classes:
             return "the teacher's task, by which the masks are learned, has other classes"
         more = ", ".join(sorted((teacher.outputs - student.outputs) & {"masks", "sem_seg"}))
@@ -164,7 +164,7 @@ class MasKD(BoxedFPNHead):
         return {"tokens": none, **super().losses(student, teacher)}
 
     def token_loss(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Tensor:
-        """The first stage's: the teacher's losses on its masked levels, and the masks' overlap."""
+        """Return the loss of the first stage: the teacher's losses and the masks' overlap."""
         remember(self.learned, self.drawn)
         features, overlaps = dict(teacher.features), []
         for level in self.levels:
@@ -186,10 +186,10 @@ class MasKD(BoxedFPNHead):
 
 @DISTILL_HEAD_REGISTRY.register()
 class MasKDLogits(SemSegDistillHead):
-    """Logits of segmentation compared under masks; see :func:`distill.losses.maskd`.
+    """MasKD of semantic logits: compare them under learned masks; see :func:`distill.losses.maskd`.
 
-    The tokens are learned as those of :class:`MasKD`, by the cross entropy of the teacher's masked
-    logits at the cells; all masks count alike. The head's weight scales both parts.
+    The tokens are learned first, as in :class:`MasKD`, by the cross entropy of the teacher's masked
+    logits at the cells. All masks count the same. The head's weight scales both parts.
 
     Args:
         tokens: number of masks.
@@ -226,11 +226,11 @@ class MasKDLogits(SemSegDistillHead):
         return {"tokens": self.token_loss(t, labels), "masks": none}
 
     def token_loss(self, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The first stage's.
+        """Return the loss of the first stage.
 
         Args:
             teacher: (N, K', H, W) logits.
-            labels: (N, H, W) in the student's classes, anything else is ignored.
+            labels: (N, H, W) in the student's classes; other values are ignored.
         """
         remember(self.learned, self.drawn)
         masks = self.drawn.masks(teacher)

@@ -14,7 +14,7 @@ from .fpn import FPNDistillHead, Level
 
 
 class MGDGenerator(nn.Sequential):
-    """Two 3x3 convolutions, with a ReLU between them."""
+    """Two 3x3 convolutions with a ReLU between them."""
 
     def __init__(self, channels: int):
         super().__init__(
@@ -26,12 +26,13 @@ class MGDGenerator(nn.Sequential):
 
 @DISTILL_HEAD_REGISTRY.register()
 class MGD(FPNDistillHead):
-    """The teacher's map generated from the student's with cells masked out; see
-    :func:`distill.losses.mgd`.
+    """MGD: generate the teacher's map from the student's masked map.
+
+    See :func:`distill.losses.mgd`.
 
     Args:
         mask_ratio: λ, the expected share of the cells that are masked out.
-        seed: of the masks.
+        seed: seed of the masks.
     """
 
     section = Section(

@@ -1,4 +1,4 @@
-"""Multi-knowledge distillation."""
+"""Multi-knowledge distillation (MKD)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +15,16 @@ from .fpn import FPNDistillHead, FrequencyMasks
 
 @DISTILL_HEAD_REGISTRY.register()
 class MKD(FPNDistillHead):
-    """The four losses of MKD on every level; see :func:`distill.losses.mkd`.
+    """MKD: four losses on every level; see :func:`distill.losses.mkd`.
 
     L = α (L_fea + L_Multiscale + L_FDMD + L_FAD) (Eq. 6), α the head's weight.
 
     Args:
         term_weights: factor of each term by its name in ``MKD_TERMS``; 0 leaves it out.
-        scales: of ``multiscale``, in cells.
+        scales: pooling kernels of ``multiscale`` in cells.
         mask_ratio: ζ of ``fdmd``; 0 makes it ``fea``.
-        temperature, attention: of ``fad``.
-        seed: of the frequency masks.
+        temperature, attention: options of ``fad``.
+        seed: seed of the frequency masks.
     """
 
     section = Section(  # WEIGHT is α (Eq. 6)

@@ -1,4 +1,4 @@
-"""Multi-scale self-distillation."""
+"""Multi-scale self-distillation (MSSD)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .base import DISTILL_HEAD_REGISTRY, DistillHead
 
 
 class MaskAdapter(nn.Sequential):
-    """A mask of one channel as a map of C: 3x3 convolution and ReLU (MSSD, Eq. 6)."""
+    """Map a mask of one channel to C channels: 3x3 convolution and ReLU (Eq. 6)."""
 
     def __init__(self, channels: int):
         super().__init__(nn.Conv2d(1, channels, kernel_size=3, padding=1), nn.ReLU())
@@ -20,18 +20,19 @@ class MaskAdapter(nn.Sequential):
 
 @DISTILL_HEAD_REGISTRY.register()
 class MSSD(DistillHead):
-    """A student with an FPN+PAN neck teaches its deep maps with its shallow ones.
+    """MSSD: a student with an FPN+PAN neck teaches its deep maps with its shallow ones.
 
-    L = w_distill L_distill + w_mask L_mask (Eq. 7; the weight of L_gt is 1). L_distill is the mean
-    over the levels of g_k · :func:`distill.losses.mssd`, g = γ on the finest (Eq. 1-4). L_mask is
-    the mean squared error of each deep map and the adapted mask of the ground-truth boxes
-    (Eq. 6, :func:`distill.losses.gaussian_mask`); its gradient reaches both. The paper does not
-    say how levels add up in L_mask: they are averaged. Levels without a shallow map (the coarser
-    ones that strided convolutions make of the last) do not count.
+    L = w_distill L_distill + w_mask L_mask (Eq. 7; the weight of L_gt is 1)
+
+    L_distill is the mean over the levels of g · :func:`distill.losses.mssd`, with g = γ on the
+    finest level, else 1 (Eq. 1-4). L_mask is the mean squared error of each deep map and the
+    adapted mask of the ground-truth boxes (Eq. 6, :func:`distill.losses.gaussian_mask`). Its
+    gradient reaches both. The paper does not say how levels add up in L_mask; they are averaged.
+    Levels without a shallow map, which strided convolutions make of the last one, do not count.
 
     Args:
         levels: names of the deep maps, finest first.
-        strides, channels: of each level.
+        strides, channels: values of each level.
         distill_weight, mask_weight: factors of the two losses; 0 leaves one out.
         gamma: γ.
         binary: binary masks instead of Gaussian ones.
@@ -116,7 +117,7 @@ class MSSD(DistillHead):
         return losses
 
     def mask(self, student: NetworkOutputs, level: str, stride: int) -> Tensor:
-        """(N, H, W): the ground-truth boxes on the cells of a level."""
+        """Return the (N, H, W) masks of the ground-truth boxes on the cells of a level."""
         height, width = student.features[level].shape[2:]
         boxes = student.batch.boxes
         return gaussian_mask(boxes, height, width, stride, self.sigma2, self.binary)

@@ -9,7 +9,7 @@ from .semantic import SemSegDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class PixelKD(SemSegDistillHead):
-    """Class probabilities of every cell; see :func:`distill.losses.pixel_kd`."""
+    """PixelKD: compare class probabilities of every cell; see :func:`distill.losses.pixel_kd`."""
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return pixel_kd(student, teacher, self.temperature)

@@ -11,9 +11,10 @@ from .fpn import FPNDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class PKD(FPNDistillHead):
-    """Correlation of channels; see :func:`distill.losses.pkd`.
+    """PKD: compare maps by the Pearson correlation of channels; see :func:`distill.losses.pkd`.
 
-    The authors compare the four finest levels, of the same channels; others are adapted here.
+    The authors compare the four finest levels of networks with the same channels. Others are
+    adapted here.
     """
 
     section = Section(WEIGHT=Presets(DenseDetector=10.0, GeneralizedRCNN=6.0))

@@ -1,4 +1,4 @@
-"""Review of knowledge: coarse levels help to say what fine ones should be."""
+"""Knowledge review (ReviewKD): coarser levels of the student are fused into finer ones."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ MIDDLE = 256  # channels in which levels are fused
 
 
 class AttentionBasedFusion(nn.Module):
-    """A level and what is fused of the coarser ones, weighted cell by cell (ABF).
+    """Attention-based fusion (ABF) of a level and the fused coarser ones, weighted cell by cell.
 
     Args:
-        channels: of the student's level.
-        out_channels: of the teacher's.
-        coarsest: there is nothing to fuse.
+        channels: channels of the student's level.
+        out_channels: channels of the teacher's level.
+        coarsest: True if there are no coarser levels to fuse.
     """
 
     def __init__(self, channels: int, out_channels: int, coarsest: bool):
@@ -38,11 +38,11 @@ class AttentionBasedFusion(nn.Module):
             nn.init.kaiming_uniform_(convolution.weight, a=1)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the teacher's level is compared with, and what goes on to the next finer level.
+        """Return the map to compare with the teacher's, and the fused map for the next finer level.
 
         Args:
-            x: (N, C, H, W) of the student.
-            coarser: (N, MIDDLE, h, w) of the level before.
+            x: (N, C, H, W) map of the student.
+            coarser: (N, MIDDLE, h, w) fused map of the next coarser level; None on the coarsest.
         """
         x = self.inside(x)
         if self.attention is not None and coarser is not None:
@@ -54,9 +54,9 @@ class AttentionBasedFusion(nn.Module):
 
 @DISTILL_HEAD_REGISTRY.register()
 class ReviewKD(FPNDistillHead):
-    """Levels fused from coarse to fine, see :func:`distill.losses.hcl`.
+    """ReviewKD: compare levels fused from coarse to fine; see :func:`distill.losses.hcl`.
 
-    The levels are summed. The authors' weights go from 0.8 to 2, 1 for R-101 to R-50.
+    Levels are summed. The authors' weights are 0.8 to 2, and 1 for R-101 to R-50.
     """
 
     adapts = False

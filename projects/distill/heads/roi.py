@@ -1,4 +1,4 @@
-"""Heads that compare box predictions on the student's sampled boxes."""
+"""Base of heads that compare box predictions on the student's sampled boxes."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from .classes import PredictionDistillHead
 
 
 class ROIPair(NamedTuple):
-    """Both networks' predictions on the same boxes, in the classes that both know (K').
+    """Predictions of both networks on the same boxes, in the classes that both know (K').
 
     Attributes:
         student_logits, teacher_logits: (ΣRi, K' + 1), background last.
         student_deltas, teacher_deltas: (ΣRi, 4) at the box's class.
-        labels: (ΣRi,) in [0, K'], K' is background; -1: a class that the teacher lacks.
+        labels: (ΣRi,) in [0, K'], K' is background, -1 is a class that the teacher lacks.
         foreground, background: (ΣRi,) bool; boxes of a class the teacher lacks are neither.
     """
 
@@ -28,7 +28,7 @@ class ROIPair(NamedTuple):
 
 
 class ROIDistillHead(PredictionDistillHead):
-    """Box predictions of both networks on the boxes that the *student* sampled.
+    """Base of heads that compare box predictions on the boxes that the student sampled.
 
     A subclass writes :meth:`loss` for one box stage. Stages of a Cascade are averaged.
     """
@@ -46,6 +46,7 @@ class ROIDistillHead(PredictionDistillHead):
         return None
 
     def pair(self, student: ROIs, teacher: ROIs) -> ROIPair:
+        """Return the predictions of one box stage in the shared classes."""
         labels = student.labels
         shared = self.classes.position[labels]
         background = labels == len(self.classes.position) - 1
@@ -65,5 +66,5 @@ class ROIDistillHead(PredictionDistillHead):
         return total
 
     def loss(self, rois: ROIPair) -> dict[str, Tensor]:
-        """Named scalar losses of one box stage."""
+        """Return the named scalar losses of one box stage."""
         raise NotImplementedError

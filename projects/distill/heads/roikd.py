@@ -15,13 +15,16 @@ from .roi import ROIDistillHead, ROIPair
 
 @DISTILL_HEAD_REGISTRY.register()
 class ROIKD(ROIDistillHead):
-    """Class and box distillation of an R-CNN (after Chen et al., "Learning efficient object
-    detection models with knowledge distillation", 2017, Sec. 3).
+    """ROIKD: compare classes and boxes of an R-CNN.
 
-    cls = Σ_r w_r T² KL(teacher || student) / ΣRi, w = foreground or background weight.
-    box = Σ_fg |δ_s − δ_t|₁ / #fg, deltas of the box's own class without the transform's weights.
-    The paper bounds the regression by the ground truth's error; here the teacher's deltas are
-    targets as they are.
+    After Chen et al., "Learning efficient object detection models with knowledge distillation",
+    2017, Sec. 3::
+
+        cls = Σ_r w_r T² KL(teacher || student) / ΣRi, w = foreground or background weight
+        box = Σ_fg |δ_s − δ_t|₁ / number of foreground boxes
+
+    δ are the deltas of the box's own class, without the transform's weights. The paper bounds the
+    regression by the error of the ground truth. Here the teacher's deltas are the targets.
 
     Args:
         foreground_weight, background_weight: w of boxes with and without an object.

@@ -1,4 +1,4 @@
-"""Heads of semantic segmentation, where every pixel has a class."""
+"""Bases of heads of semantic segmentation, where every pixel has a class."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from .fpn import FPNDistillHead, on_grid
 
 
 class SemSegDistillHead(PredictionDistillHead):
-    """Logits of both networks before upsampling, on the student's cells, of the shared classes.
+    """Base of heads that compare semantic logits of the shared classes, before upsampling.
 
-    A subclass writes :meth:`loss`, or :meth:`losses` if it has several parts.
+    They are compared on the student's cells. A subclass writes :meth:`loss`, or :meth:`losses` for
+    several parts.
 
     Args:
-        teacher_stride: of the teacher's logits in pixels.
+        teacher_stride: stride of the teacher's logits in pixels.
     """
 
     needs = frozenset({"sem_seg"})
@@ -46,7 +47,7 @@ class SemSegDistillHead(PredictionDistillHead):
         return {"": self.loss(*self.logits(student, teacher))}
 
     def logits(self, student: NetworkOutputs, teacher: NetworkOutputs) -> tuple[Tensor, Tensor]:
-        """(N, K', H, W) of both."""
+        """Return the (N, K', H, W) logits of student and teacher."""
         assert student.sem_seg is not None and teacher.sem_seg is not None
         s = student.sem_seg.logits
         t = on_grid(teacher.sem_seg.logits, s, self.teacher_stride, student.batch)
@@ -54,14 +55,15 @@ class SemSegDistillHead(PredictionDistillHead):
         return s.movedim(-1, 1), t.movedim(-1, 1)
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar loss of (N, K', H, W) logits."""
+        """Return the scalar loss of (N, K', H, W) logits."""
         raise NotImplementedError
 
 
 class RelationDistillHead(FPNDistillHead):
-    """Relations inside of each network's maps: channels may differ, there are no adapters.
+    """Base of heads that compare relations within each network's maps.
 
-    By default of the features of the semantic head, where there is one.
+    Channels may differ: there are no adapters. By default the maps are the features of the semantic
+    head, if the student has one.
     """
 
     section = Section(

@@ -14,7 +14,9 @@ from .semantic import RelationDistillHead
 
 @DISTILL_HEAD_REGISTRY.register()
 class SKD(RelationDistillHead):
-    """Similarities of pooled cells, pair by pair; see :func:`distill.losses.pairwise_affinity`.
+    """SKD: compare pairwise similarities of pooled cells.
+
+    See :func:`distill.losses.pairwise_affinity`.
 
     Args:
         scale: side of a pooled cell as a share of the map's.

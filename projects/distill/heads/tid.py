@@ -1,4 +1,4 @@
-"""Task integration distillation."""
+"""Task integration distillation (TID)."""
 
 from typing import Any, NamedTuple
 
@@ -30,27 +30,27 @@ SHARE_OF_POINTS = Rule(lambda x: 1e-6 <= x <= 1, "in (0, 1], and at least 0.0000
 
 
 class Judgement(NamedTuple):
-    """Both networks' opinions of the points of one picture, in the order of ``tid_value``."""
+    """Scores of the points of one image, in the order of the arguments of ``tid_value``."""
 
     score_teacher: Tensor  # (P,)
     score_student: Tensor  # (P,)
-    tie: Tensor  # (P,), the teacher's IOU_max · p
-    boxes: Tensor  # (P, 4), the teacher's box of each point that matches best
+    tie: Tensor  # (P,) IOU_max · p of the teacher
+    boxes: Tensor  # (P, 4) best matching box of each point, of the teacher
 
 
 @DISTILL_HEAD_REGISTRY.register()
 class TID(FPNDistillHead):
-    """Features weighted by how well teacher and student do both tasks at each point.
+    """TID: compare features, weighted by how well both networks do both tasks at each point.
 
-    The dense head of both networks is judged at every feature point (DIEM, :meth:`scores`); what
-    the teacher does well and the student worse than it gets a value (LDAM) that fades outside the
-    ground-truth boxes (SFDM, :meth:`values`); the squared error of the features that the dense
-    head reads is weighted by it. For an R-CNN the RPN is the dense head, p its objectness.
+    The dense head of each network is scored at every feature point (DIEM, :meth:`scores`). Points
+    at which the teacher does well, and better than the student, get a value (LDAM). It fades
+    outside the ground-truth boxes (SFDM, :meth:`values`) and weights the squared error of the
+    features that the dense head reads. For an R-CNN the RPN is the dense head, p its objectness.
 
     Args:
         thresholds: (negative, positive) IoU of the student's and the teacher's own assignment.
         classes: the classes that both dense heads list.
-        objectness: the dense heads are RPNs, whose only logit is every object's.
+        objectness: True if the dense heads are RPNs, whose only logit is every object's.
         alphas: α_high, α_med, α_low: factors of the loss where V >= 1, V >= 0.01, and below.
         gamma, nms_iou, area: see :func:`distill.losses.tid_value`.
         top, parts, raw_iou: see :func:`distill.losses.tid_score`.
@@ -134,7 +134,7 @@ class TID(FPNDistillHead):
 
     @torch.no_grad()
     def values(self, student: NetworkOutputs, teacher: NetworkOutputs) -> list[Tensor]:
-        """V of every level, (N, Hi, Wi) each."""
+        """Return V, one (N, Hi, Wi) map per level."""
         assert student.dense is not None
         points = torch.cat(
             [
@@ -142,21 +142,21 @@ class TID(FPNDistillHead):
                 for size, level in zip(student.dense.sizes, self.levels)
             ]
         )
-        pictures = []
+        images = []
         for i, boxes in enumerate(student.batch.boxes):
             value = tid_value(*self.judgement(student, teacher, i), **self.value_options)
-            pictures.append(value * tid_information(points, boxes))
-        return self.by_level(torch.stack(pictures), student)
+            images.append(value * tid_information(points, boxes))
+        return self.by_level(torch.stack(images), student)
 
     def judgement(self, student: NetworkOutputs, teacher: NetworkOutputs, image: int) -> Judgement:
-        """Both networks' scores of one picture (DIEM)."""
+        """Return the scores of both networks for one image (DIEM)."""
         score_s, _, _ = self.scores(student, student, image, self.thresholds[0])
         score_t, tie, boxes = self.scores(teacher, student, image, self.thresholds[1])
         return Judgement(score_t, score_s, tie, boxes)
 
     @staticmethod
     def by_level(points: Tensor, student: NetworkOutputs) -> list[Tensor]:
-        """(N, P) values of the points as (N, Hi, Wi) maps."""
+        """Return (N, P) values of the points as one (N, Hi, Wi) map per level."""
         assert student.dense is not None
         sizes = student.dense.sizes
         levels = points.split([h * w for h, w in sizes], 1)
@@ -169,12 +169,12 @@ class TID(FPNDistillHead):
         image: int,
         thresholds: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One network's opinion of the points of one picture (DIEM).
+        """Return the scores of one network for the points of one image (DIEM).
 
         Returns:
             score: (P,).
             tie: (P,) IOU_max · p.
-            boxes: (P, 4), the decoded box of each point that matches best.
+            boxes: (P, 4) decoded box of each point that matches best.
         """
         assert net.dense is not None
         sizes = [h * w for h, w in net.dense.sizes]
@@ -194,7 +194,7 @@ class TID(FPNDistillHead):
         return score, iou * prob, decoded[rows, anchor]
 
     def columns(self, labels: Tensor, match: Tensor, is_student: bool) -> tuple[Tensor, Tensor]:
-        """Column of the matched object's class in a network's logits, and whether it is known."""
+        """Return the column of the matched object's class in the logits, and if it is known."""
         if self.objectness:
             return torch.zeros_like(match), torch.ones_like(match)
         labels = F.pad(labels, (0, 1))[match]  # without ground truth there is one row to read
@@ -203,12 +203,12 @@ class TID(FPNDistillHead):
 
 
 def class_logits(logits: Tensor, column: Tensor) -> Tensor:
-    """(P,): of (P, A, K) logits the largest of each point's boxes in the class ``column`` (P,)."""
+    """Return the (P,) largest of the (P, A, K) logits of each point's class in (P,) ``column``."""
     index = column[:, None, None].expand(-1, logits.shape[1], 1)
     return logits.gather(2, index).amax((1, 2))
 
 
 def cell_centres(size: tuple[int, int], stride: int, device: torch.device) -> Tensor:
-    """(H·W, 2) x, y of the cells' centres in pixels, row by row."""
+    """Return the (H·W, 2) x, y of the cells' centres in pixels, row by row."""
     y, x = (torch.arange(n, device=device) * stride + stride / 2 for n in size)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)

@@ -18,9 +18,8 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 
 from ..checkpoint.load import readable
 from ..checkpoint.save import damage, resumable
-from ..config import find_config, validate_config
-from ..data.datasets import register_coco_format
-from ..engine.trainer import Trainer, evaluate, setup_config
+from ..config import find_config, load_config
+from ..engine import Trainer, evaluate, finish_config
 from ..errors import ConfigError, DistillError
 from ..utils.arguments import CommandParser, add_config_arguments, at_least
 from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
@@ -69,21 +68,18 @@ def train(cfg: CfgNode, args: Namespace, finished: str | None, trainer: type[Tra
 
 
 def configure(args: Namespace) -> tuple[CfgNode, str | None]:
-    """The validated config, and the final checkpoint if the run that --resume names has finished.
+    """Return the config, and the final checkpoint if --resume is given and the run has finished.
 
     Raises:
         ConfigError, DataError, WeightsError: one sentence that names what to change.
     """
-    cfg = setup_config(args.config_file, args.opts, training=False)
-    finished = finished_checkpoint(cfg) if args.resume else None
-    if not args.eval_only and not finished:
-        register_coco_format(cfg)
-        validate_config(cfg)
-    if args.resume and resumable(cfg.OUTPUT_DIR):  # of which each has the backbone's weights
-        cfg.defrost()
+    schedule = ["SOLVER.SCHEDULE", args.schedule] if args.schedule else []
+    cfg = load_config(args.config_file, [*schedule, *args.opts])
+    finished = finished_checkpoint(cfg) if args.resume and not args.doctor else None
+    if args.resume and resumable(cfg.OUTPUT_DIR):  # the checkpoint has the backbone's weights
         cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
-        cfg.freeze()
-    return cfg, finished
+    training = args.doctor or not (args.eval_only or finished)
+    return finish_config(cfg, training=training), finished
 
 
 def finished_checkpoint(cfg: CfgNode) -> str | None:
@@ -124,6 +120,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--doctor",
         action="store_true",
         help="check a training on two batches instead of running it",
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="{1x,2x,3x}",
+        help="train for 1, 2 or 3 times the iterations of the config file, with the steps of the "
+        "learning rate as in detectron2's model zoo (key SOLVER.SCHEDULE)",
     )
     parser.add_argument(
         "--dist-timeout",

@@ -136,7 +136,7 @@ def run_command(run: Callable[[], int]) -> int:
 
     def exit_message() -> str:
         if sys.stdout.isatty():
-            os.write(1, b"\x1b[?25h")  # show the cursor, which progress bars hide
+            os.write(1, b"\x1b[?25h\n")  # show the cursor, which progress bars hide
         return AGAIN
 
     quiet_libraries()

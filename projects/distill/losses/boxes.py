@@ -90,9 +90,11 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Return the (M, R) IoU of (M, 4) and (R, 4) XYXY boxes, to the bit as detectron2 does.
 
     detectron2's own takes its ``Boxes``; torchvision's is NaN for two boxes without area. Three
-    methods need another one: :func:`distill.losses.fgfi.pixel_iou` (boxes of whole pixels),
-    :func:`distill.losses.crosskd.paired_iou` (pairs, with a gradient) and the one of
-    :func:`distill.losses.matched_iou` (all points of an image at once).
+    methods have an IoU of their own, for a reason:
+
+    - :func:`distill.losses.fgfi.pixel_iou` is of boxes of whole pixels, as the authors' is.
+    - :func:`distill.losses.crosskd.paired_iou` is of pairs and has a gradient.
+    - :func:`distill.losses.matched_iou` compares all points of an image at once, faster.
     """
     overlap = pairwise_overlap(boxes, others)
     area, other = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (boxes, others))
@@ -123,9 +125,9 @@ def anchor_grid(anchors: Tensor, stride: int, offset: float, height: int, width:
 
     Args:
         anchors: (A, 4) XYXY, relative to the cell's origin.
-        stride: of the level in pixels.
-        offset: of the cells' origins from the image's, in strides.
-        height, width: of the level in cells.
+        stride: size of a cell in pixels.
+        offset: distance of the cells' origins from the image's, in strides.
+        height, width: size of the level in cells.
 
     Returns:
         (height, width, A, 4) XYXY in pixels.

@@ -43,14 +43,14 @@ def ld_region(
 ) -> Tensor:
     """Return the valuable localization region of each box (Sec. 3.4).
 
-    It holds the anchors around the positives of ATSS: those whose DIoU with the box is at least a
-    quarter of the threshold of :func:`distill.losses.boxes.atss_candidates`, and below it.
-    Positives may be among them.
+    It holds the anchors around the positives of ATSS. Their DIoU with the box is at least a quarter
+    of the threshold of :func:`distill.losses.boxes.atss_candidates`, and below it. Positives may be
+    among them.
 
     Args:
         anchors: one (Ri, 4) XYXY tensor per level; R is their sum.
         gt: (M, 4) XYXY.
-        candidates: of ATSS, per level.
+        candidates: number of candidates of ATSS per level.
         released: divide the overlap in DIoU by the anchor's area instead of the union, as the
             authors' code does, which makes the region larger.
 

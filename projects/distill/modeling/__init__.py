@@ -1,1 +1,1 @@
-"""The distilled student, its teacher, and how a student starts from a teacher."""
+"""The distilled student, its teacher, and a student that starts with the teacher's weights."""

@@ -1,4 +1,4 @@
-"""A student that starts with the teacher's neck and head (as in FGD and MGD)."""
+"""A student that starts with the teacher's neck and head, as in FGD and MGD."""
 
 import logging
 import re
@@ -11,33 +11,32 @@ from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-INHERITED_PARTS = ("neck", "head")
-# Predictors with an output a class, of detectron2's heads and of those here.
+# Predictors with one output per class, of detectron2's heads and of this package's.
 _OF_CLASSES = re.compile(r"cls_score\.|box_predictor(\.\d+)?\.bbox_pred\.|\.predictor\.")
 _BOTTOM_UP = ("backbone.bottom_up.", "backbone.fpn.bottom_up.")  # of detectron2's FPN, of PAFPN
 
 
 @torch.no_grad()
-def inherit(
+def init_from_teacher(
     student: nn.Module, teacher: nn.Module, parts: Iterable[str], same_classes: bool = True
 ) -> list[str]:
     """Copy the teacher's weights and statistics into the student where name and shape agree.
 
-    The neck is what a backbone has beside its bottom-up, the head all that is no backbone. What
-    does not fit, such as a lateral convolution of another backbone or a predictor of other
-    classes, keeps the student's own values and is logged.
+    The neck is the backbone without its bottom-up network; the head is everything outside the
+    backbone. A tensor that does not fit, such as a lateral convolution of another backbone or a
+    predictor of other classes, keeps the student's own values and is logged.
 
     Args:
         student, teacher: detectron2 networks.
-        parts: of :data:`INHERITED_PARTS`.
-        same_classes: both predict the same classes in the same order. If not, predictors of
-            classes do not fit, whatever their shape.
+        parts: "neck", "head" or both, as in ``MODEL.DISTILL.INHERIT``.
+        same_classes: both predict the same classes in the same order. If not, class predictors
+            do not fit, whatever their shape.
 
     Returns:
         Names of the tensors that were copied.
 
     Raises:
-        ConfigError: nothing of a part fits.
+        ConfigError: no tensor of a part fits.
     """
     copied = []
     source = teacher.state_dict()
@@ -47,14 +46,14 @@ def inherit(
         fits = [name for name in comparable if _fits(own[name], source.get(name))]
         if not fits:
             raise ConfigError(
-                f"MODEL.DISTILL.INHERIT: nothing of the student's {part} ({len(own)} tensors) has "
-                f"the name and shape of something in the teacher; remove '{part}' or take a "
+                f"MODEL.DISTILL.INHERIT: none of the {len(own)} tensors of the student's {part} "
+                f"has the name and shape of a tensor of the teacher; remove '{part}', or choose a "
                 "teacher of the same kind."
             )
         for name in fits:
             own[name].copy_(source[name])
         left = [name for name in own if name not in fits]
-        logger.info("The student's %s starts with %d tensors of the teacher's", part, len(fits))
+        logger.info("The student's %s starts with %d tensors of the teacher", part, len(fits))
         if left:
             logger.warning("Its %s keeps %d that do not fit: %s", part, len(left), ", ".join(left))
         copied += fits
@@ -62,7 +61,7 @@ def inherit(
 
 
 def _tensors(model: nn.Module, part: str) -> dict[str, Tensor]:
-    """What a part of a network has in its state dict; a plain backbone has no neck."""
+    """Return the state dict of a part of a network; a backbone without an FPN has no neck."""
     state = model.state_dict()
     if part == "head":
         return {name: x for name, x in state.items() if not name.startswith("backbone.")}

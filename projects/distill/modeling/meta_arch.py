@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import Tensor, nn
 
-from ..config import teacher_config
+from ..config import distill_architectures, student_architecture, teacher_config
 from ..data.datasets import class_names
-from ..errors import ConfigError
+from ..errors import ConfigError, building
 from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
 from ..heads import DistillHead, build_heads, teacher_needed
 from ..structures import NetworkInfo
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 class DistillModel(nn.Module):
     """A stock detectron2 student, a frozen teacher, and heads that compare them.
 
-    In training the student runs its own ``forward`` under taps; the teacher is asked only for
-    what the heads that are active at this iteration need. In evaluation it is the student alone.
+    In training the student runs its own ``forward``, whose outputs are recorded. The teacher
+    computes only the outputs that the heads need which are active at this iteration. In evaluation
+    the model is the student.
 
     Args:
         student: a plain detectron2 meta-architecture.
@@ -32,6 +33,10 @@ class DistillModel(nn.Module):
     """
 
     family_type: ClassVar[type[Family]] = Family
+    """Family of the students that this class accepts."""
+
+    student_architecture: ClassVar[str] = ""
+    """Student if ``MODEL.DISTILL.STUDENT_ARCHITECTURE`` is empty; "" if there is no default."""
 
     @configurable
     def __init__(self, *, student: nn.Module, teacher: Teacher | None, heads: nn.ModuleDict):
@@ -40,11 +45,11 @@ class DistillModel(nn.Module):
         self.family = build_family(student)
         self.check_student(type(student))
         self.heads = heads
-        self.teacher = teacher  # no nn.Module: stays outside parameters() and state_dict()
+        self.teacher = teacher  # not an nn.Module: stays outside parameters() and state_dict()
 
     @classmethod
     def check_student(cls, architecture: type[nn.Module]) -> None:
-        """Raises ConfigError if this class distils no students of such an architecture."""
+        """Raise ConfigError if this class cannot distil students of an architecture."""
         base = cls.family_type.architecture
         if not issubclass(architecture, base):
             raise ConfigError(
@@ -54,10 +59,10 @@ class DistillModel(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        student = META_ARCH_REGISTRY.get(cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE)(cfg)
+        student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
         teacher, heads = None, nn.ModuleDict()
         if cfg.MODEL.DISTILL.HEADS:
-            # More modules would shift torch's global random state and so the student's training.
+            # Building them would shift torch's global random state, and so the student's training.
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
@@ -73,7 +78,7 @@ class DistillModel(nn.Module):
         return self.student.device  # type: ignore[return-value]
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """detectron2's contract: losses in training, predictions in evaluation."""
+        """Return losses in training and predictions in evaluation, as detectron2's networks do."""
         if not self.training or not self.heads:
             return self.student(batched_inputs)
         needs = self.active_needs()
@@ -88,10 +93,10 @@ class DistillModel(nn.Module):
         return losses
 
     def active_needs(self, of_teacher: bool = False) -> frozenset[str]:
-        """Signals of the student that the heads with a weight at this iteration read.
+        """Return the student's outputs that heads with a weight above 0 read at this iteration.
 
         Args:
-            of_teacher: the teacher's instead.
+            of_teacher: return the teacher's outputs instead.
         """
         heads: list[DistillHead] = list(self.heads.values())  # type: ignore[arg-type]
         active = [h for h in heads if h.factor() != 0 and (h.needs_teacher or not of_teacher)]
@@ -103,6 +108,7 @@ class DistillRCNN(DistillModel):
     """Students: GeneralizedRCNN (Faster, Mask, Cascade) and PanopticFPN."""
 
     family_type = RCNNFamily
+    student_architecture = "GeneralizedRCNN"
 
 
 @META_ARCH_REGISTRY.register()
@@ -110,6 +116,7 @@ class DistillRetinaNet(DistillModel):
     """Students: every ``DenseDetector`` (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
 
     family_type = DenseFamily
+    student_architecture = "RetinaNet"
 
 
 @META_ARCH_REGISTRY.register()
@@ -117,12 +124,49 @@ class DistillSemanticSegmentor(DistillModel):
     """Students: SemanticSegmentor."""
 
     family_type = SemanticFamily
+    student_architecture = "SemanticSegmentor"
+
+
+def build_distill_model(cfg: CfgNode) -> nn.Module:
+    """Build the network that ``cfg`` trains, as detectron2's ``build_model`` does.
+
+    It is a :class:`DistillModel` if ``MODEL.DISTILL.HEADS`` is not empty. So
+    ``MODEL.META_ARCHITECTURE`` may be that of the plain student, or a ``Distill*`` one.
+
+    Raises:
+        ConfigError: a network cannot be built, or a head cannot compare student and teacher.
+    """
+    _log_distillation(cfg)
+    with building("student"):
+        if cfg.MODEL.META_ARCHITECTURE in distill_architectures() or not cfg.MODEL.DISTILL.HEADS:
+            return build_model(cfg)
+        return DistillModel(cfg).to(cfg.MODEL.DEVICE)
+
+
+def _log_distillation(cfg: CfgNode) -> None:
+    """Say whether ``cfg`` distils: a base file may have switched it on, or none."""
+    heads, teacher = cfg.MODEL.DISTILL.HEADS, cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    if heads:
+        logger.info(
+            "Distillation: %s learns with MODEL.DISTILL.HEADS %s from %s",
+            *(student_architecture(cfg), ", ".join(heads)),
+            f"the teacher {teacher}" if teacher_needed(cfg) else "itself, without a teacher",
+        )
+    elif teacher:
+        logger.warning(
+            "MODEL.DISTILL.HEADS is empty: the teacher %s is not used. Name a head to distil it.",
+            teacher,
+        )
 
 
 def network_infos(
     cfg: CfgNode, student: Family, teacher: Family | None
 ) -> tuple[NetworkInfo, NetworkInfo | None]:
-    """What heads may know of the two networks, class names included."""
+    """Describe student and teacher to the heads: levels, outputs and class names.
+
+    Args:
+        teacher: None if no head needs one.
+    """
     names = class_names(cfg, _semantic(student))
     if names is None or len(names) != student.num_classes:
         names = tuple(f"class {i}" for i in range(student.num_classes))
@@ -137,12 +181,12 @@ def network_infos(
 def _semantic_classes(
     cfg: CfgNode, family: Family, classes: tuple[str, ...], student: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Names of the classes of a semantic head, which is one of two heads in a Panoptic FPN.
+    """Return the class names of a semantic head, which is one of two heads in a Panoptic FPN.
 
     Args:
-        cfg: of the network.
-        classes: its own, those of the semantic head if it has no other.
-        student: the names if the network is a teacher whose own are unknown.
+        cfg: config of the network.
+        classes: class names of the network; a network without boxes has only semantic classes.
+        student: names for a teacher whose own names are unknown.
     """
     if family.sem_seg_shape is None or _semantic(family):
         return classes if _semantic(family) else ()
@@ -156,12 +200,12 @@ def _semantic_classes(
 
 
 def _semantic(family: Family) -> bool:
-    """Whether the network's classes are semantic ones, without instances."""
+    """Return whether the network predicts semantic classes only, without instances."""
     return "rois" not in family.outputs and "sem_seg" in family.outputs
 
 
 def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) -> tuple[str, ...]:
-    """The teacher's class names: given, or those of its training set, or the student's."""
+    """Return the teacher's class names: given, or of its training set, or the student's."""
     number = teacher.num_classes
     given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)
     if given and len(given) != number:
@@ -175,5 +219,5 @@ def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) ->
     if number == len(student):
         logger.warning("The teacher's class names are unknown; assuming those of the student.")
         return student
-    # Only heads that compare predictions need names; they refuse these.
+    # Only heads that compare predictions need names, and those heads refuse these.
     return tuple(f"unknown teacher class {i}" for i in range(number))

@@ -1,6 +1,6 @@
 """The teacher: frozen, outside the student's module tree, loaded strictly.
 
-It is a plain object, not an ``nn.Module``: so it is absent from ``parameters()``,
+It is a plain object, not an ``nn.Module``. So it is absent from ``parameters()``,
 ``state_dict()``, the optimizer, DistributedDataParallel and ``.train()``.
 """
 
@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly
-from ..config import building, student_config, teacher_config
-from ..errors import ConfigError
+from ..config import student_config, teacher_config
+from ..errors import ConfigError, building
 from ..families import Family, build_family
 from ..structures import Batch, NetworkOutputs
 
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A frozen network that answers questions about the student's batch.
+    """A frozen network that computes its outputs for the student's batch.
 
     Args:
-        family: the probe over the teacher's network.
-        input_format: channel order that the teacher wants ("BGR", "RGB", ...).
-        student_format: channel order of the pictures in ``batched_inputs``.
+        family: the teacher's network in its family.
+        input_format: channel order of the teacher's images ("BGR", "RGB", ...).
+        student_format: channel order of the images in ``batched_inputs``.
 
     Raises:
-        ConfigError: one channel order cannot be turned into the other.
+        ConfigError: one channel order cannot be converted to the other.
     """
 
     def __init__(self, family: Family, *, input_format: str, student_format: str):
@@ -46,7 +46,12 @@ class Teacher:
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for backward
     def ask(self, student: NetworkOutputs, needs: frozenset[str]) -> NetworkOutputs:
-        """The teacher's own ``needs`` for the student's batch and boxes."""
+        """Return the teacher's outputs for the student's batch and boxes.
+
+        Args:
+            student: outputs of the student, with its batch.
+            needs: names of the outputs to compute.
+        """
         batch = student.batch
         device = next(iter(student.features.values())).device
         if self.model.device != device:
@@ -54,7 +59,7 @@ class Teacher:
         return self.family.ask(self.preprocess(batch), student, needs)
 
     def preprocess(self, batch: Batch) -> Tensor:
-        """The student's pictures in the teacher's channel order, mean, std and padding."""
+        """Return the student's images in the teacher's channel order, mean, std and padding."""
         images = [x["image"] for x in batch.inputs]
         if self.flip_channels:
             images = [x.flip(0) for x in images]
@@ -68,10 +73,10 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
     """Build the teacher that ``cfg.MODEL.DISTILL.TEACHER`` describes and load its weights.
 
     Args:
-        trained: False: of random weights, to learn what could be distilled from it.
+        trained: load the weights; if False they are random, to see which heads would work.
 
     Raises:
-        ConfigError, WeightsError: the description or the file cannot work.
+        ConfigError, WeightsError: the network cannot be built, or its weights not loaded.
     """
     config = student_config(teacher_config(cfg))
     config.defrost()

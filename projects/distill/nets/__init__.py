@@ -8,7 +8,7 @@ heads.
 
 from . import necks
 from .atss import ATSS
-from .config import DENSE_DETECTORS, add_config_read_by, add_nets_config
+from .config import add_config_read_by, add_nets_config
 from .deeplabv3 import ASPPHead
 from .fcos import FCOS
 from .gfl import GFL
@@ -20,7 +20,6 @@ from .timm import TimmBackbone, build_timm_backbone
 
 __all__ = [
     "ATSS",
-    "DENSE_DETECTORS",
     "FCOS",
     "GFL",
     "PAFPN",

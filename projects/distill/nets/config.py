@@ -10,9 +10,6 @@ from .gfl import GFL
 from .reppoints import RepPoints
 
 _DETECTORS = {cls.__name__: cls.section for cls in (ATSS, FCOS, GFL, RepPoints)}
-DENSE_DETECTORS = tuple(_DETECTORS)
-"""Meta-architectures of this package. Each has its own section of keys."""
-
 _DENSE_KEYS = {
     f"MODEL.{name.upper()}.{key}": value
     for name, section in _DETECTORS.items()

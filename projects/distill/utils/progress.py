@@ -44,6 +44,7 @@ class Progress(RichProgress):
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            auto_refresh=console.is_terminal,  # otherwise `track` advances in a thread
         )
         self._lines: dict[TaskID, _Lines] | None = {} if self.disable and not json else None
 
@@ -63,11 +64,10 @@ class Progress(RichProgress):
     def _print_line(self, task_id: TaskID) -> None:
         if self._lines is None:
             return
-        with self._lock:  # a thread advances the task of a tracked sequence
-            task = self._tasks[task_id]
-            line = self._lines.setdefault(task_id, _Lines(task)).due(task)
-            if line:
-                print(printable(line), file=self.console.file, flush=True)
+        task = self._tasks[task_id]
+        line = self._lines.setdefault(task_id, _Lines(task)).due(task)
+        if line:
+            print(printable(line), file=self.console.file, flush=True)
 
 
 class _Lines:
