@@ -216,19 +216,20 @@ def _start_worker(worker: int) -> None:
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, lost) else show(kind, *rest)
 
 
-# detectron2 reads the data sets again for these, also the images that were left out.
+# Samplers for which detectron2 would read the data sets again, with the images that were dropped.
 _WEIGHTED = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
 _BY_CATEGORY = ("RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler")
 
 
 def build_sampler(cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]) -> Sampler[int]:
-    """Build detectron2's sampler ``DATALOADER.SAMPLER_TRAIN`` of the images in all sets.
+    """Build detectron2's sampler ``DATALOADER.SAMPLER_TRAIN`` for the images of all sets.
 
     Args:
+        cfg: the whole config.
         sets: names and dataset dicts of the training sets.
 
     Raises:
-        ConfigError: the sampler draws no image, or needs classes that the images lack.
+        ConfigError: the sampler selects no image, or it needs classes that the images lack.
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
     dicts = [entry for _, entries in sets for entry in entries]
@@ -251,27 +252,28 @@ def build_sampler(cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]
 def repeat_factors(
     cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]], by_category: bool
 ) -> Tensor:
-    """How often detectron2's weighted samplers draw each image, relative to the others.
+    """Return the relative frequency of each image in detectron2's weighted samplers.
 
     Args:
+        cfg: the whole config.
         sets: names and dataset dicts of the training sets.
-        by_category: multiply by the factors of rare classes, relative to the smallest product.
+        by_category: multiply by the factors of rare classes, and divide by the smallest product.
 
     Returns:
         (N,) numbers above 0, in the order of the sets.
     """
-    of_set = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
-    factors = torch.cat([torch.full((len(x),), float(of_set.get(name, 1))) for name, x in sets])
+    by_set = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    factors = torch.cat([torch.full((len(x),), float(by_set.get(name, 1))) for name, x in sets])
     if not by_category:
         return factors
     node = cfg.DATALOADER
-    of_classes = [
+    by_class = [
         RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             entries, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
         )
         for _, entries in sets
     ]
-    factors = torch.cat(of_classes) * factors
+    factors = torch.cat(by_class) * factors
     return factors / factors.min()
 
 
