@@ -34,7 +34,7 @@ from distill.launch.process_group import (
     port_of,
     tasks_per_node,
 )
-from distill.launch.termination import EchoError, explain, resume_hint
+from distill.launch.termination import SecondaryError, resume_hint, user_error
 from tests.support.networks import write_config
 from tests.support.processes import needs_loopback, start, with_forks
 from tests.support.trainings import trainable_cfg
@@ -276,7 +276,7 @@ def test_a_fault_has_a_sentence(name: str) -> None:
     fault, words = FAULTS[name]
     with pytest.raises((RuntimeError, OSError, MemoryError)) as caught:
         fault()
-    found = explain(caught.value)
+    found = user_error(caught.value)
     assert found and all(word in str(found) for word in words), (caught.value, found)
     assert str(found).count("\n") == 0 and "{" not in str(found)
 
@@ -303,13 +303,13 @@ def test_a_fault_has_a_sentence(name: str) -> None:
     ],
 )
 def test_an_error_that_this_machine_cannot_raise(error: Exception, words: list[str]) -> None:
-    found = explain(error)
+    found = user_error(error)
     assert found and all(word in str(found) for word in words)
 
 
 def test_bugs_have_no_sentence() -> None:
     for error in (KeyError("x"), RuntimeError("mat1 and mat2"), OSError("Connection refused")):
-        assert explain(error) is None
+        assert user_error(error) is None
 
 
 def test_the_cause_of_a_fault_counts() -> None:
@@ -319,15 +319,15 @@ def test_the_cause_of_a_fault_counts() -> None:
         finally:
             raise KeyError("on the way out")
     except KeyError as e:
-        assert "no space left" in str(explain(e))
+        assert "no space left" in str(user_error(e))
     mine = DataError("mine")
-    assert explain(mine) is mine
+    assert user_error(mine) is mine
 
 
 def test_only_echoes_wait_for_their_cause() -> None:
-    lost = explain(RuntimeError("Connection closed by peer [127.0.0.1]:1940"))
-    assert isinstance(lost, EchoError)
-    assert not isinstance(explain(MemoryError()), EchoError)
+    lost = user_error(RuntimeError("Connection closed by peer [127.0.0.1]:1940"))
+    assert isinstance(lost, SecondaryError)
+    assert not isinstance(user_error(MemoryError()), SecondaryError)
 
 
 @needs_loopback

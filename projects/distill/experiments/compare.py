@@ -37,7 +37,7 @@ from ..engine import setup_config
 from ..engine.evaluators import check_test_sets
 from ..errors import ConfigError
 from ..heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
-from ..launch.termination import AGAIN, RESUME, explain
+from ..launch.termination import RERUN, RESUME, user_error
 from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import build_teacher
 from ..section import check_choice
@@ -322,9 +322,9 @@ def chosen_metric(asked: str | None, result: Result) -> str:
 
 def reason(error: Exception, log: Path) -> str:
     """Return one sentence that says why a run failed."""
-    found = explain(error)
+    found = user_error(error)
     if found:
-        return one_line(found).replace(RESUME, AGAIN)
+        return one_line(found).replace(RESUME, RERUN)
     return f"{type(error).__name__}: {one_line(error):.200}; the traceback is in {log}."
 
 
