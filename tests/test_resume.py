@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
-from detectron2.utils.env import seed_all_rng
 
 from distill.engine import Trainer
 from distill.launch.main import main
@@ -21,6 +19,7 @@ from tests.support.trainings import (
     Shapes,
     differences,
     semantic_pictures,
+    train,
     trainable_cfg,
     write_teacher,
 )
@@ -48,15 +47,6 @@ def config(
     warmup = ("MODEL.DISTILL.IMA.WARMUP_ITERS", 4)
     opts = (*distillation, *teachers[family], *schedule, *warmup, *opts)
     return trainable_cfg(family, shapes, output, *opts, norm="BN")
-
-
-def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False, seed: int = 3) -> dict[str, Any]:
-    """Train; ``seed`` is the global one, which a resumed process has no reason to share."""
-    seed_all_rng(seed)
-    trainer = Trainer(cfg, hooks)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
 
 
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {

@@ -9,10 +9,12 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
 
 from distill.config import merge_from_list, student_config
 from distill.data.datasets import register_coco_format
 from distill.data.loader import TrainLoader
+from distill.engine import Trainer
 from distill.launch.main import main
 from tests.support.networks import (
     DENSE,
@@ -132,3 +134,12 @@ class Run:
         assert line.startswith("error: ")
         assert not list(self.folder.rglob("model_*.pth"))
         return line
+
+
+def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False, seed: int = 3) -> dict[str, Any]:
+    """Train, with its own seed of the global random state, as a resumed process has."""
+    seed_all_rng(seed)
+    trainer = Trainer(cfg, hooks)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
