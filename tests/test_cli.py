@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
 
 import distill
 from distill import cli
 from distill.config import find_config, teacher_config
 from distill.errors import ConfigError
 from distill.launch.termination import run_command
+from tests.support.networks import tiny_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("analysis", "doctor", "experiments", "launch")

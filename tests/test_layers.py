@@ -26,7 +26,7 @@ ALLOWED = {
     ".checkpoint.save": "* .errors .checkpoint .utils",
     ".config": "* .errors .section .heads .families .nets .utils",
     ".data": "* .errors .config .nets .utils",
-    ".evaluation": "* .errors .data",
+    ".evaluation": "* .errors .data .utils",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",
     ".solver": "* .errors .config .checkpoint",
     ".engine": "* .errors .config .checkpoint .utils .data .evaluation .heads .families"

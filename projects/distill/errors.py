@@ -42,10 +42,11 @@ _UNBUILDABLE = (
 
 @contextmanager
 def building(network: str) -> Iterator[None]:
-    """Say in one sentence what detectron2 asserts about a config that it cannot build.
+    """Turn detectron2's errors for a config that it cannot build into one sentence.
 
     Raises:
-        ConfigError: with the statement that failed, which names the key in most cases.
+        ConfigError: the network cannot be built. The message has the statement that failed, which
+            names the key in most cases.
     """
     try:
         yield

@@ -12,11 +12,10 @@ import pytest
 import torch
 from cityscapesscripts.helpers.labels import labels
 from cityscapesscripts.preparation.json2labelImg import json2labelImg
-from conftest import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as stock
 
-from distill.data.checks.images import file_faults
+from distill.data.checks.images import file_issues
 from distill.data.cityscapes import (
     IGNORED,
     LABEL_IDS,
@@ -29,10 +28,11 @@ from distill.data.cityscapes import (
     semantic_augmentations,
     train_id_table,
 )
-from distill.data.datasets import check_labels, check_test_set, find_faults, load_training_set
+from distill.data.datasets import check_labels, check_test_set, find_issues, load_training_set
 from distill.data.shapes import SceneConfig, write_cityscapes
 from distill.errors import DataError
 from distill.structures import Batch
+from tests.support.networks import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
 
 Folders = tuple[str, str]
 
@@ -293,15 +293,15 @@ def test_heads_ignore_ignored_labels() -> None:
 def test_unknown_label_values(root: Path) -> None:
     name = register(root, "cityscapes_sem_seg")
     cfg = tiny_cfg("semantic", "DATASETS.TRAIN", (name,), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 19)
-    faults, pictures = find_faults(cfg, name)
-    assert not faults and not [x for p in pictures for x in file_faults(p)]
+    issues, pictures = find_issues(cfg, name)
+    assert not issues and not [x for p in pictures for x in file_issues(p)]
     first, second, third, _ = pictures
     image = cv2.imread(first["sem_seg_file_name"], -1)
     image[0, 0] = 19
     cv2.imwrite(first["sem_seg_file_name"], image)
     cv2.imwrite(second["sem_seg_file_name"], image[1:])
     Path(third["sem_seg_file_name"]).unlink()
-    found = [(x.kind, x.where) for p in pictures for x in file_faults(p)]
+    found = [(x.kind, x.where) for p in pictures for x in file_issues(p)]
     assert found == [
         ("unknown label", first["sem_seg_file_name"]),
         ("size not as annotated", second["sem_seg_file_name"]),
@@ -313,10 +313,10 @@ def test_unknown_label_ids(root: Path) -> None:
     for path in (root / "gtFine").rglob(f"*{TRAIN_IDS}"):
         path.unlink()
     first, *_ = load_cityscapes_semantic(*folders(root))
-    assert not list(file_faults(first))
+    assert not list(file_issues(first))
     cv2.imwrite(first["sem_seg_file_name"], np.full((96, 128), 34, np.uint8))
-    (fault,) = file_faults(first)
-    assert "34 is no label id" in fault.detail
+    (issue,) = file_issues(first)
+    assert "34 is no label id" in issue.detail
 
 
 def test_too_few_classes(sound: Path) -> None:

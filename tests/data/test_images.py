@@ -1,4 +1,4 @@
-"""Pictures that cannot be trained on are named; odd ones that can simply work."""
+"""Test that bad images are named, and that unusual images can be used."""
 
 import os
 import pickle
@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg, tiny_model
 from detectron2.data import DatasetMapper
 from detectron2.structures import BoxMode
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from distill.data.checks import images
-from distill.data.checks.images import BadPicture, GuardedMapper, file_faults, inspect_pictures
+from distill.data.checks.images import file_issues, inspect_images
+from distill.data.guarded_mapper import BadImage, GuardedMapper
+from tests.support.networks import tiny_cfg, tiny_model
 
 WIDTH, HEIGHT = 40, 30
-CASES = 60  # of broken bytes, a format
+CASES = 60  # number of damaged files per format
 ROTATED = 6  # EXIF's "rotate by 90 degrees to show"
 Entry = dict[str, Any]
 
@@ -62,7 +63,7 @@ def deep(dtype: Any) -> Image.Image:
     return Image.fromarray(np.full((HEIGHT, WIDTH), 1000, dtype=dtype))
 
 
-# ------------------------------------------------------------------------------- bad pictures
+# ------------------------------------------------------------------------------- bad images
 
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "missing": ("a.jpg", lambda p: None, "no such file"),
@@ -71,28 +72,28 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "0 bytes": ("a.jpg", lambda p: p.touch(), "0 bytes"),
     "truncated JPEG": ("a.jpg", truncate, "truncated"),
     "truncated PNG": ("a.png", truncate, "cannot be read"),
-    "text": ("a.jpg", lambda p: p.write_text("version https://git-lfs"), "no picture that Pillow"),
+    "text": ("a.jpg", lambda p: p.write_text("version https://git-lfs"), "Pillow does not know"),
     "16 bits": ("a.png", lambda p: save(p, deep(np.uint16)), "convert it to 8 bits"),
     "32 bits": ("a.tif", lambda p: save(p, deep(np.int32)), "convert it to 8 bits"),
     "float": ("a.tif", lambda p: save(p, deep(np.float32)), "convert it to 8 bits"),
     "another size": ("a.png", lambda p: save(p, noise(50, 60)), "50 x 60 pixels, but is annotated"),
     "rotated": (
         *("a.jpg", lambda p: with_exif(p, noise(), ROTATED)),
-        "30 x 40 pixels, but is annotated as 40 x 30, for its EXIF orientation 6",
+        "30 x 40 pixels, but is annotated as 40 x 30, because its EXIF orientation 6",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_picture_is_named(case: str, tmp_path: Path) -> None:
+def test_a_bad_image_is_named(case: str, tmp_path: Path) -> None:
     name, write, words = BAD[case]
     write(tmp_path / name)
     entry = entry_of(tmp_path / name)
     bad = guarded()(entry)
-    assert isinstance(bad, BadPicture) and bad.file_name == str(tmp_path / name)
+    assert isinstance(bad, BadImage) and bad.file_name == str(tmp_path / name)
     assert words in bad.reason and "\n" not in bad.reason and bad.file_name not in bad.reason
-    (fault,) = file_faults(entry)
-    assert fault.fatal and fault.picture == bad.file_name and fault.detail == bad.reason
+    (issue,) = file_issues(entry)
+    assert issue.fatal and issue.image == bad.file_name and issue.detail == bad.reason
 
 
 def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +102,10 @@ def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "decompression bomb" in guarded()(entry_of(tmp_path / "a.png")).reason
 
 
-def test_a_picture_that_shrinks_to_nothing(tmp_path: Path) -> None:
+def test_an_image_that_is_resized_to_height_0(tmp_path: Path) -> None:
     save(tmp_path / "a.png", noise(10_000, 1))
     bad = guarded()(entry_of(tmp_path / "a.png", 10_000, 1))
-    assert isinstance(bad, BadPicture) and "cannot take it (ValueError: height and" in bad.reason
+    assert isinstance(bad, BadImage) and "cannot handle it (ValueError: height and" in bad.reason
 
 
 def palette(path: Path, colours: list[int]) -> None:
@@ -135,7 +136,7 @@ def test_bad_labels_are_named(
     entry = {"file_name": "a.png", "sem_seg_file_name": "labels.png"}
     entry |= {"width": WIDTH, "height": HEIGHT} if annotated else {}
     bad = guarded("semantic")(entry)
-    assert isinstance(bad, BadPicture) and bad.file_name == "a.png" and words in bad.reason
+    assert isinstance(bad, BadImage) and bad.file_name == "a.png" and words in bad.reason
 
 
 def test_labels_in_grey_colours_are_labels(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_mask_that_the_mapper_cannot_read(mask: Any, tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     entry = entry_of(tmp_path / "a.png", annotation={"segmentation": mask})
     bad = guarded("mask", "INPUT.MASK_FORMAT", "bitmask")(entry)
-    assert isinstance(bad, BadPicture) and "annotations[0]" in bad.reason
+    assert isinstance(bad, BadImage) and "annotations[0]" in bad.reason
 
 
 ODD = (None, "x", -1, float("inf"), float("nan"), [], {}, True, [["x"]], 10**400, b"\xff", "\0")
@@ -165,8 +166,8 @@ def test_odd_values_of_an_entry_never_raise(key: str, tmp_path: Path) -> None:
     for value in ODD:
         entry = {**entry_of(tmp_path / "a.png"), key: value}
         harmless = key == "annotations" and value in ([], {})
-        assert isinstance(guarded()(entry), BadPicture) != harmless, value
-        list(file_faults(entry))
+        assert isinstance(guarded()(entry), BadImage) != harmless, value
+        list(file_issues(entry))
 
 
 @pytest.mark.parametrize("key", ["bbox", "bbox_mode", "category_id", "segmentation"])
@@ -176,11 +177,11 @@ def test_odd_values_of_an_annotation_never_raise(key: str, tmp_path: Path) -> No
     masked = {"segmentation": [[1, 1, 9, 1, 9, 9]]}
     for value in ODD:
         mapped = mapper(entry_of(tmp_path / "a.png", annotation={**masked, key: value}))
-        assert isinstance(mapped, (BadPicture, dict))
+        assert isinstance(mapped, (BadImage, dict))
 
 
-def spoilt(whole: bytes, rng: random.Random) -> bytes:
-    """The bytes, in half of the cases cut short, with up to three of the first 200 replaced."""
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """Replace up to three of the first 200 bytes, and in half of the cases cut the end off."""
     content = bytearray(whole[: rng.choice((len(whole), rng.randrange(1, len(whole))))])
     for _ in range(rng.randrange(4)):
         content[rng.randrange(min(len(content), 200))] = rng.randrange(256)
@@ -195,12 +196,12 @@ def test_broken_bytes_never_raise(suffix: str, tmp_path: Path) -> None:
     entry = entry_of(tmp_path / "b")
     outcomes = set()
     for _ in range(CASES):
-        Path(entry["file_name"]).write_bytes(spoilt(whole, rng))
+        Path(entry["file_name"]).write_bytes(damaged(whole, rng))
         outcomes.add(type(mapper(entry)))
-    assert outcomes == {dict, BadPicture}
+    assert outcomes == {dict, BadImage}
 
 
-# ------------------------------------------------------------------------------- good pictures
+# ------------------------------------------------------------------------------- good images
 
 GOOD: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "CMYK": ("a.jpg", lambda p: save(p, noise(mode="CMYK"))),
@@ -218,16 +219,16 @@ REMARKS = {"CMYK": ["CMYK"], "rotated": ["EXIF rotation"]}
 
 @pytest.mark.parametrize("case", GOOD)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-def test_an_odd_picture_works(case: str, tmp_path: Path) -> None:
+def test_an_odd_image_works(case: str, tmp_path: Path) -> None:
     name, write = GOOD[case]
     write(tmp_path / name)
     entry = entry_of(tmp_path / name)
     mapped = guarded()(entry)
     assert mapped["image"].dtype == torch.uint8 and mapped["image"].float().std() > 10
     assert len(mapped["instances"]) == 1
-    faults = list(file_faults(entry))
-    assert [x.kind for x in faults] == REMARKS.get(case, [])
-    assert not any(x.fatal for x in faults)
+    issues = list(file_issues(entry))
+    assert [x.kind for x in issues] == REMARKS.get(case, [])
+    assert not any(x.fatal for x in issues)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 10)], ids=["1x1", "10000x10"])
@@ -242,7 +243,7 @@ def test_extreme_sizes_train(size: tuple[int, int], tmp_path: Path, storage: Any
     assert total.isfinite()
 
 
-# ------------------------------------------------------------------------------- whose fault
+# --------------------------------------------------------------------------- errors of the mapper
 
 
 def failing(error: Exception) -> Callable[[Entry], Any]:
@@ -266,10 +267,10 @@ def test_a_bug_of_the_mapper_passes(bug: Exception, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [OSError("gone\nagain"), ValueError("gone again."), MemoryError()]
 )
-def test_what_a_picture_can_cause_is_returned(error: Exception, tmp_path: Path) -> None:
+def test_errors_that_an_image_may_cause_are_returned(error: Exception, tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     bad = GuardedMapper(failing(error))(entry_of(tmp_path / "a.png"))
-    assert bad.reason.startswith("the mapper cannot take it") and "\n" not in bad.reason
+    assert bad.reason.startswith("the mapper cannot handle it") and "\n" not in bad.reason
     assert type(error).__name__ in bad.reason
 
 
@@ -279,36 +280,36 @@ def test_no_pixel_left(tmp_path: Path) -> None:
     assert "no pixel" in mapper(entry_of(tmp_path / "a.png")).reason
 
 
-def test_what_the_mapper_returns_is_kept(tmp_path: Path) -> None:
+def test_the_output_of_the_mapper_is_returned(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     entry = entry_of(tmp_path / "a.png")
     assert GuardedMapper(lambda e: e)(entry) is entry
-    assert GuardedMapper(lambda e: None)(entry) is None  # detectron2: another one, please
+    assert GuardedMapper(lambda e: None)(entry) is None  # detectron2's sign for another image
 
 
-def test_it_crosses_a_data_worker(tmp_path: Path) -> None:
+def test_the_mapper_works_in_a_data_worker(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     entries = [entry_of(tmp_path / name) for name in ("a.png", "b.png")]
     mapper = pickle.loads(pickle.dumps(guarded()))
     mapped = DataLoader([0, 1], num_workers=1, collate_fn=lambda x: mapper(entries[x[0]]))  # type: ignore[arg-type]
     good, bad = mapped
     assert good["image"].shape[0] == 3
-    assert bad == BadPicture(str(tmp_path / "b.png"), "there is no such file")
+    assert bad == BadImage(str(tmp_path / "b.png"), "there is no such file")
 
 
-# ------------------------------------------------------------------------------- many pictures
+# ------------------------------------------------------------------------------- many images
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_many_pictures_in_their_order(workers: int, tmp_path: Path) -> None:
+def test_many_images_in_their_order(workers: int, tmp_path: Path) -> None:
     entries = [entry_of(tmp_path / f"{k}.png") for k in range(9)]
     for k in range(0, 9, 2):
         save(tmp_path / f"{k}.png")
-    found = list(inspect_pictures(entries, workers))
-    assert [[x.kind for x in faults] for faults in found] == [[], ["missing file"]] * 4 + [[]]
+    found = list(inspect_images(entries, workers))
+    assert [[x.kind for x in issues] for issues in found] == [[], ["missing file"]] * 4 + [[]]
 
 
-def test_a_crashing_decoder_costs_its_own_picture_only(
+def test_a_crashing_decoder_costs_its_own_image_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(entry: Entry) -> Any:
@@ -316,8 +317,8 @@ def test_a_crashing_decoder_costs_its_own_picture_only(
             os._exit(9)
         return iter(())
 
-    monkeypatch.setattr(images, "file_faults", crash)  # which forked processes inherit
+    monkeypatch.setattr(images, "file_issues", crash)  # forked processes inherit it
     monkeypatch.setattr(images, "_WINDOW", 2)
-    found = list(inspect_pictures([entry_of(tmp_path / f"{k}.png") for k in range(5)], 1))
-    assert [len(faults) for faults in found] == [0, 1, 0, 0, 0]
+    found = list(inspect_images([entry_of(tmp_path / f"{k}.png") for k in range(5)], 1))
+    assert [len(issues) for issues in found] == [0, 1, 0, 0, 0]
     assert "crashes" in found[1][0].detail and found[1][0].fatal

@@ -1,4 +1,4 @@
-"""Faults of annotations: each is found as data, nothing raises, and what has none trains."""
+"""Test that all issues of annotations are found without errors, and that valid ones train."""
 
 import copy
 import json
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from conftest import tiny_cfg, trainable_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -23,11 +22,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from distill.data.checks.coco_file import NOT_EVALUABLE, CocoFile
-from distill.data.checks.images import GuardedMapper
-from distill.data.checks.issues import Fault, as_root, config_faults, entry_faults, path_faults
-from distill.data.datasets import check_test_set, find_faults, load_training_set
+from distill.data.checks.issues import Issue, as_root, config_issues, entry_issues, path_issues
+from distill.data.datasets import check_test_set, find_issues, load_training_set
+from distill.data.guarded_mapper import GuardedMapper
 from distill.data.shapes import LAYOUTS, SceneConfig
 from distill.errors import DataError
+from tests.support.networks import tiny_cfg
+from tests.support.trainings import trainable_cfg
 
 WIDTH, HEIGHT = 20, 10
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
@@ -37,7 +38,7 @@ Content = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def _catalogues() -> Iterator[None]:
-    """Data sets that a test registers are its own."""
+    """Remove the data sets that a test registers."""
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
@@ -45,9 +46,9 @@ def _catalogues() -> Iterator[None]:
         MetadataCatalog.remove(name)
 
 
-def found(faults: Any) -> list[tuple[str, bool, bool]]:
-    """Kind, whether it is fatal, whether it goes with its picture."""
-    return [(x.kind, x.fatal, bool(x.picture)) for x in faults]
+def found(issues: Any) -> list[tuple[str, bool, bool]]:
+    """Return the kind, True if it is fatal, and True if dropping the image avoids it."""
+    return [(x.kind, x.fatal, bool(x.image)) for x in issues]
 
 
 # --------------------------------------------------------------------------------- dataset dicts
@@ -80,9 +81,9 @@ BOXES: dict[str, tuple[dict[str, Any], str]] = {
     "true": ({"bbox": [True, 0, 1, 1]}, "box that is not finite"),
     "turned round": ({"bbox": [9, 0, 1, 1]}, "box of negative size"),
     "negative height": ({"bbox": [1, 1, 5, -1], **XYWH}, "box of negative size"),
-    "right": ({"bbox": [0, 0, WIDTH + 1.1, 1]}, "box outside its picture"),
-    "below": ({"bbox": [0, 6, 1, 6], **XYWH}, "box outside its picture"),
-    "left": ({"bbox": [-1.1, 0, 1, 1]}, "box outside its picture"),
+    "right": ({"bbox": [0, 0, WIDTH + 1.1, 1]}, "box outside its image"),
+    "below": ({"bbox": [0, 6, 1, 6], **XYWH}, "box outside its image"),
+    "left": ({"bbox": [-1.1, 0, 1, 1]}, "box outside its image"),
     "no width": ({"bbox": [3, 3, 3, 5]}, "box without area"),
     "relative": ({"bbox": [0, 0, 1, 1], "bbox_mode": BoxMode.XYXY_REL}, "value of a wrong type"),
     "no mode": ({"bbox_mode": None}, "value of a wrong type"),
@@ -113,64 +114,64 @@ REMARKS = ("box without area",)
 @pytest.mark.parametrize("case", BOXES)
 def test_annotations(case: str) -> None:
     change, kind = BOXES[case]
-    faults = list(entry_faults(entry(**change), classes=3))
-    assert found(faults) == ([(kind, kind not in REMARKS, True)] if kind else [])
-    assert all("/data/a.jpg (annotations[0])" in x.where and "\n" not in x.detail for x in faults)
+    issues = list(entry_issues(entry(**change), classes=3))
+    assert found(issues) == ([(kind, kind not in REMARKS, True)] if kind else [])
+    assert all("/data/a.jpg (annotations[0])" in x.where and "\n" not in x.detail for x in issues)
 
 
 def test_masks_are_remarks_if_they_are_not_trained() -> None:
     broken = {"segmentation": [[*POLYGON, math.nan, 1]]}
-    assert found(entry_faults(entry(**broken), masks=False)) == [
+    assert found(entry_issues(entry(**broken), masks=False)) == [
         ("polygon out of range", False, True)
     ]
-    assert found(entry_faults(entry(**broken, iscrowd=1))) == [
+    assert found(entry_issues(entry(**broken, iscrowd=1))) == [
         ("polygon out of range", False, True)
     ]
 
 
 @pytest.mark.parametrize("size", [{"width": 0}, {"height": "10"}, {"width": None}, {"height": 1.5}])
 def test_sizes(size: dict[str, Any]) -> None:
-    assert found(entry_faults({**entry(), **size})) == [("picture without a size", True, True)]
+    assert found(entry_issues({**entry(), **size})) == [("image without a size", True, True)]
 
 
-def test_pictures_without_annotated_size_have_boxes_anywhere() -> None:
-    picture = entry(bbox=[0, 0, 999, 999])
-    del picture["width"], picture["height"]
-    assert not list(entry_faults(picture))
+def test_images_without_annotated_size_have_boxes_anywhere() -> None:
+    image = entry(bbox=[0, 0, 999, 999])
+    del image["width"], image["height"]
+    assert not list(entry_issues(image))
 
 
-def test_masks_judged_as_pycocotools_reads_them() -> None:
-    """Of masks that are accepted, pycocotools reads exactly what was written."""
+def test_run_lengths_are_checked_as_pycocotools_reads_them() -> None:
+    """Complete run lengths have no issue, and run lengths without their end have one."""
     rng = np.random.default_rng(0)
     broken = 0
     for _ in range(300):
         shape = tuple(rng.integers(1, 40, 2).tolist())
         mask = np.asfortranarray((rng.random(shape) < rng.random() ** 3).astype(np.uint8))
         rle = mask_util.encode(mask)
-        picture = {"width": shape[1], "height": shape[0]}
+        image = {"width": shape[1], "height": shape[0]}
         whole = {"segmentation": {"size": list(shape), "counts": rle["counts"].decode()}}
-        assert not list(entry_faults({**entry(bbox=[0, 0, 0, 0], **whole), **picture}))[1:]
+        assert not list(entry_issues({**entry(bbox=[0, 0, 0, 0], **whole), **image}))[1:]
         cut = {"segmentation": {**whole["segmentation"], "counts": rle["counts"][:-1]}}
-        broken += bool(list(entry_faults({**entry(bbox=[0, 0, 0, 0], **cut), **picture}))[1:])
+        broken += bool(list(entry_issues({**entry(bbox=[0, 0, 0, 0], **cut), **image}))[1:])
     assert broken == 300
 
 
-# ------------------------------------------------------------------------------------- the config
+# ----------------------------------------------------------------------------------------- config
 
 
-def test_what_the_config_cannot_train() -> None:
-    assert found(config_faults(entry(category_id=3), 3, KEY)) == [
+def test_annotations_that_do_not_fit_the_config() -> None:
+    assert found(config_issues(entry(category_id=3), 3, KEY)) == [
         ("class beyond the config's number", True, False)
     ]
-    assert found(config_faults(entry(), 3, KEY, "polygon")) == [
+    assert found(config_issues(entry(), 3, KEY, "polygon")) == [
         ("object without a mask", True, True)
     ]
-    assert found(config_faults(entry(segmentation=RLE), 3, KEY, "polygon")) == [
+    assert found(config_issues(entry(segmentation=RLE), 3, KEY, "polygon")) == [
         ("mask of another format", True, False)
     ]
-    assert not list(config_faults(entry(segmentation=RLE), 3, KEY, "bitmask"))
-    assert not list(config_faults(entry(iscrowd=1), 3, KEY, "polygon"))
-    assert not list(config_faults(entry(category_id=99), None, KEY))
+    assert not list(config_issues(entry(segmentation=RLE), 3, KEY, "bitmask"))
+    assert not list(config_issues(entry(iscrowd=1), 3, KEY, "polygon"))
+    assert not list(config_issues(entry(category_id=99), None, KEY))
 
 
 # ------------------------------------------------------------------------------------------ paths
@@ -183,16 +184,16 @@ ESCAPES = ("../a.jpg", "/etc/passwd", "b/../../a.jpg", "..", "", "a\0.jpg", "./.
 )
 def test_paths_inside(name: str) -> None:
     path = str(Path("/data/images") / name)
-    assert not list(path_faults({"file_name": path}, [as_root("/data/images")]))
+    assert not list(path_issues({"file_name": path}, [as_root("/data/images")]))
 
 
 @pytest.mark.parametrize("name", ESCAPES)
 @pytest.mark.parametrize("key", ["file_name", "sem_seg_file_name", "pan_seg_file_name"])
 def test_paths_outside(name: str, key: str) -> None:
     path = "/data/images/" + name if not name.startswith("/") else name
-    picture = {"file_name": "/data/images/x.jpg", key: path}
-    (fault,) = path_faults(picture, [as_root("/data/images")])
-    assert fault.fatal and fault.where == path and fault.picture == picture["file_name"]
+    image = {"file_name": "/data/images/x.jpg", key: path}
+    (issue,) = path_issues(image, [as_root("/data/images")])
+    assert issue.fatal and issue.where == path and issue.image == image["file_name"]
 
 
 def test_every_folder_of_a_set_counts_and_so_does_the_current_one(
@@ -201,24 +202,24 @@ def test_every_folder_of_a_set_counts_and_so_does_the_current_one(
     monkeypatch.chdir(tmp_path)
     roots = [as_root("images"), as_root("labels/")]
     files = {"file_name": "images/a.jpg", "sem_seg_file_name": str(tmp_path / "labels/a.png")}
-    assert not list(path_faults(files, roots))
-    assert list(path_faults({"file_name": "images/../a.jpg"}, roots))
-    assert not list(path_faults({"file_name": "anywhere.jpg"}, []))  # nothing to compare with
-    assert not list(path_faults({"file_name": "/a.jpg"}, [as_root("/")]))
+    assert not list(path_issues(files, roots))
+    assert list(path_issues({"file_name": "images/../a.jpg"}, roots))
+    assert not list(path_issues({"file_name": "anywhere.jpg"}, []))  # nothing to compare with
+    assert not list(path_issues({"file_name": "/a.jpg"}, [as_root("/")]))
 
 
-def test_symbolic_links_are_the_users_own(tmp_path: Path) -> None:
+def test_symbolic_links_are_not_resolved(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
     path = {"file_name": str(tmp_path / "images" / "a.jpg")}
-    assert not list(path_faults(path, [as_root(tmp_path / "images")]))
+    assert not list(path_issues(path, [as_root(tmp_path / "images")]))
 
 
 # ---------------------------------------------------------------------------------- files of COCO
 
 
 def coco(folder: Path) -> Content:
-    """A small valid file with every kind of annotation, and its pictures."""
+    """Write two images, and return a valid file with both kinds of masks."""
     (folder / "images").mkdir(exist_ok=True)
     for k in (1, 2):
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / f"{k}.png")
@@ -250,7 +251,7 @@ def set_in(*place: Any, **values: Any) -> Callable[[Content], None]:
     return change
 
 
-def of_picture(**values: Any) -> Callable[[Content], None]:
+def of_image(**values: Any) -> Callable[[Content], None]:
     return set_in("images", 0, **values)
 
 
@@ -260,34 +261,34 @@ def of_object(**values: Any) -> Callable[[Content], None]:
 
 TYPE = "value of a wrong type"
 LOST = "object without a polygon"
-# change, kind, fatal, goes with its picture
+# Each row has a change, the kind of issue, fatal, and True if dropping the image avoids it.
 FILES: dict[str, tuple[Callable[[Content], Any], str, bool, bool]] = {
     "no categories": (lambda c: c.pop("categories"), "missing list", True, False),
-    "no pictures": (lambda c: c.update(images=[], annotations=[]), "missing list", True, False),
+    "no images": (lambda c: c.update(images=[], annotations=[]), "missing list", True, False),
     "no annotations": (lambda c: c.pop("annotations"), "missing list", False, False),
     "null": (lambda c: c.update(annotations=None), TYPE, True, False),
-    "number for a picture": (lambda c: c["images"].append(3), TYPE, True, False),
-    "picture id twice": (of_picture(id=2), "duplicate id in images", True, False),
+    "number for an image": (lambda c: c["images"].append(3), TYPE, True, False),
+    "image id twice": (of_image(id=2), "duplicate id in images", True, False),
     "annotation id twice": (of_object(id=2), "duplicate id in annotations", True, False),
     "category id twice": (
         *(lambda c: c["categories"].append({"id": 1, "name": "x"}),),
         *("duplicate id in categories", True, False),
     ),
-    "ids of two types": (of_picture(id="x"), TYPE, True, False),
-    "id true": (of_picture(id=True), TYPE, True, False),
+    "ids of two types": (of_image(id="x"), TYPE, True, False),
+    "id true": (of_image(id=True), TYPE, True, False),
     "no name": (lambda c: c["categories"][0].pop("name"), "missing key", True, False),
     "no height": (lambda c: c["images"][0].pop("height"), "missing key", True, False),
     "no category": (lambda c: c["annotations"][0].pop("category_id"), "missing key", True, False),
-    "height 0": (of_picture(height=0), "picture without a size", True, True),
-    "height null": (of_picture(height=None, width=None), "picture without a size", True, True),
-    "path outside": (of_picture(file_name="../../a.jpg"), "path out of the folder", True, True),
-    "path absolute": (of_picture(file_name="/a.jpg"), "path out of the folder", True, True),
-    "path a number": (of_picture(file_name=3), TYPE, True, False),
-    "unknown picture": (of_object(image_id=9), "unknown picture", False, False),
+    "height 0": (of_image(height=0), "image without a size", True, True),
+    "height null": (of_image(height=None, width=None), "image without a size", True, True),
+    "path outside": (of_image(file_name="../../a.jpg"), "path out of the folder", True, True),
+    "path absolute": (of_image(file_name="/a.jpg"), "path out of the folder", True, True),
+    "path a number": (of_image(file_name=3), TYPE, True, False),
+    "unknown image": (of_object(image_id=9), "unknown image", False, False),
     "unknown category": (of_object(category_id=9), "unknown category", True, False),
     "list for an id": (of_object(image_id=[1]), TYPE, True, False),
     "no box": (lambda c: c["annotations"][0].pop("bbox"), "no box", True, True),
-    "box outside": (of_object(bbox=[15, 0, 9, 9]), "box outside its picture", True, True),
+    "box outside": (of_object(bbox=[15, 0, 9, 9]), "box outside its image", True, True),
     "box without area": (of_object(bbox=[5, 5, 0, 3]), "box without area", False, True),
     "a point": (of_object(segmentation=[[1, 1]]), LOST, True, True),
     "a point of a crowd": (of_object(segmentation=[[1, 1]], iscrowd=1), LOST, False, True),
@@ -303,14 +304,14 @@ FILES: dict[str, tuple[Callable[[Content], Any], str, bool, bool]] = {
 
 
 def reads(file: CocoFile) -> bool:
-    """Whether detectron2 can read the file and its mapper every picture, no object lost."""
+    """Return True if detectron2 reads the file, and its mapper every image, with all objects."""
     MetadataCatalog.get("swept")
     MetadataCatalog.remove("swept")
     try:
-        pictures = load_coco_json(file.path, file.image_root, "swept")
-        objects = sum(len(x["annotations"]) for x in pictures)
+        images = load_coco_json(file.path, file.image_root, "swept")
+        objects = sum(len(x["annotations"]) for x in images)
         mapper = DatasetMapper(tiny_cfg("mask", "INPUT.MASK_FORMAT", "bitmask"), is_train=True)
-        mapped = [mapper(picture) for picture in pictures]
+        mapped = [mapper(image) for image in images]
     except Exception:
         return False
     return bool(mapped) and objects == len(file.content["annotations"])
@@ -321,14 +322,14 @@ def test_files(case: str, tmp_path: Path) -> None:
     change, *expected = FILES[case]
     content = coco(tmp_path)
     change(content)
-    faults = list(coco_file(tmp_path, content).faults())
-    assert tuple(expected) in found(faults), faults
-    assert not any(x.fatal and x.kind != expected[0] for x in faults), faults
-    assert all(str(tmp_path) in x.where or x.where.startswith("/") for x in faults)
+    issues = list(coco_file(tmp_path, content).issues())
+    assert tuple(expected) in found(issues), issues
+    assert not any(x.fatal and x.kind != expected[0] for x in issues), issues
+    assert all(str(tmp_path) in x.where or x.where.startswith("/") for x in issues)
 
 
 def evaluates(file: CocoFile) -> bool:
-    """Whether COCO's own evaluation, of boxes and masks, takes the file as ground truth."""
+    """Return True if COCO's own evaluation of boxes and masks accepts the file as ground truth."""
     annotation = coco(Path(file.image_root).parent)["annotations"][0]
     truth = COCO(file.path)
     detections = truth.loadRes([{**annotation, "score": 0.5}])
@@ -357,17 +358,17 @@ EVALUATION: dict[str, tuple[Callable[[Content], Any], bool]] = {
 }
 
 
-def test_an_object_that_is_never_found_is_told(tmp_path: Path) -> None:
+def test_an_object_that_the_evaluation_never_finds(tmp_path: Path) -> None:
     content = coco(tmp_path)
     content["annotations"][0]["id"] = 0
     file = coco_file(tmp_path, content)
-    (fault,) = [x for x in file.evaluation_faults(masks=False) if x.kind == NOT_EVALUABLE]
-    assert not fault.fatal and "number them from 1" in fault.detail and "0)" in fault.where
+    (issue,) = [x for x in file.evaluation_issues(masks=False) if x.kind == NOT_EVALUABLE]
+    assert not issue.fatal and "number them from 1" in issue.detail and "0)" in issue.where
 
 
 @pytest.mark.parametrize("case", EVALUATION)
-def test_a_test_set_is_one_that_can_be_evaluated(case: str, tmp_path: Path) -> None:
-    """Found before the training, not after it."""
+def test_a_test_set_that_cannot_be_evaluated_is_an_error(case: str, tmp_path: Path) -> None:
+    """The error is raised before the training."""
     change, good = EVALUATION[case]
     content = coco(tmp_path)
     change(content)
@@ -375,8 +376,8 @@ def test_a_test_set_is_one_that_can_be_evaluated(case: str, tmp_path: Path) -> N
     assert evaluates(file) == good
     register_coco_instances("own_python", {}, file.path, file.image_root)
     cfg = tiny_cfg("mask", "DATASETS.TEST", ("own_python",), "MODEL.ROI_HEADS.NUM_CLASSES", 1)
-    faults = [x for x in find_faults(cfg, "own_python")[0] if x.kind == NOT_EVALUABLE]
-    assert bool(faults) == (not good)
+    issues = [x for x in find_issues(cfg, "own_python")[0] if x.kind == NOT_EVALUABLE]
+    assert bool(issues) == (not good)
     if good:
         check_test_set(cfg, "own_python")
     else:
@@ -384,42 +385,42 @@ def test_a_test_set_is_one_that_can_be_evaluated(case: str, tmp_path: Path) -> N
             check_test_set(cfg, "own_python")
 
 
-def test_a_valid_file_has_no_faults(tmp_path: Path) -> None:
+def test_a_valid_file_has_no_issues(tmp_path: Path) -> None:
     file = coco_file(tmp_path, coco(tmp_path))
-    assert not list(file.faults()) and reads(file)
-    assert [Path(x["file_name"]).name for x in file.pictures()] == ["1.png", "2.png"]
+    assert not list(file.issues()) and reads(file)
+    assert [Path(x["file_name"]).name for x in file.images()] == ["1.png", "2.png"]
 
 
 TEXTS = {
-    "": "no JSON",
-    '{"images": [': "no JSON",
+    "": "not valid JSON",
+    '{"images": [': "not valid JSON",
     "[]": "JSON list",
     "3": "JSON int",
-    "[" * 100_000: "no JSON",
-    "\ufeff{}": "no JSON",
+    "[" * 100_000: "not valid JSON",
+    "\ufeff{}": "not valid JSON",
 }
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=["empty", "cut", "list", "int", "deep", "mark"])
 def test_files_that_are_no_coco(text: str, tmp_path: Path) -> None:
     file = coco_file(tmp_path, text)
-    (fault,) = file.faults()
-    assert fault.kind == "unreadable annotation file" and fault.where == file.path
-    assert TEXTS[text] in fault.detail and fault.fatal and not file.pictures()
+    (issue,) = file.issues()
+    assert issue.kind == "unreadable annotation file" and issue.where == file.path
+    assert TEXTS[text] in issue.detail and issue.fatal and not file.images()
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00{")
-    for name, word in (("nowhere.json", "no such file"), ("a.json", "no JSON"), (".", "no such")):
-        (fault,) = CocoFile(str(tmp_path / name), str(tmp_path)).faults()
-        assert word in fault.detail and fault.fatal
+    for name, word in (("nowhere.json", "no such file"), ("a.json", "not valid"), (".", "no such")):
+        (issue,) = CocoFile(str(tmp_path / name), str(tmp_path)).issues()
+        assert word in issue.detail and issue.fatal
 
 
-LEFT_OUT = ("unknown picture", "missing list")  # detectron2 reads the rest
+LEFT_OUT = ("unknown image", "missing list")  # detectron2 reads the rest
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where every value inside nested lists and dicts is."""
+    """Yield the path of every value inside nested lists and dicts."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
         yield (*place, key)
@@ -430,7 +431,7 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 @pytest.mark.parametrize("spoilt", [None, "x", -1, 1e400, [], {}, math.nan, True], ids=repr)
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_every_value_replaced(spoilt: Any, tmp_path: Path) -> None:
-    """Nothing raises, and what has no fatal fault can be read and mapped."""
+    """No error is raised, and files without a fatal issue can be read and mapped."""
     valid = coco(tmp_path)
     for place in places(valid):
         content = copy.deepcopy(valid)
@@ -439,12 +440,12 @@ def test_every_value_replaced(spoilt: Any, tmp_path: Path) -> None:
             inside = inside[key]
         inside[place[-1]] = spoilt
         file = coco_file(tmp_path, content)
-        faults = list(file.faults())
-        file.pictures()
-        copes = not any(x.fatal or x.kind in LEFT_OUT for x in faults)
-        if copes and all(Path(x["file_name"]).is_file() for x in file.pictures()):
-            assert reads(file), (place, faults)
-        assert all("\n" not in x.detail for x in faults)
+        issues = list(file.issues())
+        file.images()
+        copes = not any(x.fatal or x.kind in LEFT_OUT for x in issues)
+        if copes and all(Path(x["file_name"]).is_file() for x in file.images()):
+            assert reads(file), (place, issues)
+        assert all("\n" not in x.detail for x in issues)
 
 
 # --------------------------------------------------------------------------------- training sets
@@ -452,7 +453,7 @@ def test_every_value_replaced(spoilt: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def spoil(shapes: Shapes, tmp_path: Path) -> Callable[..., CfgNode]:
-    """Builds a config whose training set is a spoilt copy of the shapes."""
+    """Return a function that builds a config with a changed copy of the shapes."""
 
     def build(change: Callable[[Content], Any], *opts: Any) -> CfgNode:
         content = json.loads(Path(shapes[1]).read_text())
@@ -466,7 +467,7 @@ def spoil(shapes: Shapes, tmp_path: Path) -> Callable[..., CfgNode]:
 
 
 def first_two(content: Content) -> None:
-    """A box outside in the first picture, one without a polygon in the second."""
+    """Move a box out of the first image, and remove a polygon from the second."""
     of_object(bbox=[60, 60, 60, 60])(content)
     second = next(x for x in content["annotations"] if x["image_id"] == 2)
     second["segmentation"] = [[1, 1, 2, 2]]
@@ -480,11 +481,11 @@ def test_stop_counts_and_names_the_first(spoil: Callable[..., CfgNode]) -> None:
         load_training_set(spoil(first_two))
     message = str(stopped.value)
     assert "000000000000.jpg (annotation 1): the box [60, 60, 60, 60] is outside" in message
-    assert "first of 2 faults; `distill check-data --config-file F` shows all" in message
+    assert "first of 2 issues; `distill check-data --config-file F` shows all" in message
     assert "ON_BAD_IMAGE drop" in message and "\n" not in message
 
 
-def test_drop_leaves_the_pictures_out(
+def test_drop_leaves_the_images_out(
     spoil: Callable[..., CfgNode], caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = spoil(first_two, *DROP)
@@ -492,16 +493,16 @@ def test_drop_leaves_the_pictures_out(
         dicts = load_training_set(cfg)
     assert [Path(x["file_name"]).stem[-1] for x in dicts] == ["2", "3", "4", "5"]
     (record,) = [r.getMessage() for r in caplog.records if r.name.startswith("distill")]
-    assert "left out 2 of 6 pictures" in record
-    assert "box outside its picture: 1" in record and "object without a polygon: 1" in record
+    assert "dropped 2 of 6 images" in record
+    assert "box outside its image: 1" in record and "object without a polygon: 1" in record
 
 
 @pytest.mark.parametrize("mode", ["stop", "drop"])
-def test_what_is_no_pictures_fault_stops_in_both_modes(
+def test_issues_of_no_single_image_stop_in_both_modes(
     mode: str, spoil: Callable[..., CfgNode]
 ) -> None:
     option = ("DATALOADER.ON_BAD_IMAGE", mode)
-    for change in (of_object(category_id=77), of_object(id=2), of_picture(id=2)):
+    for change in (of_object(category_id=77), of_object(id=2), of_image(id=2)):
         with pytest.raises(DataError) as stopped:
             load_training_set(spoil(change, *option))
         assert "ON_BAD_IMAGE" not in str(stopped.value)
@@ -509,12 +510,12 @@ def test_what_is_no_pictures_fault_stops_in_both_modes(
         load_training_set(spoil(first_two, *option, "MODEL.ROI_HEADS.NUM_CLASSES", 1))
 
 
-def test_all_pictures_dropped(spoil: Callable[..., CfgNode]) -> None:
+def test_all_images_dropped(spoil: Callable[..., CfgNode]) -> None:
     def every(content: Content) -> None:
         for x in content["annotations"]:
             x["bbox"] = [0, 0, -1, -1]
 
-    with pytest.raises(DataError, match=r"leaves no picture .* negative size"):
+    with pytest.raises(DataError, match=r"leaves no image .* negative size"):
         load_training_set(spoil(every, *DROP))
 
 
@@ -524,10 +525,10 @@ def test_remarks_do_not_stop(spoil: Callable[..., CfgNode]) -> None:
 
 
 def test_a_wrong_folder_is_found_in_both_modes(spoil: Callable[..., CfgNode]) -> None:
-    gone = of_picture(file_name="gone.jpg")
-    with pytest.raises(DataError, match=r"no picture .*gone\.jpg"):
+    gone = of_image(file_name="gone.jpg")
+    with pytest.raises(DataError, match=r"no image .*gone\.jpg"):
         load_training_set(spoil(gone))
-    assert len(load_training_set(spoil(gone, *DROP))) == 6  # the loader leaves it out
+    assert len(load_training_set(spoil(gone, *DROP))) == 6  # the loader drops it
 
     def all_gone(content: Content) -> None:
         for x in content["images"]:
@@ -538,7 +539,7 @@ def test_a_wrong_folder_is_found_in_both_modes(spoil: Callable[..., CfgNode]) ->
 
 
 def register_coco_in_python(folder: Path, change: Callable[[Content], Any]) -> CfgNode:
-    """As detectron2's own sets are: their raw file is not looked at in training."""
+    """Register a data set like detectron2's own, whose raw file is not checked in training."""
     content = coco(folder)
     change(content)
     file = coco_file(folder, content)
@@ -560,24 +561,24 @@ def test_sets_registered_in_python_are_checked_as_read(case: str, tmp_path: Path
 @pytest.mark.parametrize("case", ["annotation id twice", "unknown category", "ignore"])
 def test_sets_that_detectron2_cannot_read(case: str, tmp_path: Path) -> None:
     cfg = register_coco_in_python(tmp_path, FILES[case][0])
-    detail = next(x.detail for x in find_faults(cfg, "own_python")[0] if x.fatal)
+    detail = next(x.detail for x in find_issues(cfg, "own_python")[0] if x.fatal)
     with pytest.raises(DataError) as stopped:
         load_training_set(cfg)
     assert detail in str(stopped.value)
 
 
-def test_objects_of_sets_of_ones_own(tmp_path: Path) -> None:
-    """Any registered set: unknown classes, paths that leave the metadata's folders."""
+def test_dataset_dicts_of_a_user(tmp_path: Path) -> None:
+    """Unknown classes and paths outside the metadata's folders are errors for any data set."""
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
-    pictures = [{**entry(), "file_name": str(tmp_path / "a.png")}]
-    DatasetCatalog.register("own_dicts", lambda: copy.deepcopy(pictures))
+    images = [{**entry(), "file_name": str(tmp_path / "a.png")}]
+    DatasetCatalog.register("own_dicts", lambda: copy.deepcopy(images))
     metadata = MetadataCatalog.get("own_dicts").set(thing_classes=["a", "b"])
     cfg = tiny_cfg("faster", "DATASETS.TRAIN", ("own_dicts",))
     assert len(load_training_set(cfg)) == 1
-    pictures[0]["annotations"][0]["category_id"] = 2
-    with pytest.raises(DataError, match="2 is no index"):
+    images[0]["annotations"][0]["category_id"] = 2
+    with pytest.raises(DataError, match="2 is not an index"):
         load_training_set(cfg)
-    pictures[0]["annotations"][0]["category_id"] = 1
+    images[0]["annotations"][0]["category_id"] = 1
     metadata.image_root = str(tmp_path / "images")
     with pytest.raises(DataError, match="leads out of the folder"):
         load_training_set(cfg)
@@ -585,7 +586,7 @@ def test_objects_of_sets_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/secret"])
 def test_ids_of_voc_cannot_lead_out(name: str, tmp_path: Path) -> None:
-    """They are judged before the reader, which would open the annotations that they name."""
+    """They are checked before the reader, which would open these annotations."""
     root = tmp_path / "VOC2007"
     LAYOUTS["voc"](root, "train", 3, 0, SceneConfig(height=64, width=64))
     register_pascal_voc("own_voc", str(root), "train", 2007)
@@ -598,7 +599,7 @@ def test_ids_of_voc_cannot_lead_out(name: str, tmp_path: Path) -> None:
     for check in (lambda: load_training_set(cfg), lambda: check_test_set(cfg, "own_voc")):
         with pytest.raises(DataError, match=r"train\.txt \(id .*secret\).*leads out"):
             check()
-    assert found(find_faults(cfg, "own_voc")[0]) == [("path out of the folder", True, False)]
+    assert found(find_issues(cfg, "own_voc")[0]) == [("path out of the folder", True, False)]
 
 
 @pytest.mark.parametrize(
@@ -615,21 +616,21 @@ def test_broken_annotations_of_voc(text: str, tmp_path: Path) -> None:
 
 def test_test_sets_stay_inside_too(tmp_path: Path) -> None:
     cfg = register_coco_in_python(tmp_path, lambda content: None)
-    with pytest.raises(DataError, match="the model predicts 3 classes, of which the set has 1"):
+    with pytest.raises(DataError, match="the model predicts 3 classes, but the data set has 1"):
         check_test_set(cfg, "own_python")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     check_test_set(cfg, "own_python")
     DatasetCatalog.remove("own_python")
     MetadataCatalog.remove("own_python")
-    register_coco_in_python(tmp_path, of_picture(file_name="../../etc/passwd"))
+    register_coco_in_python(tmp_path, of_image(file_name="../../etc/passwd"))
     with pytest.raises(DataError, match="passwd: the path leads out") as stopped:
         check_test_set(cfg, "own_python")
     assert "drop" not in str(stopped.value)
 
 
-def test_a_fault_is_plain() -> None:
-    fault = Fault("kind", "where", "detail", True)
-    assert json.loads(json.dumps(fault._asdict())) == {
+def test_an_issue_is_plain() -> None:
+    issue = Issue("kind", "where", "detail", True)
+    assert json.loads(json.dumps(issue._asdict())) == {
         **{"kind": "kind", "where": "where", "detail": "detail"},
-        **{"fatal": True, "picture": ""},
+        **{"fatal": True, "image": ""},
     }

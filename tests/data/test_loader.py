@@ -1,4 +1,4 @@
-"""Batches are functions of the run's seed and the iteration, whoever loads them."""
+"""Test that batches depend only on the run's seed and the iteration, for any loader."""
 
 import random
 import sys
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
@@ -30,9 +29,10 @@ from distill.data.loader import (
     repeat_factors,
 )
 from distill.errors import ConfigError, DataError
+from tests.support.networks import tiny_cfg
 
 SEED = 7
-# Portrait and landscape, in no order.
+# Images with portrait and landscape format.
 DICTS: list[dict[str, Any]] = [
     {"width": 64 if k % 3 else 32, "height": 48, "image_id": k} for k in range(11)
 ]
@@ -41,17 +41,17 @@ SETS = [("train", DICTS)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _files(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The guard around every mapper looks at the files."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Write the images, which the guard of every mapper opens."""
+    folder = tmp_path_factory.mktemp("images")
     for x in DICTS:
         x["file_name"] = str(folder / f"{x['image_id']}.png")
         Image.new("RGB", (x["width"], x["height"])).save(x["file_name"])
 
 
-def draw(picture: dict[str, Any]) -> dict[str, Any]:
-    """A mapper whose augmentation asks every generator there is."""
+def draw(image: dict[str, Any]) -> dict[str, Any]:
+    """Map an image with random numbers of every generator."""
     numbers = (random.random(), float(np.random.rand()), float(torch.rand(())))
-    return {**picture, "numbers": numbers}
+    return {**image, "numbers": numbers}
 
 
 def cfg(*opts: Any) -> Any:
@@ -77,14 +77,14 @@ def test_order_and_grouping_are_detectron2s(grouping: bool) -> None:
     groups = [x["width"] > x["height"] for x in DICTS] if grouping else None
     ours = Batches(sampler, 4, groups)
     for batch, samples in zip(islice(theirs, 30), ours):
-        assert [x["image_id"] for x in batch] == [s.picture for s in samples]
+        assert [x["image_id"] for x in batch] == [s.image for s in samples]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(workers: int) -> None:
     expected = batches(9)
     assert batches(9, "DATALOADER.NUM_WORKERS", workers) == expected
-    assert len({x["numbers"] for batch in expected for x in batch}) == 36  # each sample its own
+    assert len({x["numbers"] for batch in expected for x in batch}) == 36  # samples differ
 
 
 @pytest.mark.parametrize("grouping", [True, False])
@@ -203,7 +203,7 @@ def test_loading_leaves_the_global_generators_alone() -> None:
 
 
 def test_processes_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes of two samples see what one process of four sees, place by place."""
+    """Two processes of two samples get the same samples as one process of four."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     seen: list[Sample] = []
     for rank in (0, 1):
@@ -218,23 +218,23 @@ def test_processes_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Spoilt:
-    """Pictures of odd number cannot be read."""
+    """Mapper that cannot read images with an odd number."""
 
-    def __call__(self, picture: dict[str, Any]) -> dict[str, Any]:
-        if picture["image_id"] % 2:
+    def __call__(self, image: dict[str, Any]) -> dict[str, Any]:
+        if image["image_id"] % 2:
             raise OSError("image file is truncated")
-        return draw(picture)
+        return draw(image)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_picture_stops_with_its_name(workers: int) -> None:
-    with pytest.raises(DataError, match=r"Picture .*\d+\.png: .*truncated.*ON_BAD_IMAGE") as error:
+def test_a_bad_image_stops_with_its_name(workers: int) -> None:
+    with pytest.raises(DataError, match=r"Image .*\d+\.png: .*truncated.*ON_BAD_IMAGE") as error:
         batches(3, "DATALOADER.NUM_WORKERS", workers, mapper=Spoilt())
     assert "Traceback" not in str(error.value) and "worker process" not in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_replaced_and_counted(workers: int, caplog: Any) -> None:
+def test_bad_images_are_replaced_and_counted(workers: int, caplog: Any) -> None:
     opts = ("DATALOADER.ON_BAD_IMAGE", "drop", "DATALOADER.NUM_WORKERS", workers)
     loader = build_train_loader(cfg(*opts), SETS, Spoilt(), seed=SEED)
     found = list(islice(loader, 12))
@@ -243,24 +243,24 @@ def test_bad_pictures_are_replaced_and_counted(workers: int, caplog: Any) -> Non
     assert all(x.keys() == {*DICTS[0], "numbers"} for batch in found for x in batch)
     assert sorted(loader.left_out) == sorted(x["file_name"] for x in DICTS if x["image_id"] % 2)
     assert "truncated" in loader.left_out[DICTS[1]["file_name"]] and "(5 so far)" in caplog.text
-    # As exact as without: replacements depend on the place alone.
+    # A resumed run has the same replacements, because they depend only on the position.
     resumed = build_train_loader(cfg(*opts), SETS, Spoilt(), seed=SEED, start=7)
     assert list(islice(resumed, 5)) == found[7:]
 
 
 class Hopeless:
-    def __call__(self, picture: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, image: dict[str, Any]) -> dict[str, Any]:
         raise OSError("gone")
 
 
-def test_nothing_but_bad_pictures_is_an_end() -> None:
-    with pytest.raises(DataError, match=r"gone.*; so are the \d+ tried in its place"):
+def test_a_data_set_of_bad_images_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"gone.*; \d+ other images in its place are bad, too"):
         batches(1, "DATALOADER.ON_BAD_IMAGE", "drop", mapper=Hopeless())
 
 
 @pytest.mark.parametrize("mode", ["stop", "drop"])
-def test_a_mapper_may_ask_for_another_picture(mode: str) -> None:
-    """None is detectron2's word for it, and no fault."""
+def test_a_mapper_may_ask_for_another_image(mode: str) -> None:
+    """A mapper of detectron2 returns None for this, which is not an error."""
     opts = ("DATALOADER.ON_BAD_IMAGE", mode)
     found = batches(8, *opts, mapper=lambda x: None if x["image_id"] < 4 else draw(x))
     assert min(x["image_id"] for batch in found for x in batch) == 4
@@ -269,8 +269,8 @@ def test_a_mapper_may_ask_for_another_picture(mode: str) -> None:
 
 
 class Broken:
-    def __call__(self, picture: dict[str, Any]) -> dict[str, Any]:
-        return picture["no such key of the programmer"].nothing
+    def __call__(self, image: dict[str, Any]) -> dict[str, Any]:
+        return image["no such key of the programmer"].nothing
 
 
 def test_a_mistake_in_a_mapper_keeps_its_traceback() -> None:
@@ -279,9 +279,9 @@ def test_a_mistake_in_a_mapper_keeps_its_traceback() -> None:
 
 
 class Asleep:
-    def __call__(self, picture: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, image: dict[str, Any]) -> dict[str, Any]:
         time.sleep(2.5)
-        return picture
+        return image
 
 
 def test_a_worker_that_hangs_is_an_error(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_worker_that_hangs_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_worker_says_nothing_of_a_parent_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """multiprocessing's thread that hands over a batch shows its errors by this hook."""
+    """The hook shows errors of multiprocessing's thread that sends a batch."""
     shown: list[Any] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, *_: shown.append(kind))
     _start_worker(0)

@@ -1,10 +1,7 @@
-"""What the doctor reports is what the training does, and nothing of a run is touched."""
+"""Test that the doctor reports what the training does, and that it does not change the run."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    PAFPN,
-    STOCK_P3_P7,
-    distill_opts,
-    outspoken_model,
-    trainable_cfg,
-    write_teacher,
-)
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
@@ -29,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from distill import cli
-from distill.doctor import Report, examine, examine_heads, examine_taps
+from distill.doctor import DoctorReport, examine, examine_heads, examine_outputs
 from distill.doctor.dry_run import build_dry_run, preserved
 from distill.doctor.examine import measure_cost
 from distill.doctor.losses import loss_warnings
@@ -47,6 +36,9 @@ from distill.errors import WeightsError
 from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
 from distill.heads.classes import ClassMap
 from distill.utils.seeding import seed_globally
+from tests.support.networks import PAFPN, STOCK_P3_P7, distill_opts, outspoken_model, write_config
+from tests.support.processes import call
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
@@ -65,14 +57,14 @@ SEMANTIC = "shapes_tiny_doctor_semantic"
 def distilled_cfg(
     folder: Path, shapes: Shapes, family: str, heads: Sequence[str], *opts: Any, **kw: Any
 ) -> CfgNode:
-    """A distillation of a tiny student by a wider teacher of another seed."""
+    """Return the config of a tiny student with a wider teacher of another seed."""
     teacher = write_teacher(folder, family, *EIGHT, fpn=24)
     opts = (*EIGHT, *distill_opts(family, heads), *teacher, *opts)
     return trainable_cfg(family, shapes, folder / "output", *opts, **kw)
 
 
 def semantic_set(shapes: Shapes) -> str:
-    """Register the labels that lie beside the pictures."""
+    """Register the images with their semantic labels."""
     if SEMANTIC not in DatasetCatalog.list():
         labels = Path(shapes[2]).parents[1] / "semantic_train"
         entries = [
@@ -91,13 +83,11 @@ def semantic_set(shapes: Shapes) -> str:
 
 
 def written(cfg: CfgNode, folder: Path) -> list[str]:
-    """The command line's arguments for ``cfg``."""
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return ["--config-file", str(path)]
+    """Write ``cfg`` to a file, and return the arguments of the command line for it."""
+    return ["--config-file", str(write_config(cfg, folder / "config.yaml"))]
 
 
-def rows(report: Report) -> dict[str, LossRow]:
+def rows(report: DoctorReport) -> dict[str, LossRow]:
     return {row.loss: row for row in report.losses}
 
 
@@ -105,7 +95,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# ---- The numbers.
+# ---- Numbers.
 
 
 @pytest.mark.parametrize("family", HEADS)
@@ -123,12 +113,12 @@ def test_every_family(family: str, tmp_path: Path, shapes: Shapes) -> None:
     task = rows(report)["task"]
     for row in report.losses[1:]:
         assert row.ratio == pytest.approx(row.value / task.value)
-        assert row.gradient > 0 or row.loss.startswith("loss_tid/")  # it may value no point there
+        assert row.gradient > 0 or row.loss.startswith("loss_tid/")  # a level may have no instance
         assert row.cosine is None or abs(row.cosine) <= 1
     for head in prefixes:
         parts = [row.value for name, row in rows(report).items() if name.startswith(f"{head}/")]
         assert rows(report)[head].value == pytest.approx(sum(parts) or rows(report)[head].value)
-    fields = {tap.signal.split()[0] for tap in report.recorded_modules}
+    fields = {row.output.split()[0] for row in report.outputs}
     assert fields == set(trainer._trainer.model.family.outputs)
     assert report.teacher_check is not None and report.cost is not None
     assert report.teacher_check.measure == (PIXELS if family == "semantic" else OBJECTS)
@@ -143,7 +133,7 @@ def test_every_family(family: str, tmp_path: Path, shapes: Shapes) -> None:
 def test_losses_gradients_and_cosines_are_those_of_the_training(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """FitNet of a RetinaNet, which draws nothing at random, written out again."""
+    """FitNet of a RetinaNet, which uses no random numbers, is computed independently."""
     levels = ("p3", "p4")
     opts = ("MODEL.DISTILL.FITNET.IN_FEATURES", levels, "MODEL.DISTILL.FITNET.WEIGHT", 3.0)
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *opts)
@@ -199,23 +189,25 @@ def test_the_schedule_of_a_head_does_not_matter(tmp_path: Path, shapes: Shapes) 
     assert found[0][1][1] > 0
 
 
-# ---- Taps.
+# ---- Outputs.
 
 
-def test_taps_stand_beside_what_they_are_compared_with(tmp_path: Path, shapes: Shapes) -> None:
-    """A RetinaNet on P3 to P7 teaches a Faster R-CNN on P2 to P6: only feature maps compare."""
+def test_outputs_are_shown_with_those_they_are_compared_with(
+    tmp_path: Path, shapes: Shapes
+) -> None:
+    """A RetinaNet on P3 to P7 teaches a Faster R-CNN on P2 to P6 by feature maps only."""
     teacher = write_teacher(tmp_path, "retinanet", *EIGHT, *STOCK_P3_P7, fpn=24)
     opts = (*distill_opts("faster", ["FitNet"]), *teacher)
     key = ("MODEL.DISTILL.FITNET.IN_FEATURES", ("p2", "p4", "p5"))
-    report = examine_taps(trainable_cfg("faster", shapes, tmp_path / "out", *opts, *key))
+    report = examine_outputs(trainable_cfg("faster", shapes, tmp_path / "out", *opts, *key))
     features = [
         (
-            tap.student and (tap.student.name, tap.student.stride),
-            tap.teacher and (tap.teacher.name, tap.teacher.stride),
-            [(x.head, x.adapter) for x in tap.heads],
+            row.student and (row.student.name, row.student.stride),
+            row.teacher and (row.teacher.name, row.teacher.stride),
+            [(x.head, x.adapter) for x in row.heads],
         )
-        for tap in report.recorded_modules
-        if tap.signal == "features"
+        for row in report.outputs
+        if row.output == "features"
     ]
     assert features == [
         (("p2", 4), ("p3", 8), [("FitNet", "1x1 conv 16→24, resized /8→/4")]),
@@ -225,32 +217,28 @@ def test_taps_stand_beside_what_they_are_compared_with(tmp_path: Path, shapes: S
         (("p6", 64), ("p6", 64), []),
         (None, ("p7", 128), []),
     ]
-    assert all(tap.teacher is None for tap in report.recorded_modules if tap.signal != "features")
+    assert all(row.teacher is None for row in report.outputs if row.output != "features")
     assert not report.losses and report.cost is None
-    shapes_of = {
-        tap.student.name: tap.student.shape for tap in report.recorded_modules[:5] if tap.student
-    }
+    shapes_of = {row.student.name: row.student.shape for row in report.outputs[:5] if row.student}
     height, width = shapes_of["p2"][2] * 4, shapes_of["p2"][3] * 4
     assert shapes_of["p4"] == [2, 16, height // 16, width // 16]
 
 
-def test_prediction_taps_are_paired_by_the_heads(tmp_path: Path, shapes: Shapes) -> None:
+def test_predictions_are_paired_by_the_heads(tmp_path: Path, shapes: Shapes) -> None:
     some = ("circle", "unheard of", *CLASSES[2:])
     opts = ("MODEL.DISTILL.TEACHER.CLASSES", some, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4)
     cfg = distilled_cfg(tmp_path, shapes, "mask", ["ROIKD", "MaskLogitKD", "DenseKD"], *opts)
-    report = examine_taps(cfg)
-    by_signal = {
-        (tap.signal, tap.student.name): tap for tap in report.recorded_modules if tap.student
-    }
+    report = examine_outputs(cfg)
+    by_output = {(row.output, row.student.name): row for row in report.outputs if row.student}
     for key, comparison in {
         ("dense logits", "p3"): ("DenseKD", "identity"),
         ("rois logits", "stage 0"): ("ROIKD", "7 of 8 classes"),
         ("masks logits", "masks"): ("MaskLogitKD", "7 of 8 classes, resized 14→8"),
     }.items():
-        tap = by_signal[key]
-        assert [(x.head, x.adapter) for x in tap.heads] == [comparison]
-        assert tap.teacher and tap.teacher.name == key[1]
-    assert by_signal["rois logits", "stage 0"].student.shape == [32, 9]  # type: ignore[union-attr]
+        row = by_output[key]
+        assert [(x.head, x.adapter) for x in row.heads] == [comparison]
+        assert row.teacher and row.teacher.name == key[1]
+    assert by_output["rois logits", "stage 0"].student.shape == [32, 9]  # type: ignore[union-attr]
     assert report.classes
     assert (report.classes.relation, report.classes.shared) == ("mapped", 7)
     assert report.classes.only_student == ["ellipse"]
@@ -259,27 +247,27 @@ def test_prediction_taps_are_paired_by_the_heads(tmp_path: Path, shapes: Shapes)
 
 def test_another_order_of_classes(tmp_path: Path, shapes: Shapes) -> None:
     opts = ("MODEL.DISTILL.TEACHER.CLASSES", CLASSES[::-1])
-    report = examine_taps(distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], *opts))
+    report = examine_outputs(distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], *opts))
     assert report.classes and report.classes.relation == "other order"
 
 
 def test_preprocessing_side_by_side(tmp_path: Path, shapes: Shapes) -> None:
     own = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0])
     cfg = distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], *own)
-    settings = {x.name: (x.student, x.teacher) for x in examine_taps(cfg).preprocessing}
+    settings = {x.name: (x.student, x.teacher) for x in examine_outputs(cfg).preprocessing}
     assert settings["INPUT.FORMAT"] == ("RGB", "BGR")
     assert settings["MODEL.PIXEL_MEAN"] == ("[1.0, 2.0, 3.0]", "[103.53, 116.28, 123.675]")
     assert settings["INPUT.MIN_SIZE_TRAIN"] == ("(64, 80)", "(800,)")
     assert settings["square padding"] == ("none", "none")
-    padded_size, seen = settings["canvas of the first batch"]
+    padded_size, seen = settings["padded size of the first batch"]
     assert padded_size == seen and padded_size in ("64x64", "96x96")  # 64 or 80 pixels, padded
 
 
-# ---- Heads, and none.
+# ---- Heads, and plain networks.
 
 
 def test_every_registered_head_works_or_says_why(tmp_path: Path, shapes: Shapes) -> None:
-    """MSSD is configured and does not work: no error, since the list is there to choose from."""
+    """MSSD is configured and does not work, which is not an error in a list to choose from."""
     cfg = distilled_cfg(tmp_path, shapes, "faster", ["MSSD"])
     report = examine_heads(cfg)
     listed = {row.head: row for row in report.registered_heads}
@@ -308,7 +296,7 @@ def test_a_plain_network_and_an_empty_list_of_heads(tmp_path: Path, shapes: Shap
         assert report.losses[0].gradient > 0 and not report.teacher
         assert any(x.name == "INPUT.FORMAT" and x.student == "BGR" for x in report.preprocessing)
         assert report.warnings == report.errors == []
-    assert not plain.recorded_modules and {tap.signal for tap in empty.recorded_modules} > {
+    assert not plain.outputs and {row.output for row in empty.outputs} > {
         "features",
         "rois logits",
     }
@@ -319,7 +307,7 @@ def test_mixed_precision(tmp_path: Path, shapes: Shapes) -> None:
     for enabled in (False, True):
         opts = ("SOLVER.AMP.ENABLED", enabled)
         found.append(examine(distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *opts)))
-    types = [{t.student.dtype for t in x.recorded_modules[:5] if t.student} for x in found]
+    types = [{t.student.dtype for t in x.outputs[:5] if t.student} for x in found]
     assert types == [{"float32"}, {"bfloat16"}]
     for a, b in zip(found[0].losses, found[1].losses):
         assert (a.value, a.gradient) == pytest.approx((b.value, b.gradient), rel=0.05)
@@ -328,18 +316,16 @@ def test_mixed_precision(tmp_path: Path, shapes: Shapes) -> None:
 
 def test_self_distillation(tmp_path: Path, shapes: Shapes) -> None:
     opts = (*distill_opts("retinanet", ["MSSD"]), *PAFPN)
-    report = examine(trainable_cfg("retinanet", shapes, tmp_path, *opts), teacher_pictures=1)
+    report = examine(trainable_cfg("retinanet", shapes, tmp_path, *opts), teacher_images=1)
     compared = {
-        (tap.signal, tap.student.name)
-        for tap in report.recorded_modules
-        if tap.heads and tap.student
+        (row.output, row.student.name) for row in report.outputs if row.heads and row.student
     }
-    levels = ("p2", "p3", "p4", "p5")  # P6 is made of P5 and has no shallow map
-    assert compared == {(signal, x) for signal in ("features", "shallow") for x in levels}
-    assert {x.adapter for tap in report.recorded_modules for x in tap.heads} == {"with itself"}
+    levels = ("p2", "p3", "p4", "p5")  # P6 is made from P5 and has no shallow map
+    assert compared == {(output, x) for output in ("features", "shallow") for x in levels}
+    assert {x.adapter for row in report.outputs for x in row.heads} == {"with itself"}
     assert rows(report)["loss_mssd"].gradient > 0 and report.teacher_check is None
     assert any("teaches itself" in x for x in report.notes)
-    assert any("no teacher whose AP" in x for x in report.notes)
+    assert any("there is no teacher" in x for x in report.notes)
 
 
 # ---- Warnings.
@@ -375,7 +361,7 @@ def test_a_dead_loss_and_a_teacher_from_the_students_file(tmp_path: Path, shapes
 def test_a_loss_without_gradient(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a head has it that detaches the student by mistake."""
+    """A head that detaches the student by mistake has such a loss."""
     monkeypatch.setattr(
         FitNet, "loss", lambda self, s, t, stride, batch: (s.detach() - t).square().mean()
     )
@@ -392,16 +378,16 @@ def test_a_gradient_against_the_task(
         distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"]), str(tmp_path)
     ).heads
     (sentence,) = loss_warnings([row], head)
-    assert "against that of the task" in sentence and "-0.60" in sentence
+    assert "opposes that of the task" in sentence and "-0.60" in sentence
     row.cosine = -0.4
     assert not loss_warnings([row], head)
 
 
-@pytest.mark.parametrize("norm, pictures, warned", [("BN", 2, 1), ("BN", 4, 0), ("FrozenBN", 2, 0)])
+@pytest.mark.parametrize("norm, images, warned", [("BN", 2, 1), ("BN", 4, 0), ("FrozenBN", 2, 0)])
 def test_batch_norm_of_a_tiny_batch(
-    norm: str, pictures: int, warned: int, tmp_path: Path, shapes: Shapes
+    norm: str, images: int, warned: int, tmp_path: Path, shapes: Shapes
 ) -> None:
-    opts = ("SOLVER.IMS_PER_BATCH", pictures)
+    opts = ("SOLVER.IMS_PER_BATCH", images)
     cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *opts, norm=norm)
     assert len(warnings_of(cfg, "batch normalisation")) == warned
 
@@ -423,7 +409,7 @@ def test_the_bounds_and_their_sentences() -> None:
     assert "-0.51" in str(cosine_warning("mkd", -0.51))
 
 
-# ---- What the teacher knows.
+# ---- Predictions of the teacher.
 
 
 STILL = ("INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (64,))
@@ -431,7 +417,7 @@ STILL = ("INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", (64,))
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory, shapes: Shapes) -> list[Any]:
-    """Overrides of a distillation by a RetinaNet that knows the six scenes by heart."""
+    """Train a RetinaNet on the six scenes, and return the overrides that make it the teacher."""
     folder = tmp_path_factory.mktemp("taught")
     steps = ("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", 0.002, "SOLVER.MAX_ITER", 200)
     loss = ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou", "SOLVER.STEPS", ())
@@ -464,12 +450,12 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     assert not [x for x in report["warnings"] if "chance" in x or "class names" in x]
     model = build_dry_run(cfg, str(tmp_path)).teacher.model  # type: ignore[union-attr]
     loader = Trainer.build_test_loader(cfg, shapes[0])
-    pictures = [x["image_id"] for x in DatasetCatalog.get(shapes[0])[:4]]
+    image_ids = [x["image_id"] for x in DatasetCatalog.get(shapes[0])[:4]]
     evaluator = COCOEvaluator(shapes[0], output_dir=str(tmp_path / "evaluation"))
     whole = evaluator.evaluate
-    evaluator.evaluate = lambda: whole(img_ids=pictures)  # type: ignore[method-assign]
+    evaluator.evaluate = lambda: whole(img_ids=image_ids)  # type: ignore[method-assign]
     expected = inference_on_dataset(model, loader, evaluator)["bbox"]["AP"]
-    assert report["teacher_ap"]["pictures"] == 4
+    assert report["teacher_ap"]["images"] == 4
     assert report["teacher_ap"]["metrics"]["bbox/AP"] == pytest.approx(expected)
     assert expected > 50
 
@@ -477,13 +463,13 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
 def test_classes_in_another_order_are_matched_by_name(
     taught: list[Any], tmp_path: Path, shapes: Shapes
 ) -> None:
-    """Wrong names make the same teacher wrong."""
+    """With wrong names, the predictions of the same teacher are wrong."""
     names = (CLASSES, CLASSES[1:] + CLASSES[:1])
     found = []
     for classes in names:
         opts = (*taught, "MODEL.DISTILL.TEACHER.CLASSES", classes)
         cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *opts)
-        report = examine(cfg, teacher_pictures=6)
+        report = examine(cfg, teacher_images=6)
         assert report.teacher_check and report.teacher_ap
         found.append((report.teacher_check.value, report.teacher_ap.metrics["bbox/AP50"]))
     (right, right_ap), (wrong, wrong_ap) = found
@@ -494,8 +480,8 @@ def test_ap_of_a_semantic_teacher(tmp_path: Path, shapes: Shapes) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "semantic", ["FitNet"])
     name = semantic_set(shapes)
     cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), (name,), (name,)
-    report = examine(cfg, teacher_pictures=3)
-    assert report.teacher_ap and report.teacher_ap.pictures == 3
+    report = examine(cfg, teacher_images=3)
+    assert report.teacher_ap and report.teacher_ap.images == 3
     assert 0 <= report.teacher_ap.metrics["sem_seg/mIoU"] <= 100
 
 
@@ -506,7 +492,7 @@ def test_ap_that_cannot_be_measured(tmp_path: Path, shapes: Shapes) -> None:
         MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
     for tests, word in (((), "DATASETS.TEST is empty"), ((name,), "needs the whole data set")):
         cfg = distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], "DATASETS.TEST", tests)
-        report = examine(cfg, teacher_pictures=3)
+        report = examine(cfg, teacher_images=3)
         assert report.teacher_ap is None and any(word in x for x in report.notes)
 
 
@@ -518,13 +504,13 @@ def objects(boxes: list[list[float]], labels: list[int], predicted: bool) -> Ins
 
 
 def test_objects_found_by_hand() -> None:
-    """Two pictures; the teacher's classes are b, a; it does not know c."""
+    """There are two images; the teacher's classes are b and a, without c."""
     here, there = [0.0, 0.0, 10.0, 10.0], [30.0, 30.0, 50.0, 50.0]
     truths = [objects([here, there, here], [0, 1, 2], False), objects([there], [0], False)]
     predictions = [objects([here, there], [1, 1], True), objects([there], [1], True)]
     check = objects_found(truths, predictions, ClassMap(("a", "b", "c"), ("b", "a")))
-    # a is found in both pictures, b is called a, c does not count; in the other picture's
-    # predictions only the second picture's a is found.
+    # The objects of class a are found in both images, b is predicted as a, and c does not count.
+    # With the predictions for the other image, only the a of the second image is found.
     assert check == TeacherCheck(OBJECTS, pytest.approx(2 / 3), pytest.approx(1 / 3), 3, True)
     nameless = objects_found(truths, predictions, ClassMap(("a", "b", "c"), ("x", "y")))
     assert nameless and (nameless.value, nameless.count, nameless.by_class) == (1.0, 4, False)
@@ -571,7 +557,7 @@ def test_weights_of_the_backbone_alone(tmp_path: Path, shapes: Shapes) -> None:
 
 
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    """stdout and the one line on stderr of a run that ends with 2."""
+    """Run a doctor that ends with 2, and return its stdout and the one line on stderr."""
     capsys.readouterr()
     assert cli.main(["doctor", *arguments]) == 2
     captured = capsys.readouterr()
@@ -642,25 +628,25 @@ def test_data_without_what_the_network_trains_on(
     assert "sem_seg" in line and "MODEL.META_ARCHITECTURE" in line
 
 
-# ---- Nothing is touched.
+# ---- The run is unchanged.
 
 
 def test_the_output_folder_stays_as_it_is(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], "DATASETS.TEST", (shapes[0],))
-    examine(cfg, teacher_pictures=2)
+    examine(cfg, teacher_images=2)
     assert not Path(cfg.OUTPUT_DIR).exists()
     Path(cfg.OUTPUT_DIR).mkdir()
     (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_final.pth")
     monkeypatch.chdir(tmp_path)
     before, dumped = snapshot(tmp_path), cfg.dump()
-    examine(cfg, teacher_pictures=2)
+    examine(cfg, teacher_images=2)
     assert snapshot(tmp_path) == before and cfg.dump() == dumped
 
 
 def test_steps_leave_no_trace_in_the_networks(tmp_path: Path, shapes: Shapes) -> None:
-    """Weights, BN statistics, RetinaNet's normaliser, the optimizer and its learning rate."""
+    """This holds for weights, statistics, RetinaNet's normaliser, optimizer and learning rate."""
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], norm="BN")
     dry_run = build_dry_run(cfg, str(tmp_path))
     before = {k: v.clone() for k, v in dry_run.model.state_dict().items()}
@@ -680,10 +666,10 @@ def test_steps_leave_no_trace_in_the_networks(tmp_path: Path, shapes: Shapes) ->
     assert not dry_run.optimizer.state and dry_run.model.heads["FitNet"].factor() == 1.0
 
 
-# ---- The report as text.
+# ---- Text of the report.
 
 
-def test_the_text_is_calm(
+def test_the_text_is_short_and_plain(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "mask", HEADS["mask"], "DATASETS.TEST", (shapes[0],))
@@ -693,7 +679,7 @@ def test_the_text_is_calm(
     assert not captured.err and "\x1b" not in captured.out
     assert max(len(line.rstrip()) for line in lines) <= 100
     titles = [
-        *("Networks", "Preprocessing", "Classes", "Taps", "Losses", "Teacher", "Cost"),
+        *("Networks", "Preprocessing", "Classes", "Outputs", "Losses", "Teacher", "Cost"),
         *("Notes", "Warnings"),
     ]
     assert [line for line in lines if line in titles] == titles
@@ -701,7 +687,7 @@ def test_the_text_is_calm(
     assert lines[-1] == f"0 errors, {len(warned)} warnings"
 
 
-@pytest.mark.parametrize("flag, title", [("--list-outputs", "Taps"), ("--list-heads", "Heads")])
+@pytest.mark.parametrize("flag, title", [("--list-outputs", "Outputs"), ("--list-heads", "Heads")])
 def test_the_lists(
     flag: str, title: str, tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -714,18 +700,12 @@ def test_the_lists(
 
 def test_the_command(tmp_path: Path, shapes: Shapes) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *NAMED)
-    done = subprocess.run(
-        [sys.executable, "-m", "distill", "doctor", *written(cfg, tmp_path), "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    argv = ["doctor", *written(cfg, tmp_path), "--json"]
+    done = call(cli.main, argv, folder=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["heads"] == ["FitNet"]
-    # Not to the last bit: TorchScript may have optimised the focal loss in this process before.
+    # Not to the last bit: TorchScript may have optimised the focal loss earlier in this process.
     for theirs, ours in zip(report["losses"], examine(cfg).losses, strict=True):
         for key, value in asdict(ours).items():
             close = pytest.approx(value, rel=1e-6, abs=1e-9) if type(value) is float else value

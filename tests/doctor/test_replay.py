@@ -1,25 +1,31 @@
-"""A saved step is repeated to the last bit, and what made it not finite is found."""
+"""Test that a saved step is repeated to the last bit, and that its cause is found."""
 
 import io
 import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import semantic_pictures
 from detectron2.structures import Boxes, ImageList, Instances
-from test_nonfinite import (
+from torch import Tensor, nn
+
+from distill import cli
+from distill.doctor.replay import Replay, _is_nonfinite, _watch_modules, replay, show
+from distill.engine import Trainer
+from distill.errors import DistillError
+from distill.heads.fitnet import FitNet
+from distill.structures import Batch, NetworkOutputs
+from distill.utils.old_names import HEADS as HEADS_BEFORE
+from distill.utils.old_names import LOSSES
+from tests.support.nonfinite import (
     FAULTS,
     HEADS,
     BadGradient,
-    Shapes,
     Teachers,
     config,
     nan,
@@ -29,16 +35,8 @@ from test_nonfinite import (
     stopped,
     write_teachers,
 )
-from torch import Tensor, nn
-
-from distill import cli
-from distill.doctor.replay import Replay, _broken, _watching, replay, show
-from distill.engine import Trainer
-from distill.errors import DistillError
-from distill.heads.fitnet import FitNet
-from distill.structures import Batch, NetworkOutputs
-from distill.utils.old_names import HEADS as HEADS_BEFORE
-from distill.utils.old_names import LOSSES
+from tests.support.processes import call
+from tests.support.trainings import Shapes, semantic_pictures
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +45,18 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
 
 
 def same(a: dict[str, float], b: dict[str, float]) -> bool:
-    """To the last bit; one NaN is like another."""
+    """Compare to the last bit; all NaN are equal."""
     return {k: repr(v) for k, v in a.items()} == {k: repr(v) for k, v in b.items()}
 
 
-# ---- What is found.
+# ---- Sources.
 
 FIRST = {
     "task loss": "output of student.roi_heads (StandardROIHeads)",
     "level of a distillation loss": "output of heads.FitNet (FitNet)",
     "gradient": "gradient of loss_fitnet/p3 in student.backbone.fpn_output3.weight",
-    "picture": "picture {second}",
-    "proposals": "picture {second}",
+    "picture": "image {second}",
+    "proposals": "image {second}",
 }
 
 
@@ -73,7 +71,7 @@ def test_the_first_thing_that_is_not_finite(
     family, inject, _ = FAULTS[fault]
     inject(monkeypatch)
     trainer, message = stopped(config(family, shapes, teachers, tmp_path))
-    torch.manual_seed(1234)  # nothing depends on what was drawn before
+    torch.manual_seed(1234)  # nothing depends on earlier random numbers
     result = replay(str(reproducer(tmp_path)))
 
     second = trainer._trainer.guard._batch[1]["file_name"]
@@ -95,7 +93,7 @@ def test_families(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Random proposals, random masks, running statistics: all of them are as they were."""
+    """Random proposals, random masks and running statistics are as in the run."""
     if family == "semantic":
         semantic_pictures(monkeypatch)
     spoil(monkeypatch, "losses", FitNet, "p4", nan)
@@ -181,7 +179,7 @@ def test_a_weight_of_the_student(
     teachers: Teachers,
     tmp_path: Path,
 ) -> None:
-    """As after a learning rate that is far too high."""
+    """The weight is NaN, as after a learning rate that is far too high."""
     trainer = Trainer(config("retinanet", shapes, teachers, tmp_path))
     with torch.no_grad():
         trainer.student.head.bbox_pred.weight[0, 0, 0, 0] = math.nan
@@ -194,23 +192,16 @@ def test_a_weight_of_the_student(
     ]
 
 
-AGAIN = """
-import json, sys, torch
-from distill.doctor.replay import replay
-
-torch.set_num_threads(1)
-result = replay(sys.argv[1])
-same = {k: repr(v) == repr(result.saved_losses[k]) for k, v in result.losses.items()}
-print(json.dumps([result.sources[0], same]))
-"""
+def again(path: Path) -> None:
+    result = replay(str(path))
+    same_bits = {k: repr(v) == repr(result.saved_losses[k]) for k, v in result.losses.items()}
+    print(json.dumps([result.sources[0], same_bits]))
 
 
 def test_another_process_has_the_same_losses(shapes: Shapes, tmp_path: Path) -> None:
     teacher = {"retinanet": spoilt_teacher(tmp_path / "teacher", "retinanet")}
     stopped(config("retinanet", shapes, teacher, tmp_path))
-    path = reproducer(tmp_path, iteration=0)
-    command = [sys.executable, "-c", AGAIN, str(path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = call(again, reproducer(tmp_path, iteration=0), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     source, same_bits = json.loads(done.stdout.splitlines()[-1])
     assert source == "weight teacher.backbone.fpn_output3.bias"
@@ -221,7 +212,7 @@ def test_another_process_has_the_same_losses(shapes: Shapes, tmp_path: Path) -> 
 
 
 class Shifted(nn.Module):
-    """A module inside another one that adds something."""
+    """Module that adds a number to the output of an inner module."""
 
     def __init__(self, inner: nn.Module, shift: float):
         super().__init__()
@@ -232,12 +223,12 @@ class Shifted(nn.Module):
         return {"out": self.inner(x) + self.shift}
 
 
-def culprits(network: nn.Module, x: Tensor) -> list[str]:
+def sources_of(network: nn.Module, x: Tensor) -> list[str]:
     sources: list[str] = []
-    with _watching(network, sources):
+    with _watch_modules(network, sources):
         network(x)
     with torch.no_grad():
-        network(x * math.nan)  # nobody listens any more
+        network(x * math.nan)  # after the context nothing is added
     return sources
 
 
@@ -254,15 +245,15 @@ class Chain(nn.Module):
 
 def test_the_innermost_module_is_named_once() -> None:
     x = torch.ones(1, 2)
-    assert culprits(Chain(0, 0), x) == []
-    assert culprits(Chain(0, math.inf, 0), x) == ["output of parts.1 (Shifted)"]
+    assert sources_of(Chain(0, 0), x) == []
+    assert sources_of(Chain(0, math.inf, 0), x) == ["output of parts.1 (Shifted)"]
     broken = Chain(0, math.nan)
     nn.init.constant_(broken.parts[0].inner.weight, math.inf)
-    assert culprits(broken, x) == ["output of parts.0.inner (Linear)"]
-    assert culprits(Chain(0), x * math.nan) == []
+    assert sources_of(broken, x) == ["output of parts.0.inner (Linear)"]
+    assert sources_of(Chain(0), x * math.nan) == []
 
 
-def test_what_is_broken() -> None:
+def test_values_that_are_not_finite() -> None:
     bad = torch.tensor([1.0, math.nan])
     boxes = Instances((4, 4), gt_boxes=Boxes(torch.tensor([[0.0, 0, math.inf, 1]])))
     for value in (
@@ -274,7 +265,7 @@ def test_what_is_broken() -> None:
         NetworkOutputs(Batch([], (4, 4)), features={"p2": bad}),
         NetworkOutputs(Batch([{"image": bad}], (4, 4))),
     ):
-        assert _broken(value), value
+        assert _is_nonfinite(value), value
     fine = Instances((4, 4), gt_boxes=Boxes(torch.ones(1, 4)), gt_classes=torch.ones(1).long())
     for value in (
         torch.ones(2),
@@ -286,10 +277,10 @@ def test_what_is_broken() -> None:
         [],
         torch.tensor([True]),
     ):
-        assert not _broken(value), value
+        assert not _is_nonfinite(value), value
 
 
-# ---- The command line.
+# ---- Command line.
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +289,7 @@ def saved(
     teachers: Teachers,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A reproducer whose fault does not show without the patch."""
+    """Return a reproducer whose step is finite without the patch."""
     folder = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, "losses", FitNet, "p3", BadGradient.apply)
@@ -324,16 +315,16 @@ def test_exit_codes(
 
 
 def test_text_of_the_file_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    odd = Replay("[/b] said", {"[red]loss": 1.0}, {}, ["picture a[/b].jpg"], "[x]")
+    odd = Replay("[/b] said", {"[red]loss": 1.0}, {}, ["image a[/b].jpg"], "[x]")
     show(odd)
     output = capsys.readouterr().out
-    for text in ("[/b] said", "[red]loss", "first not finite: picture a[/b].jpg", "forward: [x]"):
+    for text in ("[/b] said", "[red]loss", "first not finite: image a[/b].jpg", "forward: [x]"):
         assert text in output
 
 
 def test_a_long_path_stays_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/".join(["folder"] * 40)
-    show(Replay("x", {}, {}, [f"picture {path}"]))
+    show(Replay("x", {}, {}, [f"image {path}"]))
     assert path in capsys.readouterr().out
 
 
@@ -366,8 +357,8 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "text for a loss": altered(losses={"loss": "high"}),
     "an odd batch": altered(batch=[1, 2]),
     "an empty batch": altered(batch=[]),
-    "no picture": with_batch(lambda batch: [{"file_name": "x"}] * 2),
-    "an odd picture": with_batch(lambda batch: [{**x, "image": "x"} for x in batch]),
+    "no image": with_batch(lambda batch: [{"file_name": "x"}] * 2),
+    "an odd image": with_batch(lambda batch: [{**x, "image": "x"} for x in batch]),
     "an odd size": with_batch(lambda b: [{**x, "instances": {"is": "Instances"}} for x in b]),
     "an odd kind": with_batch(lambda b: [{**x, "instances": {"is": []}} for x in b]),
     "odd boxes": with_batch(

@@ -80,7 +80,7 @@ def test_picture_that_is_dropped(training: Training, ledger: Ledger, tmp_path: P
         opts = (*DROP, "DATALOADER.NUM_WORKERS", workers)
         act = partial(hide, run.pictures[3])
         child = run.finish(folder / "output", *opts, place=FIRST, act=act)
-        assert child.out.count(f"Left out {run.pictures[3]}") == 1
+        assert child.out.count(f"Dropped {run.pictures[3]}") == 1
         assert '"data/left_out": 1' in (folder / "output" / "metrics.json").read_text()
 
     def killed(workers: int, folder: Path) -> None:

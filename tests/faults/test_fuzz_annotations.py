@@ -5,25 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from hypothesis import given
 from hypothesis import strategies as st
-from test_errors import Run
 
-from distill.data.checks.images import BadPicture, GuardedMapper, inspect_pictures
+from distill.data.checks.images import inspect_images
 from distill.data.datasets import (
     check_labels,
     check_test_set,
-    find_faults,
+    find_issues,
     load_training_set,
     register_coco_format,
 )
+from distill.data.guarded_mapper import BadImage, GuardedMapper
 from distill.data.kitti import register_kitti
 from distill.data.shapes import LAYOUTS, VOC_NAMES, SceneConfig
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
+from tests.support.networks import tiny_cfg
+from tests.support.trainings import Run
 
 from .fuzzing import SCALARS, check_data, command_works, encoded, fuzz, garbled, spoilt, works
 
@@ -60,7 +61,7 @@ def use(cfg: CfgNode) -> None:
     check_labels(cfg, pictures)
     for picture in pictures:
         mapped = mapper(picture)
-        if isinstance(mapped, BadPicture) and cfg.DATALOADER.ON_BAD_IMAGE == "stop":
+        if isinstance(mapped, BadImage) and cfg.DATALOADER.ON_BAD_IMAGE == "stop":
             raise DataError(mapped.reason)  # as the loader does
 
 
@@ -106,10 +107,10 @@ def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
 
         def look() -> None:
             register_coco_format(cfg)
-            faults, pictures = find_faults(cfg, "fuzzed")
-            for more in inspect_pictures(pictures, workers=0):
-                faults += more
-            assert trains or any(x.fatal for x in faults)  # the tool shows what stops a training
+            issues, pictures = find_issues(cfg, "fuzzed")
+            for more in inspect_images(pictures, workers=0):
+                issues += more
+            assert trains or any(x.fatal for x in issues)  # the tool shows what stops a training
 
         works("annotations", look)
 

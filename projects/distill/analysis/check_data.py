@@ -1,11 +1,11 @@
-"""List every fault in the data sets of a config, all at once.
+"""List every issue in the data sets of a config, all at once.
 
     distill check-data --config-file F [--no-images] [--json] [--workers N] [KEY VALUE ...]
 
-It looks at the annotations of all DATASETS.TRAIN and DATASETS.TEST, and decodes every image. Fatal
-faults would stop a training or spoil it; remarks are what training copes with.
+It checks the annotations of all DATASETS.TRAIN and DATASETS.TEST, and decodes every image. Fatal
+issues would stop or spoil a training; a training handles the remarks.
 
-Exit code: 0 without fatal faults, 1 with some, 2 if the config itself is wrong.
+The exit code is 0 without fatal issues, 1 with fatal issues, and 2 if the config is wrong.
 """
 
 import argparse
@@ -22,47 +22,49 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.checks.images import inspect_pictures, missing_files
-from ..data.checks.issues import Fault
-from ..data.datasets import find_faults
+from ..data.checks.images import inspect_images, missing_files
+from ..data.checks.issues import Issue
+from ..data.datasets import find_issues
 from ..engine import setup_config
 from ..utils.arguments import add_config_arguments, at_least
 from ..utils.progress import Progress
 from ..utils.text import printable
 
-SHOWN = 3  # faults of each kind in the table
+SHOWN = 3  # number of issues of each kind below the table
 
-Report = dict[str, list[Fault]]  # by data set
+IssuesByDataset = dict[str, list[Issue]]
 
 
-def check(cfg: CfgNode, images: bool, workers: int, progress: Progress) -> Report:
-    """Find the faults of every data set of the config.
+def check(cfg: CfgNode, decode: bool, workers: int, progress: Progress) -> IssuesByDataset:
+    """Find the issues of every data set of the config.
 
     Args:
-        images: decode the images; otherwise they only have to exist.
-        workers: processes; 0: this one.
+        cfg: the whole config.
+        decode: decode the images; otherwise they only have to exist.
+        workers: number of processes that decode; 0: this process.
+        progress: shows the progress per data set.
     """
-    report = {}
+    found = {}
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-        with contextlib.redirect_stdout(sys.stderr):  # where libraries print what they load
-            faults, pictures = find_faults(cfg, name)
-        found = inspect_pictures(pictures, workers) if images else map(missing_files, pictures)
-        for more in progress.track(found, total=len(pictures), description=name):
-            faults += more
-        report[name] = faults
-    return report
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print what they load
+            issues, images = find_issues(cfg, name)
+        by_image = inspect_images(images, workers) if decode else map(missing_files, images)
+        for more in progress.track(by_image, total=len(images), description=name):
+            issues += more
+        found[name] = issues
+    return found
 
 
-def print_report(report: Report) -> None:
-    """Print a table of the kinds, and below it the first faults of each, to be copied."""
+def print_table(found: IssuesByDataset) -> None:
+    """Print a table of the kinds, and below it the first issues of each kind as plain lines."""
     table = Table(box=box.SIMPLE)
-    for column in ("data set", "fault", "", "number"):
+    for column in ("data set", "issue", "", "number"):
         table.add_column(column, justify="right" if column == "number" else "left")
     examples = []
-    for name, faults in report.items():
+    for name, issues in found.items():
         groups = defaultdict(list)
-        for fault in faults:
-            groups[not fault.fatal, fault.kind].append(fault)
+        for issue in issues:
+            groups[not issue.fatal, issue.kind].append(issue)
         for (remark, kind), group in sorted(groups.items()):
             table.add_row(Text(name), kind, "remark" if remark else "fatal", str(len(group)))
             lines = [f"  {x.where}: {x.detail}" for x in group[:SHOWN]]
@@ -73,8 +75,8 @@ def print_report(report: Report) -> None:
         print(*map(printable, examples), sep="\n")
 
 
-def as_json(report: Report) -> list[dict[str, Any]]:
-    return [{"data_set": k, **x._asdict()} for k, faults in report.items() for x in faults]
+def as_json(found: IssuesByDataset) -> list[dict[str, Any]]:
+    return [{"data_set": k, **x._asdict()} for k, issues in found.items() for x in issues]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", action=argparse.BooleanOptionalAction, default=True, help="decode every image"
     )
-    parser.add_argument("--json", action="store_true", help="print all faults as JSON")
+    parser.add_argument("--json", action="store_true", help="print all issues as JSON")
     parser.add_argument(
         "--workers",
         type=at_least(0),
@@ -94,12 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
     with Progress(args.json) as progress:
-        report = check(cfg, args.images, args.workers, progress)
-    faults = [fault for group in report.values() for fault in group]
-    fatal = sum(fault.fatal for fault in faults)
+        found = check(cfg, args.images, args.workers, progress)
+    issues = [issue for group in found.values() for issue in group]
+    fatal = sum(issue.fatal for issue in issues)
     if args.json:
-        print(json.dumps(as_json(report), indent=1))
+        print(json.dumps(as_json(found), indent=1))
     else:
-        print_report(report)
-        print(f"{fatal} fatal faults, {len(faults) - fatal} remarks in {', '.join(report)}")
+        print_table(found)
+        print(f"{fatal} fatal issues, {len(issues) - fatal} remarks in {', '.join(found)}")
     return 1 if fatal else 0

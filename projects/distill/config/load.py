@@ -36,7 +36,7 @@ def load_config(
       the file's path, see :func:`default_output_dir`.
 
     Args:
-        config_file: yaml path; "" for the defaults alone.
+        config_file: yaml path; "" for the defaults.
         opts: KEY VALUE overrides.
         source: where the overrides come from, for messages.
 

@@ -1,4 +1,4 @@
-"""Training batches whose content depends on the run's seed and the iteration alone."""
+"""Loaders of batches; a training batch depends only on the run's seed and the iteration."""
 
 import logging
 import multiprocessing
@@ -19,28 +19,33 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ConfigError, DataError
 from ..utils.seeding import derived_seed, private_randomness
-from .checks.images import BadPicture, GuardedMapper
+from .guarded_mapper import BadImage, GuardedMapper
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLACEMENTS = 20  # bad pictures in a row after which the data set is at fault
+MAX_REPLACEMENTS = 20  # number of bad images in a row that is an error of the data set
 
 
 class Sample(NamedTuple):
-    """A place in the endless stream of training pictures, and the picture that stands there."""
+    """Image at a position of the endless stream of training images.
 
-    position: int  # over all processes
-    picture: int  # index in the data set
+    Attributes:
+        position: position in the stream of all processes.
+        image: index of the image in the data set.
+    """
+
+    position: int
+    image: int
 
 
 class Batches(Sampler[list[Sample]]):
-    """The batches of this process, in the order of detectron2's own samplers and grouping.
+    """Sampler of this process's batches, in the order of detectron2's samplers and grouping.
 
     Args:
-        sampler: one of detectron2's, which already yields this process's share of the stream.
-        batch_size: samples a batch.
-        groups: pictures of one batch share their group; None: no grouping.
-        start: iteration to begin at. What lies before is counted, not loaded.
+        sampler: sampler of detectron2, which yields this process's share of the stream.
+        batch_size: samples per batch.
+        groups: group of each image; all images of a batch are of one group. None: no groups.
+        start: iteration at which the batches begin. Earlier batches are counted, but not loaded.
     """
 
     def __init__(
@@ -56,9 +61,9 @@ class Batches(Sampler[list[Sample]]):
         self.start = start
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        return islice(self._from_the_beginning(), self.start, None)
+        return islice(self._all_batches(), self.start, None)
 
-    def _from_the_beginning(self) -> Iterator[list[Sample]]:
+    def _all_batches(self) -> Iterator[list[Sample]]:
         rank, world = comm.get_rank(), comm.get_world_size()
         waiting: dict[bool, list[Sample]] = {False: [], True: []}
         for k, index in enumerate(self.sampler):
@@ -70,13 +75,14 @@ class Batches(Sampler[list[Sample]]):
 
 
 class Samples(Dataset[Any]):
-    """Maps a picture with random numbers of its own place in the stream.
+    """Data set that maps an image with random numbers of its position in the stream.
 
     Args:
-        dicts: detectron2 dataset dicts.
-        mapper: of detectron2's contract; what it cannot read becomes a :class:`BadPicture`.
-        seed: of the run.
-        drop: replace bad pictures by others instead of returning them.
+        dicts: detectron2's dataset dicts.
+        mapper: a mapper with detectron2's contract. Images that it cannot map become a
+            :class:`BadImage`.
+        seed: seed of the run.
+        drop: replace bad images by other images, instead of returning a :class:`BadImage`.
     """
 
     def __init__(
@@ -91,70 +97,72 @@ class Samples(Dataset[Any]):
         self.seed = seed
         self.drop = drop
 
-    def __getitem__(self, sample: Sample) -> dict[str, Any] | BadPicture:
-        index, bad = sample.picture, []
+    def __getitem__(self, sample: Sample) -> dict[str, Any] | BadImage:
+        index, bad = sample.image, []
         for attempt in range(MAX_REPLACEMENTS):
-            place = (self.seed, sample.position, attempt)
-            with private_randomness(*place):
+            key = (self.seed, sample.position, attempt)
+            with private_randomness(*key):
                 mapped = self.mapper(self.dicts[index])
-            if isinstance(mapped, BadPicture):
+            if isinstance(mapped, BadImage):
                 if not self.drop:
                     return mapped
                 bad.append(mapped)
-            elif mapped is not None:  # detectron2: None asks for another picture
+            elif mapped is not None:  # with None, a mapper of detectron2 asks for another image
                 return {**mapped, "left_out": bad} if bad else mapped
-            index = derived_seed(*place) % len(self.dicts)
+            index = derived_seed(*key) % len(self.dicts)
         if bad:
-            reason = f"{bad[0].reason}; so are the {len(bad) - 1} tried in its place"
-            return BadPicture(bad[0].file_name, reason)
-        return BadPicture(self.dicts[index]["file_name"], "the mapper returned None for all")
+            reason = f"{bad[0].reason}; {len(bad) - 1} other images in its place are bad, too"
+            return BadImage(bad[0].file_name, reason)
+        return BadImage(self.dicts[index]["file_name"], "the mapper returned None for all")
 
 
 class TrainLoader:
-    """An endless iterable of this process's batches.
+    """Endless iterable of this process's batches.
 
     Args:
-        samples: the pictures by place.
-        batches: which samples form which batch.
-        workers: data processes; 0 loads in this one.
-        timeout: seconds to wait for a worker; 0: forever.
+        samples: data set of the samples.
+        batches: sampler of the batches.
+        workers: number of data processes; 0: load in this process.
+        timeout: seconds to wait for a worker; 0: without a limit.
+
+    Attributes:
+        left_out: reasons by file name of the images that were dropped so far.
     """
 
     def __init__(self, samples: Samples, batches: Batches, *, workers: int, timeout: float):
         self.samples, self.batches = samples, batches
         self.left_out: dict[str, str] = {}
-        """Reasons by file name of the pictures that were replaced so far."""
         self.loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=trivial_batch_collator,
             timeout=timeout if workers else 0,
-            generator=torch.Generator(),  # or it would draw from the global one
+            generator=torch.Generator(),  # otherwise the loader uses the global generator
             worker_init_fn=_start_worker,
         )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for batch in _fetched(self.loader):
             for entry in batch:
-                if isinstance(entry, BadPicture):
+                if isinstance(entry, BadImage):
                     raise _unusable(entry, "DATALOADER.ON_BAD_IMAGE drop trains without them")
                 for bad in entry.pop("left_out", ()):
                     self._note(bad)
             yield batch
 
-    def _note(self, bad: BadPicture) -> None:
+    def _note(self, bad: BadImage) -> None:
         if bad.file_name not in self.left_out:
             self.left_out[bad.file_name] = bad.reason
             logger.warning(
-                "Left out %s: %s (%d so far)", bad.file_name, bad.reason, len(self.left_out)
+                "Dropped %s: %s (%d so far)", bad.file_name, bad.reason, len(self.left_out)
             )
 
 
 class EvaluationLoader:
-    """detectron2's test loader, which names a picture that it cannot read.
+    """detectron2's test loader with a DataError that names the bad image.
 
-    It does not drop any: results without some pictures are not those of the test set.
+    It never drops images, because the results would not be those of the whole test set.
     """
 
     def __init__(self, cfg: CfgNode, name: str):
@@ -168,13 +176,16 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for batch in _fetched(self.loader):
             for entry in batch:
-                if isinstance(entry, BadPicture):
-                    raise _unusable(entry, "an evaluation needs all pictures of its set")
+                if isinstance(entry, BadImage):
+                    raise _unusable(entry, "an evaluation needs all images of its data set")
             yield batch
 
 
 def _fetched(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of torch's loader, which may find a broken connection before a dead worker."""
+    """Yield the batches of torch's loader, and turn a lost connection to a worker into an error.
+
+    torch notices a dead worker only later.
+    """
     try:
         yield from loader
     except (ConnectionError, EOFError) as e:
@@ -184,40 +195,41 @@ def _fetched(loader: Iterable[Any]) -> Iterator[Any]:
         ) from e
 
 
-def _unusable(picture: BadPicture, remedy: str) -> DataError:
+def _unusable(image: BadImage, remedy: str) -> DataError:
     return DataError(
-        f"Picture {picture.file_name}: {picture.reason}. `distill check-data` lists all such "
-        f"pictures; {remedy}."
+        f"Image {image.file_name}: {image.reason}. `distill check-data` lists all such "
+        f"images; {remedy}."
     )
 
 
 def _start_worker(worker: int) -> None:
-    """End a data worker whose parent was killed while it started; torch notices later kills.
+    """End a data worker whose parent was killed during the start; torch notices later kills.
 
-    If the parent ends while a batch is on its way, the thread that sends it loses the connection,
-    and would print a traceback below the parent's own last words.
+    If the parent ends while a batch is sent, the sending thread loses the connection. It must not
+    print a traceback after the parent's own message.
     """
     parent = multiprocessing.parent_process()
     if multiprocessing.get_start_method() != "forkserver" and parent and parent.pid != os.getppid():
         os._exit(1)
-    show = sys.excepthook  # of threads' errors: those of the worker itself reach the parent
+    show = sys.excepthook  # only for threads: errors of the worker itself reach the parent
     lost = (ConnectionError, EOFError)
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, lost) else show(kind, *rest)
 
 
-# detectron2 reads the data sets again for these, also the images that were left out.
+# Samplers for which detectron2 would read the data sets again, with the images that were dropped.
 _WEIGHTED = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
 _BY_CATEGORY = ("RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler")
 
 
 def build_sampler(cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]) -> Sampler[int]:
-    """Build detectron2's sampler ``DATALOADER.SAMPLER_TRAIN`` of the images in all sets.
+    """Build detectron2's sampler ``DATALOADER.SAMPLER_TRAIN`` for the images of all sets.
 
     Args:
+        cfg: the whole config.
         sets: names and dataset dicts of the training sets.
 
     Raises:
-        ConfigError: the sampler draws no image, or needs classes that the images lack.
+        ConfigError: the sampler selects no image, or it needs classes that the images lack.
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
     dicts = [entry for _, entries in sets for entry in entries]
@@ -240,27 +252,28 @@ def build_sampler(cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]
 def repeat_factors(
     cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]], by_category: bool
 ) -> Tensor:
-    """How often detectron2's weighted samplers draw each image, relative to the others.
+    """Return the relative frequency of each image in detectron2's weighted samplers.
 
     Args:
+        cfg: the whole config.
         sets: names and dataset dicts of the training sets.
-        by_category: multiply by the factors of rare classes, relative to the smallest product.
+        by_category: multiply by the factors of rare classes, and divide by the smallest product.
 
     Returns:
         (N,) numbers above 0, in the order of the sets.
     """
-    of_set = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
-    factors = torch.cat([torch.full((len(x),), float(of_set.get(name, 1))) for name, x in sets])
+    by_set = dict(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
+    factors = torch.cat([torch.full((len(x),), float(by_set.get(name, 1))) for name, x in sets])
     if not by_category:
         return factors
     node = cfg.DATALOADER
-    of_classes = [
+    by_class = [
         RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             entries, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
         )
         for _, entries in sets
     ]
-    factors = torch.cat(of_classes) * factors
+    factors = torch.cat(by_class) * factors
     return factors / factors.min()
 
 
@@ -272,16 +285,17 @@ def build_train_loader(
     seed: int,
     start: int = 0,
 ) -> TrainLoader:
-    """The training loader of a config.
+    """Build the training loader of a config.
 
     Args:
-        sets: names and detectron2 dataset dicts of the training sets.
-        mapper: of detectron2's contract.
-        seed: of the run; order and augmentations are functions of it.
-        start: iteration to begin at.
+        cfg: the whole config.
+        sets: names and dataset dicts of the training sets.
+        mapper: a mapper with detectron2's contract.
+        seed: seed of the run, which determines the order of the images and their augmentations.
+        start: iteration at which the batches begin.
     """
     dicts = [entry for _, entries in sets for entry in entries]
-    with private_randomness(seed):  # detectron2's samplers draw their seeds from NumPy's state
+    with private_randomness(seed):  # detectron2's samplers take their seeds from NumPy's state
         sampler = build_sampler(cfg, sets)
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:

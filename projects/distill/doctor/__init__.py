@@ -3,8 +3,9 @@
     distill doctor --config-file F [--teacher-ap N] [--json] [KEY VALUE ...]
     distill doctor --config-file F --list-outputs | --list-heads
 
-It builds what the trainer builds, takes two batches of the real data, and reports; nothing of the
-run is touched. Errors: exit code 2 and a sentence each; warnings: exit code 0.
+The doctor builds the networks as the trainer does, examines two batches of the real data, and
+prints a report. It does not change OUTPUT_DIR. The exit code is 2 if there are errors, with one
+sentence per error on stderr. With warnings only it is 0.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from ..errors import DistillError
 from ..utils.arguments import add_config_arguments, at_least
 from ..utils.progress import Progress
 from ..utils.text import print_error
-from .examine import Say, examine, examine_heads, examine_taps
+from .examine import Say, examine, examine_heads, examine_outputs
 from .render import render
-from .report import Report
+from .report import DoctorReport
 
-__all__ = ["Report", "examine", "examine_heads", "examine_taps", "run_doctor"]
+__all__ = ["DoctorReport", "examine", "examine_heads", "examine_outputs", "run_doctor"]
 
 
 def run_doctor(
@@ -40,19 +41,19 @@ def run_doctor(
     list_outputs: bool = False,
     list_heads: bool = False,
 ) -> int:
-    """Examine a training in this one process and print the report.
+    """Examine a training in this process and print the report.
 
     Args:
-        cfg: of the training.
-        teacher_ap: pictures of the first test set, for the teacher's AP; 0: none.
+        cfg: config of the training.
+        teacher_ap: number of images of the first test set on which the teacher's AP is measured.
         as_json: print one JSON object instead of text.
-        list_outputs, list_heads: examine the taps or the registered heads alone.
+        list_outputs, list_heads: examine only the recorded outputs, or only the registered heads.
 
     Returns:
-        The exit code: 0, or 2 if the training would be worthless; stderr says why.
+        The exit code: 0, or 2 if the training would be useless. stderr says why.
 
     Raises:
-        DistillError: what would stop the training before its first step.
+        DistillError: the training would fail before its first step.
     """
     with Progress(as_json) as progress, quiet():
 
@@ -73,17 +74,17 @@ def run_doctor(
 
 def _examine(
     cfg: CfgNode, teacher_ap: int, list_outputs: bool, list_heads: bool, say: Say
-) -> Report:
+) -> DoctorReport:
     if list_heads:
         return examine_heads(cfg, say=say)
     if list_outputs:
-        return examine_taps(cfg, say=say)
-    return examine(cfg, teacher_pictures=teacher_ap, say=say)
+        return examine_outputs(cfg, say=say)
+    return examine(cfg, teacher_images=teacher_ap, say=say)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The report says what matters: no log, no warnings, nothing of libraries on stdout."""
+    """Suppress logs, warnings and the stdout of libraries in this context."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -95,7 +96,7 @@ def quiet() -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` for JSON, which has no number that is not finite: null stands for those."""
+    """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -133,5 +134,5 @@ def run(args: argparse.Namespace) -> int:
         )
     except DistillError as e:
         if args.json:
-            print(json.dumps(dataclasses.asdict(Report(errors=[str(e)])), indent=1))
+            print(json.dumps(dataclasses.asdict(DoctorReport(errors=[str(e)])), indent=1))
         raise

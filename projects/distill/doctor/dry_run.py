@@ -1,4 +1,4 @@
-"""What is examined: the networks, optimizer and batches of a training, before its first step."""
+"""Networks, optimizer and batches of a training before its first step."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -24,23 +24,25 @@ from .report import Weights
 LATE = 10**9  # an iteration after all schedules of the heads
 
 Inputs = list[dict[str, Any]]
-UNTOUCHED = -77777.0  # no weight is that: what still is after the loading was not in the file
+UNFILLED = -77777.0  # no weight has this value, so it marks tensors that a file does not have
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
 class DryRun:
-    """A training at its beginning, in this one process.
+    """Training before its first step, in this process.
 
     Attributes:
-        cfg: scaled to one process.
-        model: what trains, in training mode: a :class:`DistillModel`, or the student itself.
-        autocast: opens the training's mixed precision.
-        batches: endless.
-        family: None for a plain network, of which nothing is tapped.
+        cfg: config, scaled to one process.
+        model: the model in training mode: a :class:`DistillModel`, or the plain student.
+        student: the student in it.
+        autocast: opens the context of a forward, with the training's precision.
+        batches: endless iterator.
+        weights: tensors that ``MODEL.WEIGHTS`` filled.
+        family: None for a plain network, whose outputs are not recorded.
         teacher: None if no head needs one.
-        heads: by name; empty without distillation.
-        specs: what heads may know of student and teacher; None where there is no such network.
+        heads: heads by name; empty without distillation.
+        infos: descriptions of student and teacher; None if there is no such network.
     """
 
     cfg: CfgNode
@@ -53,23 +55,24 @@ class DryRun:
     family: Family | None
     teacher: Teacher | None
     heads: dict[str, DistillHead]
-    specs: tuple[NetworkInfo | None, NetworkInfo | None]
+    infos: tuple[NetworkInfo | None, NetworkInfo | None]
 
 
 def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
-    """Build what ``cfg`` trains, as the trainer does, with its weights loaded.
+    """Build the training of ``cfg`` as the trainer does, and load its weights.
 
     Args:
-        folder: stands for the ``OUTPUT_DIR``, which stays as it is.
+        cfg: config of the training.
+        folder: folder to use instead of ``OUTPUT_DIR``, which is not changed.
 
     Raises:
-        DistillError: what would stop the training before its first step.
+        DistillError: the training would fail before its first step.
     """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = folder
     cfg.SEED = max(cfg.SEED, 0)
-    cfg.DATALOADER.NUM_WORKERS = 0  # two batches are not worth their start
+    cfg.DATALOADER.NUM_WORKERS = 0  # starting workers takes longer than loading two batches
     cfg.freeze()
     seed_globally(cfg.SEED)
     trainer = Trainer(cfg)
@@ -77,10 +80,10 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
     loop: Any = trainer._trainer
     model: nn.Module = getattr(loop.model, "module", loop.model).train()
     family, teacher, heads = None, None, {}
-    specs: tuple[NetworkInfo | None, NetworkInfo | None] = (None, None)
+    infos: tuple[NetworkInfo | None, NetworkInfo | None] = (None, None)
     if isinstance(model, DistillModel):
         family, teacher, heads = model.family, model.teacher, dict(model.heads.items())
-        specs = network_infos(cfg, family, teacher.family if teacher else None)
+        infos = network_infos(cfg, family, teacher.family if teacher else None)
     return DryRun(
         cfg=trainer.cfg,
         model=model,
@@ -92,20 +95,20 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
         family=family,
         teacher=teacher,
         heads=heads,
-        specs=specs,
+        infos=infos,
     )
 
 
 def load_weights(trainer: Trainer) -> Weights:
-    """Load ``MODEL.WEIGHTS`` as the training does, and see which tensors it filled."""
+    """Load ``MODEL.WEIGHTS`` as the training does, and return which tensors it filled."""
     file, student = trainer.cfg.MODEL.WEIGHTS, trainer.student
     state = {k: v for k, v in student.state_dict().items() if isinstance(v, Tensor)}
     tensors = {k: v for k, v in state.items() if not k.endswith(STATISTICS)}
     before = {k: v.clone() for k, v in tensors.items()}
     for x in tensors.values():
-        x.fill_(UNTOUCHED)
+        x.fill_(UNFILLED)
     trainer.resume_or_load(resume=False)
-    kept = [k for k, x in tensors.items() if bool((x == UNTOUCHED).all())]
+    kept = [k for k, x in tensors.items() if bool((x == UNFILLED).all())]
     for k in kept:
         tensors[k].copy_(before[k])
     groups: dict[str, int] = {}
@@ -117,10 +120,10 @@ def load_weights(trainer: Trainer) -> Weights:
 
 @contextmanager
 def preserved(dry_run: DryRun) -> Iterator[None]:
-    """Make training steps inside of length 0, and undo what else they change."""
+    """Set the learning rates to 0 in this context, and undo all other changes after it."""
     state = {k: _on_cpu(v) for k, v in dry_run.model.state_dict().items()}
-    numbers = StudentState(dry_run.student)
-    saved = numbers.state_dict()
+    student_state = StudentState(dry_run.student)
+    saved = student_state.state_dict()
     groups = dry_run.optimizer.param_groups
     rates = [group["lr"] for group in groups]
     for group in groups:
@@ -129,7 +132,7 @@ def preserved(dry_run: DryRun) -> Iterator[None]:
         yield
     finally:
         dry_run.model.load_state_dict(state)
-        numbers.load_state_dict(saved)
+        student_state.load_state_dict(saved)
         dry_run.optimizer.zero_grad()
         dry_run.optimizer.state.clear()
         for group, rate in zip(groups, rates):
@@ -142,7 +145,10 @@ def _on_cpu(value: Any) -> Any:
 
 @contextmanager
 def full_weight(heads: dict[str, DistillHead]) -> Iterator[None]:
-    """Late in the training: all heads are warm, done with what they learn first, and none stops."""
+    """Give all heads their full weight in this context, as late in a training.
+
+    They are past their warm-up and their first phases, and they do not stop.
+    """
     saved = [(head, head.stop_iter) for head in heads.values()]
     for head in heads.values():
         head.stop_iter = 0

@@ -1,4 +1,4 @@
-"""The examination: two batches of a training, of which nothing stays."""
+"""Examination of a training by two batches, which leaves the run unchanged."""
 
 import os
 import tempfile
@@ -9,41 +9,41 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
-from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import student_config, teacher_config
+from ..config import teacher_config
 from ..engine.hooks import memory_mb
-from ..errors import ConfigError, building
+from ..errors import ConfigError
 from ..families import build_family
 from ..heads import outlasting_phases
 from ..heads.classes import ClassMap
-from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
 from ..structures import NetworkOutputs
 from .dry_run import DryRun, Inputs, build_dry_run, preserved
 from .losses import loss_table, loss_warnings, losses_of
-from .recording import head_table, record_both, tap_table
-from .report import Cost, Report, Setting, TeacherCheck
+from .recording import head_table, output_table, record_both
+from .report import Cost, DoctorReport, Setting, TeacherCheck
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
 
 BATCHES = 2
-FEWEST_PICTURES = 4  # of a batch normalisation in training mode
+FEWEST_IMAGES = 4  # per process, for batch normalisation in training mode
 
 Say = Callable[[str], Any]
 
 
-def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Report:
-    """Everything about a training that two batches show; nothing of it is touched.
+def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorReport:
+    """Examine a training by two batches, without changing it.
 
     Args:
-        cfg: of the training.
-        teacher_pictures: of the first test set, for the teacher's AP; 0: none.
-        say: is told what comes next.
+        cfg: config of the training.
+        teacher_images: number of images of the first test set on which the teacher's AP is
+            measured.
+        say: function that is called with the name of each stage.
 
     Raises:
-        DistillError: what would stop the training before its first step.
+        DistillError: the training would fail before its first step.
     """
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
@@ -56,14 +56,14 @@ def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Repor
         say("training steps")
         with preserved(dry_run):
             report.cost = measure_cost(dry_run, batches, data_seconds, cfg.DATALOADER.NUM_WORKERS)
-        say("taps")
+        say("outputs of the networks")
         with preserved(dry_run):
-            add_taps(report, dry_run, batches[0])
+            add_outputs(report, dry_run, batches[0])
         say("the gradient of every loss")
         with preserved(dry_run):
             report.losses, errors = loss_table(dry_run, batches)
         say("the teacher's predictions")
-        add_teacher(report, dry_run, batches, teacher_pictures)
+        add_teacher(report, dry_run, batches, teacher_images)
     report.errors += errors
     report.warnings += outlasting_phases(cfg)
     report.warnings += loss_warnings(report.losses, dry_run.heads)
@@ -71,44 +71,43 @@ def examine(cfg: CfgNode, *, teacher_pictures: int = 0, say: Say = str) -> Repor
     return report
 
 
-def examine_taps(cfg: CfgNode, *, say: Say = str) -> Report:
-    """The taps and their pairing alone, which need one batch and no gradient."""
+def examine_outputs(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
+    """Examine only the recorded outputs and their pairs, by one batch and without gradients."""
     with tempfile.TemporaryDirectory() as folder:
         say("building the networks")
         dry_run = build_dry_run(cfg, folder)
         report = introduction(dry_run)
-        say("taps")
+        say("outputs of the networks")
         with preserved(dry_run):
-            add_taps(report, dry_run, next(dry_run.batches))
+            add_outputs(report, dry_run, next(dry_run.batches))
     return report
 
 
-def examine_heads(cfg: CfgNode, *, say: Say = str) -> Report:
-    """Every registered head, whether it works for student and teacher or not, and why.
+def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
+    """Examine which registered heads work for student and teacher, and why the others do not.
 
-    A teacher counts if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` names one; configured heads that do
-    not work are no error here.
+    There is a teacher if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` names one. A configured head that
+    does not work is not an error here.
     """
     say("building the networks")
-    with building("student"):
-        student = build_model(student_config(cfg))
+    student = build_student(cfg)
     teacher = build_teacher(cfg) if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE else None
-    specs = network_infos(cfg, build_family(student), teacher.family if teacher else None)
-    return Report(
+    infos = network_infos(cfg, build_family(student), teacher.family if teacher else None)
+    return DoctorReport(
         student=type(student).__name__,
         teacher=type(teacher.model).__name__ if teacher else "",
         teacher_weights=teacher_config(cfg).MODEL.WEIGHTS if teacher else "",
-        registered_heads=head_table(*specs, configured=tuple(cfg.MODEL.DISTILL.HEADS)),
+        registered_heads=head_table(*infos, configured=tuple(cfg.MODEL.DISTILL.HEADS)),
     )
 
 
-# ---- What is there before the first batch.
+# ---- Networks, before the first batch.
 
 
-def introduction(dry_run: DryRun) -> Report:
-    """The networks, their weights and classes."""
-    cfg, weights, (student, teacher) = dry_run.cfg, dry_run.weights, dry_run.specs
-    report = Report(
+def introduction(dry_run: DryRun) -> DoctorReport:
+    """Begin a report with the networks, their weights and classes."""
+    cfg, weights, (student, teacher) = dry_run.cfg, dry_run.weights, dry_run.infos
+    report = DoctorReport(
         student=type(dry_run.student).__name__,
         heads=list(dry_run.heads),
         weights=weights,
@@ -117,7 +116,7 @@ def introduction(dry_run: DryRun) -> Report:
     if weights.file and not weights.filled:
         report.errors.append(
             f"MODEL.WEIGHTS '{weights.file}' has none of the student's {weights.total} tensors; "
-            "name a file of its backbone or of the whole student."
+            "set it to weights of the backbone or of the whole student."
         )
     if student and teacher:
         report.teacher = teacher.kind
@@ -125,7 +124,7 @@ def introduction(dry_run: DryRun) -> Report:
         report.classes = compare_classes(cfg, student, teacher)
         if not report.classes.known:
             report.warnings.append(
-                "The teacher's class names are unknown, those shown are assumed; set "
+                "The teacher's class names are unknown, and the ones shown are assumed; set "
                 "MODEL.DISTILL.TEACHER.CLASSES."
             )
         if same_file(weights.file, report.teacher_weights):
@@ -137,11 +136,11 @@ def introduction(dry_run: DryRun) -> Report:
 
 
 def remarks(dry_run: DryRun) -> list[str]:
-    """What is no fault, but good to know."""
+    """Return notes about what the training does not do."""
     cfg, found = dry_run.cfg, []
     if not isinstance(dry_run.model, DistillModel):
         name = cfg.MODEL.META_ARCHITECTURE
-        found.append(f"MODEL.META_ARCHITECTURE {name} trains without distillation: no taps.")
+        found.append(f"MODEL.META_ARCHITECTURE {name} trains without distillation.")
     elif not dry_run.heads:
         found.append("MODEL.DISTILL.HEADS is empty: the student trains without distillation.")
     elif dry_run.teacher is None:
@@ -161,39 +160,41 @@ def same_file(a: str, b: str) -> bool:
 
 
 def batch_norm_warning(dry_run: DryRun, total: int) -> str | None:
-    """A sentence if a batch normalisation learns from too few pictures, or None.
+    """Return a warning if batch normalisation learns from too few images, or None.
 
     Args:
-        total: pictures of a batch over all processes, which synchronised layers see.
+        dry_run: the training.
+        total: images per batch over all processes, which synchronised layers see.
     """
     synchronised = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
     own = dry_run.cfg.SOLVER.IMS_PER_BATCH
     layers = [m for m in dry_run.student.modules() if isinstance(m, _BatchNorm) and m.training]
-    pictures = [total if isinstance(m, synchronised) else own for m in layers]
-    few = [n for n in pictures if n < FEWEST_PICTURES]
+    images = [total if isinstance(m, synchronised) else own for m in layers]
+    few = [n for n in images if n < FEWEST_IMAGES]
     if not few:
         return None
     return (
-        f"{len(few)} layers of batch normalisation learn their statistics from {few[0]} pictures "
-        f"a process, fewer than {FEWEST_PICTURES}; set the NORM keys to FrozenBN or GN, or raise "
+        f"{len(few)} layers of batch normalisation use {few[0]} images per process, fewer than "
+        f"{FEWEST_IMAGES}; set the NORM keys to FrozenBN or GN, or raise "
         "SOLVER.IMS_PER_BATCH."
     )
 
 
-# ---- What the batches show.
+# ---- Outputs and cost of the batches.
 
 
-def add_taps(report: Report, dry_run: DryRun, inputs: Inputs) -> None:
+def add_outputs(report: DoctorReport, dry_run: DryRun, inputs: Inputs) -> None:
     outputs = record_both(dry_run, inputs) if dry_run.family else None
-    report.taps = tap_table(dry_run, *outputs) if outputs else []
+    report.outputs = output_table(dry_run, *outputs) if outputs else []
     report.preprocessing = preprocessing(dry_run, outputs[0] if outputs else None)
 
 
 def preprocessing(dry_run: DryRun, outputs: NetworkOutputs | None) -> list[Setting]:
-    """The settings that decide what a network sees of a picture.
+    """Return the settings that determine the input of each network.
 
     Args:
-        outputs: of the student on one batch; None if it has no probe.
+        dry_run: the training.
+        outputs: outputs of the student for one batch, or None if they are not recorded.
     """
     configs, models = [dry_run.cfg], [dry_run.student]
     padded_sizes = ["x".join(map(str, outputs.batch.padded_size))] if outputs else []
@@ -211,7 +212,7 @@ def preprocessing(dry_run: DryRun, outputs: NetworkOutputs | None) -> list[Setti
     rows["square padding"] = [x or "none" for x in padding]
     for key in ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN"):
         rows[f"INPUT.{key}"] = [x.INPUT[key] for x in configs]
-    rows["canvas of the first batch"] = padded_sizes
+    rows["padded size of the first batch"] = padded_sizes
     return [
         Setting(name, str(values[0]), str(values[1]) if len(values) > 1 else None)
         for name, values in rows.items()
@@ -222,13 +223,13 @@ def preprocessing(dry_run: DryRun, outputs: NetworkOutputs | None) -> list[Setti
 def measure_cost(
     dry_run: DryRun, batches: Sequence[Inputs], data_seconds: float, workers: int
 ) -> Cost:
-    """Time and memory of training steps of length 0."""
+    """Measure the time and the memory of training steps with a learning rate of 0."""
     cfg, device = dry_run.cfg, dry_run.cfg.MODEL.DEVICE
     cuda = device.startswith("cuda")
     finish = torch.cuda.synchronize if cuda else lambda: None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    step(dry_run, batches[0])  # warms up
+    step(dry_run, batches[0])  # warm-up
     finish()
     start = time.perf_counter()
     for batch in batches:
@@ -256,41 +257,42 @@ def step(dry_run: DryRun, batch: Inputs) -> None:
         dry_run.optimizer.step()
     except torch.cuda.OutOfMemoryError as e:
         raise ConfigError(
-            f"A step of {len(batch)} pictures does not fit into the memory of "
+            f"A step of {len(batch)} images does not fit into the memory of "
             f"{dry_run.cfg.MODEL.DEVICE}; lower SOLVER.IMS_PER_BATCH or INPUT.MAX_SIZE_TRAIN."
         ) from e
 
 
-# ---- What the teacher knows.
+# ---- Predictions of the teacher.
 
 
-def add_teacher(report: Report, dry_run: DryRun, batches: Sequence[Inputs], pictures: int) -> None:
-    """The teacher's share of the ground truth, and its AP on ``pictures`` of the test set."""
-    cfg, teacher, (own, theirs) = dry_run.cfg, dry_run.teacher, dry_run.specs
+def add_teacher(
+    report: DoctorReport, dry_run: DryRun, batches: Sequence[Inputs], images: int
+) -> None:
+    """Add the share of the ground truth that the teacher predicts, and its AP on ``images``."""
+    cfg, teacher, (own, theirs) = dry_run.cfg, dry_run.teacher, dry_run.infos
     if not (teacher and own and theirs):
-        if pictures:
-            report.notes.append("There is no teacher whose AP could be measured.")
+        if images:
+            report.notes.append("The AP of the teacher cannot be measured: there is no teacher.")
         return
     classes = ClassMap(own.classes, theirs.classes)
     ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     check = check_teacher(teacher, classes, batches, cfg.MODEL.DEVICE, ignored)
     report.teacher_check = check
     if check is None:
-        report.notes.append("The batches have no labels of what the teacher predicts.")
+        report.notes.append("The batches have no labels for the predictions of the teacher.")
     elif no_better_than_chance(check):
         report.warnings.append(chance_warning(check))
-    if pictures:
+    if images:
         try:
-            report.teacher_ap = teacher_ap(cfg, teacher, theirs, pictures)
+            report.teacher_ap = teacher_ap(cfg, teacher, theirs, images)
         except ConfigError as e:
             report.notes.append(str(e))
 
 
 def chance_warning(check: TeacherCheck) -> str:
-    pixels = check.measure == PIXELS
-    found = "of {} pixels right" if pixels else "of {} objects"
+    verb, things = ("labels", "pixels") if check.measure == PIXELS else ("finds", "objects")
     return (
-        f"The teacher {'labels' if pixels else 'finds'} {check.value:.1%} "
-        f"{found.format(check.count)}, no better than chance ({check.chance:.1%}); look at "
-        "MODEL.DISTILL.TEACHER: its WEIGHTS, its CLASSES, the INPUT.FORMAT of its config."
+        f"The teacher correctly {verb} {check.value:.1%} of {check.count} {things}, "
+        f"no better than chance ({check.chance:.1%}); check WEIGHTS "
+        "and CLASSES of MODEL.DISTILL.TEACHER, and INPUT.FORMAT of its config."
     )

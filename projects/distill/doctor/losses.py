@@ -1,4 +1,4 @@
-"""What every loss does to the student: its value and its gradient beside those of the task."""
+"""Values and gradients of all losses, compared with those of the task."""
 
 import math
 import os
@@ -12,17 +12,17 @@ from ..engine.health import cosine_warning, dead_warning, ratio_warning
 from ..engine.telemetry import dot, head_of
 from ..errors import DistillError, NumericalError
 from ..heads import DistillHead
-from ..utils.text import shortened
+from ..utils.text import clause, shortened
 from .dry_run import DryRun, Inputs, full_weight
 from .report import LossRow
 
 Gradient = list[Tensor | None]
 TASK = "task"
-SCALE = 1024.0  # without it, small float16 gradients would vanish, as they do not in training
+SCALE = 1024.0  # keeps small float16 gradients, as the training's gradient scaler does
 
 
 class Measured:
-    """Value, gradient norm and cosine of one loss in every batch."""
+    """Values, gradient norms and cosines of one loss, by batch."""
 
     def __init__(self, head: str | None):
         self.head = head
@@ -47,11 +47,11 @@ def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow
     """Measure every loss on the batches, with every head at its full weight.
 
     Returns:
-        rows: the task first, then head by head.
-        errors: a sentence for each loss or gradient that is not finite.
+        rows: the task first, then the losses by head.
+        errors: one sentence per loss or gradient that is not finite.
 
     Raises:
-        NumericalError: the student itself stopped at a number that is not finite.
+        NumericalError: the student's forward raised an error for a number that is not finite.
     """
     measured: dict[str, Measured] = {}
     errors: list[str] = []
@@ -66,40 +66,36 @@ def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow
             wrong = [name for name, m in measured.items() if not math.isfinite(m.norms[-1])]
             errors += [f"the gradient of {name} is not finite {where}" for name in wrong]
     task = mean(measured[TASK].values)
-    advice = "check the pictures, MODEL.WEIGHTS and the head's WEIGHT"
+    advice = "check the images, MODEL.WEIGHTS and the head's WEIGHT"
     rows = [m.row(name, task) for name, m in measured.items()]
     return rows, [f"{error}; {advice}." for error in errors]
 
 
 def losses_of(dry_run: DryRun, batch: Inputs, seed: int) -> dict[str, Tensor]:
-    """The named losses of one training forward with their graph.
+    """Return the named losses of one training forward with their graph.
 
     Raises:
-        NumericalError, DistillError: the networks refuse the batch.
+        NumericalError, DistillError: the forward fails for this batch.
     """
-    torch.manual_seed(seed)  # of the proposals that the student samples
-    pictures = file_names(batch)
+    torch.manual_seed(seed)  # for the proposals that the student samples
+    images = file_names(batch)
     with full_weight(dry_run.heads), dry_run.autocast():
         try:
             return dry_run.model(batch)
         except DistillError:
             raise
-        except FloatingPointError as e:  # detectron2's own check
+        except FloatingPointError as e:  # by detectron2's own check
             raise NumericalError(
-                f"The student's forward is not finite ({one_line(e)}; pictures {pictures}); check "
-                "MODEL.WEIGHTS and the pictures."
+                f"The student's forward is not finite ({clause(e)}; images {images}); check "
+                "MODEL.WEIGHTS and the images."
             ) from e
         except (AssertionError, KeyError, ValueError) as e:
             frame = traceback.extract_tb(e.__traceback__)[-1]
             where = f"{os.path.basename(frame.filename)}:{frame.lineno} `{frame.line}`"
             raise DistillError(
-                f"The training step fails at {where} ({type(e).__name__} {one_line(e)}; pictures "
-                f"{pictures}); check that the data have what MODEL.META_ARCHITECTURE trains on."
+                f"The training step fails at {where} ({type(e).__name__} {clause(e)}; images "
+                f"{images}); check that the data have the labels for MODEL.META_ARCHITECTURE."
             ) from e
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".!")
 
 
 def measure(losses: dict[str, Tensor], dry_run: DryRun, measured: dict[str, Measured]) -> None:
@@ -113,7 +109,7 @@ def measure(losses: dict[str, Tensor], dry_run: DryRun, measured: dict[str, Meas
     measured.setdefault(TASK, Measured(None)).add(total.item(), task, task)
     for head, parts in by_head.items():
         name = f"loss_{str(head).lower()}"
-        whole = measured.setdefault(name, Measured(head))  # its sum stands before its parts
+        whole = measured.setdefault(name, Measured(head))  # the sum comes before its parts
         summed: Gradient = [None] * len(parameters)
         for part, loss in parts.items():
             own = gradient_of(loss, parameters)
@@ -124,9 +120,9 @@ def measure(losses: dict[str, Tensor], dry_run: DryRun, measured: dict[str, Meas
 
 
 def loss_warnings(rows: Sequence[LossRow], heads: Mapping[str, DistillHead]) -> list[str]:
-    """What a person should look at, one sentence a head and fault.
+    """Return warnings about losses that are out of bounds, one sentence each.
 
-    A level on which a head finds nothing to compare is no fault: the sum of its losses counts.
+    A head is judged by the sum of its losses, because a single level may have nothing to compare.
     """
     warnings: list[str | None] = []
     for name, head in heads.items():
@@ -143,7 +139,7 @@ def loss_warnings(rows: Sequence[LossRow], heads: Mapping[str, DistillHead]) -> 
 
 
 def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Gradient:
-    """Of one scalar in every parameter; None where it does not depend on it."""
+    """Return the gradient of a scalar by parameter; None if it does not depend on the parameter."""
     if not loss.requires_grad:
         return [None] * len(parameters)
     scaled = torch.autograd.grad(loss * SCALE, parameters, retain_graph=True, allow_unused=True)

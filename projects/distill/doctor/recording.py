@@ -1,4 +1,4 @@
-"""Which tensors of the two networks are compared, by which head, through which adapter."""
+"""Pairs of outputs of the two networks, the heads that compare them, and their adapters."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,89 +12,91 @@ from ..heads.classes import ClassMap
 from ..heads.fpn import Level
 from ..structures import NetworkInfo, NetworkOutputs
 from .dry_run import DryRun, Inputs
-from .report import Comparison, HeadRow, Said, Tap
+from .report import ComparingHead, HeadRow, OutputRow, TensorInfo
 
-Place = tuple[str, str]  # signal ("features", "dense logits") and level, stage or index
+OutputKey = tuple[str, str]  # kind of output ("features", "dense logits"); level, stage or index
 
 
-class Pair(NamedTuple):
-    """Two places that a head compares; None: the student's own."""
+class Pairing(NamedTuple):
+    """Two outputs that a head compares; ``teacher`` is None if a head needs no teacher."""
 
-    student: Place
-    teacher: Place | None
-    comparison: Comparison
+    student: OutputKey
+    teacher: OutputKey | None
+    head: ComparingHead
 
 
 def record_both(dry_run: DryRun, inputs: Inputs) -> tuple[NetworkOutputs, NetworkOutputs | None]:
-    """Everything that the student says of a batch, and what a head could compare it with."""
-    family, (own, theirs) = dry_run.family, dry_run.specs
-    assert family and own, "only networks with a probe have taps"
+    """Return all outputs of the student for a batch, and the teacher's that heads can compare."""
+    family, (own, theirs) = dry_run.family, dry_run.infos
+    assert family and own, "only networks with a family have recorded outputs"
     needs = family.outputs
     with EventStorage(), torch.no_grad(), dry_run.autocast():
         with family.record(needs) as recorder:
             dry_run.student(inputs)
         student = family.read(recorder, family.batch(recorder, inputs), needs)
         teacher = dry_run.teacher
-        return student, teacher.ask(student, comparable(own, theirs)) if teacher else None
+        if teacher is None:
+            return student, None
+        return student, teacher.ask(student, comparable_outputs(own, theirs))
 
 
-def comparable(student: NetworkInfo, teacher: NetworkInfo | None) -> frozenset[str]:
-    """The signals that some registered head can compare with the teacher's."""
+def comparable_outputs(student: NetworkInfo, teacher: NetworkInfo | None) -> frozenset[str]:
+    """Return the outputs that some registered head can compare with those of the teacher."""
     heads = [cls for _, cls in DISTILL_HEAD_REGISTRY if cls.needs_teacher]
     working = [cls.needs for cls in heads if not cls.problem(student, teacher)]
     return frozenset().union(*working)
 
 
-def tap_table(
+def output_table(
     dry_run: DryRun, student: NetworkOutputs, teacher: NetworkOutputs | None
-) -> list[Tap]:
-    """All signals in the order of the student's, paired as the heads pair them."""
-    spec, teacher_spec = dry_run.specs
-    own = places(student, spec) if spec else {}
-    theirs = places(teacher, teacher_spec) if teacher and teacher_spec else {}
-    compared: dict[Place, dict[Place | None, list[Comparison]]] = {}
+) -> list[OutputRow]:
+    """Return all outputs in the student's order, paired as the heads pair them."""
+    info, teacher_info = dry_run.infos
+    own = described(student, info) if info else {}
+    theirs = described(teacher, teacher_info) if teacher and teacher_info else {}
+    compared: dict[OutputKey, dict[OutputKey | None, list[ComparingHead]]] = {}
     for head in dry_run.heads.values():
-        for place, partner, comparison in pairs(head, own, theirs):
-            compared.setdefault(place, {}).setdefault(partner, []).append(comparison)
-    for place, said in own.items():  # what no head compares stands beside its like
-        like = place in theirs and theirs[place].stride == said.stride
-        compared.setdefault(place, {place if like else None: []})
-    answered = {partner for partners in compared.values() for partner in partners}
-    taps = []
-    for signal in dict.fromkeys(signal for signal, _ in [*own, *theirs]):
-        for place in (p for p in own if p[0] == signal):
-            for partner, heads in compared[place].items():
-                answer = theirs[partner] if partner else None
-                taps.append(Tap(signal, own[place], answer, heads))
-        alone = [p for p in theirs if p[0] == signal and p not in answered]
-        taps += [Tap(signal, None, theirs[p]) for p in alone]
-    return taps
+        for key, partner, comparing in pairings(head, own, theirs):
+            compared.setdefault(key, {}).setdefault(partner, []).append(comparing)
+    for key, tensor in own.items():  # an output that no head compares is shown with its counterpart
+        alike = key in theirs and theirs[key].stride == tensor.stride
+        compared.setdefault(key, {key if alike else None: []})
+    paired = {partner for partners in compared.values() for partner in partners}
+    rows = []
+    for output in dict.fromkeys(output for output, _ in [*own, *theirs]):
+        for key in (k for k in own if k[0] == output):
+            for partner, heads in compared[key].items():
+                counterpart = theirs[partner] if partner else None
+                rows.append(OutputRow(output, own[key], counterpart, heads))
+        unpaired = [k for k in theirs if k[0] == output and k not in paired]
+        rows += [OutputRow(output, None, theirs[k]) for k in unpaired]
+    return rows
 
 
-def places(outputs: NetworkOutputs, net: NetworkInfo) -> dict[Place, Said]:
-    """Every tensor of ``signals``; dense levels, stages are keyed by index, features by name."""
-    found: dict[Place, Said] = {}
+def described(outputs: NetworkOutputs, net: NetworkInfo) -> dict[OutputKey, TensorInfo]:
+    """Describe every tensor of ``outputs``, by name for features and by index for all others."""
+    found: dict[OutputKey, TensorInfo] = {}
 
-    def add(signal: str, key: str, x: Tensor, name: str = "", stride: int | None = None) -> None:
+    def add(output: str, key: str, x: Tensor, name: str = "", stride: int | None = None) -> None:
         dtype = str(x.dtype).removeprefix("torch.")
-        found[signal, key] = Said(name or key, list(x.shape), stride, dtype)
+        found[output, key] = TensorInfo(name or key, list(x.shape), stride, dtype)
 
-    for signal in ("features", "shallow"):
-        maps: dict[str, Tensor] = getattr(outputs, signal)
+    for output in ("features", "shallow"):
+        maps: dict[str, Tensor] = getattr(outputs, output)
         for name in sorted(maps, key=lambda n: net.features[n].stride):
-            add(signal, name, maps[name], stride=net.features[name].stride)
+            add(output, name, maps[name], stride=net.features[name].stride)
     if outputs.dense and net.dense:
         layout, inside = net.dense, outputs.head_features
-        for signal, levels in (
+        for output, levels in (
             ("dense logits", outputs.dense.logits),
             ("dense deltas", outputs.dense.deltas),
             ("dense_boxes", outputs.dense_boxes),
-            # Of the last convolution: those before it are alike.
+            # Only the last convolution is shown: the others have the same shapes.
             ("head_features classes", inside.classes[-1] if inside else ()),
             ("head_features boxes", inside.boxes[-1] if inside else ()),
         ):
-            for k, (x, name, cell) in enumerate(zip(levels, layout.levels, layout.strides)):
-                add(signal, str(k), x, name, cell)
+            for k, (x, name, stride) in enumerate(zip(levels, layout.levels, layout.strides)):
+                add(output, str(k), x, name, stride)
     if outputs.targets:
         add("targets labels", "0", outputs.targets.labels, "all levels")
         add("targets boxes", "0", outputs.targets.boxes, "all levels")
@@ -104,43 +106,48 @@ def places(outputs: NetworkOutputs, net: NetworkInfo) -> dict[Place, Said]:
     if outputs.masks:
         add("masks logits", "0", outputs.masks.logits, "masks")
     if outputs.sem_seg:
-        stride = net.sem_seg.stride if net.sem_seg else None
-        add("sem_seg features", "0", outputs.sem_seg.features, "sem_seg", stride)
-        add("sem_seg logits", "0", outputs.sem_seg.logits, "sem_seg", stride)
+        cell = net.sem_seg.stride if net.sem_seg else None
+        add("sem_seg features", "0", outputs.sem_seg.features, "sem_seg", cell)
+        add("sem_seg logits", "0", outputs.sem_seg.logits, "sem_seg", cell)
     return found
 
 
-def pairs(
-    head: DistillHead, student: Mapping[Place, Said], teacher: Mapping[Place, Said]
-) -> list[Pair]:
-    """What a head compares; feature levels as it has matched them, everything else by index."""
+def pairings(
+    head: DistillHead,
+    student: Mapping[OutputKey, TensorInfo],
+    teacher: Mapping[OutputKey, TensorInfo],
+) -> list[Pairing]:
+    """Return the pairs that a head compares: features as it matches them, others by index."""
     name, needs, found = type(head).__name__, set(head.needs), []
     if isinstance(head, FPNDistillHead):
         needs.discard("features")
         for level in head.levels:
             adapter = level_adapter(head.adapters[level.student], level, student, teacher)
-            comparison = Comparison(name, adapter)
-            found.append(Pair(("features", level.student), ("features", level.teacher), comparison))
-    # A head of another kind may read some levels alone: its losses are named after them.
+            own, theirs = ("features", level.student), ("features", level.teacher)
+            found.append(Pairing(own, theirs, ComparingHead(name, adapter)))
+    # Another kind of head may read only some levels: its losses are named after them.
     parts = {part.split("/")[0] for part in head.parts}
-    levels = parts.intersection(key for signal, key in student if signal == "features")
-    for place in student:
-        signal, key = place
-        kind = signal.split()[0]
+    levels = parts.intersection(key for output, key in student if output == "features")
+    for entry in student:
+        output, key = entry
+        kind = output.split()[0]
         if kind not in needs or (kind in ("features", "shallow") and levels and key not in levels):
             continue
         if not head.needs_teacher:
-            found.append(Pair(place, None, Comparison(name, "with itself")))
-        elif place in teacher:
-            adapter = output_adapter(head, signal, student[place], teacher[place])
-            found.append(Pair(place, place, Comparison(name, adapter)))
+            found.append(Pairing(entry, None, ComparingHead(name, "with itself")))
+        elif entry in teacher:
+            adapter = output_adapter(head, output, student[entry], teacher[entry])
+            found.append(Pairing(entry, entry, ComparingHead(name, adapter)))
     return found
 
 
 def level_adapter(
-    adapter: nn.Module, level: Level, student: Mapping[Place, Said], teacher: Mapping[Place, Said]
+    adapter: nn.Module,
+    level: Level,
+    student: Mapping[OutputKey, TensorInfo],
+    teacher: Mapping[OutputKey, TensorInfo],
 ) -> str:
-    """What happens to the maps of a feature level before they are compared."""
+    """Describe how the maps of a feature level are adapted before they are compared."""
     if isinstance(adapter, nn.Identity):
         text = "identity"
     elif isinstance(adapter, nn.Conv2d):
@@ -151,16 +158,16 @@ def level_adapter(
     if level.stride != level.teacher_stride:
         return f"{text}, resized /{level.teacher_stride}→/{level.stride}"
     s, t = student["features", level.student], teacher["features", level.teacher]
-    return text if s.shape[2:] == t.shape[2:] else f"{text}, cut to the canvas"
+    return text if s.shape[2:] == t.shape[2:] else f"{text}, cut to the padded size"
 
 
-def output_adapter(head: DistillHead, signal: str, student: Said, teacher: Said) -> str:
-    """What happens to predictions before they are compared."""
+def output_adapter(head: DistillHead, output: str, student: TensorInfo, teacher: TensorInfo) -> str:
+    """Describe how predictions are adapted before they are compared."""
     steps = []
     classes = getattr(head, "classes", None)
     if isinstance(classes, ClassMap) and not classes.identity:
         steps.append(f"{len(classes.in_student)} of {len(classes.position) - 1} classes")
-    if signal.startswith("masks") and student.shape[-1] != teacher.shape[-1]:
+    if output.startswith("masks") and student.shape[-1] != teacher.shape[-1]:
         steps.append(f"resized {teacher.shape[-1]}→{student.shape[-1]}")
     return ", ".join(steps) or "identity"
 
@@ -168,7 +175,7 @@ def output_adapter(head: DistillHead, signal: str, student: Said, teacher: Said)
 def head_table(
     student: NetworkInfo, teacher: NetworkInfo | None, configured: tuple[str, ...]
 ) -> list[HeadRow]:
-    """Every registered head and whether it works for the two networks."""
+    """Return a row for every registered head, with the reason if it does not work here."""
     return [
         HeadRow(
             head=name,

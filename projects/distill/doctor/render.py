@@ -1,4 +1,4 @@
-"""The report as text of at most 100 columns."""
+"""Text of a report, at most 100 columns wide."""
 
 import shutil
 import sys
@@ -11,14 +11,24 @@ from rich.table import Table
 
 from ..engine.health import HIGHEST_RATIO, LOWEST_COSINE, LOWEST_RATIO
 from ..utils.text import shortened
-from .report import Classes, Cost, HeadRow, LossRow, Report, Said, Setting, Tap, Weights
+from .report import (
+    Classes,
+    Cost,
+    DoctorReport,
+    HeadRow,
+    LossRow,
+    OutputRow,
+    Setting,
+    TensorInfo,
+    Weights,
+)
 
 WIDTH = 100
 MOST_NAMES = 8
 
 
-def render(report: Report) -> None:
-    """Print what the report has, sections in a fixed order, and the verdict last."""
+def render(report: DoctorReport) -> None:
+    """Print the sections that the report has, and the number of errors and warnings at the end."""
     columns = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
     console = Console(file=sys.stdout, width=columns, highlight=False, markup=False)
     for title, content in sections(report):
@@ -29,14 +39,14 @@ def render(report: Report) -> None:
     console.print(f"{plural(report.errors, 'error')}, {plural(report.warnings, 'warning')}")
 
 
-def sections(report: Report) -> Iterator[tuple[str, Sequence[Any]]]:
+def sections(report: DoctorReport) -> Iterator[tuple[str, Sequence[Any]]]:
     yield "Networks", network_lines(report)
     if report.preprocessing:
         yield "Preprocessing", [setting_table(report.preprocessing)]
     if report.classes:
         yield "Classes", class_lines(report.classes)
-    if report.taps:
-        yield "Taps", [tap_table(report.taps)]
+    if report.outputs:
+        yield "Outputs", [output_table(report.outputs)]
     if report.losses:
         yield "Losses", [loss_table(report.losses)]
     if report.teacher_check or report.teacher_ap:
@@ -51,7 +61,7 @@ def sections(report: Report) -> Iterator[tuple[str, Sequence[Any]]]:
             yield title, [bullets(sentences)]
 
 
-def network_lines(report: Report) -> list[Any]:
+def network_lines(report: DoctorReport) -> list[Any]:
     table = Table.grid(padding=(0, 2))
     table.add_row("student", report.student + weights_text(report.weights))
     filled = f", every tensor filled by {report.teacher_weights}"
@@ -86,7 +96,7 @@ def class_lines(classes: Classes) -> list[str]:
     texts = {
         "same": f"the same {len(classes.student)} in the same order",
         "other order": f"the same {len(classes.student)} in another order",
-        "mapped": f"{number} of the student's are known to the teacher, by name",
+        "mapped": f"the teacher knows {number} of the student's, by name",
     }
     lines = [texts.get(classes.relation, classes.relation)]
     if classes.only_student:
@@ -96,18 +106,19 @@ def class_lines(classes: Classes) -> list[str]:
     return lines
 
 
-def tap_table(taps: Sequence[Tap]) -> Table:
-    table = plain_table("signal", "student", "teacher", "compared by")
-    for tap in taps:
+def output_table(rows: Sequence[OutputRow]) -> Table:
+    table = plain_table("output", "student", "teacher", "compared by")
+    for row in rows:
         by_adapter: dict[str, list[str]] = {}
-        for x in tap.heads:
+        for x in row.heads:
             by_adapter.setdefault(x.adapter, []).append(x.head)
         heads = [f"{', '.join(names)}: {adapter}" for adapter, names in by_adapter.items()]
-        table.add_row(tap.signal, said(tap.student), said(tap.teacher), "\n".join(heads))
+        student, teacher = tensor_text(row.student), tensor_text(row.teacher)
+        table.add_row(row.output, student, teacher, "\n".join(heads))
     return table
 
 
-def said(x: Said | None) -> str:
+def tensor_text(x: TensorInfo | None) -> str:
     if x is None:
         return "-"
     stride = f" /{x.stride}" if x.stride else ""
@@ -127,7 +138,7 @@ def loss_table(rows: Sequence[LossRow]) -> Table:
 
 
 def remark(row: LossRow) -> str:
-    """One word on what is out of bounds."""
+    """Return one or two words if a value is out of bounds."""
     if row.value == 0 or row.gradient == 0:
         return "no loss" if row.value == 0 else "no gradient"
     if row.head and not LOWEST_RATIO <= row.ratio <= HIGHEST_RATIO:
@@ -135,13 +146,13 @@ def remark(row: LossRow) -> str:
     return "against" if (row.cosine or 0) < LOWEST_COSINE else ""
 
 
-def teacher_lines(report: Report) -> list[str]:
+def teacher_lines(report: DoctorReport) -> list[str]:
     lines = []
     if check := report.teacher_check:
         text = f"{check.measure}: {check.value:.1%} of {check.count} (chance {check.chance:.1%})"
         lines.append(text if check.by_class else f"{text}, classes not compared")
     if measured := report.teacher_ap:
-        lines.append(f"on the first {measured.pictures} pictures of {measured.dataset}:")
+        lines.append(f"on the first {measured.images} images of {measured.dataset}:")
         shown = [k for k in measured.metrics if k.split("/")[1] in ("AP", "AP50", "mIoU", "pACC")]
         lines.append("  " + ", ".join(f"{k} {measured.metrics[k]:.1f}" for k in shown))
     return lines
@@ -149,11 +160,11 @@ def teacher_lines(report: Report) -> list[str]:
 
 def cost_lines(cost: Cost) -> list[str]:
     return [
-        f"{cost.step_seconds:.3g} s a step of {cost.batch} pictures on {cost.device}, "
+        f"{cost.step_seconds:.3g} s per step of {cost.batch} images on {cost.device}, "
         f"{cost.memory_mb:,.0f} MiB at most"
         + (" in the whole process" if cost.device == "cpu" else ""),
         f"{cost.data_seconds:.3g} s to load a batch in one process",
-        f"{cost.hours:.3g} h for {cost.iterations:,} iterations, evaluation excluded",
+        f"{cost.hours:.3g} h for {cost.iterations:,} iterations, without evaluation",
     ]
 
 

@@ -5,7 +5,8 @@
 A training writes such a step to OUTPUT_DIR/nonfinite, see SOLVER.ON_NONFINITE. The teacher's files
 and the annotations must be where the run's config says.
 
-Exit code: 0 if the fault shows again, 1 if the step is finite here, 2 if the file cannot be used.
+The exit code is 0 if the step is not finite here either, 1 if it is finite, and 2 if the file
+cannot be used.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from ..engine.train_loop import forward_context, seed_step
 from ..errors import DistillError, WeightsError
 from ..modeling.meta_arch import DistillModel, build_distill_model
 from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
+from ..utils.text import one_line
 
 _TYPES = {
     **{"what": str, "losses": dict, "config": str, "seed": int, "iteration": int, "rank": int},
@@ -40,16 +42,16 @@ _TYPES = {
 
 @dataclass
 class Replay:
-    """What a repeated step showed.
+    """Result of a repeated step.
 
     Attributes:
-        what: the message of the run.
-        losses: by name, as repeated.
-        saved_losses: as the run saw them.
-        sources: in the order of the computation: weights, pictures, modules and losses that are
-            not finite although what they were made from is; if all are, gradients, which go
-            from the losses back to the pictures.
-        error: of detectron2's own check in the forward, if it raised.
+        what: message of the run.
+        losses: losses of the repeated step by name.
+        saved_losses: losses of the run by name.
+        sources: weights, images, modules and losses that are not finite although their inputs are,
+            in the order of the computation. If all of these are finite, the list has gradients
+            that are not, in the order of the backward.
+        error: message of detectron2's own check in the forward; None if it did not fail.
     """
 
     what: str
@@ -64,16 +66,16 @@ class Replay:
 
 
 def read_reproducer(path: str) -> dict[str, Any]:
-    """Load a file of ``OUTPUT_DIR/nonfinite``, with plain types only.
+    """Load a file of ``OUTPUT_DIR/nonfinite``, which has plain types only.
 
     Raises:
-        WeightsError: it is missing, unreadable or something else.
+        WeightsError: the file is missing, unreadable or of another kind.
     """
     with readable(path, "reproducer"):
         saved = read_torch(path)
     known = isinstance(saved, dict) and all(isinstance(saved.get(k), t) for k, t in _TYPES.items())
     if not known:
-        raise WeightsError(f"'{path}' is no reproducer, as OUTPUT_DIR/nonfinite holds them.")
+        raise WeightsError(f"'{path}' is not a reproducer; name a file of OUTPUT_DIR/nonfinite.")
     return saved
 
 
@@ -87,8 +89,8 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         opts: KEY VALUE overrides of the run's config, such as another device.
 
     Raises:
-        ConfigError, DataError, WeightsError: the file, or what its config names, cannot be used.
-        DistillError: the forward fails of something else.
+        ConfigError, DataError, WeightsError: the file, or a file of its config, cannot be used.
+        DistillError: the forward fails for another reason.
     """
     saved = read_reproducer(path)
     cfg = _config(path, saved["config"], opts)
@@ -100,9 +102,9 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         StudentState(getattr(model, "student", model)).load_state_dict(saved["student_state"])
         batch = from_plain(saved["batch"])
         named = with_renamed_keys(saved["losses"], LOSSES, f"'{path}'")
-        seen = {name: float(value) for name, value in named.items()}
+        saved_losses = {name: float(value) for name, value in named.items()}
         seed_step(model, saved["seed"], saved["iteration"], saved["rank"])
-    result = Replay(saved["what"], {}, seen)
+    result = Replay(saved["what"], {}, saved_losses)
     with EventStorage(saved["iteration"]):
         try:
             with forward_context(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
@@ -110,7 +112,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         except DistillError:
             raise
         except Exception as e:
-            result.error = " ".join(str(e).split())
+            result.error = one_line(e)
             if says_nonfinite(e):
                 return result
             kind = type(e).__name__
@@ -125,14 +127,14 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
 def _forward(
     model: nn.Module, batch: list[dict[str, Any]], sources: list[str]
 ) -> dict[str, Tensor]:
-    """The losses; notes weights, pictures, modules and losses that are not finite."""
+    """Return the losses, and add everything that is not finite to ``sources``."""
     for prefix, network in _networks(model).items():
         weights = network.state_dict()
-        sources += [f"weight {prefix}{name}" for name, x in weights.items() if _broken(x)]
-    sources += [f"picture {x.get('file_name')}" for x in batch if _broken(x)]
-    with _watching(model, sources):
+        sources += [f"weight {prefix}{name}" for name, x in weights.items() if _is_nonfinite(x)]
+    sources += [f"image {x.get('file_name')}" for x in batch if _is_nonfinite(x)]
+    with _watch_modules(model, sources):
         losses: dict[str, Tensor] = model(batch)
-    sources += [f"loss {name}" for name, x in losses.items() if _broken(x.detach())]
+    sources += [f"loss {name}" for name, x in losses.items() if _is_nonfinite(x.detach())]
     return losses
 
 
@@ -145,26 +147,27 @@ def _config(path: str, text: str, opts: Sequence[str]) -> CfgNode:
 
 
 def _networks(model: nn.Module) -> dict[str, nn.Module]:
-    """Student and teacher by the prefix of their names."""
+    """Return student and teacher by the prefix of their modules' names."""
     if isinstance(model, DistillModel) and model.teacher:
         return {"": model, "teacher.": model.teacher.model}
     return {"": model}
 
 
 @contextmanager
-def _watching(model: nn.Module, sources: list[str]) -> Iterator[None]:
-    """Note the modules of student and teacher that turn finite inputs into something else.
+def _watch_modules(model: nn.Module, sources: list[str]) -> Iterator[None]:
+    """Add the modules whose outputs are not finite, although their inputs are, to ``sources``.
 
-    Of modules inside each other, the innermost.
+    Only the innermost of nested modules is added.
     """
-    before: list[int] = []  # sources at the entry of every module that is running
+    before: list[int] = []  # number of sources at the entry of each module that is running
 
     def enter(*_: Any) -> None:
         before.append(len(sources))
 
     def leave(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if before.pop() == len(sources) and _broken(output) and not _broken((args, kwargs)):
+            innermost = before.pop() == len(sources)
+            if innermost and _is_nonfinite(output) and not _is_nonfinite((args, kwargs)):
                 sources.append(f"output of {name} ({type(module).__name__})")
 
         return hook
@@ -172,7 +175,7 @@ def _watching(model: nn.Module, sources: list[str]) -> Iterator[None]:
     handles = []
     for prefix, network in _networks(model).items():
         for name, module in network.named_modules():
-            if name:  # the whole network says no more than its losses
+            if name:  # the whole network has only the losses as outputs
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave(prefix + name), with_kwargs=True))
     try:
@@ -182,22 +185,22 @@ def _watching(model: nn.Module, sources: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _broken(value: Any) -> bool:
-    """Whether any number inside is not finite."""
+def _is_nonfinite(value: Any) -> bool:
+    """Return True if any number inside ``value`` is not finite."""
     if isinstance(value, Tensor):
         return value.is_floating_point() and not bool(value.isfinite().all())
     if isinstance(value, Mapping):
-        return any(map(_broken, value.values()))
+        return any(map(_is_nonfinite, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_broken, value))
+        return any(map(_is_nonfinite, value))
     if isinstance(value, Instances):
-        return _broken(value.get_fields())
+        return _is_nonfinite(value.get_fields())
     if is_dataclass(value) and not isinstance(value, type):
-        return _broken(vars(value))
-    return hasattr(value, "tensor") and _broken(value.tensor)  # Boxes, ImageList
+        return _is_nonfinite(vars(value))
+    return hasattr(value, "tensor") and _is_nonfinite(value.tensor)  # Boxes, ImageList
 
 
-# ---- The command line.
+# ---- Command line.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(result: Replay) -> None:
-    # Text of a file is printed as it is: no markup, no line broken.
+    # Text of a file is printed without markup and without line breaks.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(f"The run said: {result.what}")
     table = Table("loss", "in the run", "here")

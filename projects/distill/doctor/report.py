@@ -1,16 +1,16 @@
-"""What the doctor found, as plain data; ``dataclasses.asdict`` makes it JSON."""
+"""Findings of the doctor as plain data, which ``dataclasses.asdict`` prepares for JSON."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Weights:
-    """What ``MODEL.WEIGHTS`` gave the student.
+    """Tensors of the student that ``MODEL.WEIGHTS`` filled.
 
     Attributes:
         file: path or URL; empty: random weights.
-        filled, total: tensors of the student; statistics of normalisation do not count, because
-            detectron2 makes them up where a file lacks them.
+        filled, total: number of the student's tensors. Statistics of normalisation are not counted,
+            because detectron2 sets them if a file lacks them.
         unfilled: number of tensors that kept their random values, by the first part of their name.
     """
 
@@ -22,7 +22,7 @@ class Weights:
 
 @dataclass
 class Setting:
-    """One setting of the preprocessing; the teacher's is None without a teacher."""
+    """Setting of the preprocessing; ``teacher`` is None without a teacher."""
 
     name: str
     student: str
@@ -31,13 +31,13 @@ class Setting:
 
 @dataclass
 class Classes:
-    """Both networks' class names in the order of their outputs.
+    """Class names of both networks in the order of their outputs.
 
     Attributes:
         relation: same | other order | mapped | no name in common.
-        shared: number of names that both list.
-        only_student, only_teacher: names that the other does not list.
-        known: whether the teacher's names are given; if not, they are the student's or invented.
+        shared: number of names that both networks have.
+        only_student, only_teacher: names that only one network has.
+        known: True if the teacher's names are given; otherwise they are assumed.
     """
 
     student: list[str]
@@ -50,13 +50,13 @@ class Classes:
 
 
 @dataclass
-class Said:
-    """One tensor that a network said.
+class TensorInfo:
+    """Description of a tensor.
 
     Attributes:
         name: level or stage.
-        shape: of the first batch.
-        stride: pixels a cell; None for boxes.
+        shape: shape for the first batch.
+        stride: pixels per cell; None for boxes.
     """
 
     name: str
@@ -66,33 +66,40 @@ class Said:
 
 
 @dataclass
-class Comparison:
-    """Which head compares a tap, through what."""
+class ComparingHead:
+    """Head that compares an output, and the adapter that it applies before."""
 
     head: str
     adapter: str
 
 
 @dataclass
-class Tap:
-    """A signal of the student beside what it is compared with; None: nothing corresponds."""
+class OutputRow:
+    """Output of the student and the output of the teacher that it is compared with.
 
-    signal: str
-    student: Said | None
-    teacher: Said | None
-    heads: list[Comparison] = field(default_factory=list)
+    Attributes:
+        output: kind of output, such as "features" or "dense logits".
+        student, teacher: one of them is None if the other has no counterpart.
+        heads: heads that compare the two.
+    """
+
+    output: str
+    student: TensorInfo | None
+    teacher: TensorInfo | None
+    heads: list[ComparingHead] = field(default_factory=list)
 
 
 @dataclass
 class LossRow:
-    """A loss at the head's full weight, mean of the batches.
+    """Loss at the full weight of its head, averaged over the batches.
 
     Attributes:
-        loss: as it is logged; of a head with several, their sum comes first under ``loss_<head>``.
-        head: None for the sum of the task losses, which comes first of all.
-        ratio: to the task loss.
-        gradient: L2 norm in the student's parameters.
-        cosine: with the gradient of the task loss; None where one of the two is 0.
+        loss: name in the log. If a head has several losses, their sum comes first, with the name
+            ``loss_<head>``.
+        head: name of the head; None for the sum of the task losses, which is the first row.
+        ratio: loss over task loss.
+        gradient: L2 norm of the gradient in the student's parameters.
+        cosine: cosine with the gradient of the task loss; None if one of the gradients is 0.
     """
 
     loss: str
@@ -105,16 +112,15 @@ class LossRow:
 
 @dataclass
 class TeacherCheck:
-    """How much of the two batches' ground truth the teacher knows.
+    """Share of the ground truth of two batches that the teacher predicts.
 
     Attributes:
-        measure: "objects found" (share found at IoU >= 0.5 in the right class) or
-            "pixel accuracy".
-        value: in [0, 1].
-        chance: the same for its predictions of the other pictures; of pixels, the share of the
-            most frequent class.
-        count: objects or pixels of classes that the teacher knows.
-        by_class: whether classes were compared, which needs a common name.
+        measure: "objects found" (share found at IoU >= 0.5 in the right class) or "pixel accuracy".
+        value: the share, in [0, 1].
+        chance: the same share with the predictions for the other images; for pixels, the share of
+            the most frequent class.
+        count: number of objects or pixels in classes that the teacher knows.
+        by_class: True if classes were compared, which needs a common name.
     """
 
     measure: str
@@ -126,25 +132,25 @@ class TeacherCheck:
 
 @dataclass
 class TeacherAP:
-    """The teacher's metrics on the first pictures of a test set, by "task/metric"."""
+    """Metrics of the teacher on the first images of a test set, by "task/metric"."""
 
     dataset: str
-    pictures: int
+    images: int
     metrics: dict[str, float]
 
 
 @dataclass
 class Cost:
-    """Of the whole training step: forward, backward, optimizer.
+    """Cost of the whole training step: forward, backward, optimizer.
 
     Attributes:
-        device: that was measured.
-        batch: pictures.
-        memory_mb: peak MiB; of the GPU, or resident in the whole process.
-        step_seconds: mean.
-        data_seconds: to load one batch in one process.
+        device: name of the measured device.
+        batch: number of images per batch.
+        memory_mb: peak memory in MiB, on the GPU or resident in the whole process.
+        step_seconds: mean time of a step.
+        data_seconds: time to load one batch in one process.
         iterations: ``SOLVER.MAX_ITER`` for this number of processes.
-        hours: of all iterations, evaluation excluded.
+        hours: time of all iterations, without evaluation.
     """
 
     device: str
@@ -158,11 +164,11 @@ class Cost:
 
 @dataclass
 class HeadRow:
-    """A registered head and whether it works for the two networks.
+    """Registered head, and why it does not work for the two networks.
 
     Attributes:
-        compares: the signals that it reads.
-        problem: why it does not work; None: it does.
+        compares: names of the network outputs that it reads.
+        problem: why it does not work; None if it works.
     """
 
     head: str
@@ -173,16 +179,16 @@ class HeadRow:
 
 
 @dataclass
-class Report:
-    """Everything that was examined; what was not stays empty.
+class DoctorReport:
+    """Findings of the doctor. Parts that were not examined are empty.
 
     Attributes:
-        student, teacher: types of the networks; the teacher is empty without one.
-        teacher_weights: the file that filled every tensor of the teacher.
+        student, teacher: class names of the networks; "" without a teacher.
+        teacher_weights: file that filled every tensor of the teacher.
         heads: names of ``MODEL.DISTILL.HEADS`` that train.
-        notes: what could not be examined, and why.
-        warnings: what a person should look at before training.
-        errors: what makes the training worthless.
+        notes: remarks, such as checks that were not possible.
+        warnings: findings to look at before the training.
+        errors: findings that make the training useless.
     """
 
     student: str = ""
@@ -192,7 +198,7 @@ class Report:
     weights: Weights | None = None
     preprocessing: list[Setting] = field(default_factory=list)
     classes: Classes | None = None
-    taps: list[Tap] = field(default_factory=list)
+    outputs: list[OutputRow] = field(default_factory=list)
     losses: list[LossRow] = field(default_factory=list)
     teacher_check: TeacherCheck | None = None
     teacher_ap: TeacherAP | None = None

@@ -1,4 +1,4 @@
-"""Whether the teacher knows what it is asked about."""
+"""Checks of the teacher's classes and predictions."""
 
 import math
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ from ..structures import NetworkInfo
 from .dry_run import Inputs
 from .report import Classes, TeacherAP, TeacherCheck
 
-IOU = 0.5  # from which on a box of the right class has found an object
+IOU = 0.5  # smallest IoU at which a box of the right class finds an object
 OBJECTS, PIXELS = "objects found", "pixel accuracy"
-EVALUATED = ("coco", "kitti", "sem_seg")  # evaluators of a part of a data set
+EVALUATED = ("coco", "kitti", "sem_seg")  # types of evaluators that accept a part of a data set
 
 
 def compare_classes(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo) -> Classes:
+    """Compare the class names of student and teacher."""
     own, theirs = list(student.classes), list(teacher.classes)
     shared = set(own) & set(theirs)
     if own == theirs:
@@ -57,19 +58,21 @@ def compare_classes(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo) ->
 def check_teacher(
     teacher: Teacher, classes: ClassMap, batches: Sequence[Inputs], device: str, ignored: int
 ) -> TeacherCheck | None:
-    """Compare the teacher's predictions of the batches' pictures with their ground truth.
+    """Compare the teacher's predictions for the batches with their ground truth.
 
     Args:
-        classes: the student's and the teacher's.
-        device: of the student.
+        teacher: the teacher.
+        classes: classes of the student and of the teacher.
+        batches: batches of the student.
+        device: device of the student.
         ignored: label of pixels that do not count.
 
     Returns:
-        None if the pictures have no labels of what the teacher predicts.
+        None if the images have no labels for the predictions of the teacher.
     """
     teacher.model.to(device)
     outputs = [output for batch in batches for output in teacher.model(as_asked(teacher, batch))]
-    inputs = [picture for batch in batches for picture in batch]
+    inputs = [image for batch in batches for image in batch]
     if all("instances" in x for x in (*inputs, *outputs)):
         truths = [x["instances"] for x in inputs]
         return objects_found(truths, [x["instances"].to("cpu") for x in outputs], classes)
@@ -81,7 +84,7 @@ def check_teacher(
 
 
 def as_asked(teacher: Teacher, batch: Inputs) -> Inputs:
-    """Pictures of the student's batch for the teacher's own inference."""
+    """Convert a batch of the student to inputs of the teacher's own inference."""
     images = [x["image"].flip(0) if teacher.flip_channels else x["image"] for x in batch]
     return [{"image": x, "height": x.shape[1], "width": x.shape[2]} for x in images]
 
@@ -89,7 +92,7 @@ def as_asked(teacher: Teacher, batch: Inputs) -> Inputs:
 def objects_found(
     truths: Sequence[Instances], predictions: Sequence[Instances], classes: ClassMap
 ) -> TeacherCheck | None:
-    """The share of objects found, and the mean share with the predictions of another picture."""
+    """Return the share of objects found, and the mean share with predictions for other images."""
     by_class = len(classes.in_student) > 0
 
     def found(truth: Instances, predicted: Instances) -> Tensor:
@@ -117,7 +120,7 @@ def objects_found(
 def pixel_accuracy(
     labels: Tensor, predicted: Tensor, classes: ClassMap, ignored: int
 ) -> TeacherCheck | None:
-    """The share of (N,) pixels in their class, and that of the most frequent class."""
+    """Return the share of (N,) pixels in the right class, and that of the most frequent class."""
     number = len(classes.position) - 1
     labelled = (labels != ignored) & (labels >= 0) & (labels < number)
     labels, predicted = labels[labelled], predicted[labelled]
@@ -131,28 +134,32 @@ def pixel_accuracy(
 
 
 def no_better_than_chance(check: TeacherCheck) -> bool:
-    """Objects are few: a teacher that is better finds more than chance by two standard errors."""
+    """Return True unless the teacher is better than chance.
+
+    There are few objects, so their share must exceed chance by two standard errors.
+    """
     if check.measure == PIXELS:
         return check.value <= check.chance
-    # Half an object more than was found by chance: what did not happen is not impossible.
+    # Half an object is added, because a chance of 0 in a small sample does not mean impossible.
     chance = (check.chance * check.count + 0.5) / (check.count + 1)
     return check.value <= chance + 2 * math.sqrt(chance * (1 - chance) / check.count)
 
 
 @torch.no_grad()
-def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetworkInfo, pictures: int) -> TeacherAP:
-    """The teacher's metrics on the first pictures of ``DATASETS.TEST[0]``, as it wants them.
+def teacher_ap(cfg: CfgNode, teacher: Teacher, info: NetworkInfo, images: int) -> TeacherAP:
+    """Measure the teacher on the first images of ``DATASETS.TEST[0]``, with its own preprocessing.
 
     Args:
         cfg: the whole config.
-        spec: the teacher's.
-        pictures: at most.
+        teacher: the teacher.
+        info: description of the teacher.
+        images: largest number of images.
 
     Raises:
-        ConfigError: there is no test set, its evaluator needs all of it, or its classes are others.
+        ConfigError: there is no test set, its evaluator needs all images, or no class is shared.
     """
     if not cfg.DATASETS.TEST:
-        raise ConfigError("DATASETS.TEST is empty; name the data set for --teacher-ap.")
+        raise ConfigError("DATASETS.TEST is empty; set it to the data set for --teacher-ap.")
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     kind = metadata.get("evaluator_type")
@@ -161,9 +168,9 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetworkInfo, pictures: int)
             f"The evaluator of '{name}' ({kind}) needs the whole data set; leave out --teacher-ap "
             "and run `distill eval` with the teacher's config."
         )
-    chosen = DatasetCatalog.get(name)[:pictures]
+    chosen = DatasetCatalog.get(name)[:images]
     names = metadata.get("stuff_classes" if kind == "sem_seg" else "thing_classes")
-    classes = ClassMap(tuple(names or spec.classes), spec.classes)
+    classes = ClassMap(tuple(names or info.classes), info.classes)
     if not len(classes.in_student):
         raise ConfigError(
             f"The teacher and '{name}' have no class name in common; set "
@@ -183,11 +190,12 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, spec: NetworkInfo, pictures: int)
 
 
 def renamed(output: dict[str, Any], classes: ClassMap, masks: bool) -> dict[str, Any]:
-    """A prediction of the teacher in the classes of a data set; others are left out.
+    """Map a prediction of the teacher to the classes of a data set, without other classes.
 
     Args:
-        classes: the data set's and the teacher's.
-        masks: whether masks are evaluated.
+        output: prediction for one image.
+        classes: classes of the data set and of the teacher.
+        masks: True if masks are evaluated.
     """
     if "instances" in output:
         instances = output["instances"].to("cpu")

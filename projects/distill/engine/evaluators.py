@@ -32,9 +32,9 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators
     """Build the evaluators of a data set, which read its annotations.
 
     Args:
-        cfg: the whole config; ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE`` are read.
+        cfg: config with ``DATASETS.COCO_FORMAT`` and ``TEST.DETECTIONS_PER_IMAGE``.
         dataset_name: name of a registered data set.
-        folder: for the files that evaluators write.
+        folder: folder for the files that evaluators write.
     """
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     evaluators: Evaluators = EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, folder)
@@ -104,9 +104,9 @@ def sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 
 
 def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
-    """Return the number of detections per image that COCO's measures count; None: COCO's 100.
+    """Return the number of detections per image that COCO's metrics count; None: COCO's 100.
 
-    An image of a user's own set may have more objects than that.
+    An image of a user's own data set may have more objects.
     """
     own = is_own_set(cfg, dataset_name)
     return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None

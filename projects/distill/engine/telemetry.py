@@ -22,7 +22,7 @@ def drop_torn_row(path: str) -> None:
 
 
 def rename_losses(path: str) -> None:
-    """Give the losses in a ``metrics.json`` today's names, so that a resumed run has one each."""
+    """Rename losses of an earlier version in a ``metrics.json``, for one name per loss in a run."""
     if os.path.isfile(path):
         with open(path) as f:
             text = f.read()

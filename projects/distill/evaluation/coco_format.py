@@ -12,9 +12,10 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from pycocotools.coco import COCO
 
 from ..data.checks.coco_file import CocoFile
-from ..data.checks.issues import ESCAPE, is_number, one_line
-from ..data.datasets import find_faults
+from ..data.checks.issues import ESCAPE, is_number
+from ..data.datasets import find_issues
 from ..errors import DataError
+from ..utils.text import clause
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -35,13 +36,13 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
     file = None
     if metadata.get("json_file"):
         file = CocoFile(metadata.json_file, metadata.get("image_root") or "")
-        faults = [*file.faults(masks=False), *file.evaluation_faults(masks=False)]
+        issues = [*file.issues(masks=False), *file.evaluation_issues(masks=False)]
     else:
-        faults = find_faults(cfg, name)[0]
-    for fault in faults:
-        # Faults of single images matter only in training. A path out of the folder always matters.
-        if fault.fatal and (not fault.picture or fault.kind == ESCAPE):
-            raise DataError(f"Data set '{name}', {fault.where}: {fault.detail}.")
+        issues = find_issues(cfg, name)[0]
+    for issue in issues:
+        # Issues of single images matter only in training. A path out of the folder always matters.
+        if issue.fatal and (not issue.image or issue.kind == ESCAPE):
+            raise DataError(f"Data set '{name}', {issue.where}: {issue.detail}.")
     if not metadata.get("json_file") and not metadata.get("thing_classes"):
         raise DataError(f"Data set '{name}' has no objects with boxes.")
     content = file.content if file else convert_to_coco_dict(name)
@@ -64,9 +65,9 @@ def read_results(path: str) -> Any:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except OSError as e:
-        raise DataError(f"Predictions '{path}' cannot be opened: {one_line(e)}.") from e
+        raise DataError(f"Predictions '{path}' cannot be opened: {clause(e)}.") from e
     except (ValueError, RecursionError) as e:
-        raise DataError(f"Predictions '{path}' are not valid JSON: {one_line(e)}.") from e
+        raise DataError(f"Predictions '{path}' are not valid JSON: {clause(e)}.") from e
 
 
 def load_results(truth: COCO, results: Any, source: str) -> COCO:

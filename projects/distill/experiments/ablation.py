@@ -39,7 +39,7 @@ class Study:
         student, teacher: names of their configs; the teacher is "self" for self-distillation.
         switches: KEY VALUE overrides of the distillation by the name of the variant.
         folder: folder of the configs.
-        metric: the metric that is compared.
+        metric: the metric to compare.
     """
 
     method: str
@@ -71,12 +71,12 @@ class Study:
 
 
 def overrides(head: str, keys: dict[str, Any]) -> tuple[Any, ...]:
-    """KEY VALUE of one head's section."""
+    """Return the KEY VALUE overrides of one head's section."""
     return tuple(x for key, value in keys.items() for x in (f"{HEADS}.{head}.{key}", value))
 
 
 def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Overrides by which one head replaces all others, by its name, with values of its keys."""
+    """Return the overrides, by name, with which one head replaces all others."""
     return {
         name: (f"{HEADS}.HEADS", (name,), *overrides(name.upper(), keys))
         for name, keys in heads.items()
@@ -84,7 +84,7 @@ def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Overrides of one head's keys, by variant; underscores of the names become spaces."""
+    """Return the overrides of one head by variant; underscores in names become spaces."""
     return {name.replace("_", " "): overrides(head, keys) for name, keys in variants.items()}
 
 
@@ -186,7 +186,7 @@ class Ablation:
 
     Args:
         demo: where and how stages run.
-        teacher_seed: of the teacher that all students share.
+        teacher_seed: seed of the teacher that all students share.
         opts: KEY VALUE overrides of the distilled configs, for tuning.
     """
 
@@ -196,7 +196,7 @@ class Ablation:
         self.opts = tuple(opts)
 
     def study(self, study: Study, seeds: list[int], variants: list[str] | None) -> dict[str, Any]:
-        """The metric of every seed by variant, the teacher's and the baseline's included."""
+        """Return the metric of every seed by variant, including the teacher and the baseline."""
         results: dict[str, Any] = {}
         teacher: tuple[Any, ...] = ()
         if study.teacher_config:

@@ -2,9 +2,9 @@
 
     distill demo --seeds 3 --control
 
-Every seed is a full replicate: a teacher, a student alone, the same student distilled, and, with
-``--control``, the same student under a randomly initialised teacher. Finished stages are reused,
-an interrupted one resumes.
+Every seed is a full replicate: a teacher, a student without distillation, the same student
+distilled, and, with ``--control``, the same student with an untrained teacher. Finished stages are
+reused, and an interrupted one resumes.
 """
 
 import argparse
@@ -50,7 +50,8 @@ class Demo(Runner):
 
     Args:
         out: folder of everything that the demo writes.
-        data_seed, layout: of :class:`Shapes`.
+        progress: shows what runs.
+        data_seed, layout: see :class:`Shapes`.
     """
 
     def __init__(self, out: Path, data_seed: int, progress: Progress, layout: str = "coco"):
@@ -81,7 +82,7 @@ class Demo(Runner):
 
 
 def scores(results: dict[str, dict[str, float]]) -> Result:
-    """The metrics of an evaluation: COCO's of boxes, those of masks as "mask AP", ..., or mIoU."""
+    """Return mIoU, or COCO's metrics of boxes and, as "mask AP" and so on, of masks."""
     if "sem_seg" in results:
         return {"mIoU": results["sem_seg"]["mIoU_present"]}
     kinds = {"": "bbox", "mask ": "segm"}
@@ -95,7 +96,7 @@ def scores(results: dict[str, dict[str, float]]) -> Result:
 
 @torch.no_grad()
 def cost(model: nn.Module, loader: Any) -> dict[str, float]:
-    """Millions of parameters, GFLOPs (multiply-adds, fvcore) and median ms of one picture."""
+    """Return millions of parameters, GFLOPs (multiply-adds, fvcore) and median ms per image."""
     inputs = [batch for batch, _ in zip(loader, range(TIMED_IMAGES))]
     cuda = next(model.parameters()).is_cuda
     times = [seconds(functools.partial(model, batch), cuda) for batch in inputs]
@@ -107,7 +108,7 @@ def cost(model: nn.Module, loader: Any) -> dict[str, float]:
 
 
 def random_teacher(demo: Demo, teacher: Stage) -> Path:
-    """A checkpoint of the teacher's network that was never trained."""
+    """Write a checkpoint of an untrained teacher, unless there is one; return its path."""
     path = demo.out / "stages" / f"random-{teacher.folder.name}.pth"
     if not path.is_file():
         seed_all_rng(teacher.seed + 1_000)
@@ -171,7 +172,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def tune(demo: Demo, seeds: list[int]) -> dict[str, Any]:
-    """The baseline's own best learning rate."""
+    """Train the baseline with several learning rates and return its AP."""
     table = {
         str(lr): [
             demo.run(demo.stage("tuning", seed, STUDENT, "SOLVER.BASE_LR", lr))["AP"]

@@ -24,15 +24,15 @@ from ..errors import ConfigError, DistillError
 from ..utils.arguments import CommandParser, add_config_arguments, at_least
 from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
 from .termination import (
-    PATIENCE,
-    ending_on_signals,
+    GRACE_PERIOD_S,
+    exit_on_signals,
     exit_process,
-    explain,
     quiet_libraries,
-    report,
+    report_error,
     resume_hint,
     run_command,
-    started_quietly,
+    signals_deferred,
+    user_error,
 )
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def run(args: Namespace, trainer: type[Trainer] = Trainer) -> int:
             return _start_members(args, trainer)
         return _take_part(args, trainer, from_slurm(os.environ) or ProcessInfo())
     except DistillError as e:
-        return report(e)
+        return report_error(e)
 
 
 def _start_members(args: Namespace, trainer: type[Trainer]) -> int:
@@ -184,8 +184,8 @@ def _start_members(args: Namespace, trainer: type[Trainer]) -> int:
     check_gpus(cfg.MODEL.DEVICE, first.local_size)
     # It warns of every process that it ends.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    with ending_on_signals(lambda: resume_hint(_trained_folder(cfg, args)), PATIENCE):
-        with started_quietly():
+    with exit_on_signals(lambda: resume_hint(_trained_folder(cfg, args)), GRACE_PERIOD_S):
+        with signals_deferred():
             context = start_processes(
                 _member, (args, trainer, first, get_start_method()), first.local_size, join=False
             )
@@ -216,7 +216,7 @@ def _exit_code(ended: ProcessExitedException) -> int:
         "SIGKILL": " (out of memory?)",
         "SIGABRT": " (by NCCL after --dist-timeout? its lines are above)",
     }
-    return report(
+    return report_error(
         DistillError(
             f"the process with local rank {ended.error_index} was killed by {name}"
             f"{why.get(name, '')}; the others were stopped; continue with --resume."
@@ -234,7 +234,7 @@ def _take_part(
     """
     folder = ""
     talks = announce and process.local_rank == 0
-    with ending_on_signals((lambda: resume_hint(folder)) if talks else None):
+    with exit_on_signals((lambda: resume_hint(folder)) if talks else None):
         try:
             _check_doctor(args, process)
             cfg, finished = configure(args)
@@ -243,9 +243,9 @@ def _take_part(
             code = train(cfg, args, finished, trainer)
             comm.synchronize()  # nobody leaves while another process still talks to it
         except Exception as e:
-            if not process.url and not explain(e):
+            if not process.url and not user_error(e):
                 raise
-            code = report(e, process.rank, process.local_rank)
+            code = report_error(e, process.rank, process.local_rank)
         if process.url:  # gloo's threads can abort the interpreter's way out, or keep it waiting
             exit_process(code)
     return code

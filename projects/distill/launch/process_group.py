@@ -35,7 +35,7 @@ class ProcessInfo:
 
         Raises:
             DistillError: rank 0 does not answer at ``url``, or there are too few GPUs.
-            RuntimeError: torch's own errors, which `termination.explain` translates.
+            RuntimeError: torch's own errors, which `termination.user_error` translates.
         """
         if not self.url:
             return

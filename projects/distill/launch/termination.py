@@ -24,16 +24,16 @@ from ..errors import DistillError
 from ..utils.text import print_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-REPORT_DELAY_S = 2.0  # time for another process to report the cause of an EchoError
-PATIENCE = 5.0  # seconds that started processes have to end, before they are killed
+REPORT_DELAY_S = 2.0  # time for another process to report the cause of a SecondaryError
+GRACE_PERIOD_S = 5.0  # seconds that started processes have to end, before they are killed
 
 
-class EchoError(DistillError):
+class SecondaryError(DistillError):
     """Error of a process because another one ended, which knows the cause."""
 
 
 RESUME = "continue with --resume."
-AGAIN = "start the same command again."
+RERUN = "start the same command again."
 _WORKER = (
     "a data worker (pid {0}) was killed or crashed: lower DATALOADER.NUM_WORKERS to save memory, "
     f"or give /dev/shm more room (docker run --shm-size 8g), and {RESUME}"
@@ -80,13 +80,13 @@ _LOST = (
     "lost the connection to another process: it ended, was killed, or its machine cannot be "
     f"reached (its own last lines say why); {RESUME}"
 )
-_ECHOES = (_WORKER, _HANGS, _LOST)
+_SECONDARY = (_WORKER, _HANGS, _LOST)
 
 _Types = type[Exception] | tuple[type[Exception], ...]
 # Type, pattern of the message, and sentence. The first row that matches an error gives its
 # sentence, in which {0} and {1} are the groups of the pattern. gloo, NCCL and the data loader raise
 # RuntimeError or classes derived from it.
-_EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
+_USER_ERRORS: tuple[tuple[_Types, str, str], ...] = (
     (RuntimeError, r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", _WORKER),
     (RuntimeError, r"DataLoader timed out after (\d+)", _SLOW_DATA),
     ((RuntimeError, OSError), "Too many open files", _FILES),
@@ -108,7 +108,7 @@ _EXPLANATIONS: tuple[tuple[_Types, str, str], ...] = (
 )
 
 
-def explain(error: BaseException) -> DistillError | None:
+def user_error(error: BaseException) -> DistillError | None:
     """Translate an error to one that says what to do, or return None for a bug.
 
     If an error is unknown but was raised while another one was handled, the other one is
@@ -116,54 +116,57 @@ def explain(error: BaseException) -> DistillError | None:
     """
     if isinstance(error, DistillError):
         return error
-    for types, pattern, sentence in _EXPLANATIONS:
+    for types, pattern, sentence in _USER_ERRORS:
         if isinstance(error, types) and (found := re.search(pattern, str(error))):
-            kind = EchoError if sentence in _ECHOES else DistillError
+            kind = SecondaryError if sentence in _SECONDARY else DistillError
             return kind(sentence.format(*(x or "" for x in found.groups())))
     before = error.__cause__ or error.__context__
-    return explain(before) if before else None
+    return user_error(before) if before else None
 
 
 def run_command(run: Callable[[], int]) -> int:
     """Run a command in this process, and turn every end of it into an exit code.
 
-    This is the rule for all commands: 0 or the command's own finding, 2 after one sentence about a
-    mistake of the user, 1 after the traceback of a bug, 130 and 143 after SIGINT and SIGTERM.
+    This is the rule for all commands. A command returns 0, or another code for what it found. The
+    code is 2 after one sentence about a mistake of the user, and 1 after the traceback of a bug. It
+    is 130 and 143 after SIGINT and SIGTERM.
 
     Args:
-        run: the command; returns its exit code.
+        run: function that runs the command and returns its exit code.
     """
 
     def exit_message() -> str:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")  # show the cursor, which progress bars hide
-        return AGAIN
+        return RERUN
 
     quiet_libraries()
-    with ending_on_signals(exit_message):
+    with exit_on_signals(exit_message):
         try:
             return run()
         except Exception as e:
-            return report(e, advice=AGAIN)
+            return report_error(e, advice=RERUN)
 
 
 def quiet_libraries() -> None:
-    """Keep the remarks of libraries from stderr, which is for the one line that says why."""
-    # They remark on a CUDA toolkit without a GPU, and on what detectron2 asks of torch.fx.
+    """Suppress remarks of libraries on stderr, which is for the line that says why a run ends."""
+    # These two remark on a CUDA toolkit without a GPU, and on how detectron2 calls torch.fx.
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_explanation)
-    logging.raiseExceptions = False  # a traceback for each line that a full disk does not take
-    # TensorBoard's thread would print what its next call raises again in this one.
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not accept
+    # The thread of TensorBoard would print errors that its next call raises in this thread.
     usual = threading.excepthook
-    threading.excepthook = lambda x: None if x.exc_value and explain(x.exc_value) else usual(x)
+    threading.excepthook = lambda x: None if x.exc_value and user_error(x.exc_value) else usual(x)
 
 
 def _without_explanation(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and record.exc_info[1] and explain(record.exc_info[1]))
+    return not (record.exc_info and record.exc_info[1] and user_error(record.exc_info[1]))
 
 
-def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME) -> int:
+def report_error(
+    error: BaseException, rank: int = 0, local_rank: int = 0, advice: str = RESUME
+) -> int:
     """Print why this process ends: one sentence, or the traceback of a bug.
 
     Several processes often find the same error, or only notice that another one ended. The process
@@ -171,15 +174,15 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str
     not be needed wait before they print it.
 
     Args:
-        error: what ended it.
-        rank, local_rank: of this process, see :class:`ProcessInfo`.
-        advice: how to continue the command.
+        error: the error that ends the process.
+        rank, local_rank: ranks of this process, see :class:`ProcessInfo`.
+        advice: sentence that says how to continue the command.
 
     Returns:
         The exit code: 2 for an error with a sentence, else 1.
     """
-    found = explain(error)
-    time.sleep(REPORT_DELAY_S * (local_rank + isinstance(found, EchoError)))
+    found = user_error(error)
+    time.sleep(REPORT_DELAY_S * (local_rank + isinstance(found, SecondaryError)))
     who = f"rank {rank}: " if rank else ""
     if found:
         print_error(f"{who}{found}".replace(RESUME, advice))
@@ -190,8 +193,8 @@ def report(error: BaseException, rank: int = 0, local_rank: int = 0, advice: str
 
 
 @contextmanager
-def ending_on_signals(
-    exit_message: Callable[[], str] | None, patience: float = 0.0
+def exit_on_signals(
+    exit_message: Callable[[], str] | None, grace_period_s: float = 0.0
 ) -> Iterator[None]:
     """In this context, SIGINT and SIGTERM end this process and those that it started.
 
@@ -202,7 +205,7 @@ def ending_on_signals(
     Args:
         exit_message: function that returns the line for stderr when the signal comes; None: no
             line.
-        patience: see :func:`exit_process`.
+        grace_period_s: see :func:`exit_process`.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
         yield
@@ -220,15 +223,15 @@ def ending_on_signals(
             line = f"stopped by {signal.Signals(number).name}: {exit_message()}\n"
             with suppress(OSError):  # stderr may be closed
                 os.write(2, line.encode())
-        exit_process(128 + number, patience)
+        exit_process(128 + number, grace_period_s)
 
     with _handling(end):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `started_quietly`
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `signals_deferred`
         yield
 
 
 @contextmanager
-def started_quietly() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Delay signals while processes are started in this context.
 
     The started processes get SIGINT only when they have set their handlers. Otherwise Ctrl-C would
@@ -259,18 +262,18 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 
-def exit_process(code: int, patience: float = 0.0) -> NoReturn:
+def exit_process(code: int, grace_period_s: float = 0.0) -> NoReturn:
     """End this process and those that it started at once, without clean-up.
 
     Args:
         code: exit code.
-        patience: seconds that the started processes have to end, before they are killed.
+        grace_period_s: seconds that the started processes have to end, before they are killed.
     """
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises
     children = multiprocessing.active_children()
-    if patience:
-        deadline = time.monotonic() + patience
+    if grace_period_s:
+        deadline = time.monotonic() + grace_period_s
         for child in children:
             child.terminate()
         for child in children:

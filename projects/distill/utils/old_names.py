@@ -1,7 +1,7 @@
-"""Names of earlier versions that files still have, and the names of today.
+"""Names of earlier versions in files, and their current names.
 
-A checkpoint names hooks and heads, a yaml file heads and their sections, a log and a reproducer
-losses. The names of sections and losses follow from those of the heads.
+A checkpoint has names of hooks and heads, and a yaml file those of heads and their sections. A log
+or a reproducer has names of losses. The names of sections and losses follow from the heads.
 """
 
 import logging
@@ -30,19 +30,19 @@ T = TypeVar("T")
 def with_renamed_keys(
     mapping: Mapping[str, T], table: Mapping[str, str], source: str
 ) -> dict[str, T]:
-    """Return ``mapping`` with the names of today in its keys.
+    """Return ``mapping`` with the current names in its keys.
 
     Args:
-        mapping: such as the states of hooks by name, or losses.
+        mapping: for example the states of hooks, or losses.
         table: one of the tables in this module.
-        source: where the names come from, for the line in the log that says the new ones.
+        source: origin of the names, for the line in the log that has the current names.
     """
     log_old_names(mapping, table, source)
     return {renamed(key, table): value for key, value in mapping.items()}
 
 
 def rename_heads(section: dict[str, Any], source: str) -> None:
-    """Give ``MODEL.DISTILL`` of a yaml file the names of today, in place.
+    """Rename the heads and sections of ``MODEL.DISTILL`` in a yaml file, in place.
 
     Args:
         section: keys below ``MODEL.DISTILL``.
@@ -57,10 +57,10 @@ def rename_heads(section: dict[str, Any], source: str) -> None:
 
 
 def renamed_option(key: str, value: Any, source: str) -> tuple[str, Any]:
-    """Return key and value of an override, ``KEY VALUE``, with the names of today.
+    """Return key and value of an override, ``KEY VALUE``, with the current names.
 
     Args:
-        key, value: the value is only looked at if the key is ``MODEL.DISTILL.HEADS``.
+        key, value: the value changes only if the key is ``MODEL.DISTILL.HEADS``.
         source: as in :func:`with_renamed_keys`.
     """
     if key == "MODEL.DISTILL.HEADS":
@@ -71,19 +71,19 @@ def renamed_option(key: str, value: Any, source: str) -> tuple[str, Any]:
 
 
 def renamed_heads(heads: Any) -> Any:
-    """Return a value of ``MODEL.DISTILL.HEADS``, a sequence or text, with the names of today."""
+    """Return a value of ``MODEL.DISTILL.HEADS``, a sequence or text, with the current names."""
     if isinstance(heads, list | tuple):
         return type(heads)(map(renamed_heads, heads))
     return renamed(heads, HEADS) if isinstance(heads, str) else heads
 
 
 def renamed(text: str, table: Mapping[str, str]) -> str:
-    """Return ``text`` with the names of today."""
+    """Return ``text`` with the current names."""
     return _names(table).sub(lambda found: table[found[0]], text)
 
 
 def log_old_names(texts: Iterable[Any], table: Mapping[str, str], source: str) -> None:
-    """Write one line to the log if there is an old name in the texts, the first time only."""
+    """Log one line, the first time only, if the texts have an old name."""
     found = dict.fromkeys(name for text in texts for name in _names(table).findall(str(text)))
     if found:
         news = ", ".join(f"{name} is now {table[name]}" for name in found)
@@ -92,5 +92,5 @@ def log_old_names(texts: Iterable[Any], table: Mapping[str, str], source: str) -
 
 
 def _names(table: Mapping[str, str]) -> re.Pattern[str]:
-    """Pattern of the old names; a name ends at anything but a letter or a digit."""
+    """Return a pattern of the old names that do not touch a letter or a digit."""
     return re.compile(rf"(?<![a-zA-Z0-9])(?:{'|'.join(table)})(?![a-zA-Z0-9])")

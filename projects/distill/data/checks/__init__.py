@@ -1,1 +1,1 @@
-"""Checks of images and annotations."""
+"""Checks of images and annotations before and during a training."""

@@ -9,32 +9,32 @@ from typing import Any
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ...utils.text import clause
 from .issues import (
     WRONG_TYPE,
-    Fault,
+    Issue,
     Problem,
     annotation_problems,
     as_root,
+    image_size,
     is_evaluable_mask,
     is_number,
-    one_line,
-    path_faults,
-    picture_size,
+    path_issues,
 )
 
 NOT_EVALUABLE = "annotation that cannot be evaluated"
 
 
 class CocoFile:
-    """A file in COCO's instances format as it stands on disk, whatever it holds.
+    """Annotation file on disk, which may be wrong in any way.
 
     Args:
-        path: of the annotation file.
-        image_root: folder of the pictures.
+        path: path of the annotation file.
+        image_root: folder of the images.
 
     Attributes:
-        content: what the file holds; empty if it cannot be read.
-        problem: why it cannot, or "".
+        content: content of the file; empty if it cannot be read.
+        problem: why the file cannot be read, or "".
     """
 
     def __init__(self, path: str, image_root: str):
@@ -53,41 +53,41 @@ class CocoFile:
             with PathManager.open(self.path) as f:
                 content = json.load(f)
         except OSError as e:
-            return f"it cannot be opened ({one_line(e)})"
+            return f"it cannot be opened ({clause(e)})"
         except (ValueError, RecursionError) as e:
-            return f"it is no JSON ({one_line(e)})"
+            return f"it is not valid JSON ({clause(e)})"
         if not isinstance(content, dict):
             return f"it holds a JSON {type(content).__name__}, not COCO's instances"
         self.content = content
         return ""
 
-    def pictures(self) -> list[dict[str, Any]]:
-        """The pictures that can be looked at, as dataset dicts without annotations."""
+    def images(self) -> list[dict[str, Any]]:
+        """Return the images that can be opened, as dataset dicts without annotations."""
         images = self.content.get("images")
         entries = []
         for image in images if isinstance(images, list) else []:
             if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
                 continue
             entry = self._entry(image)
-            if not any(path_faults(entry, [as_root(self.image_root)])):
+            if not any(path_issues(entry, [as_root(self.image_root)])):
                 entries.append(entry)
         return entries
 
     def _entry(self, image: Mapping[str, Any]) -> dict[str, Any]:
-        size, _ = picture_size(image)
+        size, _ = image_size(image)
         path = os.path.join(self.image_root, image["file_name"])
         return {"file_name": path, **(dict(zip(("width", "height"), size)) if size else {})}
 
-    def faults(self, masks: bool = True) -> Iterator[Fault]:
-        """Every fault of the file.
+    def issues(self, masks: bool = True) -> Iterator[Issue]:
+        """Yield every issue of the file.
 
-        Those of detectron2's reader have no ``picture``: the whole data set cannot be read.
+        Issues that stop detectron2's reader have no ``image``: dropping an image does not help.
 
         Args:
-            masks: they are trained.
+            masks: True if masks are trained.
         """
         if self.problem:
-            yield Fault("unreadable annotation file", self.path, self.problem, True)
+            yield Issue("unreadable annotation file", self.path, self.problem, True)
             return
         categories = yield from self._entries("categories", {"name": str})
         images = yield from self._entries(
@@ -100,22 +100,22 @@ class CocoFile:
             detail = (
                 "it is not in COCO's instances format, which has images, annotations, categories"
             )
-            yield Fault("missing list", self.path, detail, True)
-        for key, what in (("images", "pictures"), ("annotations", "annotations")):
+            yield Issue("missing list", self.path, detail, True)
+        for key in ("images", "annotations"):
             if not self.content.get(key):
-                yield Fault("missing list", self.path, f"it has no {what}", key == "images")
-        yield from self._picture_faults(images)
-        sound = categories and categories == self.content["categories"]
-        known = {x["id"] for x in categories} if sound else None
-        pictures = {x["id"]: x for x in images}
+                yield Issue("missing list", self.path, f"it has no {key}", key == "images")
+        yield from self._image_issues(images)
+        all_valid = categories and categories == self.content["categories"]
+        known = {x["id"] for x in categories} if all_valid else None
+        images_by_id = {x["id"]: x for x in images}
         for annotation in annotations:
-            yield from self._annotation_faults(annotation, pictures, known, masks)
+            yield from self._annotation_issues(annotation, images_by_id, known, masks)
 
-    def evaluation_faults(self, masks: bool) -> Iterator[Fault]:
-        """What stops COCO's evaluation, which needs more than a training and less.
+    def evaluation_issues(self, masks: bool) -> Iterator[Issue]:
+        """Yield the issues that stop COCO's evaluation, whose rules differ from a training's.
 
         Args:
-            masks: they are evaluated.
+            masks: True if masks are evaluated.
         """
         annotations = self.content.get("annotations")
         for annotation in annotations if isinstance(annotations, list) else []:
@@ -125,63 +125,63 @@ class CocoFile:
 
     def _entries(
         self, key: str, needed: Mapping[str, type]
-    ) -> Generator[Fault, None, list[dict[str, Any]]]:
-        """The well-formed entries of a list."""
+    ) -> Generator[Issue, None, list[dict[str, Any]]]:
+        """Yield the issues of a list, and return its well-formed entries."""
         entries = self.content.get(key, [])
         if not isinstance(entries, list):
-            detail = f"'{key}' is a JSON {type(entries).__name__}, no list"
-            yield Fault(WRONG_TYPE, self.path, detail, True)
+            detail = f"'{key}' is a JSON {type(entries).__name__}, not a list"
+            yield Issue(WRONG_TYPE, self.path, detail, True)
             return []
         good: dict[Any, dict[str, Any]] = {}
-        for place, entry in enumerate(entries):
-            where = f"{self.path} ({key}[{place}])"
+        for index, entry in enumerate(entries):
+            where = f"{self.path} ({key}[{index}])"
             if problem := _malformed(entry, needed):
                 yield problem.at(where)
             elif entry["id"] in good:
-                fatal = key != "annotations" or "minival" not in self.path  # as detectron2 has it
-                detail = f"the id {entry['id']!r:.99} is taken already"
-                yield Fault(f"duplicate id in {key}", where, detail, fatal)
+                fatal = key != "annotations" or "minival" not in self.path  # as in detectron2
+                detail = f"the id {entry['id']!r:.99} is already taken"
+                yield Issue(f"duplicate id in {key}", where, detail, fatal)
             else:
                 good[entry["id"]] = entry
         if len({isinstance(x, str) for x in good}) > 1:
-            detail = f"the ids of '{key}' are numbers and texts"
-            yield Fault(WRONG_TYPE, self.path, detail, True)
+            detail = f"the ids of '{key}' are numbers and strings"
+            yield Issue(WRONG_TYPE, self.path, detail, True)
         return list(good.values())
 
-    def _picture_faults(self, images: Sequence[Mapping[str, Any]]) -> Iterator[Fault]:
+    def _image_issues(self, images: Sequence[Mapping[str, Any]]) -> Iterator[Issue]:
         roots = [as_root(self.image_root)]
         for image in images:
             path = os.path.join(self.image_root, image["file_name"])
-            yield from path_faults({"file_name": path}, roots)
-            _, problem = picture_size(image)
+            yield from path_issues({"file_name": path}, roots)
+            _, problem = image_size(image)
             if problem or image["width"] is None:
-                problem = problem or Problem("picture without a size", "it has no size")
+                problem = problem or Problem("image without a size", "it has no size")
                 yield problem.at(path, path)
 
-    def _annotation_faults(
+    def _annotation_issues(
         self,
         annotation: Mapping[str, Any],
-        pictures: Mapping[Any, Mapping[str, Any]],
+        images: Mapping[Any, Mapping[str, Any]],
         categories: Collection[Any] | None,
         masks: bool,
-    ) -> Iterator[Fault]:
-        image, category = annotation["image_id"], annotation["category_id"]
-        if not (_is_id(image) and _is_id(category)):
-            detail = f"image_id={image!r:.99} or category_id={category!r:.99} is no id"
-            yield Fault(WRONG_TYPE, self._place(self.path, annotation), detail, True)
+    ) -> Iterator[Issue]:
+        image_id, category_id = annotation["image_id"], annotation["category_id"]
+        if not (_is_id(image_id) and _is_id(category_id)):
+            detail = f"image_id={image_id!r:.99} or category_id={category_id!r:.99} is not an id"
+            yield Issue(WRONG_TYPE, self._place(self.path, annotation), detail, True)
             return
-        if image not in pictures:
-            detail = f"there is no picture of image_id={image!r:.99}"
-            yield Fault("unknown picture", self._place(self.path, annotation), detail, False)
+        if image_id not in images:
+            detail = f"there is no image with image_id={image_id!r:.99}"
+            yield Issue("unknown image", self._place(self.path, annotation), detail, False)
             return
-        path = os.path.join(self.image_root, pictures[image]["file_name"])
-        size, _ = picture_size(pictures[image])
+        path = os.path.join(self.image_root, images[image_id]["file_name"])
+        size, _ = image_size(images[image_id])
         problems = list(
             annotation_problems(annotation, BoxMode.XYWH_ABS, size, masks, on_disk=True)
         )
         problems += _reader_problems(annotation)
-        if categories is not None and category not in categories:
-            detail = f"there is no category of category_id={category!r:.99}"
+        if categories is not None and category_id not in categories:
+            detail = f"there is no category with category_id={category_id!r:.99}"
             problems.append(Problem("unknown category", detail))
         for problem in problems:
             droppable = problem.kind not in (WRONG_TYPE, "unknown category")
@@ -197,9 +197,9 @@ def _is_id(x: Any) -> bool:
 
 
 def _malformed(entry: Any, needed: Mapping[str, type]) -> Problem | None:
-    """Why detectron2 could not read an entry of one of COCO's lists."""
+    """Return the problem of an entry in one of COCO's lists that detectron2 could not read."""
     if not isinstance(entry, dict):
-        return Problem(WRONG_TYPE, f"{reprlib.repr(entry)} is no JSON object")
+        return Problem(WRONG_TYPE, f"{reprlib.repr(entry)} is not a JSON object")
     for key, kind in needed.items():
         if key not in entry:
             return Problem("missing key", f"it has no {key}")
@@ -211,26 +211,26 @@ def _malformed(entry: Any, needed: Mapping[str, type]) -> Problem | None:
 
 
 def _reader_problems(annotation: Mapping[str, Any]) -> Iterator[Problem]:
-    """What detectron2's reader of COCO stumbles over in an annotation."""
+    """Yield the problems of an annotation that stop detectron2's reader of COCO files."""
     box, keypoints = annotation.get("bbox", [0]), annotation.get("keypoints")
     if not isinstance(box, (list, str, dict)) or not box:
         yield Problem(WRONG_TYPE, f"the box is {reprlib.repr(box)}")
     if annotation.get("ignore", 0) != 0:
-        yield Problem(WRONG_TYPE, "detectron2 knows no 'ignore'; use iscrowd")
+        yield Problem(WRONG_TYPE, "detectron2 does not support 'ignore'; use iscrowd")
     if keypoints and not (isinstance(keypoints, list) and all(map(is_number, keypoints))):
-        yield Problem(WRONG_TYPE, "the keypoints are no list of numbers")
+        yield Problem(WRONG_TYPE, "the keypoints are not a list of numbers")
 
 
 def _evaluation_problems(annotation: Mapping[str, Any], masks: bool) -> Iterator[Problem]:
-    """What pycocotools' evaluation stumbles over in an annotation."""
+    """Yield the problems of an annotation that stop pycocotools' evaluation."""
     box, remedy = annotation.get("bbox"), "COCO's evaluation needs it"
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
         yield Problem(NOT_EVALUABLE, f"bbox is {reprlib.repr(box)}, not 4 numbers; {remedy}")
     if not is_number(annotation.get("area")):
-        detail = f"area is {reprlib.repr(annotation.get('area'))}, no number; {remedy}"
+        detail = f"area is {reprlib.repr(annotation.get('area'))}, not a number; {remedy}"
         yield Problem(NOT_EVALUABLE, detail)
     if isinstance(annotation.get("id"), str):
-        yield Problem(NOT_EVALUABLE, "its id is a text; COCO's evaluation needs numbers")
+        yield Problem(NOT_EVALUABLE, "its id is a string; COCO's evaluation needs numbers")
     elif annotation.get("id") == 0:
         detail = "its id is 0, so COCO's evaluation counts it as missed; number them from 1"
         yield Problem(NOT_EVALUABLE, detail, False)

@@ -1,15 +1,15 @@
-"""Faults of annotations as data: all of them at once, and never as an exception.
+"""Issues of annotations, which are collected and never raised.
 
-:func:`entry_faults` looks at what detectron2 has read of any data set, :func:`config_faults` at
-that and the config, :mod:`.coco_file` at an annotation file before detectron2 reads it. The
-pictures themselves are opened in :mod:`.images`.
+:func:`entry_issues` checks the dataset dicts of any data set, and :func:`config_issues` whether
+they fit the config. :mod:`.coco_file` checks an annotation file before detectron2 reads it, and
+:mod:`.images` opens the images.
 
-A fault is fatal if training would die of it or learn something wrong. The others are remarks, for
-detectron2 copes: its mapper drops boxes without area (COCO's own train2017 has some), its reader
-skips annotations of unknown pictures. An object all of whose polygons have fewer than 3 points is
-dropped by that reader too, and then trained as background: that is fatal.
+An issue is fatal if the training would fail or learn something wrong. Other issues are remarks,
+because detectron2 handles them. Its mapper drops boxes without area (COCO's own train2017 has
+some), and its reader skips annotations of unknown images. That reader also drops an object if all
+its polygons have fewer than 3 points. This is fatal, because the object would be background.
 
-Paths are judged as they are written. Where symbolic links lead is the user's own business.
+Paths are checked as they are written; symbolic links are not resolved.
 """
 
 import math
@@ -22,40 +22,49 @@ import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-BOX_TOLERANCE = 1.0  # pixels by which a box may exceed its picture; annotation tools round
+BOX_TOLERANCE = 1.0  # pixels by which a box may exceed its image, because annotation tools round
 FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
 ROOT_KEYS = ("image_root", "sem_seg_root", "panoptic_root", "dirname", "image_dir", "gt_dir")
 ESCAPE = "path out of the folder"
 WRONG_TYPE = "value of a wrong type"
 SHORT_POLYGON = "polygon of fewer than 3 points"
 
-_LARGEST = 1e12  # no coordinate or size comes near
-_FARTHEST = 1e6  # pixels; pycocotools takes memory for every pixel along a polygon
+_LARGEST = 1e12  # far beyond all coordinates and sizes
+_FARTHEST = 1e6  # in pixels; pycocotools uses memory for every pixel along a polygon
 _BOX_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS, BoxMode.XYWHA_ABS)
 
 Size = tuple[int, int]  # width, height
 
 
-class Fault(NamedTuple):
-    """Something wrong with a data set."""
+class Issue(NamedTuple):
+    """Fault of a data set.
 
-    kind: str  # a few words that many faults share
-    where: str  # the file, and the annotation in it
-    detail: str  # one clause without newline
-    fatal: bool  # training would die or learn something wrong
-    picture: str = ""
-    """Path of the picture without which the fault is gone; "": leaving a picture out is no help."""
+    Attributes:
+        kind: a few words that are common to similar issues.
+        where: the file, and the annotation in it.
+        detail: one clause without newline.
+        fatal: True if the training would fail or learn something wrong.
+        image: path of the image that must be dropped to avoid the issue; "" if dropping an image
+            does not help.
+    """
+
+    kind: str
+    where: str
+    detail: str
+    fatal: bool
+    image: str = ""
 
 
 class Problem(NamedTuple):
-    """A fault whose place the caller knows."""
+    """Issue without its place, which the caller knows."""
 
     kind: str
     detail: str
     fatal: bool = True
 
-    def at(self, where: str, picture: str = "") -> Fault:
-        return Fault(self.kind, where, self.detail, self.fatal, picture)
+    def at(self, where: str, image: str = "") -> Issue:
+        """Return the issue at a place."""
+        return Issue(self.kind, where, self.detail, self.fatal, image)
 
 
 LOST = Problem(
@@ -65,27 +74,27 @@ LOST = Problem(
 
 
 def as_root(folder: str | os.PathLike[str]) -> str:
-    """The folder as :func:`path_faults` compares it: absolute, with a separator at the end."""
+    """Return a folder for :func:`path_issues`: absolute, with a separator at the end."""
     return os.path.join(os.path.abspath(folder), "")
 
 
 def metadata_roots(metadata: Any) -> list[str]:
-    """The folders that hold the files of a data set, as far as its metadata names them."""
+    """Return the folders of a data set's files that its metadata names."""
     folders = [metadata.get(key) for key in ROOT_KEYS]
     return [as_root(x) for x in folders if x and isinstance(x, (str, os.PathLike))]
 
 
 def name_of(entry: Mapping[str, Any]) -> str:
-    """Path of a dataset dict's picture."""
+    """Return the path of a dataset dict's image."""
     return str(entry.get("file_name") or "")
 
 
-def path_faults(entry: Mapping[str, Any], roots: Sequence[str]) -> Iterator[Fault]:
-    """Paths of a dataset dict that lead out of the data set's folders.
+def path_issues(entry: Mapping[str, Any], roots: Sequence[str]) -> Iterator[Issue]:
+    """Yield the paths of a dataset dict that are outside the data set's folders.
 
     Args:
         entry: detectron2's dataset dict.
-        roots: from :func:`as_root`; a path has to be below one of them, if there are any.
+        roots: results of :func:`as_root`. A path must be below one of them, unless it is empty.
     """
     for key in FILE_KEYS:
         path = entry.get(key)
@@ -93,61 +102,63 @@ def path_faults(entry: Mapping[str, Any], roots: Sequence[str]) -> Iterator[Faul
             continue
         if not isinstance(path, (str, os.PathLike)):
             where = f"{key} {reprlib.repr(path)}"
-            yield Fault(WRONG_TYPE, where, "the name of the file is no text", True)
+            yield Issue(WRONG_TYPE, where, "the name of the file is not a string", True)
             continue
         path = os.fspath(path)
         inside = any(os.path.abspath(path).startswith(root) for root in roots)
         if "\0" in path or (roots and not inside):
             detail = f"the path leads out of the folder {roots[0] if roots else ''}"
-            yield Fault(ESCAPE, path, detail, True, name_of(entry))
+            yield Issue(ESCAPE, path, detail, True, name_of(entry))
 
 
-def voc_faults(dirname: str, split: str) -> Iterator[Fault]:
-    """Ids of a split of PASCAL VOC that lead out of its folder, where its reader would follow."""
+def voc_issues(dirname: str, split: str) -> Iterator[Issue]:
+    """Yield the ids of a split of PASCAL VOC that would make its reader leave the folder."""
     path = os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")
     try:
         with PathManager.open(path, errors="replace") as f:
             names = f.read().split()
     except OSError:
-        return  # the reader says so
+        return  # the reader reports this
     root = as_root(os.path.join(dirname, "JPEGImages"))
     for name in names:
-        for fault in path_faults({"file_name": os.path.join(root, name)}, [root]):
-            yield fault._replace(where=f"{path} (id {name})", picture="")
+        for issue in path_issues({"file_name": os.path.join(root, name)}, [root]):
+            yield issue._replace(where=f"{path} (id {name})", image="")
 
 
 # --------------------------------------------------------------------------------- annotations
 
 
 def is_number(x: Any) -> bool:
-    """A finite number; JSON's true is none."""
+    """Return True for a finite number, but not for a bool."""
     if type(x) is float or type(x) is int:
-        return -_LARGEST < x < _LARGEST  # NaN is not
+        return -_LARGEST < x < _LARGEST  # False for NaN
     return isinstance(x, (np.floating, np.integer)) and bool(np.isfinite(x))
 
 
-def picture_size(entry: Mapping[str, Any]) -> tuple[Size | None, Problem | None]:
-    """Width and height of a picture as annotated, and what is wrong with them."""
+def image_size(entry: Mapping[str, Any]) -> tuple[Size | None, Problem | None]:
+    """Return the annotated width and height of an image, and the problem if they are wrong."""
     width: Any = entry.get("width")
     height: Any = entry.get("height")
     if width is None and height is None:
         return None, None
     if all(is_number(x) and x >= 1 and x == int(x) for x in (width, height)):
         return (int(width), int(height)), None
-    detail = f"width {reprlib.repr(width)} and height {reprlib.repr(height)} are no pixels"
-    return None, Problem("picture without a size", detail)
+    detail = f"width {reprlib.repr(width)} or height {reprlib.repr(height)} is not a size in pixels"
+    return None, Problem("image without a size", detail)
 
 
 def _box_problem(box: Any, mode: Any, size: Size | None) -> Problem | None:
     if isinstance(box, np.ndarray):
         box = box.tolist()
     if mode not in _BOX_MODES:
-        return Problem(WRONG_TYPE, f"{reprlib.repr(mode)} is no box mode that detectron2 trains on")
+        return Problem(
+            WRONG_TYPE, f"detectron2 does not train on the box mode {reprlib.repr(mode)}"
+        )
     if box is None:
         return Problem("no box", "it has no box; add one")
     length = 5 if mode == BoxMode.XYWHA_ABS else 4
     if not isinstance(box, (list, tuple)) or len(box) != length:
-        return Problem("no box", f"{reprlib.repr(box)} is no box of {length} numbers")
+        return Problem("no box", f"{reprlib.repr(box)} is not a box of {length} numbers")
     for x in box:
         if not is_number(x):
             return Problem("box that is not finite", f"the box {reprlib.repr(box)} is not finite")
@@ -162,8 +173,8 @@ def _box_problem(box: Any, mode: Any, size: Size | None) -> Problem | None:
     if size and (
         min(x1, y1) < -BOX_TOLERANCE or x2 > size[0] + BOX_TOLERANCE or y2 > size[1] + BOX_TOLERANCE
     ):
-        picture = f"its picture of {size[0]} x {size[1]} pixels"
-        return Problem("box outside its picture", f"the box {box} is outside {picture}")
+        detail = f"the box {box} is outside its image of {size[0]} x {size[1]} pixels"
+        return Problem("box outside its image", detail)
     if x1 == x2 or y1 == y2:
         return Problem("box without area", f"the box {box} has no area", fatal=False)
     return None
@@ -187,7 +198,7 @@ def _mask_problems(
     else:
         problems = list(_polygon_problems(mask))
     for problem in problems:
-        if problem.kind == SHORT_POLYGON and on_disk:  # the reader leaves it out
+        if problem.kind == SHORT_POLYGON and on_disk:  # the reader drops the polygon
             lost = all(_is_short(polygon) for polygon in mask)
             yield LOST._replace(fatal=not crowd) if lost else problem._replace(fatal=False)
         else:
@@ -196,9 +207,9 @@ def _mask_problems(
 
 
 def is_evaluable_mask(annotation: Mapping[str, Any]) -> bool:
-    """Whether pycocotools makes a mask of a COCO annotation's segmentation.
+    """Return True if pycocotools can make a mask from a COCO annotation's segmentation.
 
-    It takes polygons that are too short for detectron2's reader, but not as the first.
+    It accepts polygons that are too short for detectron2's reader, except as the first polygon.
     """
     mask = annotation.get("segmentation")
     if not mask:
@@ -221,25 +232,25 @@ def _polygon_problems(mask: Any) -> Iterator[Problem]:
         return
     short = [polygon for polygon in mask if _is_short(polygon)]
     if short:
-        detail = f"the polygon {reprlib.repr(list(short[0]))} has no 3 points of x and y"
+        detail = f"the polygon {reprlib.repr(list(short[0]))} does not have 3 points of x and y"
         yield Problem(SHORT_POLYGON, detail)
     if not all(_is_short(polygon) or _is_in_range(polygon) for polygon in mask):
-        detail = f"a polygon has coordinates that are no numbers within {_FARTHEST:.0f} pixels"
+        detail = f"a polygon has coordinates that are not numbers within {_FARTHEST:.0f} pixels"
         yield Problem("polygon out of range", detail)
 
 
 def _is_in_range(polygon: Sequence[float]) -> bool:
     try:
-        finite = is_number(sum(polygon))  # three times as fast as one by one
+        finite = is_number(sum(polygon))  # three times as fast as checking each number
         return finite and min(polygon) > -_FARTHEST and max(polygon) < _FARTHEST
     except (TypeError, ValueError, OverflowError):
         return False
 
 
 def _rle_problem(rle: Mapping[str, Any], size: Size | None) -> Problem | None:
-    """What is wrong with a run-length encoded mask.
+    """Return the problem of a run-length encoded mask, or None.
 
-    pycocotools itself fills what the runs do not reach with whatever the memory holds.
+    If the runs do not cover all pixels, pycocotools leaves the others uninitialised.
     """
     shape, counts = rle.get("size"), rle.get("counts")
     if not (
@@ -247,28 +258,29 @@ def _rle_problem(rle: Mapping[str, Any], size: Size | None) -> Problem | None:
         and len(shape) == 2
         and all(is_number(x) and x > 0 for x in shape)
     ):
-        return Problem(WRONG_TYPE, f"the mask's size {reprlib.repr(shape)} is no height and width")
+        return Problem(WRONG_TYPE, f"the mask's size {reprlib.repr(shape)} is not (height, width)")
     if isinstance(counts, list):
         if not all(is_number(x) and 0 <= x < 2**32 for x in counts):
-            return Problem(WRONG_TYPE, "the mask's counts are no run lengths")
+            return Problem(WRONG_TYPE, "the mask's counts are not run lengths")
         pixels: int | None = sum(int(x) for x in counts)
     elif isinstance(counts, (str, bytes)):
         pixels = _compressed_pixels(counts)
     else:
-        return Problem(WRONG_TYPE, "the mask's counts are no run lengths")
+        return Problem(WRONG_TYPE, "the mask's counts are not run lengths")
     if size and (shape[1], shape[0]) != size:
-        detail = f"the mask has {shape[1]} x {shape[0]} pixels, its picture {size[0]} x {size[1]}"
+        detail = f"the mask has {shape[1]} x {shape[0]} pixels, its image {size[0]} x {size[1]}"
         return Problem("mask of another size", detail)
     if pixels != shape[0] * shape[1]:
-        return Problem("broken mask", "the mask's run lengths do not fill its picture")
+        return Problem("broken mask", "the mask's run lengths do not fill its image")
     return None
 
 
 def _compressed_pixels(counts: str | bytes) -> int | None:
-    """How many pixels the runs of COCO's compressed format cover; None: they are malformed.
+    """Return the number of pixels that runs in COCO's compressed format cover; None if malformed.
 
-    Each character has 5 bits of a number, the lowest first, and one that says whether more follow.
-    From the fourth number on, numbers are differences to the last but one.
+    Each character has 5 bits of a number, lowest first, and one bit that is set if more characters
+    of the number follow. From the fourth number on, a number is the difference to the one two
+    positions before.
     """
     if isinstance(counts, str):
         if not counts.isascii():
@@ -293,14 +305,14 @@ def _compressed_pixels(counts: str | bytes) -> int | None:
 def annotation_problems(
     annotation: Mapping[str, Any], mode: Any, size: Size | None, masks: bool, on_disk: bool
 ) -> Iterator[Problem]:
-    """Faults of one annotation's box and mask.
+    """Yield the problems of one annotation's box and mask.
 
     Args:
-        annotation: of COCO or of a dataset dict.
+        annotation: annotation of COCO or of a dataset dict.
         mode: a :class:`BoxMode`.
-        size: of the picture; None: unknown.
-        masks: they are trained.
-        on_disk: the annotation is COCO's, before detectron2 reads it.
+        size: width and height of the image; None if unknown.
+        masks: True if masks are trained.
+        on_disk: True for an annotation of a COCO file, False if detectron2 has read it.
     """
     problem = _box_problem(annotation.get("bbox"), mode, size)
     if problem:
@@ -319,58 +331,58 @@ def _annotations(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [x for x in found if isinstance(x, dict)] if isinstance(found, (list, tuple)) else []
 
 
-def entry_faults(
+def entry_issues(
     entry: Mapping[str, Any],
     roots: Sequence[str] = (),
     classes: int | None = None,
     masks: bool = True,
-) -> Iterator[Fault]:
-    """Faults of one picture of any data set, without opening it.
+) -> Iterator[Issue]:
+    """Yield the issues of one image of any data set, without opening the image.
 
     Args:
         entry: detectron2's dataset dict.
-        roots: see :func:`path_faults`.
-        classes: number of the data set's own classes; None: unknown.
-        masks: they are trained.
+        roots: see :func:`path_issues`.
+        classes: number of classes of the data set; None if unknown.
+        masks: True if masks are trained.
     """
-    picture = name_of(entry)
-    if not picture:
-        yield Fault(WRONG_TYPE, reprlib.repr(entry), "a picture has no file_name", True)
-    yield from path_faults(entry, roots)
-    size, problem = picture_size(entry)
+    image = name_of(entry)
+    if not image:
+        yield Issue(WRONG_TYPE, reprlib.repr(entry), "an image has no file_name", True)
+    yield from path_issues(entry, roots)
+    size, problem = image_size(entry)
     if problem:
-        yield problem.at(picture, picture)
+        yield problem.at(image, image)
     annotations = _annotations(entry)
     found = entry.get("annotations", [])
     if not isinstance(found, (list, tuple)) or len(annotations) < len(found):
-        yield Fault(WRONG_TYPE, picture, "the annotations are no list of dicts", True, picture)
-    for place, annotation in enumerate(annotations):
+        yield Issue(WRONG_TYPE, image, "the annotations are not a list of dicts", True, image)
+    for index, annotation in enumerate(annotations):
         mode = annotation.get("bbox_mode")
         problems = list(annotation_problems(annotation, mode, size, masks, on_disk=False))
         label = annotation.get("category_id")
         last = math.inf if classes is None else classes - 1
         if not isinstance(label, (int, np.integer)) or not 0 <= label <= last:
-            detail = f"{reprlib.repr(label)} is no index of the data set's classes"
+            detail = f"{reprlib.repr(label)} is not an index of the data set's classes"
             problems.append(Problem("unknown category", detail))
         for problem in problems:
-            yield problem.at(f"{picture} (annotations[{place}])", picture)
+            yield problem.at(f"{image} (annotations[{index}])", image)
 
 
-def config_faults(
+def config_issues(
     entry: Mapping[str, Any], num_classes: int | None = None, key: str = "", mask_format: str = ""
-) -> Iterator[Fault]:
-    """Annotations of one picture that the config cannot train on.
+) -> Iterator[Issue]:
+    """Yield the annotations of one image that do not fit the config.
 
     Args:
         entry: detectron2's dataset dict.
-        num_classes: that the config predicts; None: no instances.
-        key: of the config that says so.
-        mask_format: ``INPUT.MASK_FORMAT``; "": masks are not trained.
+        num_classes: number of classes that the config predicts; None without instances.
+        key: key of the config that has this number.
+        mask_format: ``INPUT.MASK_FORMAT``, or "" if masks are not trained.
     """
-    picture = name_of(entry)
+    image = name_of(entry)
     limit = math.inf if num_classes is None else num_classes
-    for place, annotation in enumerate(_annotations(entry)):
-        label, problem, remedy = annotation.get("category_id"), None, ""
+    for index, annotation in enumerate(_annotations(entry)):
+        label, problem, dropped = annotation.get("category_id"), None, ""
         if isinstance(label, (int, np.integer)) and label >= limit:
             detail = (
                 f"class index {label}, but the config predicts {limit} classes; set {key} to the "
@@ -381,15 +393,9 @@ def config_faults(
             continue
         elif not _has_mask(annotation):
             detail = "no segmentation; set MODEL.MASK_ON False or add the masks"
-            problem, remedy = Problem("object without a mask", detail), picture
+            problem, dropped = Problem("object without a mask", detail), image
         elif mask_format == "polygon" and isinstance(annotation["segmentation"], dict):
-            detail = "the mask has run lengths, no polygons; set INPUT.MASK_FORMAT bitmask"
+            detail = "the mask has run lengths, not polygons; set INPUT.MASK_FORMAT bitmask"
             problem = Problem("mask of another format", detail)
         if problem:
-            yield problem.at(f"{picture} (annotations[{place}])", remedy)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception as a clause."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return " ".join(text.split())[:200].rstrip(".!")
+            yield problem.at(f"{image} (annotations[{index}])", dropped)
