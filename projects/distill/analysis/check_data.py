@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
-    with Progress(args.json) as progress:
+    with Progress(args.json, transient=True) as progress:
         report = check(cfg, args.images, args.workers, progress)
     faults = [fault for group in report.values() for fault in group]
     fatal = sum(fault.fatal for fault in faults)

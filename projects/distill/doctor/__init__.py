@@ -54,7 +54,7 @@ def run_doctor(
     Raises:
         DistillError: what would stop the training before its first step.
     """
-    with Progress(as_json) as progress, quiet():
+    with Progress(as_json, transient=True) as progress, quiet():
 
         def say(text: str) -> None:
             for task in progress.task_ids:
