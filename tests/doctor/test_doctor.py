@@ -608,7 +608,7 @@ def test_errors(
         report = json.loads(out)
         assert report["errors"][0] == line.removeprefix("error: ")
     else:
-        assert bool(out) == (damage == "nan in the teacher")
+        assert ("Networks" in out) == (damage == "nan in the teacher")
 
 
 def test_a_partly_loaded_teacher_is_an_error(tmp_path: Path, shapes: Shapes) -> None:
