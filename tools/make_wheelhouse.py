@@ -144,8 +144,12 @@ def version(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description="Collect all wheels for a machine without network")
-    parser.add_argument("--python", type=version, default="3.11", help="of the other machine")
-    parser.add_argument("--exclude", nargs="*", default=[], metavar="PREFIX", help="of names")
+    parser.add_argument(
+        "--python", type=version, default="3.11", help="version on the other machine"
+    )
+    parser.add_argument(
+        "--exclude", nargs="*", default=[], metavar="PREFIX", help="prefixes of names"
+    )
     args = parser.parse_args(argv)
     try:
         print(make_wheelhouse(args.python, args.exclude))

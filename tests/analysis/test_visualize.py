@@ -85,7 +85,7 @@ def prepare(folder: Path, shapes: Shapes, family: str, heads: tuple[str, ...], *
 
 
 def semantic_set(shapes: Shapes) -> str:
-    """Register the labels that lie beside the pictures; all of them are known."""
+    """Register the labels next to the images; all of them are known."""
     if SEMANTIC not in DatasetCatalog.list():
         images = sorted(Path(shapes[2]).glob("*.jpg"))
         labels = Path(shapes[2]).parents[1] / "semantic_train"

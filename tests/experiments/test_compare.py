@@ -68,7 +68,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     for name in ("baseline", "FitNet"):
         assert set(rows[name]["results"]) == {"0", "1"} and not rows[name]["failures"]
         assert all(x["seconds_per_step"] > 0 for x in rows[name]["results"].values())
-    # A head at weight 0 is the student alone: the runs have the same start and pictures.
+    # A head at weight 0 is the student alone: the runs have the same start and images.
     for seed in (0, 1):
         assert same_weights(tmp_path, f"baseline-{seed}", f"FitNet-{seed}")
     adapters = 4 * (16 * 24 + 24) + (16 * 24 + 24)  # 1x1 convolutions of p2 to p6
@@ -88,7 +88,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
 
     monkeypatch.setattr(runner.Runner, "_train", watched)
     heads.remove("MaskLogitKD")
-    assert run(tmp_path, config, *heads, *override) == 0  # CWD is mended
+    assert run(tmp_path, config, *heads, *override) == 0  # CWD is fixed
     assert trained == ["CWD (seed 0)", "CWD (seed 1)"]
     assert content(tmp_path)["rows"]["FitNet"] == rows["FitNet"]
     assert not same_weights(tmp_path, "baseline-0", "CWD-0")
@@ -244,7 +244,7 @@ def test_keys_may_stand_right_behind_the_heads() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "which trains without distillation"),
+        (["MODEL.DISTILL.HEADS", "()"], "MODEL.DISTILL.HEADS is empty"),
         (["MODEL.DISTILL.INHERIT", "('neck',)"], "MODEL.DISTILL.INHERIT is ('neck',)"),
         (["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
         (
