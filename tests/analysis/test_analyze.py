@@ -286,7 +286,7 @@ def test_one_sentence_says_what_is_wrong(run: Run) -> None:
 def test_networks_that_do_not_fit(run: Run) -> None:
     option, _ = run.training("trained")
     path = write_config(tiny_cfg("faster", *NINE), run.folder / "trained" / "student.yaml")
-    assert "does not fit GeneralizedRCNN" in run.fails(*option)
+    assert "does not fit the GeneralizedRCNN of its config" in run.fails(*option)
     model = outspoken_model("faster", *NINE)
     torch.save({"model": model.state_dict()}, path.parent / "model_final.pth")
     line = run.fails(*option)
