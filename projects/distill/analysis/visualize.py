@@ -310,6 +310,7 @@ def build(cfg: CfgNode) -> tuple[DistillModel, dict[str, DistillHead]]:
             f"MODEL.DISTILL.HEADS {tuple(heads)} has no figure; there are figures of "
             f"{', '.join(cls.__name__ for cls in GRIDS)}."
         )
+    assert isinstance(model, DistillModel), "it has heads"
     return model, drawn
 
 
