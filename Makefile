@@ -1,8 +1,10 @@
 # Paths are relative and quoted, and tools run as `python -m`: the folder's name may have spaces.
 
-# Version of the Python of .venv; for `make wheelhouse`, of the machine that the wheels are for.
-PYTHON ?= 3.11
-VENV_PYTHON := $(if $(filter wheelhouse,$(MAKECMDGOALS)),3.11,$(PYTHON))
+# Version of the Python of .venv, the newest of these that is there unless PYTHON names another. For
+# `make wheelhouse`, PYTHON is the version of the machine that the wheels are for.
+PYTHON ?=
+SUPPORTED := 3.13 3.12 3.11 3.10
+VENV_PYTHON := $(or $(if $(filter wheelhouse,$(MAKECMDGOALS)),,$(PYTHON)),$(SUPPORTED))
 SEEDS ?= 1
 CONTROL ?=
 ARGS ?=
@@ -22,7 +24,8 @@ help:
 	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
 	@echo "                                 collect all wheels for a machine without network"
 	@echo "make clean                       remove .venv, wheelhouse and caches; output stays"
-	@echo "demo, test, test-faults and lint first install what is missing into .venv (PYTHON=$(PYTHON))."
+	@echo "demo, test, test-faults and lint first install what is missing into .venv."
+	@echo "PYTHON=3.12 names the version of .venv (default: the newest of $(SUPPORTED) that is there)."
 
 demo: installed
 	.venv/bin/python -m distill demo --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
@@ -39,8 +42,8 @@ lint: installed
 	.venv/bin/python -m mypy
 
 wheelhouse: .venv/bin/python
-	$(PIP_INSTALL) --quiet setuptools
-	.venv/bin/python tools/make_wheelhouse.py --python $(PYTHON) --exclude $(EXCLUDE)
+	$(PIP_INSTALL) --quiet setuptools packaging
+	.venv/bin/python tools/make_wheelhouse.py $(addprefix --python ,$(PYTHON)) --exclude $(EXCLUDE)
 
 clean:
 	rm -rf .venv wheelhouse build projects/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -60,9 +63,12 @@ installed: .venv/.installed
 
 # Each candidate is run, because pyenv has commands for versions that it does not offer.
 .venv/bin/python:
-	@for python in python$(VENV_PYTHON) python3 python; do \
-	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
-	  [ "$$version" = "$(VENV_PYTHON)" ] && exec $$python -m venv .venv; \
+	@for wanted in $(VENV_PYTHON); do \
+	  for python in python$$wanted python3 python; do \
+	    version=$$($$python -c 'import ensurepip, sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	    [ "$$version" = "$$wanted" ] && exec $$python -m venv .venv; \
+	  done; \
 	done; \
-	echo "Python $(VENV_PYTHON) was not found: install python$(VENV_PYTHON) with its venv module." >&2; \
+	echo "None of these versions of Python was found: $(VENV_PYTHON). Install one with its venv" \
+	  "module." >&2; \
 	exit 1
