@@ -1,384 +1,73 @@
-"""Tiny networks and pictures that every test shares."""
+"""Fixtures of every test, and the checks of its marks.
 
-import copy
-import json
+A test that starts a Python process or runs a trainer is marked ``e2e``; one that takes more than a
+second of CPU is marked ``slow``. The first is enforced, the second is reported.
+"""
+
 import logging
+import multiprocessing.process
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import count
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
-from detectron2.modeling.box_regression import Box2BoxTransformLinear
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.engine import TrainerBase
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
 
-from distill import DistillModel
-from distill.config import get_distill_cfg, merge_from_list, student_config
-from distill.data.datasets import register_coco_format
-from distill.data.loader import TrainLoader
 from distill.data.shapes import SceneConfig, write_coco
-from distill.families import build_family
-from distill.heads import build_heads, teacher_needed
-from distill.heads.fpn import Level
-from distill.modeling.teacher import Teacher
-from distill.structures import Batch, NetworkInfo, NetworkOutputs
+from tests.support.trainings import Shapes
+
+SLOW = 1.0  # seconds of CPU
 
 
-def has_loopback() -> bool:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("e2e") is None:
+            forbid(patch, subprocess.Popen, "__init__", lambda *x: sys.executable in str(x[:1]))
+            forbid(patch, multiprocessing.process.BaseProcess, "start")
+            forbid(patch, TrainerBase, "train")
+        return (yield)
+
+
+def forbid(
+    patch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    when: Callable[..., bool] = lambda *args: True,
+) -> None:
+    """Let a test fail that calls a method with such arguments."""
+    method = getattr(owner, name)
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if when(*args):
+            pytest.fail(f"{owner.__name__}.{name} is called: mark the test `e2e`", pytrace=False)
+        return method(self, *args, **kwargs)
+
+    patch.setattr(owner, name, checked)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    start = sum(os.times()[:4])
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            socket.create_connection(server.getsockname(), timeout=5).close()
-    except OSError:
-        return False
-    return True
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu seconds", sum(os.times()[:4]) - start))
 
 
-needs_loopback = pytest.mark.skipif(not has_loopback(), reason="gloo needs a loopback interface")
-
-DENSE = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}
-FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE, "semantic")
-ARCHITECTURES = {
-    **DENSE,
-    "retinanet": "RetinaNet",
-    "semantic": "SemanticSegmentor",
-    "panoptic": "PanopticFPN",
-}
-DISTILL_ARCHITECTURES = {
-    **dict.fromkeys(DENSE, "DistillRetinaNet"),
-    "retinanet": "DistillRetinaNet",
-    "semantic": "DistillSemanticSegmentor",
-}
-NUM_CLASSES = 3
-CLASSES = ("circle", "square", "star")
-# The feature methods of others, which see no difference between families of detectors.
-FEATURE_HEADS = ("PKD", "MGD", "FGD", "FGFI", "DeFeat", "FRS", "FKD", "ReviewKD")
-HEADS = {
-    "faster": (
-        *("FitNet", "IMA", "MKD", "TID", "ROIKD", "DenseKD"),
-        *("CWD", "KD", "DKD", "MasKD", "LGD", *FEATURE_HEADS),
-    ),
-    "mask": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
-    "cascade": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
-    "panoptic": ("FitNet", "IMA", "MKD", "TID", "ROIKD", "MaskLogitKD", "DenseKD"),
-    "retinanet": (
-        *("FitNet", "IMA", "MKD", "TID", "DenseKD"),
-        *("CrossKD", "GID", "MasKD", "LGD", *FEATURE_HEADS),
-    ),
-    "fcos": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
-    "atss": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
-    "gfl": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD", "LD"),
-    "reppoints": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
-    "semantic": (
-        *("FitNet", "IMA", "MKD", "CWD", "CWDLogits", "PixelKD"),
-        *("SKD", "IFVD", "CIRKD", "MasKDLogits", "PKD", "MGD"),
-    ),
-}
-# A tiny student that can teach itself.
-PAFPN = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_pafpn_backbone")
-# Overrides for detectron2's own backbones, as narrow as they can be.
-_STOCK = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4)
-_STOCK += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 16)
-STOCK_FPN = (*_STOCK, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
-STOCK_P3_P7 = (
-    *(*_STOCK, "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
-    *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
-    *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
-    *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]),
-)
-# Layers that detectron2 initialises near zero.
-PREDICTORS = (
-    "box_predictor",
-    "mask_head.predictor",
-    "objectness_logits",
-    "anchor_deltas",
-    "head.cls_score",
-    "head.bbox_pred",
-    "head.cls_conv",
-    "head.init_conv",
-    "head.init_points",
-    "head.refine_conv",
-    "head.refine_points",
-)
-
-
-def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> CfgNode:
-    """A config of a few thousand parameters for one of :data:`FAMILIES`.
-
-    ``DATASETS.TRAIN`` is empty: nothing is registered, class names are unknown.
-    """
-    cfg = get_distill_cfg()
-    cfg.MODEL.META_ARCHITECTURE = ARCHITECTURES.get(family, "GeneralizedRCNN")
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.PIXEL_STD = [57.0, 57.0, 57.0]
-    cfg.MODEL.MASK_ON = family in ("mask", "cascade", "panoptic")
-    cfg.MODEL.BACKBONE.NAME = "build_shallow_resnet_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 10
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.NORM = norm
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = fpn
-    levels = ["p2", "p3", "p4", "p5", "p6"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]  # p2 ... p6
-    cfg.MODEL.RPN.IN_FEATURES = levels
-    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 30
-    cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads" if family == "cascade" else "StandardROIHeads"
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = levels[:4]
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 4
-    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = family == "cascade"
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
-    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
-    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 7
-    for name in ("RetinaNet", *DENSE.values()):
-        section = cfg.MODEL[name.upper()]
-        section.NUM_CLASSES = NUM_CLASSES
-        section.IN_FEATURES = levels
-        section.NUM_CONVS = 1
-        section.NORM = ""
-    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
-    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = levels[:4]
-    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = NUM_CLASSES + 1
-    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 8
-    cfg.MODEL.SEM_SEG_HEAD.NORM = ""
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    cfg.SEED = 0
-    merge_from_list(cfg, list(opts))
-    return cfg
-
-
-def tiny_model(
-    family: str, *opts: Any, seed: int = 0, training: bool = True, **kw: Any
-) -> nn.Module:
-    """A plain detectron2 network with random weights and FrozenBN, built from its own seed."""
-    torch.manual_seed(seed)
-    model = build_model(tiny_cfg(family, *opts, **kw))
-    return model.train(training)
-
-
-def outspoken_model(family: str, *opts: Any, seed: int = 0, **kw: Any) -> nn.Module:
-    """:func:`tiny_model` with larger weights in the predictors, so that two seeds disagree."""
-    model = tiny_model(family, *opts, seed=seed, **kw)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and any(x in name for x in PREDICTORS):
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def tiny_fcos(seed: int = 0, backbone: str = "build_shallow_resnet_fpn_backbone") -> nn.Module:
-    """detectron2's FCOS, which has no yaml, on P2 to P6 and with outspoken predictors."""
-    torch.manual_seed(seed)
-    neck = BACKBONE_REGISTRY.get(backbone)(tiny_cfg("retinanet"), ShapeSpec(channels=3))
-    levels = [f"p{k}" for k in range(2, 7)]
-    shapes = [neck.output_shape()[k] for k in levels]
-    model = FCOS(
-        backbone=neck,
-        head=FCOSHead(input_shape=shapes, num_classes=NUM_CLASSES, conv_dims=[16]),
-        head_in_features=levels,
-        box2box_transform=Box2BoxTransformLinear(normalize_by_size=True),
-        num_classes=NUM_CLASSES,
-        pixel_mean=[103.53, 116.28, 123.675],
-        pixel_std=[57.0, 57.0, 57.0],
-    )
-    for predictor in (model.head.cls_score, model.head.bbox_pred):
-        nn.init.normal_(predictor.weight, std=0.1)
-    return model.train()
-
-
-def network_info(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetworkInfo:
-    """What heads may know of a network."""
-    family, classes = build_family(model), tuple(classes)
-    return family.info(name, classes, (*classes, "background") if family.sem_seg_shape else ())
-
-
-def distilled(
-    family: str,
-    heads: Sequence[str],
-    *opts: Any,
-    student: nn.Module | None = None,
-    teacher: nn.Module | None = None,
-    teacher_classes: Sequence[str] = CLASSES,
-    teacher_format: str = "BGR",
-    **kw: Any,
-) -> DistillModel:
-    """A distilled student without any file; both networks default to :func:`outspoken_model`.
-
-    Args:
-        student: of ``family``; ``opts`` and ``kw`` then describe the heads only.
-        teacher: by default of the same config and another seed; none if no head needs one.
-    """
-    cfg = tiny_cfg(family, "MODEL.DISTILL.HEADS", tuple(heads), *opts, **kw)
-    student = student or outspoken_model(family, *opts, seed=0, **kw)
-    own = network_info("student", student)
-    architecture = META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))
-    if not teacher_needed(cfg):
-        built = build_heads(cfg, own, None)
-        return architecture(student=student, teacher=None, heads=built).train()
-    teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
-    return architecture(
-        student=student,
-        teacher=Teacher(build_family(teacher), input_format=teacher_format, student_format="BGR"),
-        heads=build_heads(cfg, own, network_info("teacher", teacher, teacher_classes)),
-    ).train()
-
-
-def distilled_from_itself(family: str, heads: Sequence[str], *opts: Any, **kw: Any) -> DistillModel:
-    """:func:`distilled` with a copy of the student for a teacher."""
-    student = outspoken_model(family, *opts, **kw)
-    return distilled(family, heads, *opts, student=student, teacher=copy.deepcopy(student), **kw)
-
-
-def feature_head(cls: Any, level: Level | None = None, channels: Any = (1, 1), **kw: Any) -> Any:
-    """A head of one level, P3 of both networks by default."""
-    return cls(levels=[level or Level("p3", "p3", 8, 8)], channels=[channels], **kw)
-
-
-def built_head(cls: Any, family: str, *opts: Any, teacher_channels: int = 16) -> Any:
-    """A head as the config of ``family`` describes it."""
-    student = network_info("student", tiny_model(family))
-    teacher = network_info("teacher", tiny_model(family, fpn=teacher_channels))
-    return cls(tiny_cfg(family, *opts), student, teacher)
-
-
-def outputs(
-    padded_size: tuple[int, int], instances: Sequence[Instances] = (), **features: Tensor
-) -> NetworkOutputs:
-    batch = Batch([{"instances": x} for x in instances], padded_size, list(instances))
-    return NetworkOutputs(batch, features=features)
-
-
-def kd_losses(
-    model: nn.Module, pictures: list[dict[str, Any]], iteration: int = 0
-) -> dict[str, Tensor]:
-    """The distillation losses of one training forward."""
-    prefixes = tuple(f"loss_{name.lower()}" for name in model.heads)
-    with EventStorage(iteration):
-        losses = model(pictures)
-    return {k: v for k, v in losses.items() if k.split("/")[0] in prefixes}
-
-
-def picture(
-    seed: int, height: int = 64, width: int = 64, objects: int = 2, semantic: bool = False
-) -> dict[str, Any]:
-    """One random ``batched_inputs`` entry with boxes, classes and masks that lack a corner."""
-    g = torch.Generator().manual_seed(seed)
-    low = torch.rand((objects, 2), generator=g) * torch.tensor([width * 0.5, height * 0.5])
-    size = 8 + torch.rand((objects, 2), generator=g) * torch.tensor([width * 0.4, height * 0.4])
-    boxes = torch.cat([low, torch.minimum(low + size, torch.tensor([width, height]))], 1)
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(boxes)
-    instances.gt_classes = torch.randint(NUM_CLASSES, (objects,), generator=g)
-    masks = torch.zeros((objects, height, width), dtype=torch.bool)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist()):
-        mask[y1:y2, x1:x2] = True
-        mask[y1 : (y1 + y2) // 2, x1 : (x1 + x2) // 2] = False
-    instances.gt_masks = BitMasks(masks)
-    image = torch.randint(0, 256, (3, height, width), generator=g).float()
-    entry = {"image": image, "instances": instances, "height": height, "width": width}
-    if semantic:
-        entry["sem_seg"] = torch.randint(NUM_CLASSES + 1, (height, width), generator=g)
-    return entry
-
-
-def semantic_pictures(patch: pytest.MonkeyPatch) -> None:
-    """Pictures with semantic labels, which the shapes in COCO format lack."""
-
-    def pictures(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
-        for k in count(self.batches.start):
-            batch = [picture(2 * k + i, 64, 80, semantic=True) for i in range(2)]
-            yield [{**x, "file_name": f"{k}-{i}.jpg"} for i, x in enumerate(batch)]
-
-    patch.setattr(TrainLoader, "__iter__", pictures)
-    patch.setattr("distill.engine.trainer.check_labels", lambda cfg, dicts: None)
-
-
-def train_net_rows(config: Path, folder: Path) -> list[dict[str, Any]]:
-    """Run train_net.py in ``folder``, which holds the data sets too; rows of out/metrics.json."""
-    run_train_net(config, folder)
-    return [json.loads(x) for x in (folder / "out" / "metrics.json").read_text().splitlines()]
-
-
-def run_train_net(config: Path, folder: Path, *options: str) -> str:
-    """What train_net.py prints in ``folder``, which holds the data sets too."""
-    tool = Path(__file__).resolve().parents[1] / "tools" / "train_net.py"
-    done = subprocess.run(
-        [sys.executable, str(tool), "--config-file", str(config), *options],
-        cwd=folder,
-        env={**os.environ, "DETECTRON2_DATASETS": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def write_teacher(folder: Path, family: str, *opts: Any, **kw: Any) -> list[Any]:
-    """Write a teacher's yaml and checkpoint; returns the overrides that name them."""
-    cfg = tiny_cfg(family, *opts, **kw)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "teacher.yaml").write_text(student_config(cfg).dump())
-    model = outspoken_model(family, *opts, seed=1, **kw)
-    torch.save({"model": model.state_dict()}, folder / "teacher.pth")
-    return [
-        *("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(folder / "teacher.yaml")),
-        *("MODEL.DISTILL.TEACHER.WEIGHTS", str(folder / "teacher.pth")),
-    ]
-
-
-def distill_opts(family: str, heads: Sequence[str]) -> list[Any]:
-    """Overrides that turn a plain config of ``family`` into its distillation."""
-    return [
-        *("MODEL.META_ARCHITECTURE", DISTILL_ARCHITECTURES.get(family, "DistillRCNN")),
-        *("MODEL.DISTILL.STUDENT_ARCHITECTURE", ARCHITECTURES.get(family, "GeneralizedRCNN")),
-        *("MODEL.DISTILL.HEADS", tuple(heads)),
-    ]
-
-
-def trainable_cfg(
-    family: str, shapes: tuple[str, str, str], output: Path, *opts: Any, **kw: Any
-) -> CfgNode:
-    """:func:`tiny_cfg` with the data of :func:`shapes`, registered, and a short schedule."""
-    cfg = tiny_cfg(family, **kw)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
-    for name in ("RetinaNet", *DENSE.values()):
-        cfg.MODEL[name.upper()].NUM_CLASSES = 8
-    cfg.DATASETS.COCO_FORMAT = (shapes,)
-    cfg.DATASETS.TRAIN = (shapes[0],)
-    cfg.INPUT.MIN_SIZE_TRAIN = (64, 80)
-    cfg.INPUT.MIN_SIZE_TEST = 64
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.SOLVER.IMS_PER_BATCH = 2
-    cfg.SOLVER.BASE_LR = 0.01
-    cfg.SOLVER.WARMUP_ITERS = 0
-    cfg.OUTPUT_DIR = str(output)
-    merge_from_list(cfg, list(opts))
-    register_coco_format(cfg)
-    return cfg
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.getreports("passed"):
+        seconds = dict(report.user_properties).get("cpu seconds", 0)
+        if report.when == "call" and seconds > SLOW and "slow" not in report.keywords:
+            terminalreporter.line(f"{seconds:.1f} s of CPU, mark it `slow`: {report.nodeid}")
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
     """A ``DATASETS.COCO_FORMAT`` triple: six scenes of 64 px with eight classes."""
     root = tmp_path_factory.mktemp("shapes")
     write_coco(root, "train", 6, config=SceneConfig(height=64, width=64, min_size=0.25))

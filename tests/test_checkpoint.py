@@ -14,14 +14,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import (
-    STOCK_FPN,
-    STOCK_P3_P7,
-    distill_opts,
-    picture,
-    trainable_cfg,
-    write_teacher,
-)
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 from detectron2.utils.env import seed_all_rng
@@ -31,6 +23,8 @@ from distill.checkpoint.save import StudentCheckpointer, StudentState, resumable
 from distill.engine import Trainer
 from distill.errors import CheckpointError, WeightsError
 from distill.launch.main import main
+from tests.support.networks import STOCK_FPN, STOCK_P3_P7, distill_opts, picture, write_config
+from tests.support.trainings import trainable_cfg, write_teacher
 
 EIGHT_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 FAMILIES = ("faster", "mask", "retinanet")
@@ -235,8 +229,9 @@ def test_trained_student_needs_no_teacher(
     opts = [*distill_opts("faster", ["FitNet"]), *teacher, "SOLVER.MAX_ITER", 1]
     opts += ["DATASETS.TEST", (shapes[0],), "INPUT.MAX_SIZE_TEST", 64]
     opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
-    config = tmp_path / "config.yaml"
-    config.write_text(trainable_cfg("faster", shapes, tmp_path / "output", *opts).dump())
+    config = write_config(
+        trainable_cfg("faster", shapes, tmp_path / "output", *opts), tmp_path / "config.yaml"
+    )
     command = ["--config-file", str(config)]
     assert main(command) == 0
     final = tmp_path / "output" / "model_final.pth"

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
 
 import distill
 from distill import cli
 from distill.config import find_config, teacher_config
 from distill.errors import ConfigError
 from distill.launch.termination import run_command
+from tests.support.networks import tiny_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("analysis", "doctor", "experiments", "launch")
@@ -194,13 +194,13 @@ def test_a_teacher_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     cfg = tiny_cfg("faster")
     node = cfg.MODEL.DISTILL.TEACHER
-    node.CONFIG_FILE = "COCO-Detection/gfl_R_50_FPN_1x.yaml"
+    node.CONFIG_FILE = "COCO-Detection/gfl_R_50_FPN.yaml"
     assert teacher_config(cfg).MODEL.META_ARCHITECTURE == "GFL"
     # In the model zoo, too, whose weights are those of a trained teacher.
     node.CONFIG_FILE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
     assert teacher_config(cfg).MODEL.WEIGHTS.endswith("model_final_bfca0b.pkl")
     node.CONFIG_FILE = "COCO-Detection/gfl_R_5.yaml"
-    with pytest.raises(ConfigError, match=r"TEACHER.CONFIG_FILE .* model zoo.*gfl_R_50_FPN_1x"):
+    with pytest.raises(ConfigError, match=r"TEACHER.CONFIG_FILE .* model zoo.*gfl_R_50_FPN"):
         teacher_config(cfg)
 
 
@@ -228,7 +228,7 @@ if __name__ == "__main__":
 def test_the_package_trains_anywhere(tmp_path: Path, shapes: tuple[str, str, str]) -> None:
     """By a config's name, and with a user's own trainer."""
     (tmp_path / "own.py").write_text(TRAINER)
-    name = "quick/faster_rcnn_student.yaml"
+    name = "Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml"
     opts = ["SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0]
     opts += ["DATASETS.COCO_FORMAT", [shapes], "DATASETS.TRAIN", (shapes[0],)]
     opts += ["DATASETS.TEST", (shapes[0],), "OUTPUT_DIR", "out"]

@@ -245,6 +245,8 @@ def test_a_network_is_built(
     )
     # Heads that compare anchors see their shapes; that the values agree is asserted below.
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, device="cpu"))
+    for name in ("normal_", "uniform_"):  # torch takes its time to change nothing
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *args, **kw: x)
     cfg = load(path)
     validate_config(cfg)
     cfg.MODEL.DEVICE = "meta"
@@ -335,6 +337,8 @@ def test_a_quick_config_trains_a_step(
             model = build_model(student_config(teacher_config(load(path))))
             torch.save({"model": model.state_dict()}, opts[-1])
     trainer = Trainer(setup_config(str(path), opts))
+    save = torch.save  # only an empty file: the whole one has up to 170 MB
+    monkeypatch.setattr(torch, "save", lambda content, *args, **kw: save({}, *args, **kw))
     batch: list[dict[str, Any]] = []
     trainer.model.register_forward_pre_hook(lambda _, args: batch.extend(args[0]))
     trainer.train()

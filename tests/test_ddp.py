@@ -1,15 +1,10 @@
 """Two processes give the gradients of one with the joint batch, and wait for each other."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import PAFPN, distilled, kd_losses, needs_loopback, outspoken_model, picture
 from detectron2.engine import create_ddp_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -17,11 +12,11 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from distill import DistillModel
+from tests.support.networks import PAFPN, distilled, kd_losses, outspoken_model, picture
+from tests.support.processes import WORLD, needs_loopback, spawn
 
 pytestmark = needs_loopback
 
-WORLD = 2
-TIMEOUT = 60  # seconds
 MKD_UNMASKED = ("MODEL.DISTILL.MKD.MASK_RATIO", 0.0)
 CASES = {
     "FitNet": ("mask", ("FitNet",), ()),
@@ -49,28 +44,6 @@ CASES = {
 }
 NEED_OBJECTS = ("MaskLogitKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")
 OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # by rank
-
-
-def spawn(worker: Callable[..., None], folder: Path) -> None:
-    """Run ``worker(rank, folder)`` in two gloo processes; one that hangs is an error."""
-    context = mp.spawn(_join, args=(worker, folder), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"{worker.__name__} hangs"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
-def _join(rank: int, worker: Callable[..., None], folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "rendezvous"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    try:
-        worker(rank, folder)
-    finally:
-        dist.destroy_process_group()
 
 
 # ---- Gradients.

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
 
 from distill.config import detectron2_rules
 from distill.config import detectron2_values as values
 from distill.config.detectron2_values import NAME_RULES, channels, named_in, texts_in
 from distill.config.validate import check_values
 from distill.errors import ConfigError
+from tests.support.networks import tiny_cfg
 
 READERS = {
     "DATALOADER.SAMPLER_TRAIN": values._train_loader_from_config,

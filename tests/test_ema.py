@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import trainable_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -17,6 +16,7 @@ from distill.config import student_config, validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
 from distill.solver.ema import EMAHook
+from tests.support.trainings import trainable_cfg
 
 Shapes = tuple[str, str, str]
 

@@ -11,47 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.utils import comm
 
-from distill.launch.main import main
+from tests.support.trainings import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADS = ("IMA", "ROIKD")
 Shapes = tuple[str, str, str]
-
-
-class Run:
-    """A distillation that would train, to be spoilt by overrides or by files.
-
-    Args:
-        folder: of the config, the teacher and the output.
-        shapes: ``DATASETS.COCO_FORMAT`` triple.
-        capsys: captures what the user sees.
-    """
-
-    def __init__(self, folder: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]):
-        self.folder, self.capsys = folder, capsys
-        self.output = folder / "output"
-        self.teacher = folder / "teacher.pth"
-        self.config = folder / "config.yaml"
-        opts = [*distill_opts("faster", HEADS), *self.write_teacher(), "SOLVER.MAX_ITER", 1]
-        self.config.write_text(trainable_cfg("faster", shapes, self.output, *opts).dump())
-
-    def write_teacher(self, family: str = "faster", *opts: Any, **kw: Any) -> list[Any]:
-        classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
-        return write_teacher(self.folder, family, *classes, *opts, **kw)
-
-    def __call__(self, *opts: str) -> int:
-        return main(["--config-file", str(self.config), *opts])
-
-    def fails(self, *opts: str) -> str:
-        """The one line on stderr."""
-        assert self(*opts) == 2
-        (line,) = self.capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        assert not list(self.folder.rglob("model_*.pth"))
-        return line
 
 
 @pytest.fixture

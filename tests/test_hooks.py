@@ -11,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
-from test_resume import Interrupted, Interruption, differences
 
 from distill.engine import Trainer
 from distill.engine.hooks import BestCheckpointHook, LossHealthHook, median_of_nonzero
 from distill.heads import DistillHead
+from tests.support.networks import distill_opts
+from tests.support.trainings import (
+    Interrupted,
+    Interruption,
+    differences,
+    trainable_cfg,
+    write_teacher,
+)
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
 Shapes = tuple[str, str, str]

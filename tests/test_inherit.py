@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, tiny_model, trainable_cfg, write_teacher
 
 from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
 from distill.modeling.init_from_teacher import init_from_teacher
+from tests.support.networks import distill_opts, tiny_model
+from tests.support.trainings import trainable_cfg, write_teacher
 
 STATE = "backbone.bottom_up.", "backbone."
 

@@ -8,23 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    CLASSES,
-    DENSE,
-    FAMILIES,
-    HEADS,
-    STOCK_P3_P7,
-    distill_opts,
-    distilled,
-    distilled_from_itself,
-    kd_losses,
-    outspoken_model,
-    picture,
-    tiny_cfg,
-    tiny_model,
-    trainable_cfg,
-    write_teacher,
-)
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
@@ -43,6 +26,22 @@ from distill.engine.trainer import train_mapper
 from distill.errors import ConfigError
 from distill.families import build_family
 from distill.structures import NetworkOutputs
+from tests.support.networks import (
+    CLASSES,
+    DENSE,
+    FAMILIES,
+    HEADS,
+    STOCK_P3_P7,
+    distill_opts,
+    distilled,
+    distilled_from_itself,
+    kd_losses,
+    outspoken_model,
+    picture,
+    tiny_cfg,
+    tiny_model,
+)
+from tests.support.trainings import trainable_cfg, write_teacher
 
 # Without what a head learns beside the student.
 UNLEARNED = ("MODEL.DISTILL.CIRKD.PIXEL_WEIGHT", 0.0, "MODEL.DISTILL.CIRKD.REGION_WEIGHT", 0.0)

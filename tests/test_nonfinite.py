@@ -4,7 +4,7 @@ import copy
 import enum
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    distill_opts,
-    needs_loopback,
-    trainable_cfg,
-    write_teacher,
-)
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import (
     BitMasks,
     Boxes,
@@ -31,109 +23,41 @@ from detectron2.structures import (
 )
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage, get_event_storage
-from test_ddp import spawn
-from test_resume import Interrupted, Interruption, differences
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from distill.checkpoint.save import StudentState
 from distill.config import get_distill_cfg
-from distill.data.loader import TrainLoader
 from distill.engine import Trainer
 from distill.engine.nonfinite import FiniteGuard, from_plain, says_nonfinite, to_plain
 from distill.engine.train_loop import TrainLoop
 from distill.errors import NumericalError
 from distill.heads.fitnet import FitNet
 from distill.launch.main import main
+from tests.support.networks import write_config
+from tests.support.nonfinite import (
+    AT,
+    FAULTS,
+    BadGradient,
+    Teachers,
+    config,
+    infinite,
+    nan,
+    reproducer,
+    spoil,
+    spoil_picture,
+    spoilt_teacher,
+    stopped,
+    write_teachers,
+)
+from tests.support.processes import needs_loopback, spawn
+from tests.support.trainings import (
+    Interrupted,
+    Interruption,
+    differences,
+)
 
-AT, LAST = 2, 4  # iteration of the fault, number of iterations
-HEADS = {
-    "faster": ("FitNet", "IMA"),
-    "retinanet": ("FitNet", "DenseKD"),
-    "mask": ("FitNet", "MaskLogitKD"),
-    "semantic": ("FitNet", "IMA", "CIRKD"),
-}
-CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 Shapes = tuple[str, str, str]
-Teachers = dict[str, list[Any]]
-Change = Callable[[Tensor], Tensor]
-
-
-class BadGradient(torch.autograd.Function):
-    """The identity, whose gradient is not finite."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * math.nan
-
-
-def spoil(
-    patch: pytest.MonkeyPatch,
-    method: str,
-    owner: type,
-    loss: str,
-    change: Change,
-    at: Iterable[int] = (AT,),
-) -> None:
-    """Let a method, which returns losses by name, change one of them at some iterations."""
-    original, iterations = getattr(owner, method), set(at)
-
-    def spoilt(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        losses = dict(original(self, *args, **kwargs))
-        if get_event_storage().iter in iterations:
-            losses[loss] = change(losses[loss])
-        return losses
-
-    patch.setattr(owner, method, spoilt)
-
-
-def spoil_picture(patch: pytest.MonkeyPatch, at: Iterable[int] = (AT,)) -> None:
-    """Let the second picture of some batches have a pixel that is not finite."""
-    original, iterations = TrainLoader.__iter__, set(at)
-
-    def spoilt(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
-        for k, batch in enumerate(original(self), self.batches.start):
-            if k in iterations:
-                image = batch[1]["image"].float()
-                image[1, 20, 30] = math.nan
-                batch[1]["image"] = image
-            yield batch
-
-    patch.setattr(TrainLoader, "__iter__", spoilt)
-
-
-def nan(x: Tensor) -> Tensor:
-    return x * math.nan
-
-
-def infinite(x: Tensor) -> Tensor:
-    return x + math.inf
-
-
-# By name: the family, what goes wrong, and what the message says of it.
-FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], str]] = {
-    "task loss": (
-        "faster",
-        lambda patch: spoil(patch, "losses", FastRCNNOutputLayers, "loss_cls", nan),
-        "loss_cls is nan",
-    ),
-    "level of a distillation loss": (
-        "faster",
-        lambda patch: spoil(patch, "losses", FitNet, "p3", infinite),
-        "loss_fitnet/p3 is inf",
-    ),
-    "gradient": (
-        "faster",
-        lambda patch: spoil(patch, "losses", FitNet, "p3", BadGradient.apply),
-        "the gradient of loss_fitnet/p3 in student.backbone.fpn_output3.weight and ",
-    ),
-    "picture": ("retinanet", spoil_picture, "loss_cls is nan, loss_box_reg is nan, "),
-    "proposals": ("faster", spoil_picture, "Predicted boxes or scores contain Inf/NaN. Training"),
-}
 
 
 class Watch(HookBase):
@@ -160,43 +84,9 @@ def pictures_of(trainer: Any) -> list[str]:
     return [x["file_name"] for x in trainer._trainer.guard._batch]
 
 
-def write_teachers(folder: Path) -> Teachers:
-    torch.set_num_threads(1)
-    return {family: write_teacher(folder / family, family, *CLASSES) for family in HEADS}
-
-
-def spoilt_teacher(folder: Path, family: str) -> list[Any]:
-    """One whose P3 is infinite."""
-    opts = write_teacher(folder, family, *CLASSES)
-    weights = torch.load(folder / "teacher.pth", weights_only=True)
-    weights["model"]["backbone.fpn_output3.bias"][0] = math.inf
-    torch.save(weights, folder / "teacher.pth")
-    return opts
-
-
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
     return write_teachers(tmp_path_factory.mktemp("teachers"))
-
-
-def config(
-    family: str, shapes: Shapes, teachers: Teachers, output: Path, *opts: Any, **kw: Any
-) -> CfgNode:
-    distillation = (*distill_opts(family, HEADS[family]), *teachers[family])
-    schedule = ("SOLVER.MAX_ITER", LAST, "SOLVER.WARMUP_ITERS", 3)
-    return trainable_cfg(family, shapes, output, *distillation, *schedule, *opts, norm="BN", **kw)
-
-
-def stopped(cfg: CfgNode, *hooks: HookBase) -> tuple[Trainer, str]:
-    """Train until the error; returns its message."""
-    trainer = Trainer(cfg, hooks)
-    with pytest.raises(NumericalError) as error:
-        trainer.train()
-    return trainer, str(error.value)
-
-
-def reproducer(output: Path, iteration: int = AT, rank: int = 0) -> Path:
-    return output / "nonfinite" / f"iteration_{iteration:07d}_rank_{rank}.pth"
 
 
 # ---- Stopping.
@@ -245,8 +135,9 @@ def test_the_command_line_says_it_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     FAULTS["gradient"][1](monkeypatch)
-    path = tmp_path / "config.yaml"
-    path.write_text(config("faster", shapes, teachers, tmp_path / "out").dump())
+    path = write_config(
+        config("faster", shapes, teachers, tmp_path / "out"), tmp_path / "config.yaml"
+    )
     capsys.readouterr()
     assert main(["--config-file", str(path)]) == 2
     output = capsys.readouterr()

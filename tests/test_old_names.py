@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage
-from test_resume import Interrupted, Interruption, differences, train
 
 from distill.config import get_distill_cfg, merge_from_file, merge_from_list
 from distill.engine import Trainer, hooks
@@ -19,6 +17,15 @@ from distill.errors import WeightsError
 from distill.heads import DISTILL_HEAD_REGISTRY
 from distill.solver import ema
 from distill.utils.old_names import HEADS, HOOKS, LOSSES, with_renamed_keys
+from tests.support.networks import distill_opts
+from tests.support.trainings import (
+    Interrupted,
+    Interruption,
+    differences,
+    train,
+    trainable_cfg,
+    write_teacher,
+)
 
 Shapes = tuple[str, str, str]
 

@@ -1,8 +1,6 @@
 """What the README shows works as it stands there."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from detectron2.modeling import build_model
 
 from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.data.shapes import SceneConfig, write_coco
+from tests.support.processes import call, script
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,8 +24,8 @@ def blocks(language: str) -> list[str]:
 def test_the_example_of_a_head_trains(tmp_path: Path) -> None:
     (example,) = (b for b in blocks("python") if "DISTILL_HEAD_REGISTRY" in b)
     assert len(example.splitlines()) <= 30
-    script = tmp_path / "cosine.py"
-    script.write_text(example)
+    path = tmp_path / "cosine.py"
+    path.write_text(example)
     for split in ("train", "val"):
         write_coco(tmp_path / "shapes", split, 4, 0, SceneConfig(height=64, width=64))
     config = ROOT / "configs" / "quick" / "faster_rcnn_distilled.yaml"
@@ -49,10 +48,8 @@ def test_the_example_of_a_head_trains(tmp_path: Path) -> None:
         "SOLVER.IMS_PER_BATCH": 2,
         "OUTPUT_DIR": str(tmp_path / "out"),
     }
-    command = [sys.executable, str(script), "--config-file", str(config)]
-    for key, value in opts.items():
-        command += [key, str(value)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    argv = ["--config-file", str(config), *(str(x) for pair in opts.items() for x in pair)]
+    done = call(script, path, argv, ROOT, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     logged = (tmp_path / "out" / "metrics.json").read_text()
     assert "loss_cosine/p2" in logged and "kd_ratio/cosine/p2" in logged

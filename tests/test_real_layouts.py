@@ -1,15 +1,17 @@
-"""train_net.py with detectron2's own loaders and evaluators, on shapes in the real layouts."""
+"""The command line with detectron2's own loaders and evaluators, on shapes in the real layouts."""
 
+import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import distill_opts, run_train_net, tiny_cfg, train_net_rows, write_teacher
 
 from distill.data.shapes import LAYOUTS, SceneConfig
+from distill.launch.main import main
+from tests.support.networks import distill_opts, tiny_cfg, write_config
+from tests.support.trainings import write_teacher
 
-# family, layout, folder below $DETECTRON2_DATASETS, splits, test set, a metric, further options
+# family, layout, folder below ./datasets, splits, test set, a metric, further options
 CASES = {
     "cityscapes instances": (
         *("mask", "cityscapes", "cityscapes", ("train", "val")),
@@ -32,17 +34,16 @@ DISTILLED = {
 }
 
 
-def write_config(folder: Path, family: str, opts: list[Any]) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(tiny_cfg(family, *opts, norm="BN").dump())
-    return path
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_train_and_evaluate(case: str, tmp_path: Path) -> None:
+def test_train_and_evaluate(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     family, layout, folder, splits, data, metric, classes = CASES[case]
     for split in splits:
-        LAYOUTS[layout](tmp_path / folder, split, 3, 0, SceneConfig(height=96, width=96))
+        LAYOUTS[layout](
+            tmp_path / "datasets" / folder, split, 3, 0, SceneConfig(height=96, width=96)
+        )
     train = "trainval" if layout == "voc" else splits[0]  # VOC lists train and val together too
     opts = [
         *("DATASETS.TRAIN", (data.format(train),), "DATASETS.TEST", (data.format(splits[1]),)),
@@ -53,8 +54,11 @@ def test_train_and_evaluate(case: str, tmp_path: Path) -> None:
     if case in DISTILLED:
         opts += distill_opts(family, DISTILLED[case])
         opts += write_teacher(tmp_path / "teacher", family, *classes, fpn=24)
-    config = write_config(tmp_path, family, opts)
-    last = max(train_net_rows(config, tmp_path), key=lambda row: row["iteration"])
+    config = write_config(tiny_cfg(family, *opts, norm="BN"), tmp_path / "config.yaml")
+    command = ["--config-file", str(config)]
+    assert main(command) == 0
+    rows = map(json.loads, (tmp_path / "out" / "metrics.json").read_text().splitlines())
+    last = max(rows, key=lambda row: row["iteration"])
     assert metric in last
     for head in DISTILLED.get(case, ()):
         assert sum(v for k, v in last.items() if k.split("/")[0] == f"loss_{head.lower()}") > 0
@@ -62,6 +66,7 @@ def test_train_and_evaluate(case: str, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "teacher")
         weights = ("MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
         shutil.rmtree(tmp_path / "out" / "inference")
-        printed = run_train_net(config, tmp_path, "--eval-only", *weights)
-        assert f"copypaste: {last[metric]:.4f}" in printed
+        capsys.readouterr()
+        assert main([*command, "--eval-only", *weights]) == 0
+        assert f"copypaste: {last[metric]:.4f}" in capsys.readouterr().out
         assert (tmp_path / "out" / "inference").is_dir()

@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, needs_loopback, semantic_pictures, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
-from detectron2.utils.env import seed_all_rng
 
 from distill.engine import Trainer
 from distill.launch.main import main
+from tests.support.networks import distill_opts, write_config
+from tests.support.processes import call, needs_loopback, with_forks
+from tests.support.trainings import (
+    Interrupted,
+    Interruption,
+    Shapes,
+    differences,
+    semantic_pictures,
+    train,
+    trainable_cfg,
+    write_teacher,
+)
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 HEADS = {
@@ -22,22 +31,6 @@ HEADS = {
     "semantic": ("IMA", "CIRKD", "MasKDLogits"),
 }
 LAST = 6  # iterations
-Shapes = tuple[str, str, str]
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Interruption(HookBase):
-    """Ends the run before an iteration, as a crash would."""
-
-    def __init__(self, iteration: int):
-        self.iteration = iteration
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.iteration:
-            raise Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +47,6 @@ def config(
     warmup = ("MODEL.DISTILL.IMA.WARMUP_ITERS", 4)
     opts = (*distillation, *teachers[family], *schedule, *warmup, *opts)
     return trainable_cfg(family, shapes, output, *opts, norm="BN")
-
-
-def train(cfg: CfgNode, *hooks: HookBase, resume: bool = False, seed: int = 3) -> dict[str, Any]:
-    """Train; ``seed`` is the global one, which a resumed process has no reason to share."""
-    seed_all_rng(seed)
-    trainer = Trainer(cfg, hooks)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-
-
-def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Paths at which two checkpoints differ in a bit."""
-    if isinstance(a, torch.Tensor):
-        return [] if torch.equal(a, b) else [where]
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        return [x for k in a for x in differences(a[k], b[k], f"{where}.{k}")]
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        return [x for k in range(len(a)) for x in differences(a[k], b[k], f"{where}.{k}")]
-    return [] if a == b else [where]
 
 
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -167,9 +138,11 @@ def test_resume_on_another_number_of_processes(
     """Two processes train 4 of 8 iterations; one goes on at the same place of the same data."""
     opts = ("SOLVER.IMS_PER_BATCH", 2, "DATASETS.TEST", ())
     cfg = config("faster", shapes, teachers, tmp_path / "run", *opts)
-    (tmp_path / "config.yaml").write_text(cfg.dump())
+    write_config(cfg, tmp_path / "config.yaml")
     command = ["--config-file", str(tmp_path / "config.yaml")]
-    assert main([*command, "--num-gpus", "2", "SOLVER.MAX_ITER", "4"]) == 0
+    argv = [*command, "--num-gpus", "2", "SOLVER.MAX_ITER", "4"]
+    done = call(with_forks, main, argv, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     saved = torch.load(tmp_path / "run/model_final.pth", weights_only=True)
     assert saved["trainer"]["world_size"] == 2
     assert main([*command, "--resume", "SOLVER.MAX_ITER", "8"]) == 0

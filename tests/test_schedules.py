@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_cfg
 from torch import nn
 
 from distill.solver.lr_scheduler import build_lr_scheduler
+from tests.support.networks import tiny_cfg
 
 
 def rates(*opts: Any) -> list[float]:

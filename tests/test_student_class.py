@@ -1,7 +1,6 @@
 """Architectures are judged by their class: a user's own one is like the one that it extends."""
 
 import pytest
-from conftest import tiny_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, SemanticSegmentor
 
 from distill.config import student_class, validate_config
@@ -10,6 +9,7 @@ from distill.data.datasets import check_labels, number_of_classes
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
 from distill.nets import GFL
+from tests.support.networks import tiny_cfg
 
 
 class MyRCNN(GeneralizedRCNN):

@@ -21,6 +21,8 @@ ROOMS = (  # folders and files that follow the rules
     "tests/losses",
     "tests/nets",
     "tests/evaluation",
+    "tests/families",
+    "tests/heads",
     "tests/test_style.py",
 )
 BANNED = {

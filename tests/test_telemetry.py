@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, distilled, picture, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import differences
 from torch import Tensor
 
 from distill.engine import Trainer
 from distill.engine.hooks import KDRatioHook, TelemetryHook, memory_mb
 from distill.engine.telemetry import gradient_cosines, head_of
 from distill.engine.train_loop import seed_step
+from tests.support.networks import distill_opts, distilled, picture
+from tests.support.trainings import differences, trainable_cfg, write_teacher
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
 Shapes = tuple[str, str, str]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_errors import Run
-from test_weights import PICKLES, zipped
+
+from tests.support.pickles import PICKLES, zipped
+from tests.support.trainings import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 Shapes = tuple[str, str, str]

@@ -1,7 +1,6 @@
 """Weights are read safely and strictly: whatever a file holds, it is not executed."""
 
 import contextlib
-import io
 import os
 import pickle
 import re
@@ -9,7 +8,6 @@ import subprocess
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import yaml
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from distill.checkpoint.load import SafeCheckpointer, file_hash, load_strictly, readable
 from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.errors import CheckpointError, WeightsError
+from tests.support.pickles import CALLS, PICKLES, Call, touch, toy, zipped
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def toy(fill: float = 0.0) -> nn.Module:
-    """A layer whose ``weight (2, 3)`` and ``bias (2,)`` are ``fill``."""
-    layer = nn.Linear(3, 2)
-    for parameter in layer.parameters():
-        nn.init.constant_(parameter, fill)
-    return layer
 
 
 def arrays(fill: float = 7.0) -> dict[str, np.ndarray]:
@@ -213,83 +203,12 @@ def test_the_recipe_for_resnet_18(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- What is executed: nothing.
 
 
-class Call:
-    """Pickled as a call of ``function``."""
-
-    def __init__(self, function: Any, *args: Any):
-        self.call = (function, args)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def touch(marker: Path) -> str:
-    return f"touch {marker}"
-
-
-def python(marker: Path) -> str:
-    return f"open({str(marker)!r}, 'w')"
-
-
-def evil_file(marker: Path) -> str:
-    path = marker.with_suffix(".npy")
-    path.write_bytes(pickle.dumps(Call(os.system, touch(marker))))
-    return str(path)
-
-
-def evil_storage(marker: Path) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(Call(os.system, touch(marker)), buffer)
-    return buffer.getvalue()
-
-
-def by_name(module: str, name: str, argument: str) -> bytes:
-    """A call by ``STACK_GLOBAL``, which also finds attributes of attributes."""
-    names = b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in (module, name))
-    text = b"X" + len(argument).to_bytes(4, "little") + argument.encode()
-    return b"\x80\x04" + names + b"\x93" + text + b"\x85R."
-
-
-# Each creates the marker where it is executed.
-CALLS: dict[str, Callable[[Path], Call]] = {
-    "os.system": lambda m: Call(os.system, touch(m)),
-    "eval": lambda m: Call(eval, python(m)),
-    "exec": lambda m: Call(exec, python(m)),
-    "subprocess": lambda m: Call(subprocess.check_call, ["touch", str(m)]),
-    "open": lambda m: Call(io.open, str(m), "w"),
-    "partial": lambda m: Call(partial(os.system, touch(m))),
-    "numpy.load": lambda m: Call(np.load, evil_file(m), None, True),
-    "pickle.loads": lambda m: Call(pickle.loads, pickle.dumps(Call(os.system, touch(m)))),
-    "torch.load": lambda m: Call(partial(torch.load, weights_only=False), evil_file(m)),
-    "torch's storage": lambda m: Call(torch.storage._load_from_bytes, evil_storage(m)),
-    "yaml": lambda m: Call(yaml.unsafe_load, f"!!python/object/apply:os.system ['{touch(m)}']"),
-}
-PICKLES: dict[str, Callable[[Path], bytes]] = {
-    **{name: lambda m, call=call: pickle.dumps(call(m), 2) for name, call in CALLS.items()},
-    "protocol 0": lambda m: f"cposix\nsystem\n(S'{touch(m)}'\ntR.".encode(),
-    "INST": lambda m: f"(S'{touch(m)}'\niposix\nsystem\n.".encode(),
-    "OBJ": lambda m: f"(cposix\nsystem\nS'{touch(m)}'\no.".encode(),
-    "our own module": lambda m: by_name("distill.checkpoint.load", "os.system", touch(m)),
-    "a module that is known": lambda m: by_name("numpy", "f2py.os.system", touch(m)),
-}
-
-
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_pickle_works_where_pickles_are_executed(name: str, tmp_path: Path) -> None:
     """So that the tests below could fail."""
     with contextlib.suppress(pickle.UnpicklingError, RuntimeError):  # afterwards
         pickle.loads(PICKLES[name](tmp_path / "marker"))
     assert (tmp_path / "marker").exists()
-
-
-def zipped(data: bytes, path: Path) -> None:
-    """A checkpoint in torch's zip format whose pickle is ``data``."""
-    torch.save({"model": toy(7).state_dict()}, path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, data if name.endswith("data.pkl") else content)
 
 
 def test_a_forged_zip_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Train or evaluate a plain or distilled detectron2 model.
 
-    python tools/train_net.py --config-file configs/quick/demo_distilled.yaml [KEY VALUE ...]
+    python tools/train_net.py --config-file FILE [KEY VALUE ...]
 
 `distill train` does the same. Copy this file to change the training, as detectron2's own script:
 the trainer is a subclass of detectron2's DefaultTrainer.

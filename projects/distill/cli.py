@@ -50,7 +50,7 @@ HELP = """usage: distill COMMAND [--help] ...
 
 `distill COMMAND --help` lists the options of a command. As in detectron2, a config is given by
 --config-file FILE KEY VALUE ...; FILE may be the name of a config of this package, such as
-quick/faster_rcnn_student.yaml.
+Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml.
 
 Exit codes: 0; 1 if a check found something, or after the traceback of a bug; 2 after one sentence
 on stderr that says what to change; 130 and 143 after SIGINT and SIGTERM."""

@@ -229,10 +229,10 @@ class NetworkInfo:
         sem_seg_classes: class names in the order of the semantic head's logits.
         shallow: names of the features that have a shallow map in ``NetworkOutputs.shallow``.
         dense: layout of the dense head; None without such a head.
-        last_layers: function that returns the last layers of the dense head; None if the network
-            has no ``head_features``. Its argument is the number of convolutions of each subnet to
-            keep. The layers turn maps before an activation, one list of levels per subnet, into
-            (N, R, D) predictions, one tensor per output of the head.
+        last_layers: function that returns the last layers of the dense head, given the number of
+            convolutions of each subnet to keep. The layers turn maps before an activation, one list
+            of levels per subnet, into (N, R, D) predictions, one tensor per output of the head.
+            None if the network has no ``head_features``.
         box_in_features: names of the features from which an R-CNN crops its boxes.
         use_sigmoid_ce: True if an R-CNN scores its boxes by sigmoids.
         detector_levels: names of the features that ``detector_losses`` reads, finest first.

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import outspoken_model, tiny_cfg, trainable_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
@@ -19,6 +18,8 @@ from distill.config import student_config
 from distill.data.shapes import CLASSES
 from distill.engine import evaluate
 from distill.evaluation.coco_errors import CURVES
+from tests.support.networks import outspoken_model, tiny_cfg, write_config
+from tests.support.trainings import trainable_cfg
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -72,7 +73,7 @@ class Run:
         """Write an OUTPUT_DIR of random weights; returns the option and the config."""
         cfg = trainable_cfg(architecture, self.shapes, self.folder / name, *EIGHT)
         (self.folder / name).mkdir()
-        (self.folder / name / file).write_text(student_config(cfg).dump())
+        write_config(student_config(cfg), self.folder / name / file)
         model = outspoken_model(architecture, *EIGHT)
         torch.save({"model": model.state_dict()}, self.folder / name / "model_final.pth")
         return ["--model", name, str(self.folder / name)], cfg
@@ -154,7 +155,7 @@ def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: Non
         assert report["pictures"][1]["f1"] == pytest.approx({"a": 1, "b": f1, "c": 1})
     assert run(*models[0], *models[2]) == 0
     report, page = run.report()
-    assert report["pictures"] == [] and "There is no such picture" in " ".join(page.texts)
+    assert report["pictures"] == [] and "There is no such image" in " ".join(page.texts)
     # Of equal differences, the picture with more objects; a low score counts as missed.
     faint = run.predictions("b", lambda x: {**x, "score": 0.3})
     assert run(*models[0], *faint, "--pictures", "1") == 0
@@ -284,8 +285,7 @@ def test_one_sentence_says_what_is_wrong(run: Run) -> None:
 
 def test_networks_that_do_not_fit(run: Run) -> None:
     option, _ = run.training("trained")
-    path = run.folder / "trained" / "student.yaml"
-    path.write_text(tiny_cfg("faster", *NINE).dump())
+    path = write_config(tiny_cfg("faster", *NINE), run.folder / "trained" / "student.yaml")
     assert "does not fit GeneralizedRCNN" in run.fails(*option)
     model = outspoken_model("faster", *NINE)
     torch.save({"model": model.state_dict()}, path.parent / "model_final.pth")
@@ -297,7 +297,7 @@ def test_networks_that_do_not_fit(run: Run) -> None:
     assert "--model b: " in line and "neither student.yaml" in line
     (path.parent / "model_final.pth").unlink()
     assert "there is no file" in run.fails(*option)
-    path.write_text(tiny_cfg("semantic", *NINE).dump())
+    write_config(tiny_cfg("semantic", *NINE), path)
     torch.save({"model": outspoken_model("semantic").state_dict()}, path.parent / "model_final.pth")
     assert "SemanticSegmentor detects no boxes" in run.fails(*option)
 

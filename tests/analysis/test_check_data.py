@@ -1,16 +1,16 @@
 """Test that `distill check-data` lists all issues at once, for any content of the files."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import trainable_cfg
 from PIL import Image
 
 from distill import cli
+from tests.support.networks import write_config
+from tests.support.processes import call
+from tests.support.trainings import trainable_cfg
 
 Shapes = tuple[str, str, str]
 
@@ -24,9 +24,7 @@ def config(shapes: Shapes, tmp_path: Path) -> Path:
         (images / path.name).write_bytes(path.read_bytes())
     (tmp_path / "a.json").write_text(Path(shapes[1]).read_text())
     triple = (f"own_{tmp_path.name}", str(tmp_path / "a.json"), str(images))
-    path = tmp_path / "config.yaml"
-    path.write_text(trainable_cfg("mask", triple, tmp_path / "out").dump())
-    return path
+    return write_config(trainable_cfg("mask", triple, tmp_path / "out"), tmp_path / "config.yaml")
 
 
 def spoil_images(folder: Path) -> dict[str, int]:
@@ -126,22 +124,13 @@ def test_a_wrong_config(opts: list[str], word: str, config: Path, capsys: Any) -
     assert line.startswith("error: ") and word in line
 
 
-def test_the_table_in_a_process_of_its_own(config: Path) -> None:
+def test_the_table_in_a_process_of_its_own(config: Path, tmp_path: Path) -> None:
     expected = spoil_images(config.parent) | {"box outside its image": 1}
     content = json.loads((config.parent / "a.json").read_text())
     content["annotations"][0]["bbox"] = [0, 0, 999, 999]
     (config.parent / "a.json").write_text(json.dumps(content))
-    command = [
-        sys.executable,
-        "-m",
-        "distill",
-        "check-data",
-        "--config-file",
-        str(config),
-        "--workers",
-        "2",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    argv = ["check-data", "--config-file", str(config), "--workers", "2"]
+    done = call(cli.main, argv, folder=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert all(kind in done.stdout for kind in expected)

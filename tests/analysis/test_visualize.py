@@ -1,4 +1,4 @@
-"""The figures of what methods look at: their arrays, the weights behind them, pictures, errors."""
+"""The figures of what methods look at: their arrays, their weights, images, errors."""
 
 import math
 import os
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAFPN, distill_opts, outspoken_model, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.image import imread
@@ -21,6 +20,8 @@ from distill import cli
 from distill.analysis import visualize
 from distill.engine import setup_config
 from distill.heads.fpn import cell_labels
+from tests.support.networks import PAFPN, distill_opts, outspoken_model, write_config
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 SEMANTIC = "shapes_tiny_semantic"  # semantic labels alone
@@ -32,8 +33,8 @@ CASES: list[tuple[str, str, tuple[Any, ...], list[str]]] = [
     ("retinanet", "MSSD", (*PAFPN, "MODEL.DISTILL.MSSD.MASK", "binary"), ["binary mask"]),
     ("mask", "MKD", (), ["attention A", "student", "teacher"]),
     ("semantic", "MKD", ("MODEL.DISTILL.MKD.ATTENTION", False), ["student", "teacher"]),
-    ("faster", "IMA", (), ["picture", "student", "teacher"]),
-    ("mask", "IMA", (), ["picture", "mask", "student", "teacher"]),
+    ("faster", "IMA", (), ["image", "student", "teacher"]),
+    ("mask", "IMA", (), ["image", "mask", "student", "teacher"]),
     ("retinanet", "IMA", (), ["student", "teacher"]),
     ("semantic", "IMA", (), ["cells", r"$\alpha$", "student", "teacher"]),
     ("faster", "TID", (), TID_ROWS),
@@ -65,12 +66,12 @@ class Run:
         return line
 
     def look(self, name: str) -> tuple[Any, Any, dict[tuple[str, str], Any]]:
-        """A head, what it saw of the first picture, and its grid."""
+        """A head, what it saw of the first image, and its grid."""
         model, heads = visualize.build(self.cfg)
-        entry = visualize.read_picture(self.cfg, heads, "0")
-        scene = visualize.look(model, list(heads.values()), self.cfg, entry)
+        entry = visualize.read_input(self.cfg, heads, "0")
+        view = visualize.look(model, list(heads.values()), self.cfg, entry)
         with torch.no_grad():
-            return heads[name], scene, visualize.GRIDS[type(heads[name])](heads[name], scene)
+            return heads[name], view, visualize.GRIDS[type(heads[name])](heads[name], view)
 
 
 def prepare(folder: Path, shapes: Shapes, family: str, heads: tuple[str, ...], *opts: Any) -> Run:
@@ -79,8 +80,7 @@ def prepare(folder: Path, shapes: Shapes, family: str, heads: tuple[str, ...], *
     cfg = trainable_cfg(family, shapes, folder / "output", *opts)
     if family == "semantic":
         cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TRAIN = (), (semantic_set(shapes),)
-    config = folder / "config.yaml"
-    config.write_text(cfg.dump())
+    config = write_config(cfg, folder / "config.yaml")
     return Run(folder, ["--config-file", str(config)], setup_config(str(config)))
 
 
@@ -119,18 +119,16 @@ def test_every_method_draws_its_rows(
     for row, start in zip(found, rows):
         assert row.startswith(start)
         arrays = [panel.array for (r, _), panel in grid.items() if r == row]
-        assert row == "picture" or any(np.nanstd(x) > 0 for x in arrays)
+        assert row == "image" or any(np.nanstd(x) > 0 for x in arrays)
     picture = imread(next((tmp_path / "figures").glob(f"*_{head.lower()}.png")))
     assert picture.std() > 0.1 and min(picture.shape[:2]) > 200
 
 
 def test_mssd_lights_the_cells_inside_the_boxes(tmp_path: Path, shapes: Shapes) -> None:
-    _, scene, grid = prepare(tmp_path, shapes, "faster", ("MSSD",), *PAFPN).look("MSSD")
+    _, view, grid = prepare(tmp_path, shapes, "faster", ("MSSD",), *PAFPN).look("MSSD")
     panel = grid["mask M, σ² = 2", "p2, stride 4"]
     y, x = (np.indices(panel.array.shape) + 0.5) * 4
-    inside = [
-        (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2) for x1, y1, x2, y2 in scene.picture.boxes
-    ]
+    inside = [(x >= x1) & (x <= x2) & (y >= y1) & (y <= y2) for x1, y1, x2, y2 in view.image.boxes]
     np.testing.assert_array_equal(panel.array > 0, np.any(inside, axis=0))
     assert panel.area == (0, 0, 64, 64)
 
@@ -138,9 +136,9 @@ def test_mssd_lights_the_cells_inside_the_boxes(tmp_path: Path, shapes: Shapes) 
 def test_mkd_shows_what_its_loss_compares(tmp_path: Path, shapes: Shapes) -> None:
     """Without frequency mask: attention and magnitudes of the adapted maps, by hand."""
     opts = ("MODEL.DISTILL.MKD.MASK_RATIO", 0.0)
-    head, scene, grid = prepare(tmp_path, shapes, "faster", ("MKD",), *opts).look("MKD")
+    head, view, grid = prepare(tmp_path, shapes, "faster", ("MKD",), *opts).look("MKD")
     column = "p3, stride 8"
-    maps = head.maps(scene.student, scene.teacher)[1]
+    maps = head.maps(view.student, view.teacher)[1]
     s, t = (x[0].detach().double().abs().mean(0).numpy() for x in maps)
     np.testing.assert_allclose(grid["student mean|F̂|\nζ = 0", column].array, s, rtol=1e-5)
     np.testing.assert_allclose(grid["teacher mean|F|", column].array, t, rtol=1e-5)
@@ -150,8 +148,8 @@ def test_mkd_shows_what_its_loss_compares(tmp_path: Path, shapes: Shapes) -> Non
 
 def test_mkd_shows_the_frequency_masked_student(tmp_path: Path, shapes: Shapes) -> None:
     opts = ("MODEL.DISTILL.MKD.MASK_RATIO", 0.5)
-    head, scene, grid = prepare(tmp_path, shapes, "faster", ("MKD",), *opts).look("MKD")
-    s = head.maps(scene.student, scene.teacher)[0][0][0].detach().abs().mean(0)
+    head, view, grid = prepare(tmp_path, shapes, "faster", ("MKD",), *opts).look("MKD")
+    s = head.maps(view.student, view.teacher)[0][0][0].detach().abs().mean(0)
     shown = grid["student mean|F̂|\nζ = 0.5", "p2, stride 4"].array
     assert np.abs(shown - s.numpy()).mean() > 0.05 * s.mean()
 
@@ -171,8 +169,8 @@ def noted(panel: Any) -> float:
 @pytest.mark.parametrize("family", ["retinanet", "faster", "mask", "semantic"])
 def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> None:
     opts = ("MODEL.DISTILL.IMA.MASK_RATIO", 0.0, "SEED", 3)  # some cosines are positive
-    head, scene, grid = prepare(tmp_path, shapes, family, ("IMA",), *opts).look("IMA")
-    maps, batch = head.maps(scene.student, scene.teacher), scene.student.batch
+    head, view, grid = prepare(tmp_path, shapes, family, ("IMA",), *opts).look("IMA")
+    maps, batch = head.maps(view.student, view.teacher), view.student.batch
     if head.scope == "image":
         notes = [noted(x) for (row, _), x in grid.items() if row.startswith("student")]
         expected = [alpha(s[0], t[0], torch.ones(s.shape[2:]).bool()) for s, t in maps]
@@ -187,10 +185,10 @@ def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> 
     else:
         s, t, weight = head.crops(maps, batch)
         weight = torch.ones_like(s[:, :1]) if weight is None else weight
-        notes = [noted(x) for (row, _), x in grid.items() if row == "picture"]
+        notes = [noted(x) for (row, _), x in grid.items() if row == "image"]
         expected = [alpha(s[i], t[i], weight[i, 0] > 0) for i in range(len(s))]
-        assert [x.area for (row, _), x in grid.items() if row == "picture"] == [
-            tuple(box) for box in scene.picture.boxes
+        assert [x.area for (row, _), x in grid.items() if row == "image"] == [
+            tuple(box) for box in view.image.boxes
         ]
     np.testing.assert_allclose(notes, expected, atol=0.0051)
     assert len(set(notes)) > 1
@@ -198,16 +196,16 @@ def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> 
 
 def test_tid_shows_the_mask_of_its_loss(tmp_path: Path, shapes: Shapes) -> None:
     """L_fea from the drawn M is the head's loss, and areas have the sizes of the paper."""
-    head, scene, grid = prepare(tmp_path, shapes, "retinanet", ("TID",)).look("TID")
+    head, view, grid = prepare(tmp_path, shapes, "retinanet", ("TID",)).look("TID")
     rows: dict[str, list[Any]] = {}
     for (row, _), panel in grid.items():
         rows.setdefault(row, []).append(panel.array.astype(np.float64))
-    maps = head.maps(scene.student, scene.teacher)
+    maps = head.maps(view.student, view.teacher)
     gaps = [(s - t).detach().double().square().mean(1)[0].numpy() for s, t in maps]
     total = sum((m * gap).sum() for m, gap in zip(rows["M"], gaps)) / sum(
         m.sum() for m in rows["M"]
     )
-    loss = sum(head.losses(scene.student, scene.teacher).values())
+    loss = sum(head.losses(view.student, view.teacher).values())
     assert float(loss.detach()) == pytest.approx(total, rel=1e-4)
     key, weak = rows["key area: Score_key"], rows["weak area: Score_weak"]
     points = sum(x.size for x in key)
@@ -256,7 +254,7 @@ def test_student_and_adapters_are_loaded(
     assert capsys.readouterr().out.count("adapters: fresh") == 1  # TID's figure reads none
 
 
-def test_a_picture_of_no_data_set(
+def test_an_image_of_no_data_set(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str], no_drawing: None
 ) -> None:
     path = tmp_path / "holiday photo.png"
@@ -270,15 +268,15 @@ def test_a_picture_of_no_data_set(
     assert "FitNet has no figure" in capsys.readouterr().out
     run = prepare(folders[1], shapes, "faster", ("TID", "MKD"))
     message = run.fails(capsys, str(path))
-    assert "6 pictures of shapes_tiny, whose ground-truth boxes TID shows" in message
+    assert "6 images of shapes_tiny, whose ground-truth boxes TID shows" in message
 
 
-def test_a_picture_by_name_and_index(tmp_path: Path, shapes: Shapes) -> None:
+def test_an_image_by_name_and_index(tmp_path: Path, shapes: Shapes) -> None:
     cfg = prepare(tmp_path, shapes, "faster", ("MKD",)).cfg
-    entry = visualize.find_picture(cfg, "3")
+    entry = visualize.find_image(cfg, "3")
     path = Path(entry["file_name"])
     for name in (str(path), path.name, f"train/{path.name}", os.path.relpath(path)):
-        assert visualize.find_picture(cfg, name) == entry
+        assert visualize.find_image(cfg, name) == entry
 
 
 def test_one_sentence_says_what_is_wrong(
@@ -287,9 +285,9 @@ def test_one_sentence_says_what_is_wrong(
     run = prepare(tmp_path, shapes, "faster", ("MKD",))
     assert "--weights random" in run.fails(capsys, "0", "")
     assert "there is no file 'no.pth'" in run.fails(capsys, "0", "no.pth")
-    assert "neither file name nor index of the 6 pictures" in run.fails(capsys, "6")
+    assert "neither file name nor index of the 6 images" in run.fails(capsys, "6")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    assert "broken.jpg' cannot be read as a picture" in run.fails(
+    assert "broken.jpg' cannot be read as an image" in run.fails(
         capsys, str(tmp_path / "broken.jpg")
     )
     student = outspoken_model("faster", *EIGHT).state_dict()

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
@@ -16,6 +15,7 @@ from distill.config import (
     validate_config,
 )
 from distill.errors import ConfigError
+from tests.support.networks import tiny_cfg
 
 SELF_TAUGHT = ("MODEL.DISTILL.HEADS", ("LGD",))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import distill_opts, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 
 from distill.config import get_distill_cfg, load_config, teacher_config, validate_config
@@ -15,6 +14,8 @@ from distill.config.load import scale_schedule
 from distill.engine import setup_config
 from distill.errors import ConfigError
 from distill.launch.main import argument_parser, configure, main
+from tests.support.networks import distill_opts
+from tests.support.trainings import trainable_cfg, write_teacher
 
 COCO = (90_000, (60_000, 80_000))
 VOC = (18_000, (12_000, 16_000))
@@ -99,7 +100,7 @@ def test_a_schedule_that_was_not_applied_is_refused() -> None:
     "file, folder",
     [
         ("configs/COCO-Detection/IMA/a-b_1x.yaml", "output/COCO-Detection/IMA/a-b_1x"),
-        ("configs/quick/a.yaml", "output/quick/a"),
+        ("configs/Shapes-Detection/a.yaml", "output/Shapes-Detection/a"),
         ("configs/a.yaml", "output/a"),
         ("configs/old/configs/a.yaml", "output/a"),
         ("my_configs/b/a.yaml", "output/a"),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from cityscapesscripts.helpers.labels import labels
 from cityscapesscripts.preparation.json2labelImg import json2labelImg
-from conftest import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as stock
 
@@ -33,6 +32,7 @@ from distill.data.datasets import check_labels, check_test_set, find_issues, loa
 from distill.data.shapes import SceneConfig, write_cityscapes
 from distill.errors import DataError
 from distill.structures import Batch
+from tests.support.networks import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
 
 Folders = tuple[str, str]
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg, tiny_model
 from detectron2.data import DatasetMapper
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from distill.data.checks import images
 from distill.data.checks.images import file_issues, inspect_images
 from distill.data.guarded_mapper import BadImage, GuardedMapper
+from tests.support.networks import tiny_cfg, tiny_model
 
 WIDTH, HEIGHT = 40, 30
 CASES = 60  # number of damaged files per format

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from conftest import tiny_cfg, trainable_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -28,6 +27,8 @@ from distill.data.datasets import check_test_set, find_issues, load_training_set
 from distill.data.guarded_mapper import GuardedMapper
 from distill.data.shapes import LAYOUTS, SceneConfig
 from distill.errors import DataError
+from tests.support.networks import tiny_cfg
+from tests.support.trainings import trainable_cfg
 
 WIDTH, HEIGHT = 20, 10
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"

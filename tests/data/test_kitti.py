@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
@@ -27,6 +26,7 @@ from distill.data.shapes import kitti as shapes_kitti
 from distill.engine import Trainer
 from distill.engine.evaluators import check_test_sets
 from distill.errors import DataError
+from tests.support.networks import tiny_cfg
 
 HEIGHT, WIDTH = 40, 60
 MEAN = (103.53, 116.28, 123.675)

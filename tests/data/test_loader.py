@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
@@ -30,6 +29,7 @@ from distill.data.loader import (
     repeat_factors,
 )
 from distill.errors import ConfigError, DataError
+from tests.support.networks import tiny_cfg
 
 SEED = 7
 # Images with portrait and landscape format.

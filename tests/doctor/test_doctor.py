@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    PAFPN,
-    STOCK_P3_P7,
-    distill_opts,
-    outspoken_model,
-    trainable_cfg,
-    write_teacher,
-)
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
@@ -47,6 +36,9 @@ from distill.errors import WeightsError
 from distill.heads import DISTILL_HEAD_REGISTRY, FitNet
 from distill.heads.classes import ClassMap
 from distill.utils.seeding import seed_globally
+from tests.support.networks import PAFPN, STOCK_P3_P7, distill_opts, outspoken_model, write_config
+from tests.support.processes import call
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
@@ -92,9 +84,7 @@ def semantic_set(shapes: Shapes) -> str:
 
 def written(cfg: CfgNode, folder: Path) -> list[str]:
     """Write ``cfg`` to a file, and return the arguments of the command line for it."""
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return ["--config-file", str(path)]
+    return ["--config-file", str(write_config(cfg, folder / "config.yaml"))]
 
 
 def rows(report: DoctorReport) -> dict[str, LossRow]:
@@ -710,14 +700,8 @@ def test_the_lists(
 
 def test_the_command(tmp_path: Path, shapes: Shapes) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *NAMED)
-    done = subprocess.run(
-        [sys.executable, "-m", "distill", "doctor", *written(cfg, tmp_path), "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    argv = ["doctor", *written(cfg, tmp_path), "--json"]
+    done = call(cli.main, argv, folder=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["heads"] == ["FitNet"]

@@ -5,30 +5,13 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import semantic_pictures
 from detectron2.structures import Boxes, ImageList, Instances
-from test_nonfinite import (
-    FAULTS,
-    HEADS,
-    BadGradient,
-    Shapes,
-    Teachers,
-    config,
-    nan,
-    reproducer,
-    spoil,
-    spoilt_teacher,
-    stopped,
-    write_teachers,
-)
 from torch import Tensor, nn
 
 from distill import cli
@@ -39,6 +22,21 @@ from distill.heads.fitnet import FitNet
 from distill.structures import Batch, NetworkOutputs
 from distill.utils.old_names import HEADS as HEADS_BEFORE
 from distill.utils.old_names import LOSSES
+from tests.support.nonfinite import (
+    FAULTS,
+    HEADS,
+    BadGradient,
+    Teachers,
+    config,
+    nan,
+    reproducer,
+    spoil,
+    spoilt_teacher,
+    stopped,
+    write_teachers,
+)
+from tests.support.processes import call
+from tests.support.trainings import Shapes, semantic_pictures
 
 
 @pytest.fixture(scope="module")
@@ -194,23 +192,16 @@ def test_a_weight_of_the_student(
     ]
 
 
-AGAIN = """
-import json, sys, torch
-from distill.doctor.replay import replay
-
-torch.set_num_threads(1)
-result = replay(sys.argv[1])
-same = {k: repr(v) == repr(result.saved_losses[k]) for k, v in result.losses.items()}
-print(json.dumps([result.sources[0], same]))
-"""
+def again(path: Path) -> None:
+    result = replay(str(path))
+    same_bits = {k: repr(v) == repr(result.saved_losses[k]) for k, v in result.losses.items()}
+    print(json.dumps([result.sources[0], same_bits]))
 
 
 def test_another_process_has_the_same_losses(shapes: Shapes, tmp_path: Path) -> None:
     teacher = {"retinanet": spoilt_teacher(tmp_path / "teacher", "retinanet")}
     stopped(config("retinanet", shapes, teacher, tmp_path))
-    path = reproducer(tmp_path, iteration=0)
-    command = [sys.executable, "-c", AGAIN, str(path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = call(again, reproducer(tmp_path, iteration=0), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     source, same_bits = json.loads(done.stdout.splitlines()[-1])
     assert source == "weight teacher.backbone.fpn_output3.bias"

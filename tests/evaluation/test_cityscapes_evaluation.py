@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from cityscapesscripts.helpers.labels import trainId2label
-from conftest import tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import CityscapesInstanceEvaluator as StockInstanceEvaluator
 from detectron2.evaluation import CityscapesSemSegEvaluator as StockSemanticEvaluator
@@ -23,6 +22,7 @@ from distill.data.shapes import SceneConfig, write_cityscapes
 from distill.engine import Trainer, evaluate
 from distill.errors import DataError
 from distill.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
+from tests.support.networks import tiny_cfg
 
 K = 19
 needs_in1d = pytest.mark.skipif(not hasattr(np, "in1d"), reason="so do detectron2's evaluators")

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -16,6 +15,7 @@ from PIL import Image
 from distill.data.datasets import register_coco_format
 from distill.engine import trainer
 from distill.engine.evaluators import build_evaluators
+from tests.support.networks import tiny_cfg
 
 OBJECTS = 144
 

@@ -1,7 +1,6 @@
 """Evaluators are found by the type of a data set, a user's own ones too."""
 
 import pytest
-from conftest import tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -9,6 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 from distill.engine import Trainer
 from distill.engine.evaluators import EVALUATOR_REGISTRY, check_test_sets
 from distill.errors import ConfigError
+from tests.support.networks import tiny_cfg
 
 
 class Counter(DatasetEvaluator):

@@ -1,5 +1,6 @@
 """Test KITTI's metrics: cases by hand, a reference with loops, COCO's metrics, and a training."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg, train_net_rows
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -22,6 +22,8 @@ from distill.evaluation.kitti import (
     coco_evaluator,
     kitti_average_precision,
 )
+from distill.launch.main import main
+from tests.support.networks import tiny_cfg, write_config
 
 LEVELS = ("easy", "moderate", "hard")
 Box = tuple[float, float, float, float]
@@ -375,17 +377,18 @@ def test_coco_terms_ignore_what_kitti_ignores(own_kitti: Path, tmp_path: Path) -
 # ------------------------------------------------------------------------------ end to end
 
 
-def test_train_and_evaluate(tmp_path: Path) -> None:
+def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
-        write_kitti(tmp_path / "kitti", split, 3, 0, SceneConfig(height=96, width=128))
+        write_kitti(tmp_path / "datasets" / "kitti", split, 3, 0, SceneConfig(height=96, width=128))
     opts: list[Any] = [
         *("DATASETS.TRAIN", ("kitti_train",), "DATASETS.TEST", ("kitti_val",)),
         *("SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 1e-4),
         *("DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path / "out")),
         *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96),
     ]
-    config = tmp_path / "config.yaml"
-    config.write_text(tiny_cfg("faster", *opts, norm="BN").dump())
-    rows = train_net_rows(config, tmp_path)
-    assert {"bbox/AP", "bbox/AP-Car", "kitti/Car/easy", "kitti/mAP/moderate"} <= set(rows[-1])
+    config = write_config(tiny_cfg("faster", *opts, norm="BN"), tmp_path / "config.yaml")
+    assert main(["--config-file", str(config)]) == 0
+    last = json.loads((tmp_path / "out" / "metrics.json").read_text().splitlines()[-1])
+    assert {"bbox/AP", "bbox/AP-Car", "kitti/Car/easy", "kitti/mAP/moderate"} <= set(last)
     assert not list((tmp_path / "out").rglob("*coco_format*"))

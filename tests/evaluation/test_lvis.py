@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_cfg
 from detectron2.data.datasets import register_lvis_instances
 from detectron2.data.datasets.lvis import get_lvis_instances_meta
 from detectron2.structures import Boxes, Instances
@@ -15,6 +14,7 @@ from PIL import Image
 from distill.engine import Trainer
 from distill.engine.evaluators import check_test_sets
 from distill.errors import DataError
+from tests.support.networks import tiny_cfg
 
 BOXES = {1: [10, 10, 40, 30], 2: [50, 20, 30, 30]}  # x, y, width, height by category
 

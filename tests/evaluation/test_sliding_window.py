@@ -1,14 +1,12 @@
 """Test evaluation by overlapping windows against loops over single pixels."""
 
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import outspoken_model, tiny_cfg, trainable_cfg
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
@@ -17,6 +15,10 @@ from distill.data.shapes import LAYOUTS, SceneConfig
 from distill.engine import Trainer, setup_config
 from distill.errors import ConfigError
 from distill.evaluation.sliding_window import SlidingWindow, starts, with_sliding_window
+from distill.launch.main import main
+from tests.support.networks import outspoken_model, tiny_cfg
+from tests.support.processes import call
+from tests.support.trainings import trainable_cfg
 
 
 def segmenter(*opts: Any) -> nn.Module:
@@ -163,38 +165,30 @@ def test_detectors_have_no_windows() -> None:
 
 ROOT = Path(__file__).parents[2]
 PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18_40k.yaml")
-# This script runs another script and prints the peak memory of the process in KiB. getrusage would
-# also count the memory of the parent process.
-PEAK = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    with open("/proc/self/status") as f:
-        print(next(line for line in f if line.startswith("VmHWM")))
-"""
+
+
+def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
+    """Of this process: getrusage would count that of the process which started it, too."""
+    os.chdir(folder)
+    code = main(argv)
+    print(re.search(r"VmHWM.*", Path("/proc/self/status").read_text())[0])  # type: ignore[index]
+    return code
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_of_the_evaluation_of_cityscapes(tmp_path: Path) -> None:
     """Run the whole command: PSPNet-R18 on an image of 1024x2048, with Cityscapes' own script."""
     scene = SceneConfig(height=1024, width=2048)
-    LAYOUTS["cityscapes"](tmp_path / "cityscapes", "val", 1, 0, scene)
+    LAYOUTS["cityscapes"](tmp_path / "datasets" / "cityscapes", "val", 1, 0, scene)
     cpu = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]
     model = build_model(setup_config(PSPNET, cpu))
     torch.save({"model": model.state_dict()}, tmp_path / "random.pth")
     opts = [*cpu, "MODEL.WEIGHTS", str(tmp_path / "random.pth"), "OUTPUT_DIR", str(tmp_path)]
     opts += ["TEST.SLIDING_WINDOW.ENABLED", "True"]
-    train_net = [str(ROOT / "tools/train_net.py"), "--eval-only", "--config-file", PSPNET]
-    result = subprocess.run(
-        [sys.executable, "-c", PEAK, *train_net, *opts],
-        env=os.environ | {"DETECTRON2_DATASETS": str(tmp_path)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    opts += ["TEST.SLIDING_WINDOW.STRIDE", "[512, 1024]"]  # four windows need as much as nine
+    argv = ["--eval-only", "--config-file", PSPNET, *opts]
+    result = call(run_and_print_the_peak_memory, argv, tmp_path, folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
     assert "mIoU_present" in result.stdout
     peak = int(result.stdout.split("VmHWM:")[1].split()[0])
     assert peak < 3 * 1024**2

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, tiny_cfg, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
@@ -19,6 +18,8 @@ from distill.data.kitti import register_kitti
 from distill.data.shapes import SceneConfig, kitti, write_cityscapes
 from distill.engine import Trainer, evaluate
 from distill.errors import ConfigError
+from tests.support.networks import distill_opts, tiny_cfg
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 AUGMENTED = (

@@ -21,13 +21,13 @@ VARIANTS = [
 def test_a_variant_is_a_valid_config_that_changes_something(study: str, variant: str) -> None:
     described = ablation.STUDIES[study]
     cfg = get_distill_cfg()
-    merge_from_file(cfg, str(ROOT / "configs" / "quick" / described.distilled))
+    merge_from_file(cfg, described.distilled)
     full = cfg.dump()
     merge_from_list(cfg, list(described.switches.get(variant, ())))
     assert (cfg.dump() == full) == (variant == "full")
     validate_config_of(cfg)
     teacher = cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
-    assert teacher == (f"configs/quick/{described.teacher}" if described.teacher else "")
+    assert teacher == described.teacher_config
 
 
 def validate_config_of(cfg: Any) -> None:
@@ -43,7 +43,7 @@ def test_differences_are_paired_and_runs_reused(
 
     def run(self: Any, stage: Any) -> dict[str, float]:
         trained.append(f"{stage.name} {stage.seed}")
-        distilled = stage.cfg.MODEL.META_ARCHITECTURE == "DistillRCNN"
+        distilled = bool(stage.cfg.MODEL.DISTILL.HEADS)
         if distilled:
             weights = Path(stage.cfg.MODEL.DISTILL.TEACHER.WEIGHTS)
             assert weights.parent.name.startswith("teacher-0-")

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAFPN, distill_opts, tiny_cfg, write_teacher
 
 from distill import cli
 from distill.experiments import benchmark
+from tests.support.networks import PAFPN, distill_opts, tiny_cfg, write_config
+from tests.support.trainings import write_teacher
 
 
 def arguments(folder: Path, *opts: object) -> list[str]:
     """A config file of a tiny Faster R-CNN, with a registered data set that nobody opens."""
     sets = "('coco_2017_val',)"
-    path = folder / "tiny.yaml"
-    path.write_text(tiny_cfg("faster").dump())
+    path = write_config(tiny_cfg("faster"), folder / "tiny.yaml")
     data = ["DATASETS.TRAIN", sets, "DATASETS.TEST", "()"]
     common = ["--config-file", str(path), "--size", "64x64", "--repeats", "1"]
     return ["benchmark", *common, "--json", *map(str, opts), *data]

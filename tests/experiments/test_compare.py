@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAFPN, distill_opts, trainable_cfg, write_teacher
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import Tensor
 
 from distill import cli
-from distill.experiments import compare, runner
+from distill.experiments import compare, demo, runner
 from distill.experiments import shapes as shapes_data
-from distill.experiments.compare_report import Report, Row
+from distill.experiments.compare_report import MethodTable, Row
 from distill.heads import CWD
 from distill.heads.base import DISTILL_HEAD_REGISTRY
 from distill.utils.arguments import CommandParser
 from distill.utils.progress import Progress
+from tests.support.networks import PAFPN, distill_opts, write_config
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -32,9 +33,7 @@ def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
     teacher = write_teacher(folder, "faster", *EIGHT, fpn=24)
     opts = (*distill_opts("faster", ["FitNet"]), *teacher, *TEST, *SHORT, *opts)
     cfg = trainable_cfg("faster", shapes, folder / "unused", *opts, norm="BN")
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return str(path)
+    return str(write_config(cfg, folder / "config.yaml"))
 
 
 def run(folder: Path, config: str, *arguments: str) -> int:
@@ -134,7 +133,7 @@ def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     monkeypatch.setattr(DISTILL_HEAD_REGISTRY, "_obj_map", registered)
     short = ("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.ROI_BOX_HEAD.FC_DIM", "8")
     short += ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8")
-    config = "configs/quick/demo_distilled.yaml"
+    config = demo.DISTILLED
     shallow = ("MODEL.BACKBONE.NAME", "build_shallow_resnet_fpn_backbone")
     teacher = [*short, *shallow, "MODEL.RESNETS.DEPTH", "10"]
     opts = ("MODEL.DISTILL.HEADS", "('FitNet',)", "MODEL.DISTILL.TEACHER.OPTS", str(teacher))
@@ -177,7 +176,7 @@ def test_rows_are_paired_by_seed_and_ranked() -> None:
     never = Row("never", None, {}, {0: "No.", 1: "No."})
     alone = measured("baseline", s0=10.0, s1=20.0)
     bad.notes.append("Its warm-up never ends.")
-    report = Report("bbox/AP", None, alone, [never, bad, good])
+    report = MethodTable("bbox/AP", None, alone, [never, bad, good])
     assert [row.name for row in report.rows] == ["baseline", "good", "bad", "never"]
     assert report.costs(good) == {0: pytest.approx(1.2), 1: pytest.approx(1.2)}
     good.results[0]["threads"] = 8  # no other time of this seed is of 8

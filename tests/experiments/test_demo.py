@@ -61,7 +61,7 @@ def test_an_interrupted_stage_resumes(
     with Progress() as progress:
         one = demo.Demo(tmp_path, 8, progress)
         one.render()
-        stage = one.stage("baseline", 0, "demo_student.yaml")
+        stage = one.stage("baseline", 0, demo.STUDENT)
         with pytest.raises(KeyboardInterrupt):
             one.run(stage)
         assert not stage.weights.is_file()
@@ -73,13 +73,13 @@ def test_a_stage_is_keyed_by_config_and_data(tiny: None, tmp_path: Path) -> None
     with Progress() as progress:
         one = demo.Demo(tmp_path, 7, progress)  # other scenes have another name
         one.render()
-        key = one.stage("baseline", 0, "demo_student.yaml").folder
-        assert one.stage("baseline", 0, "demo_student.yaml").folder == key
-        assert one.stage("baseline", 1, "demo_student.yaml").folder != key
-        other = one.stage("baseline", 0, "demo_student.yaml", "SOLVER.BASE_LR", 0.5)
+        key = one.stage("baseline", 0, demo.STUDENT).folder
+        assert one.stage("baseline", 0, demo.STUDENT).folder == key
+        assert one.stage("baseline", 1, demo.STUDENT).folder != key
+        other = one.stage("baseline", 0, demo.STUDENT, "SOLVER.BASE_LR", 0.5)
         assert other.folder.name != key.name
         one.code = "changed"
-        assert one.stage("baseline", 0, "demo_student.yaml").folder != key
+        assert one.stage("baseline", 0, demo.STUDENT).folder != key
 
 
 def test_mean_and_sample_deviation() -> None:

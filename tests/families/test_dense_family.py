@@ -1,18 +1,25 @@
-"""What a dense probe reads is the student's own: its assignment, its towers."""
+"""Dense families read the student's own assignment and maps inside its head."""
 
 import pytest
 import torch
-from conftest import DENSE, network_info, outspoken_model, picture, tiny_fcos, tiny_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from distill.families import build_family
 from distill.modeling.teacher import Teacher
+from tests.support.networks import (
+    DENSE,
+    network_info,
+    outspoken_model,
+    picture,
+    tiny_fcos,
+    tiny_model,
+)
 
 FAMILIES = ("retinanet", *DENSE)
 SECTIONS = {"retinanet": "RETINANET", **{k: v.upper() for k, v in DENSE.items()}}
-WITH_TOWERS = [f for f in FAMILIES if f != "reppoints"]
+WITH_SUBNETS = [f for f in FAMILIES if f != "reppoints"]
 ASSIGNMENTS = {
     **dict.fromkeys(("retinanet", "fcos"), "label_anchors"),
     **dict.fromkeys(("atss", "gfl"), "targets"),
@@ -31,7 +38,7 @@ def tall(family, *opts, convs=3, **kw):
 
 
 def heard(model, needs=NEEDS, inputs=None):
-    """What a student says in a training forward."""
+    """Return a student's outputs in a training forward."""
     reader, inputs = build_family(model), inputs or pictures()
     needs = needs & reader.outputs
     with EventStorage(), reader.record(needs) as calls:
@@ -71,7 +78,7 @@ def test_targets_are_those_of_the_students_assignment(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_assignment_is_tapped_by_its_name_and_only_if_needed(family):
+def test_the_assignment_is_recorded_by_its_name_and_only_if_needed(family):
     reader = build_family(tall(family))
     assert reader.assignment == f"{ASSIGNMENTS[family]}()"
     assert "targets" in reader.outputs
@@ -103,7 +110,7 @@ def test_an_rcnn_has_neither():
 
 
 def layers(subnet, x):
-    """The maps in front of each activation, and the last behind it."""
+    """The maps in front of each activation, and the last one."""
     found = []
     for module in subnet:
         if isinstance(module, nn.ReLU):
@@ -113,8 +120,8 @@ def layers(subnet, x):
 
 
 @pytest.mark.parametrize("norm", ["", "GN", "BN"])
-@pytest.mark.parametrize("family", WITH_TOWERS)
-def test_towers_are_the_maps_before_the_activations(family, norm):
+@pytest.mark.parametrize("family", WITH_SUBNETS)
+def test_head_features_are_the_maps_before_the_activations(family, norm):
     """A norm comes before the activation; detectron2's BN has one for each level."""
     opts = (f"MODEL.{SECTIONS[family]}.NORM", norm)
     model = tall(family, *opts, fpn=32)
@@ -131,8 +138,8 @@ def test_towers_are_the_maps_before_the_activations(family, norm):
                 assert found.requires_grad and (found < 0).any()
 
 
-@pytest.mark.parametrize("family", WITH_TOWERS)
-def test_predictions_are_made_of_the_towers(family):
+@pytest.mark.parametrize("family", WITH_SUBNETS)
+def test_predictions_are_made_of_the_head_features(family):
     """By the head's last layers, which are the student's own."""
     model = tall(family)
     said = heard(model)
@@ -143,7 +150,7 @@ def test_predictions_are_made_of_the_towers(family):
         torch.testing.assert_close(said.dense.logits[level], rows)
 
 
-def test_a_gradient_of_the_towers_reaches_the_layers_before_them():
+def test_a_gradient_of_the_head_features_reaches_the_layers_before_them():
     model = tall("atss")
     said = heard(model)
     said.head_features.classes[1][0].sum().backward()
@@ -151,7 +158,7 @@ def test_a_gradient_of_the_towers_reaches_the_layers_before_them():
     assert [x.weight.grad is not None for x in convolutions] == [True, True, False]
 
 
-def test_reppoints_has_no_towers():
+def test_reppoints_has_no_head_features():
     assert "head_features" not in build_family(tall("reppoints")).outputs
 
 
@@ -165,8 +172,8 @@ def test_detectron2s_own_fcos_has_both():
 # ---- The teacher's
 
 
-@pytest.mark.parametrize("family", WITH_TOWERS)
-def test_the_teachers_towers_are_cut_to_the_students_cells(family):
+@pytest.mark.parametrize("family", WITH_SUBNETS)
+def test_the_teachers_head_features_are_cut_to_the_students_cells(family):
     student = heard(tall(family), inputs=pictures()[:1])
     model = tall(family, seed=1)
     images = torch.randn(1, 3, 128, 128)  # padded further than the student's 64 x 96
@@ -185,7 +192,7 @@ def test_the_teachers_towers_are_cut_to_the_students_cells(family):
     assert not any(x._forward_hooks for x in model.modules())
 
 
-def test_a_teacher_is_not_tapped_for_towers_that_nobody_needs():
+def test_a_teacher_is_not_recorded_for_head_features_that_nobody_needs():
     student = heard(tall("gfl"), inputs=pictures()[:1])
     model = tall("gfl", seed=1)
     teacher = Teacher(build_family(model), input_format="BGR", student_format="BGR")

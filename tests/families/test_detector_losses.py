@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import DENSE, outspoken_model, picture, tiny_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from distill.families import build_family
 from distill.families.detector_losses import DetectorLosses, detection_losses, no_side_effects
+from tests.support.networks import DENSE, outspoken_model, picture, tiny_model
 
 CPU = torch.device("cpu")
 DETECTORS = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE)

@@ -4,12 +4,19 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, PAFPN, network_info, outspoken_model, tiny_fcos, tiny_model
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
 from distill.heads import FGFI, LGD, MasKD
 from distill.nets.gfl import Integral
 from distill.nets.reppoints import CellTransform
+from tests.support.networks import (
+    FAMILIES,
+    PAFPN,
+    network_info,
+    outspoken_model,
+    tiny_fcos,
+    tiny_model,
+)
 
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 STRIDES = [4, 8, 16, 32, 64]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import distill_opts, trainable_cfg, write_teacher
-from test_resume import differences
 
 from distill.checkpoint.save import PERIODIC, checksum_file
 from distill.data.shapes import SceneConfig, write_coco
+from tests.support.networks import distill_opts, write_config
+from tests.support.trainings import differences, trainable_cfg, write_teacher
 
 from .child import Act, Place, nothing, train
 from .ledger import Hung
@@ -135,7 +135,7 @@ class Training:
         cfg = trainable_cfg("faster", shapes, folder / "unused", *opts, norm="BN")
         self.config = folder / "config.yaml"
         for cfg.SEED in range(100):  # until every evaluation is the best so far
-            self.config.write_text(cfg.dump())
+            write_config(cfg, self.config)
             output = folder / str(cfg.SEED) / "output"
             self.finish(output)
             values = [float(x[METRIC]) for x in metrics(output)[1].values()]

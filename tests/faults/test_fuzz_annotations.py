@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from hypothesis import given
 from hypothesis import strategies as st
-from test_errors import Run
 
 from distill.data.checks.images import inspect_images
 from distill.data.datasets import (
@@ -25,6 +23,8 @@ from distill.data.kitti import register_kitti
 from distill.data.shapes import LAYOUTS, VOC_NAMES, SceneConfig
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
+from tests.support.networks import tiny_cfg
+from tests.support.trainings import Run
 
 from .fuzzing import SCALARS, check_data, command_works, encoded, fuzz, garbled, spoilt, works
 

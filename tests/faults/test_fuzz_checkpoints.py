@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_errors import Run, Shapes
 from torch import Tensor, nn
 
 from distill.checkpoint.load import load_strictly
 from distill.checkpoint.save import StudentCheckpointer, checksum_file, write_checked
 from distill.doctor.replay import read_reproducer
 from distill.engine import Trainer, setup_config
+from tests.support.trainings import Run, Shapes
 
 from .fuzzing import TEXT, VALUES, command_works, fuzz, garbled, spoilt, works
 

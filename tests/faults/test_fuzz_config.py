@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import DENSE, PAFPN, distill_opts, trainable_cfg, write_teacher
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -26,6 +25,8 @@ from distill.config.detectron2_rules import _RULES, leaves
 from distill.data.shapes import SceneConfig, write_coco
 from distill.engine import Trainer, setup_config
 from distill.heads import DISTILL_HEAD_REGISTRY
+from tests.support.networks import DENSE, PAFPN, distill_opts
+from tests.support.trainings import trainable_cfg, write_teacher
 
 from .fuzzing import TEXT, VALUES, command_works, encoded, fuzz, garbled, like, spoilt, works
 

@@ -5,7 +5,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import network_info, tiny_cfg, tiny_model
 from detectron2.layers import ShapeSpec
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -18,6 +17,7 @@ from distill.heads.base import StepGenerator
 from distill.section import AUTO
 from distill.structures import Batch, NetworkInfo, NetworkOutputs
 from distill.utils.distributed import reduce_mean
+from tests.support.networks import network_info, tiny_cfg, tiny_model
 
 CPU = torch.device("cpu")
 REGISTERED = dict(iter(DISTILL_HEAD_REGISTRY))

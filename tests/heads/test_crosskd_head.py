@@ -1,13 +1,15 @@
 """CrossKD: the teacher's last layers on the student's features, layer by layer and in NumPy."""
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from torch import nn
+
+from distill.heads import CrossKD
+from tests.reference import literal_methods as literal
+from tests.support.networks import (
     distilled,
     kd_losses,
     network_info,
@@ -16,12 +18,6 @@ from conftest import (
     tiny_fcos,
     tiny_model,
 )
-from torch import nn
-
-from distill.heads import CrossKD
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
 
 FAMILIES = {"retinanet": "RETINANET", "fcos": "FCOS", "atss": "ATSS", "gfl": "GFL"}
 REUSED = {"retinanet": 1, "fcos": 2, "atss": 1, "gfl": 1}
@@ -31,7 +27,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def outspoken(family, seed, *opts, convs=3, **kw):
-    """Of towers of so many convolutions, whose weights are larger than detectron2's 0.01."""
+    """Return a detector with so many convolutions, of larger weights than detectron2's 0.01."""
     model = outspoken_model(
         family, f"MODEL.{FAMILIES[family]}.NUM_CONVS", convs, *opts, seed=seed, **kw
     )
@@ -108,7 +104,7 @@ def reused(head, features, convs, width, scales, level):
 
 
 def predicted(model, student, teacher, convs):
-    """What the teacher's head says of the student's features and of its own, and its own boxes."""
+    """Return the teacher head's outputs for the student's and its own features, and its boxes."""
     own, other = model.student.head, copy.deepcopy(model.teacher.model.head).double()
     kept = len(convolutions(own.cls_subnet)) - convs
     width = (3, getattr(model.student, "box_dim", 4), 1)
@@ -269,7 +265,7 @@ def test_aligned_features_have_the_teachers_mean_and_deviation():
 
 
 @every_family
-def test_norms_of_the_towers_are_before_what_is_held(family):
+def test_norms_of_the_subnets_are_before_what_is_held(family):
     """detectron2's GroupNorm has 32 groups."""
     opts = (f"MODEL.{FAMILIES[family]}.NORM", "GN")
     found, student, _ = heard(model_of(family, *opts, fpn=32))
@@ -342,7 +338,7 @@ def test_copies_share_the_teachers_head():
 
 
 @every_family
-def test_towers_of_other_channels_train_an_adapter(family):
+def test_subnets_of_other_channels_train_an_adapter(family):
     model = model_of(family, teacher=outspoken(family, 1, fpn=24))
     found, *_ = heard(model)
     head = model.heads["CrossKD"]
@@ -354,7 +350,7 @@ def test_towers_of_other_channels_train_an_adapter(family):
 
 
 @pytest.mark.parametrize("convs, reused", [((1, 3), 0), ((3, 2), 1), ((2, 4), 1), ((4, 4), 2)])
-def test_towers_of_other_lengths(convs, reused):
+def test_subnets_of_other_lengths(convs, reused):
     """Convolutions are counted from the end."""
     teacher = outspoken("fcos", 1, convs=convs[1])
     model = model_of("fcos", student=outspoken("fcos", 0, convs=convs[0]), teacher=teacher)

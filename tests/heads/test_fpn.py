@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import built_head, feature_head, outputs, tiny_cfg
 from detectron2.layers import ShapeSpec
 from torch import nn
 
@@ -10,6 +9,7 @@ from distill.errors import ConfigError
 from distill.heads import FitNet, FPNDistillHead
 from distill.heads.fpn import Level, match_levels
 from distill.structures import NetworkInfo
+from tests.support.networks import built_head, feature_head, outputs, tiny_cfg
 
 BOX = (0.0, 0.0, 32.0, 32.0)
 

@@ -1,21 +1,8 @@
 """GID: which boxes are general instances, and what is compared of them, by plain loops."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    built_head,
-    distilled,
-    kd_losses,
-    network_info,
-    outputs,
-    outspoken_model,
-    picture,
-    tiny_model,
-)
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import roi_align
@@ -26,15 +13,23 @@ from distill.heads.classes import ClassMap
 from distill.heads.dense import AnchorGrids
 from distill.heads.fpn import Level
 from distill.structures import DenseLayout, DenseOutputs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
+from tests.reference import literal_methods as literal
+from tests.support.networks import (
+    built_head,
+    distilled,
+    kd_losses,
+    network_info,
+    outputs,
+    outspoken_model,
+    picture,
+    tiny_model,
+)
 
 # ---- General instances
 
 
 def found(score, boxes, sizes=((100, 200),), **keys):
-    """One list of boxes a picture."""
+    """Wrap one list of boxes per image."""
     score, boxes = torch.tensor(score).float(), torch.tensor(boxes).float()
     boxes, valid = losses.general_instances(score, boxes, sizes, **keys)
     assert not boxes[~valid].any()
@@ -43,7 +38,7 @@ def found(score, boxes, sizes=((100, 200),), **keys):
 
 
 def literal_instances(score, boxes, size, number=10, candidates=3000):
-    """Of one picture."""
+    """Return the instances of one image."""
     kept: list[np.ndarray] = []
     for r in np.argsort(-score, kind="stable")[:candidates]:
         x1, x2 = np.clip(boxes[r, [0, 2]], 0, size[1])
@@ -91,7 +86,7 @@ def test_a_box_that_is_dropped_suppresses_nothing():
 
 
 def test_boxes_are_clipped_to_their_own_picture():
-    """What is left of a box in the padding of its picture is too small."""
+    """A box in the padding of its image is too small after clipping."""
     boxes = [[[-20, -5, 30, 40], [110, 10, 260, 60]]] * 2
     assert found([[0.9, 0.5]] * 2, boxes, [(100, 200), (50, 115)]) == [
         [[0, 0, 30, 40], [110, 10, 200, 60]],
@@ -186,7 +181,7 @@ def head_of(channels=(3, 3), shared_adapter=False, classes=CLASSES, **keys):
 
 
 def heard(channels=(3, 3), seed=0):
-    """What two networks with so many channels say of two pictures, in float64."""
+    """Return outputs of two networks with so many channels for two images, in float64."""
     g = torch.Generator().manual_seed(seed)
     instances = [Instances(size, gt_boxes=Boxes(torch.zeros(0, 4))) for size in PICTURES]
     anchors = torch.cat([x.flatten(0, 2) for x in grids()([*SIZES.values()])])
@@ -220,7 +215,7 @@ def joined(levels):
 
 
 def crops(maps, boxes):
-    """(K, C, 10, 10) of one picture's boxes, each from the level of its size."""
+    """Return (K, C, 10, 10) crops of one image's boxes, each from the level of its size."""
     parts = []
     for box in boxes:
         side = np.sqrt((box[2] - box[0]) * (box[3] - box[1]))
@@ -231,7 +226,7 @@ def crops(maps, boxes):
 
 
 def expected_terms(head, student, teacher, columns=(slice(None), slice(None))):
-    """The four parts without factors, and the instances of each picture."""
+    """Return the four parts without factors, and the instances of each image."""
     s, t = (joined(x.dense.logits)[..., c] for x, c in zip((student, teacher), columns))
     prob_s, prob_t = (literal.expit(x.max(2)) for x in (s, t))
     own, other = (joined(x.dense_boxes) for x in (student, teacher))
@@ -301,7 +296,7 @@ def test_no_instance_at_all_is_a_connected_zero():
 def test_fewer_than_three_instances_have_no_relation():
     head, (student, teacher) = head_of(), heard()
     big = torch.tensor([0.0, 0.0, 90.0, 90.0])
-    for said in (student, teacher):  # one box a picture
+    for said in (student, teacher):  # one box per image
         said.dense_boxes = [big.expand(x.shape).clone() for x in said.dense_boxes]
     found = head(student, teacher)
     assert found["loss_gid/relation"] == 0

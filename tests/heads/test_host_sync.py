@@ -8,15 +8,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import FAMILIES, HEADS, distilled, picture
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.heads import DISTILL_HEAD_REGISTRY
+from tests.support.networks import FAMILIES, HEADS, distilled, picture
 
-# What detectron2 and torchvision wait for.
+# Functions of detectron2 and torchvision that wait for the device.
 DETECTRON2S = (
     ("distill.losses.gid", "batched_nms"),
     ("distill.losses.tid", "nms"),
@@ -95,7 +95,7 @@ def test_the_guard_sees(reading: str) -> None:
     ("family", "tokens"), [*((f, 0) for f in FAMILIES), ("faster", 5), ("retinanet", 5)]
 )
 def test_heads_do_not_wait_for_the_device(family: str, tokens: int) -> None:
-    """Of the student's own forward, which is detectron2's, nothing is said."""
+    """The student's own forward, which is detectron2's, is not guarded."""
     opts = ("MODEL.DISTILL.FRS.WARMUP_ITERS", 0, "MODEL.DISTILL.MASKD.TOKEN_ITERS", tokens)
     model = distilled(family, HEADS[family], *opts)
     heard: list[Any] = []

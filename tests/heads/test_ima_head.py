@@ -1,8 +1,15 @@
-"""The instances of IMA: pictures, boxes, masks and semantic classes."""
+"""The instances of IMA: images, boxes, masks and semantic classes."""
 
 import pytest
 import torch
-from conftest import (
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+from distill.heads import IMA
+from distill.heads.fpn import Level, cell_labels
+from distill.heads.ima import CROP_SIZE
+from distill.losses import fitnet, ima_classes
+from distill.structures import Batch
+from tests.support.networks import (
     built_head,
     distilled,
     feature_head,
@@ -13,13 +20,6 @@ from conftest import (
     tiny_cfg,
     tiny_model,
 )
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-
-from distill.heads import IMA
-from distill.heads.fpn import Level, cell_labels
-from distill.heads.ima import CROP_SIZE
-from distill.losses import fitnet, ima_classes
-from distill.structures import Batch
 
 BOX = (0.0, 0.0, 32.0, 32.0)
 
@@ -145,8 +145,8 @@ def test_no_masks_at_all(masks):
 def test_cells_off_the_mask_count_for_boxes_only(scope, counts):
     student = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     teacher = student.clone()
-    teacher[1, :, :8, 6:8] += 5  # in the second picture's box, right of its mask and the border
-    teacher[0] += 5  # the first picture has no box
+    teacher[1, :, :8, 6:8] += 5  # in the second image's box, right of its mask and the border
+    teacher[0] += 5  # the first image has no box
     instances = [halves([]), halves([BOX])]
     loss = ima_head(scope)(
         outputs((64, 64), instances, p2=student),

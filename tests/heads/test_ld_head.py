@@ -1,22 +1,26 @@
 """LD on hand-made signals: regions, weights and temperatures by plain loops."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, kd_losses, network_info, outputs, picture, tiny_cfg, tiny_model
 from detectron2.structures import Boxes, Instances
 
 from distill.heads import LD
 from distill.heads.classes import ClassMap
 from distill.heads.dense import AnchorGrids
 from distill.structures import DenseLayout, DenseOutputs, DenseTargets
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
+from tests.reference import literal_methods as literal
+from tests.support.networks import (
+    distilled,
+    kd_losses,
+    network_info,
+    outputs,
+    picture,
+    tiny_cfg,
+    tiny_model,
+)
 
 CLASSES = ("circle", "square", "star")
 SIZES, STRIDES = [(6, 8), (3, 4)], [8, 16]
@@ -44,7 +48,7 @@ def head_of(classes=CLASSES, candidates=4, **keys):
 
 
 def heard(boxes=None, positives=((3, 0), (17, 2), (52, 1)), seed=0):
-    """Of two pictures, in float64; the first has rows that are positives, of a class each."""
+    """Return outputs for two images, in float64; the first has one positive row per class."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for own in BOXES if boxes is None else boxes:
@@ -185,7 +189,7 @@ def test_a_batch_without_any_box_trains():
 
 
 def test_the_students_own_candidates():
-    """Of the network, not of the config."""
+    """The candidates are those of the network, not of the config."""
     student = network_info("student", tiny_model("gfl", "MODEL.GFL.CANDIDATES", 5))
     assert LD(tiny_cfg("gfl"), student, network_info("teacher", tiny_model("gfl"))).candidates == 5
 

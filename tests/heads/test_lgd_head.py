@@ -5,17 +5,6 @@ import logging
 
 import pytest
 import torch
-from conftest import (
-    FAMILIES,
-    STOCK_P3_P7,
-    distill_opts,
-    distilled,
-    kd_losses,
-    outspoken_model,
-    picture,
-    tiny_cfg,
-    trainable_cfg,
-)
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -25,6 +14,17 @@ from distill.config import validate_config
 from distill.engine import Trainer
 from distill.errors import ConfigError
 from distill.heads.lgd import ImplicitTeacher
+from tests.support.networks import (
+    FAMILIES,
+    STOCK_P3_P7,
+    distill_opts,
+    distilled,
+    kd_losses,
+    outspoken_model,
+    picture,
+    tiny_cfg,
+)
+from tests.support.trainings import trainable_cfg
 
 DETECTORS = [family for family in FAMILIES if family != "semantic"]
 CPU = torch.device("cpu")
@@ -36,13 +36,13 @@ def lgd_model(family="faster", *opts, detach_iters=0, **kw):
 
 
 def batch(objects=2):
-    """Two sizes; the second picture has nothing on it."""
+    """Two sizes; the second image has no objects."""
     first = picture(0, 64, 80, objects, semantic=True)
     return [first, picture(1, 96, 64, objects=0, semantic=True)]
 
 
 def sizes(parameters):
-    """Of the gradients; None where there is none."""
+    """Return the gradients, or None."""
     return [None if p.grad is None else float(p.grad.abs().sum()) for p in parameters]
 
 

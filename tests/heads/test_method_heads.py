@@ -1,17 +1,13 @@
-"""The heads of the comparison methods on hand-made signals, against their formulas.
+"""The heads of the comparison methods on hand-made outputs, against their formulas.
 
-What is expected is computed from the maps, the boxes and the head's own parameters by
-tests/losses/literal_methods.py and plain loops; nothing of distill.losses is used.
+Expected values are computed from the maps, the boxes and the head's own parameters, without
+distill.losses: by tests/reference/literal_methods.py and plain loops.
 """
-
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import built_head, outputs
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -24,11 +20,10 @@ from distill.heads.fkd import NonLocal
 from distill.heads.fpn import Level
 from distill.heads.review import MIDDLE, AttentionBasedFusion
 from distill.structures import DenseLayout, DenseOutputs, ROIs
+from tests.reference import literal_methods as literal
+from tests.support.networks import built_head, outputs
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal_methods as literal
-
-CANVAS = (64, 80)  # the second picture is smaller
+CANVAS = (64, 80)  # the second image is smaller
 SIZES = {"p3": (8, 10), "p4": (4, 5)}
 LEVELS = [Level("p3", "c3", 8, 8), Level("p4", "c4", 16, 16)]
 BOXES = [[[3.0, 5.0, 42.0, 37.0], [8.0, 8.0, 16.0, 16.0], [30.5, 20.25, 79.0, 60.0]], []]
@@ -46,7 +41,7 @@ def truth(boxes=None):
 
 
 def heard(student=3, teacher=4, boxes=None, seed=0):
-    """What two networks with so many channels say of two pictures, in float64."""
+    """Return outputs of two networks with so many channels for two images, in float64."""
     g = torch.Generator().manual_seed(seed)
 
     def maps(channels, prefix):
@@ -159,13 +154,13 @@ def test_mgds_masks_come_from_the_seed_alone():
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], first[2]) and not torch.equal(first[1], first[3])
-    assert not torch.equal(first[0][0], first[0][1])  # of two pictures
+    assert not torch.equal(first[0][0], first[0][1])  # sums over two images
     assert not torch.equal(first[0], masks(masking(seed=8))[0])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.45, 0.65, 0.75])
 def test_mgd_masks_a_share_of_lambda_out(ratio):
-    share = 1 - masks(masking(ratio))[0].double().mean().item()  # of 12000 cells
+    share = 1 - masks(masking(ratio))[0].double().mean().item()  # over 12000 cells
     assert share == pytest.approx(ratio, abs=4 * (ratio * (1 - ratio) / 12000) ** 0.5)
 
 
@@ -180,7 +175,7 @@ def test_mgds_masks_start_anew_where_the_trainer_reseeds():
 
 
 def with_context(block, x):
-    """A map and what its context block adds to every cell, by loops over pictures and cells."""
+    """Return a map after its context block, by loops over images and cells."""
     down, norm, activation, up = block.transform
     assert isinstance(activation, nn.ReLU) and isinstance(norm, nn.LayerNorm)
     weight, bias = number(block.where.weight)[0, :, 0, 0], block.where.bias.item()
@@ -256,7 +251,7 @@ def test_fgd_without_any_box_has_no_foreground():
 # ---- FGFI and DeFeat
 
 
-SIDES = {"p3": (12.0, 24.0), "p4": (30.0, 60.0)}  # of both anchors of a cell
+SIDES = {"p3": (12.0, 24.0), "p4": (30.0, 60.0)}  # sides of both anchors of a cell
 
 
 def layout(offset=0.5):
@@ -386,7 +381,7 @@ def test_frs_warms_up_linearly_for_500_iterations():
 
 
 def non_local(block, x):
-    """z = x + W(y), y of every cell by loops over pictures, cells and pooled cells."""
+    """Return z = x + W(y), y by loops over images, cells and pooled cells."""
     query, key, value = (
         number(F.conv2d(torch.from_numpy(x), f.weight, f.bias))
         for f in (block.query, block.key, block.value)
@@ -499,7 +494,7 @@ def test_fkds_sizes_are_the_authors():
 
 
 def fused(block, x, coarser):
-    """What is compared and what goes on to the finer level, by loops over cells."""
+    """Return the compared map and the one for the finer level, by loops over cells."""
     inside, norm = block.inside
     x = batch_normalized(norm, np.einsum("oc,nchw->nohw", number(inside.weight)[:, :, 0, 0], x))
     if coarser is not None:
@@ -549,7 +544,7 @@ def test_the_coarsest_level_alone_has_nothing_to_fuse():
 
 
 def boxes(rows=7, classes=3, stages=1):
-    """What both networks say of the boxes of so many stages, with float64 logits."""
+    """Return both networks' outputs for boxes of so many stages, with float64 logits."""
     g = torch.Generator().manual_seed(stages)
     found = []
     for _ in range(2):

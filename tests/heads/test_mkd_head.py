@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import distilled, kd_losses, outspoken_model, picture, tiny_cfg
 
 from distill import losses
 from distill.heads.base import StepGenerator
+from tests.support.networks import distilled, kd_losses, outspoken_model, picture, tiny_cfg
 
 TERMS = {
     "fea": losses.fitnet,

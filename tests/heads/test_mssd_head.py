@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import (
+from detectron2.modeling import build_model
+
+from distill import losses
+from distill.config import validate_config
+from distill.errors import ConfigError
+from tests.support.networks import (
     PAFPN,
     distill_opts,
     distilled,
@@ -13,13 +18,8 @@ from conftest import (
     picture,
     tiny_cfg,
     tiny_model,
-    write_teacher,
 )
-from detectron2.modeling import build_model
-
-from distill import losses
-from distill.config import validate_config
-from distill.errors import ConfigError
+from tests.support.trainings import write_teacher
 
 LEVELS = ("p2", "p3", "p4", "p5")
 

@@ -1,7 +1,6 @@
 """Keys of the heads: declaration, checks, and the authors' values number by number."""
 
 import pytest
-from conftest import built_head, distill_opts, network_info, tiny_cfg, tiny_model
 from detectron2.config import configurable
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, SemanticSegmentor
 from detectron2.modeling.meta_arch import fcos
@@ -20,6 +19,7 @@ from distill.nets.gfl import GFL
 from distill.nets.reppoints import RepPoints
 from distill.section import AUTO, POSITIVE, Key, Presets, Section, at_least
 from distill.structures import NetworkInfo
+from tests.support.networks import built_head, distill_opts, network_info, tiny_cfg, tiny_model
 
 HEADS = dict(iter(DISTILL_HEAD_REGISTRY))
 PRESETS = {
@@ -34,7 +34,7 @@ FRS = ("FEATURE_WEIGHT", "CLASS_WEIGHT")
 FKD = ("ATTENTION_WEIGHT", "POOLED_WEIGHT", "RELATION_WEIGHT", "TEMPERATURE")
 CROSSKD = ("CLASS_WEIGHT", "BOX_WEIGHT", "REUSED_CONVS")
 ONE_STAGE = (RetinaNet, FCOS, ATSS, GFL, RepPoints)
-# What the authors have published: head, keys, detectors, values.
+# Values that the authors published: head, keys, detectors, values.
 TABLE = [
     ("FGD", FGD, (RetinaNet, GFL), (1e-3, 5e-4, 5e-4, 5e-6, 0.5)),
     ("FGD", FGD, (RepPoints,), (1.6e-3, 8e-4, 8e-4, 8e-6, 0.5)),

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from distill.errors import ConfigError
+from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKDLogits, PixelKD, build_heads
+from distill.heads.fpn import cell_labels
+from distill.losses import cwd, pixel_kd
+from distill.structures import SEM_SEG_HEAD, Batch, NetworkOutputs, SemSeg
+from tests.support.networks import (
     CLASSES,
     built_head,
     distilled,
@@ -16,14 +24,6 @@ from conftest import (
     tiny_cfg,
     tiny_model,
 )
-from detectron2.utils.events import EventStorage
-from torch import Tensor
-
-from distill.errors import ConfigError
-from distill.heads import CIRKD, IFVD, SKD, FitNet, MasKDLogits, PixelKD, build_heads
-from distill.heads.fpn import cell_labels
-from distill.losses import cwd, pixel_kd
-from distill.structures import SEM_SEG_HEAD, Batch, NetworkOutputs, SemSeg
 
 EVERY = ("CWD", "CWDLogits", "PixelKD", "SKD", "IFVD", "CIRKD", "MasKDLogits")
 NAMES = (*CLASSES, "background")
@@ -36,7 +36,7 @@ def pictures(count: int = 2, height: int = 64, width: int = 64) -> list[dict[str
 def signal(
     logits: Tensor, padded_size: tuple[int, int], labels: Tensor | None = None
 ) -> NetworkOutputs:
-    """Of a network that says nothing but these logits, whose features they are, too."""
+    """Return outputs with only these logits, which are the features too."""
     rows = (
         labels if labels is not None else torch.zeros(len(logits), *padded_size, dtype=torch.long)
     )
@@ -130,7 +130,7 @@ def test_the_teachers_output_stride_and_padding_do_not_matter() -> None:
     """Constant logits stay what they are at any resolution; its padding is cut off."""
     head = pixel_head(NAMES, NAMES)
     s = maps(0, 1, 4, 1, 1).expand(1, 4, 9, 9)  # stride 4 of 36 pixels
-    t = torch.full((1, 4, 14, 14), 99.0)  # of a teacher that pads to 56
+    t = torch.full((1, 4, 14, 14), 99.0)  # the teacher pads to 56
     t[..., :9, :9] = s
     (same,) = head.losses(signal(s, (36, 36)), signal(t, (36, 36))).values()
     head.teacher_stride = 8

@@ -1,13 +1,10 @@
 """TID on a dense head: points, anchors, classes, levels, against the paper read literally."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, kd_losses, outspoken_model, picture, tiny_fcos, tiny_model
 
 from distill import losses
 from distill.errors import ConfigError
@@ -15,9 +12,15 @@ from distill.families import build_family
 from distill.families.dense import decode_dense
 from distill.heads.tid import cell_centres
 from distill.structures import Batch, DenseOutputs, NetworkOutputs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
-import literal
+from tests.reference import literal
+from tests.support.networks import (
+    distilled,
+    kd_losses,
+    outspoken_model,
+    picture,
+    tiny_fcos,
+    tiny_model,
+)
 
 PICTURES = {"two sizes": ((64, 96, 3), (96, 64, 2)), "nothing on one": ((64, 64, 4), (64, 64, 0))}
 
@@ -45,7 +48,7 @@ def detector(net):
 
 
 def decoded(net, outputs, image, strides):
-    """(P, A, 4) boxes and (P, A, K) logits of one picture, anchor by anchor."""
+    """Return (P, A, 4) boxes and (P, A, K) logits of one image, anchor by anchor."""
     owner = detector(net)
     boxes, logits = [], []
     for level, (height, width) in enumerate(outputs.dense.sizes):
@@ -94,7 +97,7 @@ def opinion(net, outputs, image, truth, strides, thresholds):
 
 
 def literal_losses(model, student, teacher):
-    """Every level's loss by the paper, on all points of all pictures."""
+    """Return each level's loss by the paper, on all points of all images."""
     strides = [2**k for k in range(2, 7)]
     thresholds = (0.7, 0.3) if hasattr(model.student, "proposal_generator") else (0.5, 0.4)
     sizes = student.dense.sizes

@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import needs_loopback, trainable_cfg
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +35,9 @@ from distill.launch.process_group import (
     tasks_per_node,
 )
 from distill.launch.termination import SecondaryError, resume_hint, user_error
+from tests.support.networks import write_config
+from tests.support.processes import needs_loopback, start, with_forks
+from tests.support.trainings import trainable_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "train_net.py")
@@ -158,8 +160,9 @@ def test_arguments_are_checked_before_anything_starts(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(trainable_cfg("faster", shapes, tmp_path / "out").dump())
+    config = write_config(
+        trainable_cfg("faster", shapes, tmp_path / "out"), tmp_path / "config.yaml"
+    )
     assert main(["--config-file", str(config), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
@@ -345,6 +348,29 @@ def test_the_last_checkpoint_is_named(tmp_path: Path) -> None:
 # ---- Runs in processes of their own.
 
 
+def train_net(argv: list[str], folder: Path, env: dict[str, str]) -> int:
+    """The command line in a folder, with further variables of the environment."""
+    for key in [x for x in os.environ if x.startswith(("SLURM_", "MASTER_"))]:
+        del os.environ[key]
+    os.environ.update(env)
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main(argv)
+
+
+def forking(argv: list[str], folder: Path, env: dict[str, str]) -> int:
+    """:func:`train_net` whose processes are forks."""
+    return with_forks(train_net, argv, folder, env)
+
+
+def torchrun(argv: list[str], folder: Path, env: dict[str, str]) -> int:
+    """:func:`train_net` in two processes that torchrun starts; what they write goes to files."""
+    os.chdir(folder)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run += ["--log-dir", str(folder / "logs"), "--redirects", "3"]
+    os.execvpe(run[0], [*run, TOOL, *argv], os.environ | env)
+
+
 class Runs:
     """Starts the command line in processes of its own, and ends all of them.
 
@@ -356,25 +382,19 @@ class Runs:
     def __init__(self, config: Path, folder: Path):
         self.config, self.folder = config, folder
         self.output = folder / "out"
-        self.started: list[subprocess.Popen[bytes]] = []
+        self.started: list[BaseProcess] = []
 
-    def start(self, *arguments: str, starter: tuple[str, ...] = (), **env: str) -> int:
-        """Returns the number of the run, counted from 0."""
+    def start(self, *arguments: str, starter: Callable[..., int] = train_net, **env: str) -> int:
+        """Returns the number of the run, counted from 0.
+
+        Args:
+            starter: calls the command line; some start its processes in another way.
+            env: further variables of the environment.
+        """
         number = len(self.started)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
-        command = [sys.executable, *starter, TOOL, "--config-file", str(self.config), *arguments]
-        with open(self.folder / f"stderr_{number}", "wb") as err:
-            self.started.append(
-                subprocess.Popen(
-                    [*command, "OUTPUT_DIR", str(self.output)],
-                    env={**clean, "OMP_NUM_THREADS": "1", **env},
-                    cwd=self.folder,
-                    stdout=subprocess.DEVNULL,
-                    stderr=err,
-                    start_new_session=True,
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-                )
-            )
+        argv = ["--config-file", str(self.config), *arguments, "OUTPUT_DIR", str(self.output)]
+        err = self.folder / f"stderr_{number}"
+        self.started.append(start(starter, argv, self.folder, env, out=Path("/dev/null"), err=err))
         return number
 
     def train(self, world: int = 2) -> None:
@@ -388,10 +408,11 @@ class Runs:
         assert f"World size: {world}" in (self.output / "log.txt").read_text()
 
     def _ended(self) -> bool:
-        return any(process.poll() is not None for process in self.started)
+        return any(process.exitcode is not None for process in self.started)
 
-    def wait(self, number: int = 0) -> int:
-        return self.started[number].wait(DEADLINE)
+    def wait(self, number: int = 0) -> int | None:
+        self.started[number].join(DEADLINE)
+        return self.started[number].exitcode
 
     def stderr(self, number: int = 0) -> str:
         return (self.folder / f"stderr_{number}").read_text(errors="replace")
@@ -405,14 +426,15 @@ class Runs:
 
     def ranks(self, number: int = 0) -> list[int]:
         """Processes of the ranks that a run started, by local rank."""
-        return [p for p in children(self.started[number].pid) if "spawn_main" in command_of(p)]
+        everyone = children(self.started[number].pid)
+        return [p for p in everyone if "resource_tracker" not in command_of(p)]
 
     def end(self) -> None:
         for process in self.started:
             for pid in [process.pid, *descendants(process.pid)]:
                 if running(pid):
                     os.kill(pid, signal.SIGKILL)
-            process.wait(DEADLINE)
+            process.join(DEADLINE)
 
 
 def wait_until(true: Callable[[], Any], what: str, seconds: float = DEADLINE) -> None:
@@ -460,9 +482,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, shapes: tuple[str, str, str
     cfg.SOLVER.MAX_ITER = 1_000_000
     cfg.SOLVER.CHECKPOINT_PERIOD = 20  # of 15 milliseconds
     cfg.DATALOADER.NUM_WORKERS = 1
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return path
+    return write_config(cfg, folder / "config.yaml")
 
 
 @pytest.fixture
@@ -483,7 +503,7 @@ def two_machines(runs: Runs, *arguments: str) -> None:
     url = f"tcp://127.0.0.2:{free_port()}"
     for rank in ("0", "1"):
         machine = ("--num-machines", "2", "--machine-rank", rank, "--dist-url", url)
-        runs.start(*machine, *arguments)
+        runs.start(*machine, *arguments, starter=forking)
 
 
 def slurm_step(runs: Runs, *arguments: str) -> None:
@@ -514,7 +534,7 @@ def test_the_tasks_of_a_slurm_step_train(stopped: Runs) -> None:
 
 @needs_loopback
 def test_a_killed_rank_ends_the_run(runs: Runs) -> None:
-    runs.start(*LAUNCH)
+    runs.start(*LAUNCH, starter=forking)
     runs.train()
     everyone = descendants(runs.started[0].pid)
     os.kill(runs.ranks()[1], signal.SIGKILL)
@@ -575,24 +595,21 @@ def test_ctrl_c_ends_one_process_and_its_workers(runs: Runs) -> None:
 
 @needs_loopback
 def test_torchrun_ends_without_our_traceback(runs: Runs) -> None:
-    """Its own report on stderr has one; what the ranks write goes to files here."""
-    logs = runs.folder / "logs"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    starter = (*torchrun, "--log-dir", str(logs), "--redirects", "3")
-    runs.start(*NO_WORKERS, starter=starter)
+    """Its own report on stderr has one."""
+    runs.start(*NO_WORKERS, starter=torchrun)
     runs.train()
     everyone = descendants(runs.started[0].pid)
     rank_1 = max(p for p in children(runs.started[0].pid) if TOOL in command_of(p))
     os.kill(rank_1, signal.SIGKILL)
     assert runs.wait() != 0
-    texts = [f.read_text() for f in logs.rglob("stderr.log")]
+    texts = [f.read_text() for f in runs.folder.rglob("stderr.log")]
     assert len(texts) == 2 and not any("Traceback" in x or "error:" in x for x in texts), texts
     all_gone(everyone)
 
 
 @needs_loopback
 def test_what_every_rank_finds_is_said_once(runs: Runs) -> None:
-    runs.start(*LAUNCH, "SOLVER.IMS_PER_BATCH", "3")
+    runs.start(*LAUNCH, "SOLVER.IMS_PER_BATCH", "3", starter=forking)
     assert runs.wait() == 2
     assert runs.sentence().startswith("error: SOLVER.IMS_PER_BATCH is 3")
 
@@ -607,7 +624,8 @@ def test_what_one_rank_finds_ends_all(runs: Runs, shapes: tuple[str, str, str]) 
         shutil.copy(Path(shapes[2]) / name, folder)
     (folder / names[0]).write_bytes(b"")
     spoilt = (f"spoilt_{runs.folder.name}", shapes[1], str(folder))
-    runs.start(*LAUNCH, "DATASETS.COCO_FORMAT", str((spoilt,)), "DATASETS.TRAIN", str(spoilt[:1]))
+    opts = ("DATASETS.COCO_FORMAT", str((spoilt,)), "DATASETS.TRAIN", str(spoilt[:1]))
+    runs.start(*LAUNCH, *opts, starter=forking)
     assert runs.wait() == 2
     line = runs.sentence()
     assert line.startswith("error: ") and names[0] in line

@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import distill_opts, needs_loopback, tiny_cfg, trainable_cfg, write_teacher
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -25,6 +24,9 @@ from distill.engine.setup import scale_to_workers
 from distill.engine.train_loop import TrainLoop
 from distill.errors import WeightsError
 from distill.launch.main import argument_parser, configure, finished_checkpoint, main
+from tests.support.networks import distill_opts, tiny_cfg, write_config
+from tests.support.processes import call, needs_loopback, script
+from tests.support.trainings import trainable_cfg, write_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,28 +101,28 @@ def config_file(folder: Path, shapes: tuple[str, str, str]) -> str:
     opts += distill_opts("faster", ["IMA", "ROIKD"])
     cfg = trainable_cfg("faster", shapes, folder / "out", *opts, "SOLVER.MAX_ITER", 2, norm="BN")
     cfg.DATASETS.TEST = (shapes[0],)
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    return str(path)
+    return str(write_config(cfg, folder / "config.yaml"))
 
 
-LAUNCHERS = {
-    "launch": [str(ROOT / "tools" / "train_net.py"), "--num-gpus", "2", "--dist-url", "auto"],
-    "torchrun": [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        str(ROOT / "tools" / "train_net.py"),
-    ],
-}
+TOOL = ROOT / "tools" / "train_net.py"
+
+
+def launch(argv: list[str], folder: Path) -> None:
+    script(TOOL, ["--num-gpus", "2", "--dist-url", "auto", *argv], folder)
+
+
+def torchrun(argv: list[str], folder: Path) -> None:
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    os.execv(sys.executable, [sys.executable, *options, str(TOOL), *argv])
 
 
 @needs_loopback
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(launcher: str, tmp_path: Path, shapes: tuple[str, str, str]) -> None:
-    command = [sys.executable, *LAUNCHERS[launcher], "--config-file", config_file(tmp_path, shapes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
+@pytest.mark.parametrize("launcher", [launch, torchrun])
+def test_two_processes(
+    launcher: Callable[..., None], tmp_path: Path, shapes: tuple[str, str, str]
+) -> None:
+    argv = ["--config-file", config_file(tmp_path, shapes)]
+    done = call(launcher, argv, tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = (tmp_path / "out" / "metrics.json").read_text().splitlines()
     assert json.loads(rows[0])["loss_ima"] > 0
@@ -159,7 +161,7 @@ def test_a_teachers_class_names_come_from_its_own_data(tmp_path: Path) -> None:
     teacher = tiny_cfg("faster")
     teacher.DATASETS.COCO_FORMAT = (("never_registered", str(annotations), str(tmp_path)),)
     teacher.DATASETS.TRAIN = ("never_registered",)
-    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    write_config(teacher, tmp_path / "teacher.yaml")
     cfg = get_distill_cfg()
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
     assert class_names(teacher_config(cfg)) == ("cat", "dog")  # by id, as detectron2 orders them
@@ -189,7 +191,7 @@ def test_a_resumed_run_needs_no_weights_of_timm(
     """The checkpoint has them; their file or the network may be gone."""
     timm = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.WEIGHTS", "r18.pth")
     cfg = trainable_cfg("faster", shapes, tmp_path / "out", *timm)
-    (tmp_path / "config.yaml").write_text(cfg.dump())
+    write_config(cfg, tmp_path / "config.yaml")
     args = argument_parser().parse_args(
         [
             "--resume",

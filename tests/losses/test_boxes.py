@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from detectron2.structures import Boxes
 from detectron2.structures import pairwise_iou as detectron2_iou
 from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
 from distill.losses.boxes import anchor_grid, box_centerness, pairwise_iou, pairwise_overlap
+from tests.support.networks import tiny_model
 
 
 def random_boxes(number: int, seed: int) -> Tensor:

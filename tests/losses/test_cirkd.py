@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import rel_entr, softmax
-from test_reduce import Recorder
 
 from distill.losses import (
     ClassQueues,
@@ -17,6 +16,7 @@ from distill.losses import (
     cross_image_relation,
     memory_contrast,
 )
+from tests.support.operations import Recorder
 
 SHAPES = [(1, 1, 1, 1), (1, 3, 4, 4), (2, 3, 5, 7), (3, 2, 3, 3)]
 CLASSES = 4

@@ -7,12 +7,12 @@ standardizes, scales and subtracts, instance by instance.
 from itertools import product
 from typing import Any
 
-import literal
 import numpy as np
 import pytest
 import torch
 
 from distill.losses import fitnet, frequency_mask, frequency_masked_mse, ima, ima_classes
+from tests.reference import literal
 
 EPS = 1e-5
 SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (4, 4), (5, 8), (8, 5), (7, 7), (6, 3)]

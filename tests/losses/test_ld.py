@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from literal_methods import vlr
 from torch import Tensor
 
 from distill.losses import ld_region
+from tests.reference.literal_methods import vlr
 
 STRIDES = (8, 16, 32, 64)
 

@@ -2,14 +2,14 @@
 
 import math
 
-import literal_methods as literal
 import numpy as np
 import pytest
 import torch
-from test_reduce import Recorder
 
 from distill import losses
 from distill.heads.lgd import ImplicitTeacher
+from tests.reference import literal_methods as literal
+from tests.support.operations import Recorder
 
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 7), (8, 5), (2, 9)]
 NAN = math.nan

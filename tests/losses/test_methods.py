@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import literal_methods as literal
 import numpy as np
 import pytest
 import torch
 
 from distill import losses
+from tests.reference import literal_methods as literal
 
 Array = Any
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 7), (8, 5), (2, 9)]

@@ -2,7 +2,6 @@
 
 import math
 
-import literal
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from distill.losses import (
     mkd,
     multi_scale,
 )
+from tests.reference import literal
 
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 8), (8, 5), (7, 9)]
 every_seed = pytest.mark.parametrize("seed", range(21))

@@ -2,7 +2,6 @@
 
 import math
 
-import literal
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.losses import gaussian_mask, mssd
+from tests.reference import literal
 
 SIZES = [(1, 1), (1, 7), (6, 1), (4, 4), (7, 9), (8, 5)]
 STRIDES = (4, 8, 16, 32)

@@ -4,11 +4,10 @@ import re
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from distill import losses
 from distill.losses.reduce import connected_zero, full_precision, same_shape
+from tests.support.operations import Recorder
 
 MAP, ROWS = (2, 3, 4, 5), (6, 4)
 
@@ -86,33 +85,6 @@ every_loss = pytest.mark.parametrize("loss, shape", LOSSES.values(), ids=LOSSES)
 
 def outputs(value):
     return value if isinstance(value, tuple) else (value,)
-
-
-class Recorder(TorchDispatchMode):
-    """Record the size of the largest tensor of any operation, and the operations that wait."""
-
-    # The host waits for these: their result or its size depends on values on the device.
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount")
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.waits, self.names = 0, set(), set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        self.names.add(name)
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                # A view of a large tensor is small, and an expanded tensor takes no memory.
-                size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
-                self.largest = max(self.largest, size)
-        indices = tree_leaves(args[1:]) if name in ("index", "index_put", "index_put_") else []
-        if name in self.WAITS or any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in indices
-        ):
-            self.waits.add(name)
-        return result
 
 
 def pair(shape, dtype=torch.float32, seed=0):

@@ -2,7 +2,6 @@
 
 import math
 
-import literal
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from distill.losses import (
     tid_score,
     tid_value,
 )
+from tests.reference import literal
 
 SIZES = [(1, 1), (1, 4), (3, 1), (4, 4), (5, 7), (8, 5)]
 SCORES = (0.4, 0.6, 1.5, 2.0, 2.25, 3.0)  # all possible scores

@@ -1,4 +1,4 @@
-"""What a config trains: plain where it names no heads, distilled where it does."""
+"""The network that a config trains: plain without heads, distilled with heads."""
 
 import logging
 from pathlib import Path
@@ -6,15 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    ARCHITECTURES,
-    FAMILIES,
-    HEADS,
-    distill_opts,
-    tiny_cfg,
-    trainable_cfg,
-    write_teacher,
-)
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.utils.env import seed_all_rng
@@ -22,6 +13,9 @@ from detectron2.utils.env import seed_all_rng
 from distill import DistillModel
 from distill.engine import Trainer
 from distill.modeling.meta_arch import build_distill_model
+from tests.support.networks import ARCHITECTURES, FAMILIES, distill_opts, tiny_cfg
+from tests.support.nonfinite import HEADS
+from tests.support.trainings import trainable_cfg, write_teacher
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 

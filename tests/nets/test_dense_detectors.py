@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DENSE, NUM_CLASSES, outspoken_model, tiny_cfg
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from test_assign import iou, random_boxes, slow_atss, slow_nearest
 from torch import Tensor, nn
 
 from distill.nets import add_nets_config
 from distill.nets.gfl import distribution_focal, quality_focal
+from tests.reference.assign import iou, random_boxes, slow_atss, slow_nearest
+from tests.support.networks import DENSE, NUM_CLASSES, outspoken_model, tiny_cfg
 
 Array = Any
 Row = Sequence[float]

@@ -1,21 +1,10 @@
 """Test FCOS, ATSS, GFL and RepPoints in training: checkpoints, DDP, precision, compilation."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    DENSE,
-    distill_opts,
-    distilled,
-    needs_loopback,
-    outspoken_model,
-    picture,
-    trainable_cfg,
-    write_teacher,
-)
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -27,10 +16,9 @@ from torch import Tensor
 
 from distill.engine import Trainer
 from distill.nets import add_nets_config
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from test_ddp import WORLD, spawn
+from tests.support.networks import DENSE, distill_opts, distilled, outspoken_model, picture
+from tests.support.processes import WORLD, needs_loopback, spawn
+from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import STOCK_P3_P7, distilled, picture, tiny_cfg, tiny_fcos, tiny_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, RetinaNet
 from detectron2.utils.events import EventStorage
 
 from distill.nets import PAFPN
+from tests.support.networks import STOCK_P3_P7, distilled, picture, tiny_cfg, tiny_fcos, tiny_model
 
 BUILDERS = {
     "build_shallow_resnet_pafpn_backbone": ((), 6, range(2, 6)),

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import picture, tiny_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 
 from distill.config import building
 from distill.errors import ConfigError
+from tests.support.networks import picture, tiny_cfg
 
 DEPTHS = (18, 34, 50, 101)
 DILATIONS = {32: (1, 1), 16: (1, 2), 8: (2, 4)}  # output stride -> dilations of res4, res5

@@ -6,16 +6,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    distilled,
-    distilled_from_itself,
-    kd_losses,
-    outspoken_model,
-    picture,
-    tiny_cfg,
-    tiny_model,
-    trainable_cfg,
-)
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -30,6 +20,17 @@ from distill.families import build_family
 from distill.nets import add_nets_config
 from distill.nets.segmentation import mean_cross_entropy
 from distill.structures import NetworkOutputs
+from tests.support.networks import (
+    distilled,
+    distilled_from_itself,
+    kd_losses,
+    outspoken_model,
+    picture,
+    tiny_cfg,
+    tiny_model,
+    write_config,
+)
+from tests.support.trainings import trainable_cfg
 
 HEAD = "MODEL.SEM_SEG_HEAD."
 RESNET = "MODEL.RESNETS."
@@ -323,7 +324,7 @@ def test_detectron2s_deeplab_keys_have_its_defaults():
 @pytest.mark.parametrize("name", OPTS)
 def test_the_students_config_has_the_keys_that_it_reads(name, tmp_path):
     cfg = student_config(tiny_cfg("semantic", *OPTS[name]))
-    (tmp_path / "student.yaml").write_text(cfg.dump())
+    write_config(cfg, tmp_path / "student.yaml")
     plain = get_cfg()
     add_nets_config(plain)
     plain.merge_from_file(str(tmp_path / "student.yaml"))

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import STOCK_P3_P7, tiny_cfg
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
@@ -18,6 +17,7 @@ from distill.config import building, student_config
 from distill.errors import ConfigError
 from distill.nets.necks import BOTTOM_UPS
 from distill.nets.timm import build_timm_backbone
+from tests.support.networks import STOCK_P3_P7, tiny_cfg
 
 MODELS = ("resnet18", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "cspdarknet53")
 

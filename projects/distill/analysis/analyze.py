@@ -50,13 +50,13 @@ from .page import render
 
 @dataclass(frozen=True)
 class Data:
-    """The data set.
+    """A data set with its annotations.
 
     Attributes:
-        name: under which detectron2 knows it.
+        name: its name in detectron2's catalogue.
         triples: its entry of ``DATASETS.COCO_FORMAT``, if it needs one.
         truth: its annotations.
-        image_root: folder of the pictures.
+        image_root: folder of the images.
     """
 
     name: str
@@ -67,15 +67,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What there is to say about a model.
+    """Results of a model.
 
     Attributes:
         name, source: as the user gives them.
         shown: the detections of at least ``--min-score``, by their ids.
         metrics: AP and AR, 0 ... 1.
         curves: precision (7, R, K), see :func:`error_curves`.
-        judged: by the id of each picture.
-        efficiency: a row of the table; None of a file of predictions.
+        judged: detections and missed objects by the id of each image.
+        efficiency: costs of the network, or None for a file of predictions.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Analysis:
 
 
 def open_data(args: argparse.Namespace) -> Data:
-    """The data set that the command line names.
+    """Open the data set that the command line names.
 
     Raises:
-        ConfigError, DataError: there is none, or it cannot be evaluated.
+        ConfigError, DataError: there is no such data set, or it cannot be evaluated.
     """
     cfg, name = get_distill_cfg(), args.dataset
     if args.annotations:
@@ -106,14 +106,22 @@ def open_data(args: argparse.Namespace) -> Data:
     truth = load_truth(cfg, name)
     metadata = MetadataCatalog.get(name)
     root = metadata.get("image_root") or ""
-    in_file = metadata.get("json_file")  # without one, detectron2's reader tells whole paths
+    in_file = metadata.get("json_file")  # otherwise detectron2's reader gives whole paths
     return Data(name, cfg.DATASETS.COCO_FORMAT, truth, root if in_file else "")
 
 
 def analyze_model(
     name: str, path: Path, source: Any, data: Data, args: argparse.Namespace, progress: Progress
 ) -> Analysis:
-    """Compare a model with the data set; ``source``: its config, or its detections."""
+    """Compare a model with the data set.
+
+    Args:
+        name, path: of the model, as the user gives them.
+        source: the model's config, or its detections.
+        data: the data set.
+        args: see :func:`add_arguments`.
+        progress: shows the stages.
+    """
     results, cost = source, None
     if isinstance(source, CfgNode):
         weights = str(path / WEIGHTS)
@@ -130,10 +138,10 @@ def analyze_model(
 
 
 def most_different(analyses: Sequence[Analysis], number: int) -> list[Any]:
-    """Ids of the pictures with the largest differences between the highest F1 and the lowest.
+    """Return ids of the images with the largest difference between the highest and lowest F1.
 
-    Of equal ones those with more objects come first, then those of lower id. Pictures on which all
-    models are equal are left out.
+    Among equal ones, those with more objects come first, then those of lower id. Images on which
+    all models are equal are left out.
     """
     ranks = {}
     for image, (right, _, missed) in analyses[0].judged.items():
@@ -144,13 +152,13 @@ def most_different(analyses: Sequence[Analysis], number: int) -> list[Any]:
     return sorted(ranks, key=lambda image: ranks[image])[:number]
 
 
-def draw_picture(image: Any, analyses: Sequence[Analysis], data: Data) -> bytes:
-    """Ground truth and what each model makes of it."""
+def draw_comparison(image: Any, analyses: Sequence[Analysis], data: Data) -> bytes:
+    """Draw an image with the ground truth and with the detections of each model, as a JPEG."""
     path = os.path.join(data.image_root, data.truth.imgs[image]["file_name"])
     try:
         pixels = read_image(path, "RGB")
     except (OSError, ValueError) as e:
-        raise DataError(f"'{path}' cannot be read as a picture: {e}.") from e
+        raise DataError(f"'{path}' cannot be read as an image: {e}.") from e
 
     def boxes(annotations: Iterable[dict[str, Any]], kind: str) -> list[DrawnBox]:
         names = ((x, data.truth.cats[x["category_id"]]["name"]) for x in annotations)
@@ -172,15 +180,15 @@ def draw_picture(image: Any, analyses: Sequence[Analysis], data: Data) -> bytes:
 
 
 def as_report(
-    analyses: Sequence[Analysis], pictures: Sequence[Any], data: Data, args: argparse.Namespace
+    analyses: Sequence[Analysis], images: Sequence[Any], data: Data, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What the JSON file holds."""
+    """Return the content of the JSON file."""
     objects = [x for x in data.truth.anns.values() if not x["iscrowd"]]
     classes = [data.truth.cats[i] for i in sorted(data.truth.cats)]
     rule = (
-        "The pictures with the largest difference between the highest and the lowest F1 of the "
-        f"models, at IoU 0.5 and with detections of score {args.min_score:g} or more; of equal "
-        "ones those with more objects, then those of lower id."
+        "The images with the largest difference between the highest and the lowest F1 of the "
+        f"models, at IoU 0.5 and with detections of score {args.min_score:g} or more; among "
+        "equal ones those with more objects, then those of lower id."
     )
     return {
         "data": {
@@ -200,7 +208,7 @@ def as_report(
                 "id": data.truth.imgs[image]["id"],
                 "f1": {x.name: x.judged[image].f1 for x in analyses},
             }
-            for image in pictures
+            for image in images
         ],
         "command": command(),
         "versions": versions(),
@@ -220,7 +228,7 @@ def model_report(analysis: Analysis) -> dict[str, Any]:
 
 
 def overall(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the classes, the last axis, that have objects."""
+    """Return the mean over the last axis, the classes, of those that have objects."""
     return curves[..., ~np.isnan(curves).any(tuple(range(curves.ndim - 1)))].mean(-1)
 
 
@@ -319,10 +327,10 @@ def run(args: argparse.Namespace) -> int:
         numbers = args.out.with_suffix(".json")
         with writing(numbers):
             write_json(numbers, content)
-        drawn = progress.track(chosen, description="draw pictures")
-        pictures = [draw_picture(image, analyses, data) for image in drawn]
+        drawn = progress.track(chosen, description="draw images")
+        images = [draw_comparison(image, analyses, data) for image in drawn]
     curves = draw_curves({x.name: overall(x.curves) for x in analyses})
     with writing(args.out):
-        write_text(args.out, render(content, curves, pictures))
+        write_text(args.out, render(content, curves, images))
     print(f"wrote {args.out} and {numbers}")
     return 0

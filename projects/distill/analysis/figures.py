@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ..evaluation.coco_errors import CURVES
 from .visualize_figure import HALO, draw_image
 
-# Of the area that each curve adds below it, the first white as COCO's; all distinct in grey, too.
+# Colour of the area between a curve and the one below. The first is white, as COCO's; all are
+# distinct in grey, too.
 FILLS = ("#ffffff", "#c6dbef", "#6baed6", "#2171b5", "#08306b", "#fdae6b", "#d94801")
-# Line and style of a box, by what it is; distinct for the colour-blind.
+# Colour and line of a box by its kind, distinct for the colour-blind.
 STYLES = {
     "object": ("#f0e442", "solid"),
     "right": ("#56b4e9", "solid"),
@@ -24,7 +25,7 @@ STYLES = {
     "missed": ("#f0e442", "dashed"),
 }
 COLUMNS, PANEL = 3, 4.2  # panels in a row of curves; inches
-PICTURE_WIDTH = 3.6  # inches
+IMAGE_WIDTH = 3.6  # inches
 
 
 class DrawnBox(NamedTuple):
@@ -34,7 +35,7 @@ class DrawnBox(NamedTuple):
 
 
 def draw_curves(curves: Mapping[str, NDArray[np.float64]]) -> bytes:
-    """A PNG with a panel a model.
+    """Draw a PNG with one panel per model.
 
     Args:
         curves: precision (7, R) at R recalls from 0 to 1, by the model's name.
@@ -63,14 +64,14 @@ def draw_model(ax: Axes, name: str, precision: NDArray[np.float64]) -> None:
 
 
 def draw_panels(image: NDArray[np.uint8], panels: Mapping[str, Sequence[DrawnBox]]) -> bytes:
-    """A JPEG with the same picture in a row, each time with other boxes.
+    """Draw a JPEG with one image several times in a row, each time with other boxes.
 
     Args:
         image: (H, W, 3) RGB.
         panels: boxes by title.
     """
     height, width = image.shape[:2]
-    size = (PICTURE_WIDTH * len(panels), PICTURE_WIDTH * height / width + 0.35)
+    size = (IMAGE_WIDTH * len(panels), IMAGE_WIDTH * height / width + 0.35)
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False).flat
     for ax, (title, boxes) in zip(axes, panels.items()):
@@ -78,7 +79,7 @@ def draw_panels(image: NDArray[np.uint8], panels: Mapping[str, Sequence[DrawnBox
         for (x, y, w, h), label, kind in boxes:
             color, line = STYLES[kind]
             ax.add_patch(Rectangle((x, y), w, h, fill=False, color=color, lw=1.2, ls=line))
-            # Below what is missed, lest the label of a wrong box in its place hides it.
+            # Below a missed object, because the label of a wrong box there would hide it.
             at, side = (y + h, "top") if kind == "missed" else (y, "bottom")
             text = ax.text(x, at, label, fontsize=7, color=color, va=side, path_effects=HALO)
             text.set(clip_on=True, parse_math=False)

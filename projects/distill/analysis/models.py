@@ -35,14 +35,14 @@ def detect(
     progress: Progress,
     title: str,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """COCO's results of a trained network, and its :func:`efficiency`.
+    """Return COCO's results of a trained network, and its :func:`efficiency`.
 
     Args:
-        cfg: of its training, see :func:`read_config`.
+        cfg: config of its training, see :func:`read_config`.
         weights: file of its checkpoint.
-        name: of the data set.
-        size: of the picture whose cost is measured, see :func:`efficiency`.
-        progress, title: of the bar that is shown.
+        name: name of the data set.
+        size: size of the measured image, see :func:`efficiency`.
+        progress, title: display of the stage.
 
     Raises:
         DistillError: there is no network, or it does not fit the data set.
@@ -57,10 +57,11 @@ def detect(
 
 
 def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
-    """The config of a training, with the data set ``name`` to test on.
+    """Read the config of a training, with the data set ``name`` to test on.
 
     Args:
         folder: OUTPUT_DIR of the training.
+        name: name of the data set.
         triples: ``DATASETS.COCO_FORMAT``, with the data set if it needs that.
     """
     config = next((folder / x for x in CONFIGS if (folder / x).is_file()), None)
@@ -89,19 +90,20 @@ def check_classes(cfg: CfgNode, name: str) -> None:
 def efficiency(
     model: nn.Module, entry: dict[str, Any], size: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """What one picture costs.
+    """Measure the cost of one image.
 
     Args:
-        entry: of a test loader.
-        size: width and height in pixels that the picture gets; None: it stays as it is.
+        model: the network.
+        entry: entry of a test loader.
+        size: width and height in pixels to resize the image to, or None.
 
     Returns:
         ``input`` (width x height), ``device``, ``parameters`` (millions), ``gflops``, ``memory``
         (MiB at its peak, None on a CPU) and ``fps``.
     """
     if size:
-        picture = interpolate(entry["image"][None].float(), size[::-1], mode="bilinear")[0]
-        entry = {**entry, "image": picture}
+        resized = interpolate(entry["image"][None].float(), size[::-1], mode="bilinear")[0]
+        entry = {**entry, "image": resized}
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     run = partial(model, [entry])
@@ -109,7 +111,7 @@ def efficiency(
         run()
     memory = None
     if cuda:
-        gc.collect()  # a model before this one may still be there
+        gc.collect()  # of an earlier model
         torch.cuda.reset_peak_memory_stats(device)
         run()
         memory = torch.cuda.max_memory_allocated(device) / 2**20

@@ -35,23 +35,23 @@ COST = {
     "parameters": "parameters, M",
     "gflops": "GFLOPs",
     "memory": "peak memory, MiB",
-    "fps": "pictures/s",
+    "fps": "images/s",
 }
 
 
-def render(report: Mapping[str, Any], curves: bytes, pictures: Sequence[bytes]) -> str:
-    """The page.
+def render(report: Mapping[str, Any], curves: bytes, images: Sequence[bytes]) -> str:
+    """Write the page.
 
     Args:
         report: content of the JSON file.
         curves: PNG.
-        pictures: JPEGs of ``report["pictures"]``.
+        images: JPEGs of ``report["pictures"]``.
     """
     data, models = report["data"], report["models"]
     facts = (
-        f"{data['pictures']} pictures with {data['objects']} objects (crowds not counted) of "
+        f"{data['pictures']} images with {data['objects']} objects (crowds not counted) of "
         f"{len(data['classes'])} classes. Boxes, at most {report['max_detections']} of a class "
-        "in a picture. All measures are in percent; - where there are no objects."
+        "in an image. All measures are in percent; - where there are no objects."
     )
     body = [
         paragraph(facts),
@@ -63,7 +63,7 @@ def render(report: Mapping[str, Any], curves: bytes, pictures: Sequence[bytes]) 
         heading("Analysis of errors"),
         *errors(models, data, image(curves, "png", "precision over recall")),
         heading("Where the models differ most"),
-        *differences(report, pictures),
+        *differences(report, images),
     ]
     return PAGE.format(title=escape(f"Detections on {data['name']}"), body="\n".join(body))
 
@@ -80,8 +80,8 @@ def efficiency(models: Mapping[str, Any]) -> list[str]:
         parts = [
             table(["", *COST.values(), "device"], rows),
             paragraph(
-                "One picture at a time: the first of the data set. GFLOPs are fvcore's, a "
-                "multiplication with its addition counted once; pictures/s are of the median of "
+                "One image at a time: the first of the data set. GFLOPs are fvcore's, a "
+                "multiplication with its addition counted once; images/s are of the median of "
                 "repeated runs, after others to warm up. Peak memory is that of PyTorch's tensors, "
                 "weights included, on a GPU; on a CPU it is not measured."
             ),
@@ -119,9 +119,9 @@ def errors(models: Mapping[str, Any], data: Mapping[str, Any], figure: str) -> l
     return parts
 
 
-def differences(report: Mapping[str, Any], pictures: Sequence[bytes]) -> list[str]:
-    if not pictures:
-        return [paragraph(f"{report['pictures_chosen_by']} There is no such picture.")]
+def differences(report: Mapping[str, Any], images: Sequence[bytes]) -> list[str]:
+    if not images:
+        return [paragraph(f"{report['pictures_chosen_by']} There is no such image.")]
     key = "".join(
         f'<span class="key" style="color: {color}">{kind}{", dashed" * (line == "dashed")}</span> '
         for kind, (color, line) in STYLES.items()
@@ -129,7 +129,7 @@ def differences(report: Mapping[str, Any], pictures: Sequence[bytes]) -> list[st
     figures = [
         f"<figure>{image(data, 'jpeg', entry['file_name'])}"
         f"<figcaption>{escape(entry['file_name'])}</figcaption></figure>"
-        for entry, data in zip(report["pictures"], pictures)
+        for entry, data in zip(report["pictures"], images)
     ]
     return [paragraph(report["pictures_chosen_by"]), f"<p>{key}</p>", *figures]
 

@@ -1,7 +1,7 @@
 """Draw what each method of a config looks at in one image.
 
-    distill visualize --config-file configs/quick/demo_tid.yaml --image 000000000012.jpg
-        [--weights student.pth] [--out output/visualize] [KEY VALUE ...]
+    distill visualize --config-file FILE --image 000000000012.jpg [--weights student.pth]
+        [--out output/visualize] [KEY VALUE ...]
 
 One figure per method is written: MSSD's masks (paper, Fig. 3), MKD's joint attention and
 frequency-masked features, IMA's instances and their α, TID's scores, areas and M (paper, Fig. 4),
@@ -42,7 +42,7 @@ from ..losses.tid import tid_areas
 from ..modeling.meta_arch import DistillModel
 from ..structures import Batch, NetworkOutputs
 from ..utils.arguments import add_config_arguments
-from .visualize_figure import Grid, Panel, Picture, draw
+from .visualize_figure import Grid, Panel, ShownImage, draw
 
 RANDOM = "random"  # --weights of a student that was never trained
 MAX_OBJECTS = 8  # instances in a figure, the largest
@@ -51,29 +51,29 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AssertionErr
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A picture and what both networks say about it.
+class View:
+    """An image and the outputs of both networks for it.
 
     Attributes:
-        picture: as the student gets it, with the ground-truth boxes.
-        classes: semantic ones, empty if their names are unknown.
-        student, teacher: of a batch of this picture alone.
+        image: the image as the student gets it, with the ground-truth boxes.
+        classes: names of the semantic classes, empty if they are unknown.
+        student, teacher: outputs for a batch of only this image.
     """
 
-    picture: Picture
+    image: ShownImage
     classes: tuple[str, ...]
     student: NetworkOutputs
     teacher: NetworkOutputs | None
 
 
-def mssd_grid(head: MSSD, scene: Scene) -> Grid:
-    masks = [head.mask(scene.student, k, stride)[0] for k, stride in head.strides.items()]
+def mssd_grid(head: MSSD, view: View) -> Grid:
+    masks = [head.mask(view.student, k, stride)[0] for k, stride in head.strides.items()]
     name = "binary mask" if head.binary else f"mask M, σ² = {head.sigma2:g}"
     return level_row(name, head.strides.items(), masks, (0, 1))
 
 
-def mkd_grid(head: MKD, scene: Scene) -> Grid:
-    levels, maps = feature_maps(head, scene)
+def mkd_grid(head: MKD, view: View) -> Grid:
+    levels, maps = feature_maps(head, view)
     student, name = [s for s, _ in maps], "student mean|F|"
     grid: Grid = {}
     if "fad" in head.term_weights and head.options["attention"]:
@@ -86,44 +86,44 @@ def mkd_grid(head: MKD, scene: Scene) -> Grid:
     return grid | level_row("teacher mean|F|", levels, [magnitude(t[0]) for _, t in maps])
 
 
-def ima_grid(head: IMA, scene: Scene) -> Grid:
-    levels, maps = feature_maps(head, scene)
+def ima_grid(head: IMA, view: View) -> Grid:
+    levels, maps = feature_maps(head, view)
     if head.scope in CROPPED:
-        return crop_grid(head, scene, maps)
+        return crop_grid(head, view, maps)
     student = level_row("student mean|F|", levels, [magnitude(s[0]) for s, _ in maps])
     teacher = level_row("teacher mean|F|", levels, [magnitude(t[0]) for _, t in maps])
     if head.scope == "class":
-        return class_grid(head, scene, maps) | student | teacher
+        return class_grid(head, view, maps) | student | teacher
     scales = [head.scales(s, t, None).item() for s, t in maps]
     noted = zip(student.items(), scales)
     return {k: replace(x, note=f"{ALPHA} {scale:.2f}") for (k, x), scale in noted} | teacher
 
 
-def crop_grid(head: IMA, scene: Scene, maps: list[tuple[Tensor, Tensor]]) -> Grid:
-    """Scopes "box" and "mask": one column an instance, in the order of the ground truth."""
-    s, t, weight = head.crops(maps, scene.student.batch)
+def crop_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
+    """Return one column per instance, in the order of the ground truth (scopes box and mask)."""
+    s, t, weight = head.crops(maps, view.student.batch)
     scales = head.scales(s, t, weight).tolist()
-    boxes, pooler = Boxes(scene.student.batch.boxes[0]), head.pooler
+    boxes, pooler = Boxes(view.student.batch.boxes[0]), head.pooler
     canonical = pooler.canonical_box_size, pooler.canonical_level
     levels = assign_boxes_to_levels([boxes], pooler.min_level, pooler.max_level, *canonical)
     grid: Grid = {}
     for i in sorted(boxes.area().argsort(descending=True)[:MAX_OBJECTS].tolist()):
-        column, level = scene.picture.labels[i], head.levels[int(levels[i])]
-        left, top, right, bottom = scene.picture.boxes[i]
-        view = Panel(None, (left, top, right, bottom), zoom=True)
+        column, level = view.image.labels[i], head.levels[int(levels[i])]
+        left, top, right, bottom = view.image.boxes[i]
+        area = Panel(None, (left, top, right, bottom), zoom=True)
         note = f"{level.student}, stride {level.stride}\n{ALPHA} {scales[i]:.2f}"
-        grid["picture", column] = replace(view, note=note)
+        grid["image", column] = replace(area, note=note)
         if weight is not None:
-            grid["mask", column] = replace(view, array=array(weight[i, 0]), limits=(0, 1))
-        grid["student mean|F|", column] = replace(view, array=array(magnitude(s[i])))
-        grid["teacher mean|F|", column] = replace(view, array=array(magnitude(t[i])))
+            grid["mask", column] = replace(area, array=array(weight[i, 0]), limits=(0, 1))
+        grid["student mean|F|", column] = replace(area, array=array(magnitude(s[i])))
+        grid["teacher mean|F|", column] = replace(area, array=array(magnitude(t[i])))
     return grid
 
 
-def class_grid(head: IMA, scene: Scene, maps: list[tuple[Tensor, Tensor]]) -> Grid:
-    """Scope "class": the cells of each class, and its α on them."""
-    names = scene.classes or tuple(f"class {k}" for k in range(head.num_classes))
-    truth = scene.student.batch.sem_seg
+def class_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
+    """Return the cells of each class, and its α on them (scope class)."""
+    names = view.classes or tuple(f"class {k}" for k in range(head.num_classes))
+    truth = view.student.batch.sem_seg
     cells: Grid = {}
     alphas: Grid = {}
     for level, (s, t) in zip(head.levels, maps):
@@ -142,9 +142,9 @@ def class_grid(head: IMA, scene: Scene, maps: list[tuple[Tensor, Tensor]]) -> Gr
     return cells | alphas
 
 
-def tid_grid(head: TID, scene: Scene) -> Grid:
-    assert scene.teacher is not None
-    student, teacher = scene.student, scene.teacher
+def tid_grid(head: TID, view: View) -> Grid:
+    assert view.teacher is not None
+    student, teacher = view.student, view.teacher
     levels = [(x.student, x.stride) for x in head.levels]
     judgement = head.judgement(student, teacher, 0)
     key, weak = tid_areas(*judgement, **head.value_options)
@@ -164,7 +164,7 @@ def tid_grid(head: TID, scene: Scene) -> Grid:
     return grid | level_row("M", levels, masks, (0, largest))
 
 
-GRIDS: dict[type[DistillHead], Callable[[Any, Scene], Grid]] = {
+GRIDS: dict[type[DistillHead], Callable[[Any, View], Grid]] = {
     MSSD: mssd_grid,
     MKD: mkd_grid,
     IMA: ima_grid,
@@ -179,13 +179,13 @@ def level_row(
     limits: tuple[float, float] | None = None,
     **options: Any,
 ) -> Grid:
-    """One row: a panel a level.
+    """Return one row with one panel per level.
 
     Args:
-        name: of the row.
+        name: name of the row.
         levels: names, and strides in pixels.
         maps: (Hi, Wi) each.
-        limits, options: of every :class:`Panel`.
+        limits, options: see :class:`Panel`.
     """
     grid = {}
     for (level, stride), x in zip(levels, maps):
@@ -195,21 +195,21 @@ def level_row(
 
 
 def feature_maps(
-    head: MKD | IMA, scene: Scene
+    head: MKD | IMA, view: View
 ) -> tuple[list[tuple[str, int]], list[tuple[Tensor, Tensor]]]:
-    """Names and strides of the head's levels, and adapted student and teacher maps."""
-    assert scene.teacher is not None
+    """Return names and strides of the head's levels, and adapted student and teacher maps."""
+    assert view.teacher is not None
     levels = [(x.student, x.stride) for x in head.levels]
-    return levels, head.maps(scene.student, scene.teacher)
+    return levels, head.maps(view.student, view.teacher)
 
 
 def magnitude(maps: Tensor) -> Tensor:
-    """(H, W): mean of |F| over the channels of (C, H, W)."""
+    """Return (H, W), the mean of |F| over the channels of (C, H, W)."""
     return maps.abs().mean(0)
 
 
 def central_cell(member: Tensor) -> Tensor:
-    """Row and column of the true cell of an (H, W) mask that is nearest to their mean."""
+    """Return row and column of the true cell of an (H, W) mask nearest to the mean of all."""
     cells = member.nonzero().float()
     return cells[(cells - cells.mean(0)).square().sum(1).argmin()]
 
@@ -219,7 +219,7 @@ def array(x: Tensor) -> NDArray[np.float32]:
 
 
 def missing_truth(head: DistillHead, entry: dict[str, Any]) -> str | None:
-    """The ground truth that the head's figure shows and the picture lacks."""
+    """Return the ground truth that the head's figure shows but ``entry`` lacks, or None."""
     scope = head.scope if isinstance(head, IMA) else ""
     if (isinstance(head, (MSSD, TID)) or scope in CROPPED) and "instances" not in entry:
         return "ground-truth boxes"
@@ -230,15 +230,16 @@ def missing_truth(head: DistillHead, entry: dict[str, Any]) -> str | None:
     return None
 
 
-def find_picture(cfg: CfgNode, image: str, needs: str = "") -> dict[str, Any]:
-    """The picture's entry in a test or training set of the config, tests first.
+def find_image(cfg: CfgNode, image: str, needs: str = "") -> dict[str, Any]:
+    """Find the entry of an image in the test and training sets of the config, in this order.
 
     Args:
-        image: its path or the end of that, or its index, counted through the sets in that order.
-        needs: why it has to be there, for the message.
+        cfg: names the data sets.
+        image: its path, the end of its path, or its index, counted through the sets.
+        needs: why a data set must have it, for the message.
 
     Raises:
-        DataError: it is in none of them.
+        DataError: no data set has it.
     """
     sets = tuple(dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)))
     parts, path = Path(image).parts, os.path.abspath(image)
@@ -247,36 +248,36 @@ def find_picture(cfg: CfgNode, image: str, needs: str = "") -> dict[str, Any]:
         single = cfg.clone()
         single.defrost()
         single.DATASETS.TRAIN, single.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), False
-        pictures = load_training_set(single)
-        for index, entry in enumerate(pictures, count):
+        entries = load_training_set(single)
+        for index, entry in enumerate(entries, count):
             own = entry["file_name"]
             named = Path(own).parts[-len(parts) :] == parts or os.path.abspath(own) == path
             if named or image == str(index):
                 return {**entry, "dataset": name}
-        count += len(pictures)
+        count += len(entries)
     raise DataError(
-        f"--image: '{image}' is neither file name nor index of the {count} pictures of "
+        f"--image: '{image}' is neither file name nor index of the {count} images of "
         f"{', '.join(sets)}{needs}."
     )
 
 
-def read_picture(cfg: CfgNode, heads: dict[str, DistillHead], image: str) -> dict[str, Any]:
-    """One ``batched_inputs`` entry in the size of the evaluation, with its ground truth.
+def read_input(cfg: CfgNode, heads: dict[str, DistillHead], image: str) -> dict[str, Any]:
+    """Return a ``batched_inputs`` entry in the size of the evaluation, with its ground truth.
 
-    A file of no data set will do if no head shows ground truth.
+    If no head shows ground truth, any file can be named.
 
     Raises:
-        DataError: there is no such picture, it cannot be read, or it lacks what a head shows.
+        DataError: the image does not exist, is unreadable, or lacks ground truth of a head.
     """
     needs = [f"{x} {name} shows" for name, head in heads.items() if (x := missing_truth(head, {}))]
     if os.path.isfile(image) and not needs:
         entry: dict[str, Any] = {"file_name": image}
     else:
-        entry = find_picture(cfg, image, f", whose {' and '.join(needs)}" if needs else "")
+        entry = find_image(cfg, image, f", whose {' and '.join(needs)}" if needs else "")
     try:
         mapped = train_mapper(without_augmentation(cfg))(entry)
     except UNREADABLE as e:
-        raise DataError(f"'{entry['file_name']}' cannot be read as a picture: {e}.") from e
+        raise DataError(f"'{entry['file_name']}' cannot be read as an image: {e}.") from e
     for name, head in heads.items():
         if lack := missing_truth(head, mapped):
             raise DataError(f"{name} shows {lack}, but '{entry['file_name']}' has none.")
@@ -284,7 +285,7 @@ def read_picture(cfg: CfgNode, heads: dict[str, DistillHead], image: str) -> dic
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
-    """The config with training pictures as the evaluation has them."""
+    """Return the config with training images as in the evaluation."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
@@ -296,10 +297,10 @@ def without_augmentation(cfg: CfgNode) -> CfgNode:
 
 
 def build(cfg: CfgNode) -> tuple[DistillModel, dict[str, DistillHead]]:
-    """The distilled student in evaluation mode, and its heads that have a figure.
+    """Build the distilled student in evaluation mode; return it and its heads with a figure.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no head has a figure.
     """
     torch.manual_seed(max(cfg.SEED, 0))
     with building("student"):
@@ -315,13 +316,13 @@ def build(cfg: CfgNode) -> tuple[DistillModel, dict[str, DistillHead]]:
 
 
 def load_weights(model: DistillModel, cfg: CfgNode, weights: str) -> tuple[str, list[str]]:
-    """Load the student and what its checkpoint holds of the heads.
+    """Load the student, and the weights of its heads that the checkpoint has.
 
     Args:
         weights: a checkpoint, ``RANDOM``, or "" for the final one of ``cfg.OUTPUT_DIR``.
 
     Returns:
-        Where the student's weights are from, and the heads whose adapters are fresh.
+        The source of the student's weights, and the heads whose adapters are untrained.
 
     Raises:
         WeightsError: there is no such checkpoint, or it does not fit.
@@ -355,27 +356,27 @@ def load_weights(model: DistillModel, cfg: CfgNode, weights: str) -> tuple[str, 
 @torch.no_grad()
 def look(
     model: DistillModel, heads: Sequence[DistillHead], cfg: CfgNode, entry: dict[str, Any]
-) -> Scene:
-    """Ask both networks about one picture."""
+) -> View:
+    """Record the outputs of both networks for one image."""
     image = entry["image"]
     images = model.family.preprocess([image], tuple(image.shape[1:]))
     instances = [entry["instances"].to(model.device)] if "instances" in entry else []
     batch = Batch([entry], (images.shape[2], images.shape[3]), instances)
-    student = model.family.ask(images, NetworkOutputs(batch), signals_of(heads))
-    asked = signals_of([head for head in heads if head.needs_teacher])
+    student = model.family.ask(images, NetworkOutputs(batch), needs_of(heads))
+    asked = needs_of([head for head in heads if head.needs_teacher])
     teacher = model.teacher.ask(student, asked) if model.teacher else None
     rgb = convert_image_to_rgb(image.permute(1, 2, 0), cfg.INPUT.FORMAT)
     names = class_names(cfg)
     classes = [i for x in instances for i in x.gt_classes.tolist()]
-    picture = Picture(
+    shown = ShownImage(
         np.asarray(rgb).clip(0, 255).astype(np.uint8),
         [box for boxes in batch.boxes for box in boxes.tolist()],
         [f"{n} {names[i] if names else f'class {i}'}" for n, i in enumerate(classes, 1)],
     )
-    return Scene(picture, class_names(cfg, semantic=True) or (), student, teacher)
+    return View(shown, class_names(cfg, semantic=True) or (), student, teacher)
 
 
-def signals_of(heads: Iterable[DistillHead]) -> frozenset[str]:
+def needs_of(heads: Iterable[DistillHead]) -> frozenset[str]:
     return frozenset().union(*(head.needs for head in heads))
 
 
@@ -394,8 +395,8 @@ def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
     model, heads = build(cfg)
     weights, fresh = load_weights(model, cfg, args.weights)
-    entry = read_picture(cfg, heads, args.image)
-    scene = look(model, list(heads.values()), cfg, entry)
+    entry = read_input(cfg, heads, args.image)
+    view = look(model, list(heads.values()), cfg, entry)
     file = Path(entry["file_name"])
     args.out.mkdir(parents=True, exist_ok=True)
     for name, head in heads.items():
@@ -408,12 +409,12 @@ def run(args: argparse.Namespace) -> int:
         if name in fresh:
             lines.append("adapters: fresh, no checkpoint has trained them")
         with torch.no_grad():
-            grid = GRIDS[type(head)](head, scene)
-        objects = len(scene.picture.labels)
+            grid = GRIDS[type(head)](head, view)
+        objects = len(view.image.labels)
         if any(panel.zoom for panel in grid.values()) and objects > MAX_OBJECTS:
             lines.append(f"the {MAX_OBJECTS} largest of {objects} objects")
         path = args.out / f"{file.stem}_{name.lower()}.png"
-        draw(grid, scene.picture, "\n".join(lines), path)
+        draw(grid, view.image, "\n".join(lines), path)
         print(*lines, f"wrote {path}", sep="\n  ")
     for name in model.heads:
         if name not in heads:

@@ -15,19 +15,19 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-PANEL, OVERVIEW = 2.2, 3.2  # inches, widths of a panel and of the picture beside them
+PANEL, OVERVIEW = 2.2, 3.2  # inches, widths of a panel and of the image next to the panels
 COLORS, BOX_COLOR = colormaps["inferno"], "#7cfc00"
 HALO = [withStroke(linewidth=2, foreground="k")]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What lies under the maps.
+class ShownImage:
+    """The image under the maps.
 
     Attributes:
         image: (H, W, 3) RGB.
         boxes: left, top, right, bottom in pixels.
-        labels: of the boxes.
+        labels: labels of the boxes.
     """
 
     image: NDArray[np.uint8]
@@ -37,14 +37,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Panel:
-    """A map to be drawn over the picture.
+    """A map to draw over the image.
 
     Attributes:
-        array: (H, W), NaN where there is nothing to say; None: the picture alone.
-        area: left, top, right, bottom of the map in pixels of the picture.
-        limits: of the colours; None: the array's own.
-        note: line of the title.
-        zoom: show this area alone.
+        array: (H, W), NaN where nothing is drawn, or None to draw only the image.
+        area: left, top, right, bottom of the map in pixels of the image.
+        limits: limits of the colours, or None for those of the array.
+        note: a line of the title.
+        zoom: show only this area.
         classes: names of the values 0, 1, ... if these are classes.
         marks: x and y in pixels and text.
     """
@@ -62,10 +62,10 @@ Grid = dict[tuple[str, str], Panel]
 """Panels by row (what is shown) and column (level or instance)."""
 
 
-def draw(grid: Grid, picture: Picture, title: str, path: Path) -> None:
-    """Write a figure: the picture with its boxes, beside it the grid."""
+def draw(grid: Grid, shown: ShownImage, title: str, path: Path) -> None:
+    """Write a figure: the image with its boxes, and the grid next to it."""
     rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*grid))
-    height, width = picture.image.shape[:2]
+    height, width = shown.image.shape[:2]
     zoomed = any(panel.zoom for panel in grid.values())
     panel_height = PANEL * (1 if zoomed else height / width) + 0.35
     size = (
@@ -76,11 +76,11 @@ def draw(grid: Grid, picture: Picture, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     ratios = [OVERVIEW, *[PANEL] * len(columns)]
     cells = figure.add_gridspec(len(rows), len(ratios), width_ratios=ratios)
-    draw_overview(figure.add_subplot(cells[:, 0]), grid, picture)
+    draw_overview(figure.add_subplot(cells[:, 0]), grid, shown)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             ax = figure.add_subplot(cells[i, j + 1])
-            draw_panel(ax, grid[row, column], picture, column if i == 0 else "")
+            draw_panel(ax, grid[row, column], shown, column if i == 0 else "")
             ax.set_ylabel(row if j == 0 else "", fontsize=8)
         if limits := grid[row, columns[-1]].limits:  # of the whole row
             bar = ScalarMappable(Normalize(*limits), COLORS)
@@ -90,13 +90,13 @@ def draw(grid: Grid, picture: Picture, title: str, path: Path) -> None:
     FigureCanvasAgg(figure).print_figure(path, dpi=110)
 
 
-def draw_overview(ax: Axes, grid: Grid, picture: Picture) -> None:
-    """The picture with its numbered boxes, and the legend of the classes in the grid."""
-    draw_image(ax, picture.image)
+def draw_overview(ax: Axes, grid: Grid, shown: ShownImage) -> None:
+    """Draw the image with its numbered boxes, and the legend of the classes in the grid."""
+    draw_image(ax, shown.image)
     ax.set(xticks=[], yticks=[], anchor="N")
-    draw_boxes(ax, picture)
-    for (x1, y1, x2, _), label in zip(picture.boxes, picture.labels):
-        x, side = (x2, "right") if x1 > 0.7 * picture.image.shape[1] else (x1, "left")
+    draw_boxes(ax, shown)
+    for (x1, y1, x2, _), label in zip(shown.boxes, shown.labels):
+        x, side = (x2, "right") if x1 > 0.7 * shown.image.shape[1] else (x1, "left")
         ax.text(x, y1, label, fontsize=7, color=BOX_COLOR, ha=side, va="top", path_effects=HALO)
     classes: dict[int, str] = {}
     for panel in grid.values():
@@ -109,10 +109,10 @@ def draw_overview(ax: Axes, grid: Grid, picture: Picture) -> None:
         ax.legend(handles=patches, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
 
 
-def draw_panel(ax: Axes, panel: Panel, picture: Picture, title: str) -> None:
-    """The map over the grey picture; the lower a value, the more transparent."""
-    grey = picture.image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
-    draw_image(ax, picture.image if panel.array is None else grey)
+def draw_panel(ax: Axes, panel: Panel, shown: ShownImage, title: str) -> None:
+    """Draw the map over the grey image; lower values are more transparent."""
+    grey = shown.image.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
+    draw_image(ax, shown.image if panel.array is None else grey)
     lines = [title, panel.note]
     left, top, right, bottom = panel.area
     if panel.array is not None and np.isfinite(panel.array).any():
@@ -130,8 +130,8 @@ def draw_panel(ax: Axes, panel: Panel, picture: Picture, title: str) -> None:
     if panel.zoom:
         ax.set_aspect((right - left) / (bottom - top))  # square, as the crops are
     else:
-        left, top, right, bottom = 0, 0, picture.image.shape[1], picture.image.shape[0]
-        draw_boxes(ax, picture)
+        left, top, right, bottom = 0, 0, shown.image.shape[1], shown.image.shape[0]
+        draw_boxes(ax, shown)
     for x, y, text in panel.marks:
         ax.text(x, y, text, fontsize=6, color="w", ha="center", va="center", path_effects=HALO)
     ax.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], anchor="N")
@@ -143,8 +143,8 @@ def draw_image(ax: Axes, image: NDArray[np.uint8]) -> None:
     ax.imshow(image, extent=(0, width, height, 0))  # by default pixel centres are whole numbers
 
 
-def draw_boxes(ax: Axes, picture: Picture) -> None:
-    for x1, y1, x2, y2 in picture.boxes:
+def draw_boxes(ax: Axes, shown: ShownImage) -> None:
+    for x1, y1, x2, y2 in shown.boxes:
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=BOX_COLOR, lw=0.8))
 
 

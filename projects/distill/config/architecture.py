@@ -1,4 +1,4 @@
-"""The student's meta-architecture, named alone or inside a ``Distill*`` one."""
+"""The student's meta-architecture, which ``Distill*`` architectures wrap."""
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY

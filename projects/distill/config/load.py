@@ -36,7 +36,7 @@ def load_config(
       the file's path, see :func:`default_output_dir`.
 
     Args:
-        config_file: yaml path; "" for the defaults alone.
+        config_file: yaml path; "" for the defaults.
         opts: KEY VALUE overrides.
         source: where the overrides come from, for messages.
 
@@ -144,7 +144,7 @@ def find_config(name: str) -> str:
     """Return the path of a config file.
 
     Args:
-        name: a file, or a config of this package such as ``COCO-Detection/gfl_R_50_FPN_1x.yaml``,
+        name: a file, or a config of this package such as ``COCO-Detection/gfl_R_50_FPN.yaml``,
             with or without ``configs/`` before it. A file comes first.
 
     Raises:

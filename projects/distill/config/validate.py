@@ -45,6 +45,15 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         )
     architectures = [name for name, _ in META_ARCH_REGISTRY]
     check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    _validate_data(cfg, training)
+    if cfg.MODEL.DISTILL.HEADS or cfg.MODEL.META_ARCHITECTURE in distill_architectures():
+        _validate_distill(cfg)
+        if training and teacher_needed(cfg):
+            _validate_teacher(teacher_config(cfg))
+    _validate_test_modes(cfg)
+
+
+def _validate_data(cfg: CfgNode, training: bool) -> None:
     for key in ("TRAIN", "TEST") if training else ("TEST",):
         for name in cfg.DATASETS[key]:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
@@ -54,13 +63,8 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         if not MetadataCatalog.get(name).get("keypoint_names"):
             raise ConfigError(
                 f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
-                "False."
+                "to False."
             )
-    if cfg.MODEL.DISTILL.HEADS or cfg.MODEL.META_ARCHITECTURE in distill_architectures():
-        _validate_distill(cfg)
-        if training and teacher_needed(cfg):
-            _validate_teacher(teacher_config(cfg))
-    _validate_test_modes(cfg)
 
 
 def _validate_test_modes(cfg: CfgNode) -> None:

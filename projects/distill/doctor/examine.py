@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
-from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import student_config, teacher_config
+from ..config import teacher_config
 from ..engine.hooks import memory_mb
-from ..errors import ConfigError, building
+from ..errors import ConfigError
 from ..families import build_family
 from ..heads import outlasting_phases
 from ..heads.classes import ClassMap
-from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
 from ..structures import NetworkOutputs
 from .dry_run import DryRun, Inputs, build_dry_run, preserved
@@ -91,8 +90,7 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
     does not work is not an error here.
     """
     say("building the networks")
-    with building("student"):
-        student = build_model(student_config(cfg))
+    student = build_student(cfg)
     teacher = build_teacher(cfg) if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE else None
     infos = network_infos(cfg, build_family(student), teacher.family if teacher else None)
     return DoctorReport(

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
-from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor, build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor
 from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -29,11 +29,15 @@ from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
 from ..data.kitti import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
-from ..errors import building
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
 from ..modeling.init_from_teacher import init_from_teacher
-from ..modeling.meta_arch import DistillModel, build_distill_model, network_infos
+from ..modeling.meta_arch import (
+    DistillModel,
+    build_distill_model,
+    build_student,
+    network_infos,
+)
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
@@ -318,7 +322,7 @@ def train_mapper(cfg: CfgNode) -> DatasetMapper:
 
 
 def write_student_yaml(cfg: CfgNode) -> None:
-    """Write the student's plain detectron2 config beside its checkpoints."""
+    """Write the student's plain detectron2 config to ``OUTPUT_DIR/student.yaml``."""
     student = student_config(cfg)
     student.MODEL.WEIGHTS = os.path.join(os.path.abspath(cfg.OUTPUT_DIR), "model_final.pth")
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
@@ -351,7 +355,6 @@ def load_student(cfg: CfgNode, weights: str) -> nn.Module:
         cfg: config of the training, or a plain one.
         weights: checkpoint of the student.
     """
-    with building("student"):
-        model = build_model(student_config(cfg))
+    model = build_student(cfg)
     load_strictly(model, weights, "MODEL.WEIGHTS", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
     return model

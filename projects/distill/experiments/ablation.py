@@ -23,7 +23,7 @@ from ..utils.arguments import at_least
 from ..utils.io import write_json
 from ..utils.progress import Progress
 from ..utils.provenance import command, commit, versions
-from .demo import Demo, quick
+from .demo import Demo
 from .runner import Stage
 from .summary import differences, mean_std, replicates
 
@@ -32,35 +32,51 @@ HEADS = "MODEL.DISTILL"
 
 @dataclass(frozen=True)
 class Study:
-    """One method on one pair of networks; configs are names in ``configs/quick``.
+    """One method on one pair of networks, whose configs are found by the rule of their names.
 
     Args:
-        baseline: the student alone.
-        distilled: the student with the method.
-        teacher: "" for self-distillation.
-        switches: KEY VALUE overrides of ``distilled`` by the name of the variant.
-        metric: that is compared.
+        method: folder of the distillation's config.
+        student, teacher: names of their configs; the teacher is "self" for self-distillation.
+        switches: KEY VALUE overrides of the distillation by the name of the variant.
+        folder: folder of the configs.
+        metric: the metric to compare.
     """
 
-    baseline: str
-    distilled: str
+    method: str
+    student: str
     teacher: str
     switches: dict[str, tuple[Any, ...]]
+    folder: str = "Shapes-Detection"
     metric: str = "AP"
 
     @property
+    def baseline(self) -> str:
+        """Config of the student without distillation."""
+        return f"{self.folder}/{self.student}.yaml"
+
+    @property
+    def distilled(self) -> str:
+        """Config of the student with the method."""
+        return f"{self.folder}/{self.method}/{self.teacher}-{self.student}.yaml"
+
+    @property
+    def teacher_config(self) -> str:
+        """Config of the teacher; "" for self-distillation."""
+        return "" if self.teacher == "self" else f"{self.folder}/{self.teacher}.yaml"
+
+    @property
     def layout(self) -> str:
-        """Of the rendered data."""
+        """Layout of the rendered data."""
         return "cityscapes" if self.metric == "mIoU" else "coco"
 
 
 def overrides(head: str, keys: dict[str, Any]) -> tuple[Any, ...]:
-    """KEY VALUE of one head's section."""
+    """Return the KEY VALUE overrides of one head's section."""
     return tuple(x for key, value in keys.items() for x in (f"{HEADS}.{head}.{key}", value))
 
 
 def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Overrides by which one head replaces all others, by its name, with values of its keys."""
+    """Return the overrides, by name, with which one head replaces all others."""
     return {
         name: (f"{HEADS}.HEADS", (name,), *overrides(name.upper(), keys))
         for name, keys in heads.items()
@@ -68,15 +84,15 @@ def methods(**heads: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Overrides of one head's keys, by variant; underscores of the names become spaces."""
+    """Return the overrides of one head by variant; underscores in names become spaces."""
     return {name.replace("_", " "): overrides(head, keys) for name, keys in variants.items()}
 
 
 IMA_OFF = {"MASK_RATIO": 0.0, "STANDARDIZE": False, "DEFLATE": False}
 MKD_OFF = {f"{term}_WEIGHT": 0.0 for term in ("FEA", "MULTISCALE", "FDMD", "FAD")}
-FRCNN = ("demo_student.yaml", "demo_teacher.yaml")
-RETINANET = ("demo_retinanet_student.yaml", "demo_retinanet_teacher.yaml")
-DENSE = (("tid", "gfl"), ("tid", "atss"), ("ima", "fcos"), ("ima", "reppoints"))
+FRCNN = ("faster_rcnn_R_10_FPN_32", "faster_rcnn_R_18_FPN_64")
+RETINANET = ("retinanet_R_18_FPN_32", "retinanet_R_18_FPN_64")
+DENSE = (("TID", "gfl"), ("TID", "atss"), ("IMA", "fcos"), ("IMA", "reppoints"))
 TID_SWITCHES = switches(
     "TID",
     cls_only={"SCORE": "cls"},
@@ -87,9 +103,8 @@ TID_SWITCHES = switches(
 )
 STUDIES = {
     "ima": Study(
-        FRCNN[0],
-        "demo_ima.yaml",
-        FRCNN[1],
+        "IMA",
+        *FRCNN,
         switches(
             "IMA",
             scope_image={"SCOPE": "image"},
@@ -100,9 +115,8 @@ STUDIES = {
         ),
     ),
     "mkd": Study(
-        FRCNN[0],
-        "demo_mkd.yaml",
-        FRCNN[1],
+        "MKD",
+        *FRCNN,
         switches(
             "MKD",
             fea_only={**MKD_OFF, "FEA_WEIGHT": 1.0},
@@ -112,14 +126,14 @@ STUDIES = {
             all_levels={"IN_FEATURES": ()},
         ),
     ),
-    "tid": Study(FRCNN[0], "demo_tid.yaml", FRCNN[1], TID_SWITCHES),
-    "tid_retinanet": Study(RETINANET[0], "demo_retinanet_tid.yaml", RETINANET[1], TID_SWITCHES),
-    "ima_retinanet": Study(RETINANET[0], "demo_retinanet_ima.yaml", RETINANET[1], {}),
-    "mkd_retinanet": Study(RETINANET[0], "demo_retinanet_mkd.yaml", RETINANET[1], {}),
+    "tid": Study("TID", *FRCNN, TID_SWITCHES),
+    "tid_retinanet": Study("TID", *RETINANET, TID_SWITCHES),
+    "ima_retinanet": Study("IMA", *RETINANET, {}),
+    "mkd_retinanet": Study("MKD", *RETINANET, {}),
     "mssd": Study(
-        "demo_pafpn_student.yaml",
-        "demo_mssd.yaml",
-        "",
+        "MSSD",
+        "faster_rcnn_R_10_PAFPN_32",
+        "self",
         switches(
             "MSSD",
             distill_only={"MASK_WEIGHT": 0.0},
@@ -129,16 +143,17 @@ STUDIES = {
         ),
     ),
     "mask": Study(
-        "demo_mask_student.yaml",
-        "demo_mask_ima.yaml",
-        "demo_mask_teacher.yaml",
+        "IMA",
+        "mask_rcnn_R_10_FPN_32",
+        "mask_rcnn_R_18_FPN_64",
         methods(MaskLogitKD={"WEIGHT": 30.0}, MKD={"WEIGHT": 20.0, "IN_FEATURES": ("p2",)}),
+        "Shapes-InstanceSegmentation",
         "mask AP",
     ),
     "semantic": Study(
-        "demo_semantic_student.yaml",
-        "demo_semantic_ima.yaml",
-        "demo_semantic_teacher.yaml",
+        "IMA",
+        "pspnet_R_10",
+        "deeplabv3_R_18",
         {
             **switches("IMA", scope_image={"SCOPE": "image", "WEIGHT": 20.0}),
             **methods(
@@ -152,21 +167,17 @@ STUDIES = {
                 MasKDLogits={"TOKEN_ITERS": 100},
             ),
         },
+        "Shapes-SemanticSegmentation",
         "mIoU",
     ),
-    "mssd_retinanet": Study(
-        "demo_retinanet_pafpn_student.yaml", "demo_retinanet_mssd.yaml", "", {}
-    ),
+    "mssd_retinanet": Study("MSSD", "retinanet_R_18_PAFPN_32", "self", {}),
     **{
-        f"{method}_{detector}": Study(
-            f"demo_{detector}_student.yaml",
-            f"demo_{detector}_{method}.yaml",
-            f"demo_{detector}_teacher.yaml",
-            {},
+        f"{method.lower()}_{detector}": Study(
+            method, f"{detector}_R_18_FPN_32", f"{detector}_R_18_FPN_64", {}
         )
         for method, detector in DENSE
     },
-    "mssd_fcos": Study("demo_fcos_pafpn_student.yaml", "demo_fcos_mssd.yaml", "", {}),
+    "mssd_fcos": Study("MSSD", "fcos_R_18_PAFPN_32", "self", {}),
 }
 
 
@@ -175,7 +186,7 @@ class Ablation:
 
     Args:
         demo: where and how stages run.
-        teacher_seed: of the teacher that all students share.
+        teacher_seed: seed of the teacher that all students share.
         opts: KEY VALUE overrides of the distilled configs, for tuning.
     """
 
@@ -185,14 +196,14 @@ class Ablation:
         self.opts = tuple(opts)
 
     def study(self, study: Study, seeds: list[int], variants: list[str] | None) -> dict[str, Any]:
-        """The metric of every seed by variant, the teacher's and the baseline's included."""
+        """Return the metric of every seed by variant, including the teacher and the baseline."""
         results: dict[str, Any] = {}
         teacher: tuple[Any, ...] = ()
-        if study.teacher:
-            stage = self.demo.stage("teacher", self.teacher_seed, study.teacher)
+        if study.teacher_config:
+            stage = self.demo.stage("teacher", self.teacher_seed, study.teacher_config)
             results["teacher"] = [self.demo.run(stage)[study.metric]]
             teacher = (
-                *(f"{HEADS}.TEACHER.CONFIG_FILE", quick(study.teacher)),
+                *(f"{HEADS}.TEACHER.CONFIG_FILE", study.teacher_config),
                 *(f"{HEADS}.TEACHER.WEIGHTS", str(stage.weights)),
             )
         chosen = {"full": (), **study.switches}

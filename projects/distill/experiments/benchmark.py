@@ -48,7 +48,7 @@ from ..utils.timing import seconds
 def synthetic_batch(
     batch: int, height: int, width: int, classes: int, objects: int, seed: int
 ) -> list[Any]:
-    """``batched_inputs`` of random pictures with boxes, polygons, classes and those of pixels."""
+    """Return ``batched_inputs`` of random images with boxes, polygons and labels of pixels."""
     g = torch.Generator().manual_seed(seed)
     entries = []
     for _ in range(batch):
@@ -68,7 +68,7 @@ def synthetic_batch(
 
 
 def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
-    """Student, teacher (if a head needs one) and all configured heads with random weights."""
+    """Build student, teacher (if a head needs one) and the configured heads, all untrained."""
     torch.manual_seed(0)
     student = build_model(student_config(cfg)).train()
     if not teacher_needed(cfg):
@@ -93,7 +93,7 @@ def step(model: nn.Module, inputs: list[Any]) -> None:
 def measure(
     cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Median seconds by head set: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
+    """Return median seconds by heads: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
     student, teacher, heads = build(cfg)
     cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     sets = {name: [name] for name in heads} | {"all": list(heads)}
@@ -128,7 +128,7 @@ def measure(
 
 
 def _said(model: DistillModel, inputs: list[Any]) -> NetworkOutputs:
-    """What the student says of ``inputs``."""
+    """Return the recorded outputs of the student for ``inputs``."""
     needs = model.active_needs()
     with torch.no_grad(), model.family.record(needs) as calls:
         model.student(inputs)
@@ -136,7 +136,7 @@ def _said(model: DistillModel, inputs: list[Any]) -> NetworkOutputs:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors inside lists, dictionaries and structures."""
+    """Yield all tensors inside lists, dictionaries and structures."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | dict):
@@ -147,7 +147,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
-    """The teacher's answer to what the student says of ``inputs``, as a call to be timed."""
+    """Return the call in which the teacher answers the student, to be timed."""
     student, teacher, needs = _said(model, inputs), model.teacher, model.active_needs(True)
     return lambda: teacher.ask(student, needs) if teacher else None
 
@@ -155,8 +155,11 @@ def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
 def measure_heads(
     cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """By head: median seconds of ``head`` and ``backbone``, their ``ratio``, the ``largest`` tensor
-    and the MiB ``kept``."""
+    """Return costs by head.
+
+    They are the median seconds of ``head`` and ``backbone``, their ``ratio``, the ``largest``
+    tensor and the MiB ``kept``.
+    """
     network, teacher, heads = build(cfg)
     cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     model: DistillModel = cls(student=network, teacher=teacher, heads=heads).train()
@@ -197,7 +200,7 @@ def measure_heads(
 
 
 def mebibytes_kept(forward: Callable[[], Any], head: nn.Module) -> float:
-    """What autograd stores in a forward, beside the head's own parameters."""
+    """MiB that autograd stores in a forward, without the head's own parameters."""
     own = {x.untyped_storage().data_ptr() for x in head.parameters()}
     sizes: dict[int, int] = {}
     stored = []  # or another tensor would get the memory of one that is gone

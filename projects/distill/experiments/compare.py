@@ -46,22 +46,22 @@ from ..utils.io import write_json, write_text
 from ..utils.progress import Progress
 from ..utils.provenance import command, commit, versions
 from ..utils.text import choices, one_line
-from .compare_report import Report, Row
+from .compare_report import MethodTable, Row
 from .runner import COST, Result, Runner, Stage
 from .shapes import Shapes
 from .summary import replicates
 
-# By task, the first that an evaluation has; an instance segmenter also has AP of boxes.
+# The first that an evaluation has; an instance segmenter has AP of boxes, too.
 METRICS = ("panoptic_seg/PQ", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/mIoU_present")
 
 
-class Pair:
+class NetworkPair:
     """A student and its teacher, to see which heads can compare them.
 
     Args:
-        cfg: of a distillation.
+        cfg: config of a distillation.
         taught: build the teacher, too.
-        trained: with its weights, so that a file that cannot be read is found now.
+        trained: load the teacher's weights, so that an unreadable file fails now.
     """
 
     def __init__(self, cfg: CfgNode, *, taught: bool, trained: bool):
@@ -78,7 +78,7 @@ class Pair:
         """Number of parameters of the heads that ``cfg`` names.
 
         Raises:
-            ConfigError: one of them does not work for this pair, or a value cannot be.
+            ConfigError: one of them does not work for this pair, or a value is invalid.
         """
         student, teacher = self.specs
         teacher = teacher if teacher_needed(cfg) else None
@@ -97,17 +97,17 @@ class Pair:
 
 
 def thawed(cfg: CfgNode) -> CfgNode:
-    """A copy that can be changed."""
+    """Return a copy that can be changed."""
     cfg = cfg.clone()
     cfg.defrost()
     return cfg
 
 
 def configure(config_file: str, opts: list[Any]) -> CfgNode:
-    """The config that all runs share, with what serves a comparison.
+    """Return the config that all runs share, with the settings of a comparison.
 
     Raises:
-        DistillError: it cannot be distilled, or not evaluated.
+        DistillError: the config cannot be distilled or not evaluated.
     """
     cfg = thawed(setup_config(config_file, opts))
     architecture, inherited = cfg.MODEL.META_ARCHITECTURE, tuple(cfg.MODEL.DISTILL.INHERIT)
@@ -118,8 +118,8 @@ def configure(config_file: str, opts: list[Any]) -> CfgNode:
         )
     if inherited:
         raise ConfigError(
-            f"MODEL.DISTILL.INHERIT is {inherited}, so the student alone would start from other "
-            "weights; empty it for a comparison."
+            f"MODEL.DISTILL.INHERIT is {inherited}, so the baseline would start from other "
+            "weights; set it to () for a comparison."
         )
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; name the data set on which to compare.")
@@ -130,7 +130,7 @@ def configure(config_file: str, opts: list[Any]) -> CfgNode:
 
 
 def student_alone(cfg: CfgNode) -> CfgNode:
-    """``cfg`` without anything of its distillation."""
+    """Return ``cfg`` without its distillation."""
     plain = thawed(cfg)
     plain.MODEL.META_ARCHITECTURE = student_config(cfg).MODEL.META_ARCHITECTURE
     plain.MODEL.DISTILL = get_distill_cfg().MODEL.DISTILL
@@ -138,11 +138,11 @@ def student_alone(cfg: CfgNode) -> CfgNode:
 
 
 def method_config(cfg: CfgNode, name: str, opts: list[Any]) -> CfgNode:
-    """``cfg`` with the heads of one method, and nothing of what these do not read.
+    """Return ``cfg`` with the heads of one method, without sections that they do not read.
 
     Args:
-        name: of a head, or several joined by "+".
-        opts: KEY VALUE of this method alone.
+        name: a head, or several joined by "+".
+        opts: KEY VALUE overrides of this method.
     """
     cfg = thawed(cfg)
     merge_from_list(cfg, opts, f"--set {name}")
@@ -157,7 +157,7 @@ def method_config(cfg: CfgNode, name: str, opts: list[Any]) -> CfgNode:
 
 
 def teachers_own_config(cfg: CfgNode) -> CfgNode:
-    """To train the teacher that ``cfg`` names, without the distillation that its file may hold."""
+    """Return the config that trains the teacher of ``cfg``, without a distillation of its own."""
     teacher = student_alone(teacher_config(cfg, trained=False))
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.SOLVER.KEEP_CHECKPOINTS = 1
@@ -171,8 +171,8 @@ def teachers_own_config(cfg: CfgNode) -> CfgNode:
 # ---- The comparison.
 
 
-class Comparison:
-    """Trains what the arguments name, and writes what came out after every run.
+class MethodComparison:
+    """Trains the methods that the arguments name, and writes the results after every run.
 
     Raises:
         DistillError: nothing can be compared.
@@ -186,12 +186,12 @@ class Comparison:
         self.data_seed, self.seeds = replicates(args.tune, args.seeds)
         data = self._render() if args.shapes else []
         self.cfg = configure(args.config_file, [*args.opts, *data, "OUTPUT_DIR", str(self.out)])
-        self.report = Report()
+        self.report = MethodTable()
         self.configs = {self.report.baseline.name: student_alone(self.cfg)}
         self.skipped: dict[str, str] = {}
 
     def _render(self) -> list[Any]:
-        """KEY VALUE of rendered pictures, in the layout that the student needs."""
+        """Render images in the layout that the student needs; return their KEY VALUE overrides."""
         cfg = get_distill_cfg()
         merge_from_file(cfg, self.args.config_file)
         merge_from_list(cfg, self.args.opts)
@@ -225,7 +225,7 @@ class Comparison:
             self.configs[name] = method_config(self.cfg, name, opts)
         taught = any(teacher_needed(self.configs[name]) for name in names)
         taught &= bool(self.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
-        pair = Pair(self.cfg, taught=taught, trained=not teacher)
+        pair = NetworkPair(self.cfg, taught=taught, trained=not teacher)
         refused: dict[str, str] = {}
         for name in names:
             try:
@@ -253,7 +253,7 @@ class Comparison:
             self.report.metric = chosen_metric(self.args.metric, result)
 
     def _own_teacher(self, names: list[str]) -> Stage | None:
-        """The run that makes the teacher, on the student's data; None if no method has one."""
+        """Return the run that trains the teacher on the student's data, or None without a need."""
         heads = {head for name in names for head in name.split("+")}
         if not any(DISTILL_HEAD_REGISTRY.get(head).needs_teacher for head in heads):
             return None
@@ -301,10 +301,10 @@ class Comparison:
 
 
 def chosen_metric(asked: str | None, result: Result) -> str:
-    """The full name of the metric that is compared.
+    """Return the full name of the metric to compare.
 
     Args:
-        asked: None: that of the task, on the first test set.
+        asked: the name of ``--metric``, or None for that of the task on the first test set.
 
     Raises:
         ConfigError: the evaluation has no such metric.
@@ -321,7 +321,7 @@ def chosen_metric(asked: str | None, result: Result) -> str:
 
 
 def reason(error: Exception, log: Path) -> str:
-    """Why a run failed, in one sentence."""
+    """Return one sentence that says why a run failed."""
     found = user_error(error)
     if found:
         return one_line(found).replace(RESUME, RERUN)
@@ -365,7 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     split_heads(args)
     check_names(args)
-    return Comparison(args).run()
+    return MethodComparison(args).run()
 
 
 def split_heads(args: argparse.Namespace) -> None:

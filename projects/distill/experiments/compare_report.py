@@ -1,4 +1,4 @@
-"""What a comparison shows: a table, raw values, and gains over costs as a picture."""
+"""Report of a comparison of methods: a table, raw values, and a figure of gains over costs."""
 
 import statistics
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ from .summary import mean_std
 
 TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 Values = dict[int, float]
-"""By seed, of those seeds that have one."""
+"""Values by seed, of the seeds that have one."""
 
 
 @dataclass(eq=False)
 class Row:
-    """What became of a method, of the student alone or of the teacher.
+    """Results of a method, of the baseline or of the teacher.
 
     Args:
-        extra_parameters: that only the training has, those of the heads; None: of no interest.
-        results: of the finished runs, by seed.
-        failures: why the others have none, by seed.
-        notes: what a reader of its values should know.
+        extra_parameters: number of parameters of the heads, or None if there are no heads.
+        results: results of the finished runs, by seed.
+        failures: reasons of the failed runs, by seed.
+        notes: remarks about the values.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def remark(self) -> str:
-        """Notes, and every reason of a failure once, with its seeds if others fared otherwise."""
+        """The notes and the reasons of failures, with their seeds unless all seeds share one."""
         seeds: dict[str, list[str]] = {}
         for seed, reason in self.failures.items():
             seeds.setdefault(reason, []).append(str(seed))
@@ -57,8 +57,8 @@ class Row:
 
 
 @dataclass(eq=False)
-class Report:
-    """All rows, and the metric by which they are compared; empty: no run has finished yet."""
+class MethodTable:
+    """All rows, and the metric by which they are compared: "" until a run has finished."""
 
     metric: str = ""
     teacher: Row | None = None
@@ -67,7 +67,7 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
-        """The teacher, the student alone, and the methods from the best to the worst."""
+        """The teacher, the baseline, and the methods from the best to the worst."""
         gains = {row.name: list(self.gains(row).values()) for row in self.methods}
         best = sorted(
             self.methods,
@@ -77,19 +77,19 @@ class Report:
         return [*([self.teacher] if self.teacher else []), self.baseline, *best]
 
     def gains(self, row: Row) -> Values:
-        """Differences of the metric to the student alone of the same seed."""
+        """Return the differences of the metric to the baseline of the same seed."""
         alone = self.baseline.values(self.metric)
         return {s: x - alone[s] for s, x in row.values(self.metric).items() if s in alone}
 
     def costs(self, row: Row) -> Values:
-        """Time of a step over that of the student alone, of the same seed and as many threads."""
+        """Return the time of a step relative to the baseline of the same seed and threads."""
         alone, threads = self.baseline.values(SECONDS), self.baseline.values(THREADS)
         own = row.values(THREADS)
         seconds = {s: x for s, x in row.values(SECONDS).items() if own.get(s) == threads.get(s)}
         return {s: x / alone[s] for s, x in seconds.items() if s in alone}
 
     def columns(self) -> dict[str, list[str]]:
-        """The cells of the table by column, those of the names and remarks excepted."""
+        """Return the cells of the table by column, without names and remarks."""
         rows, distilled = self.rows, [row in self.methods for row in self.rows]
         students = [row is not self.teacher for row in rows]
         columns = {
@@ -126,7 +126,7 @@ class Report:
                 console.print(f"{row.name}: {row.remark}", highlight=False, soft_wrap=True)
 
     def raw(self) -> dict[str, Any]:
-        """Of JSON: every value by seed, and what they come to."""
+        """Return all values by seed with their mean and deviation, for JSON."""
         return {
             row.name: {
                 "extra_parameters": row.extra_parameters,
@@ -147,12 +147,12 @@ class Report:
             yield "relative_cost", self.costs(row)
 
     def draw(self, path: Path) -> None:
-        """Write each method's mean gain over its mean cost; the student alone is at (1, 0)."""
+        """Write a figure of each method's mean gain over its mean cost; the baseline is (1, 0)."""
         figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
         ax.axhline(0, color="0.8", zorder=0)
         style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
         ax.plot(1, 0, "s", color="0.5")
-        ax.annotate("student alone", (1, 0), xytext=(6, -12), color="0.4", **style)
+        ax.annotate("baseline", (1, 0), xytext=(6, -12), color="0.4", **style)
         for row in self.methods:
             gains, costs = list(self.gains(row).values()), list(self.costs(row).values())
             if gains and costs:
@@ -160,8 +160,8 @@ class Report:
                 spread = statistics.stdev(gains) if gains[1:] else None
                 color = ax.errorbar(x, y, yerr=spread, fmt="o", capsize=3).lines[0].get_color()
                 ax.annotate(row.name, (x, y), xytext=(6, 5), color=color, **style)
-        ax.set_xlabel("seconds per step / those of the student alone")
-        ax.set_ylabel(f"{self.metric} - that of the student alone")
+        ax.set_xlabel("seconds per step / those of the baseline")
+        ax.set_ylabel(f"{self.metric} - that of the baseline")
         figure.savefig(path, dpi=120)
         plt.close(figure)
 

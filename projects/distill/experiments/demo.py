@@ -2,9 +2,9 @@
 
     distill demo --seeds 3 --control
 
-Every seed is a full replicate: a teacher, a student alone, the same student distilled, and, with
-``--control``, the same student under a randomly initialised teacher. Finished stages are reused,
-an interrupted one resumes.
+Every seed is a full replicate: a teacher, a student without distillation, the same student
+distilled, and, with ``--control``, the same student with an untrained teacher. Finished stages are
+reused, and an interrupted one resumes.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..config import find_config
 from ..engine import Trainer, setup_config
 from ..utils.arguments import at_least
 from ..utils.io import replacing, write_json
@@ -41,14 +40,18 @@ COST = {"parameters": "M params", "gflops": "GFLOPs", "ms_per_image": "ms/image"
 TIMED_IMAGES = 50
 TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+TEACHER = "Shapes-Detection/faster_rcnn_R_18_FPN_64.yaml"
+STUDENT = "Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml"
+DISTILLED = "Shapes-Detection/IMA-ROIKD/faster_rcnn_R_18_FPN_64-faster_rcnn_R_10_FPN_32.yaml"
 
 
 class Demo(Runner):
-    """Runs configs of ``configs/quick`` on the shapes.
+    """Runs configs of this package on the shapes.
 
     Args:
         out: folder of everything that the demo writes.
-        data_seed, layout: of :class:`Shapes`.
+        progress: shows what runs.
+        data_seed, layout: see :class:`Shapes`.
     """
 
     def __init__(self, out: Path, data_seed: int, progress: Progress, layout: str = "coco"):
@@ -66,11 +69,11 @@ class Demo(Runner):
         """Describe a run.
 
         Args:
-            config: name of a file in ``configs/quick``.
+            config: name of a config, such as ``Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml``.
             opts: KEY VALUE overrides.
         """
         opts = (*self.shapes.opts(), "OUTPUT_DIR", str(self.out), *opts)
-        return self.describe(name, seed, setup_config(quick(config), opts))
+        return self.describe(name, seed, setup_config(config, opts))
 
     def measure(self, stage: Stage, model: nn.Module) -> Result:
         (name,) = stage.cfg.DATASETS.TEST
@@ -78,13 +81,8 @@ class Demo(Runner):
         return {**scores(results), **cost(model, Trainer.build_test_loader(stage.cfg, name))}
 
 
-def quick(config: str) -> str:
-    """Return the path of a file of ``configs/quick``."""
-    return find_config(f"configs/quick/{config}")
-
-
 def scores(results: dict[str, dict[str, float]]) -> Result:
-    """The metrics of an evaluation: COCO's of boxes, those of masks as "mask AP", ..., or mIoU."""
+    """Return mIoU, or COCO's metrics of boxes and, as "mask AP" and so on, of masks."""
     if "sem_seg" in results:
         return {"mIoU": results["sem_seg"]["mIoU_present"]}
     kinds = {"": "bbox", "mask ": "segm"}
@@ -98,7 +96,7 @@ def scores(results: dict[str, dict[str, float]]) -> Result:
 
 @torch.no_grad()
 def cost(model: nn.Module, loader: Any) -> dict[str, float]:
-    """Millions of parameters, GFLOPs (multiply-adds, fvcore) and median ms of one picture."""
+    """Return millions of parameters, GFLOPs (multiply-adds, fvcore) and median ms per image."""
     inputs = [batch for batch, _ in zip(loader, range(TIMED_IMAGES))]
     cuda = next(model.parameters()).is_cuda
     times = [seconds(functools.partial(model, batch), cuda) for batch in inputs]
@@ -110,7 +108,7 @@ def cost(model: nn.Module, loader: Any) -> dict[str, float]:
 
 
 def random_teacher(demo: Demo, teacher: Stage) -> Path:
-    """A checkpoint of the teacher's network that was never trained."""
+    """Write a checkpoint of an untrained teacher, unless there is one; return its path."""
     path = demo.out / "stages" / f"random-{teacher.folder.name}.pth"
     if not path.is_file():
         seed_all_rng(teacher.seed + 1_000)
@@ -121,15 +119,15 @@ def random_teacher(demo: Demo, teacher: Stage) -> Path:
 
 
 def stages_of_seed(demo: Demo, seed: int, control: bool) -> list[Stage]:
-    teacher = demo.stage("teacher", seed, "demo_teacher.yaml")
-    stages = [teacher, demo.stage("baseline", seed, "demo_student.yaml")]
+    teacher = demo.stage("teacher", seed, TEACHER)
+    stages = [teacher, demo.stage("baseline", seed, STUDENT)]
     key = "MODEL.DISTILL.TEACHER.WEIGHTS"
-    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", quick("demo_teacher.yaml"))
+    opts = ("MODEL.DISTILL.TEACHER.CONFIG_FILE", TEACHER)
     distilled = (*opts, key, str(teacher.weights))
-    stages.append(demo.stage("distilled", seed, "demo_distilled.yaml", *distilled))
+    stages.append(demo.stage("distilled", seed, DISTILLED, *distilled))
     if control:
         untrained = (*opts, key, str(random_teacher(demo, teacher)))
-        stages.append(demo.stage("control", seed, "demo_distilled.yaml", *untrained))
+        stages.append(demo.stage("control", seed, DISTILLED, *untrained))
     return stages
 
 
@@ -174,10 +172,10 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def tune(demo: Demo, seeds: list[int]) -> dict[str, Any]:
-    """The baseline's own best learning rate."""
+    """Train the baseline with several learning rates and return its AP."""
     table = {
         str(lr): [
-            demo.run(demo.stage("tuning", seed, "demo_student.yaml", "SOLVER.BASE_LR", lr))["AP"]
+            demo.run(demo.stage("tuning", seed, STUDENT, "SOLVER.BASE_LR", lr))["AP"]
             for seed in seeds
         ]
         for lr in LEARNING_RATES

@@ -1,4 +1,4 @@
-"""The demo's picture: AP bars, loss curves, and what the models see on the same pictures."""
+"""Figure of the demo: AP bars, loss curves, and predictions on the same images."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,8 @@ COLORS = {
     "distilled": "#c44e52",
     "ground truth": "#55a868",
 }
-NUM_PICTURES = 5
-MIN_SCORE = 0.5  # of the boxes drawn
+NUM_IMAGES = 5
+MIN_SCORE = 0.5  # lower boxes are not drawn
 
 
 def draw(results: dict[str, Any], stages: list[Any], path: Path) -> None:
@@ -42,7 +42,7 @@ def draw(results: dict[str, Any], stages: list[Any], path: Path) -> None:
     bars, curves = top.subplots(1, 2)
     _draw_bars(bars, results, names)
     _draw_curves(curves, {n: first[n].folder for n in names})
-    rows = bottom.subplots(len(shown), NUM_PICTURES, squeeze=False)
+    rows = bottom.subplots(len(shown), NUM_IMAGES, squeeze=False)
     _draw_predictions(rows, shown, first)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -65,7 +65,7 @@ def _draw_bars(ax: Axes, results: dict[str, Any], names: list[str]) -> None:
 
 
 def _draw_curves(ax: Axes, folders: dict[str, Path]) -> None:
-    """The task loss (without distillation), smoothed over detectron2's logging window."""
+    """Draw the task loss (without distillation), smoothed over detectron2's logging window."""
     for name, folder in folders.items():
         rows = [json.loads(x) for x in (folder / "metrics.json").read_text().splitlines()]
         rows = [r for r in rows if "total_loss" in r]
@@ -84,14 +84,14 @@ def _draw_curves(ax: Axes, folders: dict[str, Path]) -> None:
 
 def _draw_predictions(axes: Any, names: list[str], stages: dict[str, Any]) -> None:
     dataset = stages["baseline"].cfg.DATASETS.TEST[0]
-    pictures = DatasetCatalog.get(dataset)[:NUM_PICTURES]
+    entries = DatasetCatalog.get(dataset)[:NUM_IMAGES]
     classes = MetadataCatalog.get(dataset).thing_classes
     for row, name in zip(axes, names):
         predictor = None if name == "ground truth" else _predictor(stages[name])
-        for ax, picture in zip(row, pictures):
-            image = read_image(picture["file_name"], format="BGR")
+        for ax, entry in zip(row, entries):
+            image = read_image(entry["file_name"], format="BGR")
             boxes, labels = (
-                _ground_truth(picture) if predictor is None else _predict(predictor, image)
+                _ground_truth(entry) if predictor is None else _predict(predictor, image)
             )
             ax.imshow(image[:, :, ::-1])
             ax.set_xticks([]), ax.set_yticks([])
@@ -116,7 +116,7 @@ def _predict(predictor: DefaultPredictor, image: np.ndarray) -> tuple[list[Any],
     return instances.pred_boxes.tensor.tolist(), instances.pred_classes.tolist()
 
 
-def _ground_truth(picture: dict[str, Any]) -> tuple[list[Any], list[int]]:
-    annotations = picture["annotations"]
+def _ground_truth(entry: dict[str, Any]) -> tuple[list[Any], list[int]]:
+    annotations = entry["annotations"]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     return boxes, [a["category_id"] for a in annotations]

@@ -40,7 +40,7 @@ from ..utils.provenance import PACKAGE, versions
 
 SECONDS, MEMORY, THREADS = COST = "seconds_per_step", "peak_memory_mb", "threads"
 Result = dict[str, float | None]
-"""What a run has measured, by name; None: undefined."""
+"""Measurements of a run by name; None where a metric is undefined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Runner:
         self.code = code_digest()
 
     def describe(self, name: str, seed: int, cfg: CfgNode) -> Stage:
-        """A run of ``cfg``; its folder is keyed by a hash of config, code and the files it names.
+        """Describe a run, whose folder is named by a hash of config, code and the files it names.
 
-        Data that detectron2 registers itself are known by their names alone.
+        Data sets that detectron2 registers itself are hashed only by their names.
         """
         cfg = cfg.clone()
         cfg.defrost()
@@ -95,13 +95,13 @@ class Runner:
         return Stage(name, seed, cfg, folder)
 
     def _files(self, cfg: CfgNode) -> str:
-        """Hashes of the files that a config names; a stage's file has the hash in its name."""
+        """Return hashes of the files that a config names, except those of other stages."""
         found = {x for _, value in leaves(cfg) for x in texts(value) if os.path.isfile(x)}
         own = str(self.out / "stages") + os.sep
         return "".join(f" {content_hash(x)}" for x in sorted(found) if not x.startswith(own))
 
     def run(self, stage: Stage) -> Result:
-        """Train and evaluate a stage, or read what an earlier run has measured."""
+        """Train and evaluate a stage, or read the measurements of an earlier run."""
         result = stage.folder / "result.json"
         if result.is_file():
             self.progress.add_task(f"{stage.title}: reused", completed=1, total=1)
@@ -120,7 +120,7 @@ class Runner:
     def _train(self, stage: Stage) -> None:
         cfg = stage.cfg.clone()
         cfg.DATASETS.TEST = ()
-        gc.collect()  # what an earlier run has left
+        gc.collect()  # of an earlier run
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -130,7 +130,7 @@ class Runner:
         trainer.train()
 
     def measure(self, stage: Stage, model: nn.Module) -> Result:
-        """What is remembered of a run: every metric of its evaluation, and what it cost.
+        """Return every metric of a run's evaluation, and its cost.
 
         Args:
             model: the trained student as a plain network, in evaluation mode.
@@ -138,7 +138,7 @@ class Runner:
         return {**flat(self.test(stage, model)), **training_cost(stage)}
 
     def test(self, stage: Stage, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """The evaluation of each of ``DATASETS.TEST``, as detectron2's evaluators return it."""
+        """Evaluate each of ``DATASETS.TEST``; return the results of detectron2's evaluators."""
         results = {}
         for name in stage.cfg.DATASETS.TEST:
             loader = Trainer.build_test_loader(stage.cfg, name)
@@ -152,12 +152,12 @@ class Runner:
 
 
 def training_cost(stage: Stage) -> Result:
-    """Median seconds of a step, and the GPU's peak memory in MiB, from the training's own log.
+    """Read the median seconds of a step and the GPU's peak memory in MiB from a training's log.
 
-    None is what cannot be known: a process on a CPU holds more than one training. Seconds of
+    The memory is None on a CPU, where one process holds more than one training. Seconds of
     different numbers of threads are not compared.
     """
-    # A value that is not of each step, as the accuracy of objects, may have a row of its own.
+    # A value that not every step has, such as the accuracy of objects, may have its own row.
     rows = [json.loads(x) for x in (stage.folder / "metrics.json").read_text().splitlines()]
     seconds = [row["time"] for row in rows if "time" in row]
     cuda = stage.cfg.MODEL.DEVICE.startswith("cuda")
@@ -169,14 +169,14 @@ def training_cost(stage: Stage) -> Result:
 
 
 def flat(results: dict[str, dict[str, Any]]) -> Result:
-    """Metrics named as the trainer logs them, "bbox/AP" say, with a test set's name if several."""
+    """Name metrics as the trainer logs them, such as "bbox/AP", with the test set if several."""
     (first, *others) = results.values()
     metrics = flatten_results_dict(results if others else first)
     return {k: finite(k.rpartition("/")[2], float(v)) for k, v in metrics.items()}
 
 
 def finite(metric: str, value: float) -> float | None:
-    """A metric without NaN, which is no JSON.
+    """Replace NaN, which JSON lacks.
 
     COCO's AP is 0 for a model that detects nothing; AP of a size that no object has is None.
     """
@@ -188,7 +188,7 @@ def finite(metric: str, value: float) -> float | None:
 
 
 class ProgressHook(HookBase):
-    """Shows how far a training is."""
+    """Shows the progress of a training."""
 
     def __init__(self, progress: Progress, title: str):
         self.progress, self.title = progress, title
@@ -202,7 +202,7 @@ class ProgressHook(HookBase):
 
 
 class WatchedLoader:
-    """A data loader that shows how much of it is read."""
+    """A data loader that shows the progress of its reading."""
 
     def __init__(self, loader: Any, progress: Progress, task: TaskID):
         self.loader, self.progress, self.task = loader, progress, task
@@ -216,7 +216,7 @@ class WatchedLoader:
 
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[None]:
-    """Send detectron2's and pycocotools' output to a file, and what went wrong; the bars stay."""
+    """Send the output of libraries and tracebacks to a file; the progress stays visible."""
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     loggers = [logging.getLogger(n) for n in ("detectron2", "distill", "fvcore")]
@@ -224,7 +224,7 @@ def quiet(log: Path) -> Iterator[None]:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    # It remarks on what detectron2 asks of torch.fx.
+    # It warns of a call in detectron2.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         with open(log, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
@@ -252,7 +252,7 @@ def code_digest() -> str:
 
 
 def texts(value: Any) -> Iterator[str]:
-    """All texts in a value of a config."""
+    """Yield all texts in a value of a config."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
@@ -261,7 +261,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def content_hash(path: str) -> str:
-    """Of a file, read once while it stays as it is."""
+    """Hash a file, which is read again only if it has changed."""
     state = os.stat(path)
     return _content_hash(path, state.st_mtime_ns, state.st_size)
 

@@ -15,7 +15,7 @@ def replicates(tune: bool, number: int) -> tuple[int, list[int]]:
 
 
 def mean_std(values: Sequence[float | None], digits: int = 1) -> str:
-    """Mean ± sample standard deviation, the only value, or "-" if a value is undefined."""
+    """Format the mean ± sample standard deviation, a single value, or "-" for undefined ones."""
     if not values or None in values:
         return "-"
     x = torch.tensor(values, dtype=torch.float64)
@@ -26,5 +26,5 @@ def mean_std(values: Sequence[float | None], digits: int = 1) -> str:
 def differences(
     values: Sequence[float | None], others: Sequence[float | None]
 ) -> list[float | None]:
-    """``values`` - ``others``, paired; None where one of the two is."""
+    """Return ``values`` - ``others``, paired; None where one of them is None."""
     return [None if a is None or b is None else a - b for a, b in zip(values, others)]

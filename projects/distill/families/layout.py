@@ -81,7 +81,7 @@ class LastLayers:
         self.head._modules = dict(detector.head._modules)
         for task, (name, subnet) in enumerate(subnets(detector.head).items()):
             first = before_activations(subnet)[-1 - convs] + 1
-            setattr(self.head, name, nn.Sequential(_Pick(task), *subnet[first:]))
+            setattr(self.head, name, nn.Sequential(_Pick(task), *list(subnet)[first:]))
 
     def __call__(self, features: list[list[Tensor]]) -> list[Tensor]:
         """Return (N, R, D) predictions, one tensor per output of the head.

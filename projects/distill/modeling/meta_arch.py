@@ -8,7 +8,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import Tensor, nn
 
-from ..config import distill_architectures, student_architecture, teacher_config
+from ..config import (
+    distill_architectures,
+    student_architecture,
+    student_config,
+    teacher_config,
+)
 from ..data.datasets import class_names
 from ..errors import ConfigError, building
 from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
@@ -141,6 +146,16 @@ def build_distill_model(cfg: CfgNode) -> nn.Module:
         if cfg.MODEL.META_ARCHITECTURE in distill_architectures() or not cfg.MODEL.DISTILL.HEADS:
             return build_model(cfg)
         return DistillModel(cfg).to(cfg.MODEL.DEVICE)
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """Build the plain student of ``cfg``, without teacher and heads.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    with building("student"):
+        return build_model(student_config(cfg))
 
 
 def _log_distillation(cfg: CfgNode) -> None:
