@@ -384,7 +384,8 @@ def test_an_annotation_file(name: str, run: Run, spoilt: Shapes) -> None:
 
 @pytest.mark.parametrize("test", [False, True], ids=["train", "test"])
 @pytest.mark.parametrize(
-    "text, reason", [("", "not valid JSON"), ('{"images": [', "not valid JSON"), ("[]", "JSON list")]
+    "text, reason",
+    [("", "not valid JSON"), ('{"images": [', "not valid JSON"), ("[]", "JSON list")],
 )
 def test_a_file_that_is_not_coco(
     text: str, reason: str, test: bool, run: Run, shapes: Shapes, spoilt: Shapes
