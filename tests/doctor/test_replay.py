@@ -55,7 +55,7 @@ FIRST = {
     "task loss": "output of student.roi_heads (StandardROIHeads)",
     "level of a distillation loss": "output of heads.FitNet (FitNet)",
     "gradient": "gradient of loss_fitnet/p3 in student.backbone.fpn_output3.weight",
-    "picture": "image {second}",
+    "image": "image {second}",
     "proposals": "image {second}",
 }
 

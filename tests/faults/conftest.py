@@ -1,4 +1,4 @@
-"""One training and one ledger for all faults; the table at the end."""
+"""Fixtures of the fault tests: one training and one ledger, which is printed at the end."""
 
 import os
 import signal

@@ -19,15 +19,15 @@ from .fuzzing import CASES
 
 
 class Hung(Exception):
-    """A process that did not end in time."""
+    """Error for a process that did not end in time."""
 
 
 @dataclass
 class Row:
-    """What became of the faults of one kind.
+    """Outcomes of the faults of one kind.
 
-    Every injected one is either recovered, lost (the run ended otherwise than an undisturbed one,
-    or a checkpoint is gone), or hung.
+    Every injected fault is recovered, lost or hung. It is lost if the run did not end like an
+    undisturbed run, or if a checkpoint is missing.
     """
 
     kind: str
@@ -38,41 +38,41 @@ class Row:
 
 
 Case = Callable[[Path], int | None]
-"""A fault and its recovery in an empty folder. Returns how many faults it injected; None: one."""
+"""Function that injects faults in an empty folder and recovers; returns their number, None: one."""
 
 
 @dataclass
 class Ledger:
-    """The rows of a session, in the order of their injection."""
+    """Rows of a test session, in the order of injection."""
 
     rows: list[Row] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def inject(self, kind: str, cases: Mapping[str, Case], folder: Path) -> Row:
-        """Run cases, as many at a time as there are cores, and note what became of them.
+        """Run one case per core at a time, and record their outcomes.
 
         Args:
-            kind: of fault.
-            cases: by what distinguishes them.
-            folder: each case gets one below; it stays if the case fails.
+            kind: kind of the faults.
+            cases: cases by name.
+            folder: parent of one folder per case, which is kept if the case fails.
 
         Raises:
-            AssertionError: with the reason of each case that did not recover.
+            AssertionError: some cases did not recover; the message has their reasons.
         """
         row = Row(kind)
         self.rows.append(row)
 
         def run(name: str) -> tuple[str, int, str]:
-            """The outcome, its number of faults, and the reason of a failure."""
-            place = folder / re.sub(r"[^\w.]+", "_", f"{kind} {name}")
-            place.mkdir()
+            """Return the outcome, the number of faults, and the reason of a failure."""
+            own = folder / re.sub(r"[^\w.]+", "_", f"{kind} {name}")
+            own.mkdir()
             try:
-                number = cases[name](place) or 1
+                number = cases[name](own) or 1
             except Hung as e:
                 return "hung", 1, f"{name}: hung: {e}"
             except Exception as e:
-                return "lost", 1, f"{name} ({place}): {type(e).__name__}: {e}"
-            shutil.rmtree(place)
+                return "lost", 1, f"{name} ({own}): {type(e).__name__}: {e}"
+            shutil.rmtree(own)
             return "recovered", number, ""
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -98,7 +98,7 @@ class Ledger:
         Console().print(self.table())
 
     def write(self, path: Path) -> None:
-        """The rows as json, and what they were measured on."""
+        """Write the rows and a description of the machine as JSON."""
         content = {
             "machine": {
                 "cores": len(os.sched_getaffinity(0)),

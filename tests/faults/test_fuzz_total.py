@@ -1,4 +1,4 @@
-"""Runs after the fuzz tests."""
+"""Test the number of fuzzed cases, after the fuzz tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The table in docs/reliability.md is that of the raw file."""
+"""Test that the table in docs/reliability.md equals the raw file."""
 
 import json
 from pathlib import Path
