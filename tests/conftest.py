@@ -10,15 +10,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectron2.engine import TrainerBase
 from detectron2.utils.events import EventStorage
+from filelock import FileLock
 
 from distill.data.shapes import SceneConfig, write_coco
-from tests.support.trainings import Shapes
+from tests.support.trainings import Shapes, Shared
 
 SLOW = 1.0  # seconds of CPU
 
@@ -67,10 +69,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Returns the folder of a name, which the first worker that asks for it fills.
+
+    The others wait for its lock, instead of training the same once more.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        path, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                path.mkdir(exist_ok=True)
+                fill(path)
+                done.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(shared: Shared) -> Shapes:
     """A ``DATASETS.COCO_FORMAT`` triple: six scenes of 64 px with eight classes."""
-    root = tmp_path_factory.mktemp("shapes")
-    write_coco(root, "train", 6, config=SceneConfig(height=64, width=64, min_size=0.25))
+    scenes = SceneConfig(height=64, width=64, min_size=0.25)
+    root = shared("shapes", lambda folder: write_coco(folder, "train", 6, config=scenes))
     annotations = root / "annotations" / "instances_train.json"
     return ("shapes_tiny", str(annotations), str(root / "images" / "train"))
 

@@ -141,6 +141,7 @@ def stranger(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> 
     return Stranger(inputs, dict(zip(runs, report)), dict(zip(runs, predictions)))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_detectron2_loads_the_student(
     family: str, runs: dict[str, Run], stranger: Stranger
@@ -163,6 +164,7 @@ def test_stock_detectron2_loads_the_student(
 # ---- What is inside.
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contents(family: str, runs: dict[str, Run]) -> None:
     run = runs[family]
@@ -177,6 +179,7 @@ def test_contents(family: str, runs: dict[str, Run]) -> None:
     assert "DISTILL" not in (run.output / "student.yaml").read_text()
 
 
+@pytest.mark.e2e
 def test_loss_normalizer_makes_a_round_trip(runs: dict[str, Run]) -> None:
     student: Any = runs["retinanet"].trainer.student
     state = StudentState(student).state_dict()
@@ -191,6 +194,7 @@ def test_loss_normalizer_makes_a_round_trip(runs: dict[str, Run]) -> None:
 # ---- Resuming.
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resume_continues_where_it_stopped(
     family: str, runs: dict[str, Run], tmp_path: Path
@@ -222,6 +226,7 @@ def test_resume_continues_where_it_stopped(
     assert torch.load(tmp_path / "output/model_final.pth", weights_only=True)["iteration"] == 2
 
 
+@pytest.mark.e2e
 def test_trained_student_needs_no_teacher(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +287,7 @@ def test_failed_save_leaves_the_earlier_checkpoint(
     assert found == str(tmp_path / "model_0000001.pth")
 
 
+@pytest.mark.e2e
 def test_failed_training_can_be_resumed(
     runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

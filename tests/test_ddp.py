@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill import DistillModel
 from tests.support.networks import PAFPN, distilled, kd_losses, outspoken_model, picture
-from tests.support.processes import WORLD, needs_loopback, spawn
+from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 
 pytestmark = needs_loopback
 
@@ -104,6 +104,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     return torch.load(folder / "gradients.pth", weights_only=True)
 
 
+@starts_processes
 @pytest.mark.parametrize("objects", OBJECTS)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_gradients_of_the_joint_batch(
@@ -153,6 +154,7 @@ def train(rank: int, folder: Path) -> None:
     torch.save((distillation, state), folder / f"{rank}.pth")
 
 
+@starts_processes
 def test_a_process_without_annotations_trains_along(tmp_path: Path) -> None:
     spawn(train, tmp_path)
     (losses, state), (other, other_state) = (

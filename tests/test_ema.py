@@ -54,6 +54,7 @@ def test_the_average_against_a_loop(warmup: int) -> None:
     assert all(torch.equal(x, trained[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.e2e
 def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
     """``model`` is the average and a stock checkpoint; training goes on with the other."""
     opts = ("SOLVER.MAX_ITER", 3, "SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 0)
@@ -83,6 +84,7 @@ def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
     assert all(torch.equal(evaluated[name], average[name]) for name in average)
 
 
+@pytest.mark.e2e
 def test_switched_on_when_resumed(shapes: Shapes, tmp_path: Path) -> None:
     """It then starts with the weights of the checkpoint."""
     cfg = trainable_cfg("faster", shapes, tmp_path, "SOLVER.MAX_ITER", 2, norm="BN")

@@ -28,6 +28,7 @@ def run(tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]) -> I
         logger.propagate = True
 
 
+@pytest.mark.e2e
 def test_the_unspoilt_run_trains(run: Run) -> None:
     assert run() == 0
     assert (run.output / "model_final.pth").is_file()
@@ -277,6 +278,7 @@ def test_a_teacher_file_of_other_classes(run: Run) -> None:
     assert "box_predictor.cls_score.weight has shape (6, 16) where (9, 16)" in line
 
 
+@pytest.mark.e2e
 def test_a_teacher_of_other_classes(run: Run) -> None:
     """Its predictions cannot be compared without their names; its features can."""
     run.write_teacher("faster", "MODEL.ROI_HEADS.NUM_CLASSES", 5)
@@ -441,6 +443,7 @@ def test_evaluating_without_weights(weights: str, run: Run) -> None:
     assert "MODEL.WEIGHTS" in run.fails("--eval-only", "MODEL.WEIGHTS", weights)
 
 
+@pytest.mark.e2e
 def test_the_tool_prints_nothing_else(run: Run) -> None:
     """In a process of its own, where Python's and torch's warnings would show."""
     run.teacher.unlink()

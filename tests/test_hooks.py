@@ -56,6 +56,7 @@ def load(path: Path) -> dict[str, Any]:
 # ---- Checkpoints.
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("keep", [0, 2])
 def test_the_newest_checkpoints_are_kept(keep: int, shapes: Shapes, tmp_path: Path) -> None:
     schedule = ("SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 1)
@@ -66,6 +67,7 @@ def test_the_newest_checkpoints_are_kept(keep: int, shapes: Shapes, tmp_path: Pa
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+@pytest.mark.e2e
 def test_checkpoints_of_an_earlier_run_are_not_the_newest(shapes: Shapes, tmp_path: Path) -> None:
     """Those of this run would be removed at once, and a resume would go on with the other's."""
     stale = tmp_path / "model_0000099.pth"
@@ -105,6 +107,7 @@ def evaluated(shapes: Shapes, output: Path, *opts: Any) -> CfgNode:
     return config(shapes, output, *best, *schedule, *opts)
 
 
+@pytest.mark.e2e
 def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_path: Path) -> None:
     """The first of equals; NaN, COCO's AP without a prediction, is none."""
     every = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.KEEP_CHECKPOINTS", 5)
@@ -117,6 +120,7 @@ def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_p
     assert hooks["BestCheckpointHook"] == {"metric": "bbox/AP", "best": 9.0}
 
 
+@pytest.mark.e2e
 def test_the_last_evaluation_counts(
     evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
 ) -> None:
@@ -127,6 +131,7 @@ def test_the_last_evaluation_counts(
     assert differences(best["model"], final["model"]) == []
 
 
+@pytest.mark.e2e
 def test_without_a_period_the_end_is_evaluated(
     evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
 ) -> None:
@@ -134,6 +139,7 @@ def test_without_a_period_the_end_is_evaluated(
     assert load(tmp_path / "model_best.pth")["bbox/AP"] == SERIES[LAST]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("series", [SERIES, {**SERIES, 3: 11.0}, {**SERIES, 6: 11.0}])
 @pytest.mark.parametrize("crash", [3, 5])
 def test_a_resumed_run_has_the_same_best(
@@ -158,6 +164,7 @@ def test_a_resumed_run_has_the_same_best(
     )
 
 
+@pytest.mark.e2e
 def test_an_interrupted_run_compares_nothing_that_is_old(
     evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
 ) -> None:
@@ -168,6 +175,7 @@ def test_an_interrupted_run_compares_nothing_that_is_old(
     assert load(tmp_path / "model_best.pth")["bbox/AP"] == 9.0
 
 
+@pytest.mark.e2e
 def test_an_unknown_metric_is_said(
     evaluation: dict[int, float],
     shapes: Shapes,
@@ -295,6 +303,7 @@ def test_typical_values() -> None:
     assert median_of_nonzero([0.0, 3.0, 0.0, 1.0, 2.0]) == 2
 
 
+@pytest.mark.e2e
 def test_a_run_with_a_tiny_weight(
     shapes: Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

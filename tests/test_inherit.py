@@ -82,6 +82,7 @@ def test_nothing_fits(student: str, teacher: str, part: str) -> None:
         init_from_teacher(model, tiny_model(teacher), [part])
 
 
+@pytest.mark.e2e
 def test_a_training_starts_with_it(shapes: tuple[str, str, str], tmp_path: Path) -> None:
     taught = write_teacher(tmp_path, "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8)
     opts: list[Any] = [*distill_opts("faster", ("IMA",)), *taught]

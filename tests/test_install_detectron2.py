@@ -71,6 +71,7 @@ def failure(tool, capsys, *arguments) -> str:
     return message
 
 
+@pytest.mark.e2e
 def test_builds_a_wheel_with_the_prefix_restored(tool, make_wheel, tmp_path, capsys):
     target = tmp_path / "with space" / "wheels"
     wheel = make_wheel({**FILES, **OUTSIDE})

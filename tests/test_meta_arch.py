@@ -151,6 +151,7 @@ def train(
     return student, student.state_dict()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", ["mask", "retinanet"])
 def test_zero_weights_train_bit_identically_to_detectron2(
     family: str, shapes: tuple[str, str, str], tmp_path: Path

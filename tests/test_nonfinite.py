@@ -50,7 +50,7 @@ from tests.support.nonfinite import (
     stopped,
     write_teachers,
 )
-from tests.support.processes import needs_loopback, spawn
+from tests.support.processes import needs_loopback, spawn, starts_processes
 from tests.support.trainings import (
     Interrupted,
     Interruption,
@@ -92,6 +92,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
 # ---- Stopping.
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_run_stops_and_nothing_has_changed(
     fault: str,
@@ -119,6 +120,7 @@ def test_the_run_stops_and_nothing_has_changed(
     assert not (tmp_path / "model_final.pth").exists()
 
 
+@pytest.mark.e2e
 def test_a_teacher_that_is_not_finite(shapes: Shapes, tmp_path: Path) -> None:
     watch = Watch()
     teacher = {"faster": spoilt_teacher(tmp_path / "teacher", "faster")}
@@ -127,6 +129,7 @@ def test_a_teacher_that_is_not_finite(shapes: Shapes, tmp_path: Path) -> None:
     assert differences(watch.states[0], state(trainer)) == []
 
 
+@pytest.mark.e2e
 def test_the_command_line_says_it_in_one_line(
     shapes: Shapes,
     teachers: Teachers,
@@ -148,6 +151,7 @@ def test_the_command_line_says_it_in_one_line(
     assert line.endswith("or set SOLVER.ON_NONFINITE skip.")
 
 
+@pytest.mark.e2e
 def test_a_full_disk_does_not_hide_the_fault(
     shapes: Shapes,
     teachers: Teachers,
@@ -181,6 +185,7 @@ def omit_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TrainLoop, "run_step", run_step)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_skipped_step_leaves_no_trace(
     fault: str,
@@ -209,6 +214,7 @@ def test_a_skipped_step_leaves_no_trace(
     assert AT not in [x["iteration"] for x in rows if "kd_ratio/fitnet/p3" in x]
 
 
+@pytest.mark.e2e
 @first_step_skipped
 def test_skips_are_bounded_and_counted_over_a_resume(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +233,7 @@ def test_skips_are_bounded_and_counted_over_a_resume(
     assert "2 steps were skipped before, as many as SOLVER.MAX_SKIPS allows" in str(error.value)
 
 
+@pytest.mark.e2e
 @first_step_skipped
 def test_the_very_first_step_may_be_skipped(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -369,6 +376,7 @@ def train_together(rank: int, folder: Path) -> None:
     torch.save(report, folder / f"{rank}.pth")
 
 
+@starts_processes
 @needs_loopback
 def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text(json.dumps([shapes, teachers["faster"]]))
@@ -393,6 +401,7 @@ def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path
 # ---- Reproducers.
 
 
+@pytest.mark.e2e
 def test_the_reproducer_has_plain_types_only(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

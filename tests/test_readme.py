@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.data.shapes import SceneConfig, write_coco
-from tests.support.processes import call, script
+from tests.support.processes import call, script, starts_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +21,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@starts_processes
 def test_the_example_of_a_head_trains(tmp_path: Path) -> None:
     (example,) = (b for b in blocks("python") if "DISTILL_HEAD_REGISTRY" in b)
     assert len(example.splitlines()) <= 30

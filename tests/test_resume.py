@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from distill.engine import Trainer
 from distill.launch.main import main
 from tests.support.networks import distill_opts, write_config
-from tests.support.processes import call, needs_loopback, with_forks
+from tests.support.processes import call, needs_loopback, starts_processes, with_forks
 from tests.support.trainings import (
     Interrupted,
     Interruption,
@@ -84,6 +84,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_exact(
     case: str,
@@ -109,6 +110,7 @@ def test_resume_is_exact(
     assert len(resumed["trainer"]["_trainer"]["optimizer"]["state"]) > 0
 
 
+@pytest.mark.e2e
 def test_another_seed_ends_elsewhere(
     shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_another_seed_ends_elsewhere(
     assert len(differences(first["model"], second["model"])) > 10
 
 
+@pytest.mark.e2e
 def test_without_a_checkpoint_resume_starts_anew(
     shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
 ) -> None:
@@ -131,6 +134,7 @@ def test_without_a_checkpoint_resume_starts_anew(
     assert differences(resumed, fresh) == []
 
 
+@starts_processes
 @needs_loopback
 def test_resume_on_another_number_of_processes(
     shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
@@ -151,6 +155,7 @@ def test_resume_on_another_number_of_processes(
     assert torch.load(tmp_path / "run/model_final.pth", weights_only=True)["iteration"] == 7
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
 def test_a_scaled_schedule_goes_on_where_it_was(
     optimizer: str,

@@ -155,12 +155,14 @@ def history(trainer: Trainer, name: str) -> dict[int, float]:
     return {i: v for v, i in trainer.storage.history(name).values()}
 
 
+@pytest.mark.e2e
 def test_cosines_come_with_their_period(run: tuple[Trainer, Path]) -> None:
     assert list(history(run[0], "kd_cosine/ima")) == [0, 4]
     fitnet = history(run[0], "kd_cosine/fitnet")
     assert fitnet[0] != 0 and fitnet[4] == 0  # stopped
 
 
+@pytest.mark.e2e
 def test_cosines_are_those_in_the_student(shapes: Shapes, tmp_path: Path) -> None:
     """The task has no gradient in adapters, which would make every cosine smaller."""
     heads = ("FitNet", "IMA")
@@ -180,6 +182,7 @@ def test_cosines_are_those_in_the_student(shapes: Shapes, tmp_path: Path) -> Non
         assert abs(cosine) > 1.01 * abs(every[name])
 
 
+@pytest.mark.e2e
 def test_measuring_changes_nothing(
     shapes: Shapes, tmp_path: Path, run: tuple[Trainer, Path]
 ) -> None:
@@ -191,6 +194,7 @@ def test_measuring_changes_nothing(
     assert differences(*ends) == []
 
 
+@pytest.mark.e2e
 def test_ratios_are_the_losses_over_the_task(run: tuple[Trainer, Path]) -> None:
     trainer = run[0]
     losses = [x for x in trainer.storage.histories() if x.startswith("loss_")]
@@ -222,6 +226,7 @@ LOGGED = {
 }
 
 
+@pytest.mark.e2e
 def test_metrics_json_and_tensorboard(run: tuple[Trainer, Path]) -> None:
     rows = [json.loads(x) for x in (run[1] / "metrics.json").read_text().splitlines()]
     logged = {k: v for row in rows for k, v in row.items()}
@@ -233,6 +238,7 @@ def test_metrics_json_and_tensorboard(run: tuple[Trainer, Path]) -> None:
     assert board.Scalars("loss_ima")[-1].value == pytest.approx(logged["loss_ima"])
 
 
+@pytest.mark.e2e
 def test_the_gradient_norm_is_that_before_clipping(shapes: Shapes, tmp_path: Path) -> None:
     clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-6)
     trainer = train(config(shapes, tmp_path, *clip, "SOLVER.MAX_ITER", 1))
@@ -241,6 +247,7 @@ def test_the_gradient_norm_is_that_before_clipping(shapes: Shapes, tmp_path: Pat
     assert max(float(p.grad.abs().max()) for p in parameters) <= 1e-6  # type: ignore[union-attr]
 
 
+@pytest.mark.e2e
 def test_pictures_left_out_are_counted(shapes: Shapes, tmp_path: Path) -> None:
     _, annotations, images = shapes
     (tmp_path / "images").mkdir()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from distill import cli
 from tests.support.networks import write_config
-from tests.support.processes import call
+from tests.support.processes import call, starts_processes
 from tests.support.trainings import trainable_cfg
 
 Shapes = tuple[str, str, str]
@@ -59,6 +59,7 @@ def run_json(config: Path, capsys: Any, *args: str) -> tuple[int, dict[str, int]
     return code, found
 
 
+@pytest.mark.e2e
 def test_a_sound_data_set(config: Path, capsys: Any) -> None:
     assert run_json(config, capsys) == (0, {})
     assert cli.main(["check-data", "--config-file", str(config)]) == 0
@@ -124,6 +125,7 @@ def test_a_wrong_config(opts: list[str], word: str, config: Path, capsys: Any) -
     assert line.startswith("error: ") and word in line
 
 
+@starts_processes
 def test_the_table_in_a_process_of_its_own(config: Path, tmp_path: Path) -> None:
     expected = spoil_images(config.parent) | {"box outside its image": 1}
     content = json.loads((config.parent / "a.json").read_text())

@@ -86,12 +86,14 @@ def test_semantic_dicts_are_those_of_detectron2(sound: Path) -> None:
     assert len(dicts) == 4
 
 
+@pytest.mark.e2e
 def test_instance_dicts_are_those_of_detectron2(sound: Path) -> None:
     dicts = load_cityscapes_instances(*folders(sound))
     assert dicts == by_file(stock.load_cityscapes_instances(*folders(sound)))
     assert sum(len(x["annotations"]) for x in dicts) > 4
 
 
+@pytest.mark.e2e
 def test_the_rarer_polygons_are_those_of_detectron2(root: Path) -> None:
     """Groups, deleted and negative labels, hidden, split and self-crossing objects."""
     square = [[10, 10], [40, 10], [40, 40], [10, 40]]
@@ -125,6 +127,7 @@ def test_the_registered_sets_are_ours() -> None:
             assert loader.args[0].endswith(f"cityscapes/leftImg8bit/{split}/")
 
 
+@pytest.mark.e2e
 def test_many_pictures_are_read_by_processes(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = load_cityscapes_instances(*folders(sound))
     monkeypatch.setattr("distill.data.cityscapes._POOLED", 2)

@@ -287,6 +287,7 @@ def test_the_output_of_the_mapper_is_returned(tmp_path: Path) -> None:
     assert GuardedMapper(lambda e: None)(entry) is None  # detectron2's sign for another image
 
 
+@pytest.mark.e2e
 def test_the_mapper_works_in_a_data_worker(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     entries = [entry_of(tmp_path / name) for name in ("a.png", "b.png")]
@@ -300,6 +301,7 @@ def test_the_mapper_works_in_a_data_worker(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- many images
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_images_in_their_order(workers: int, tmp_path: Path) -> None:
     entries = [entry_of(tmp_path / f"{k}.png") for k in range(9)]
@@ -309,6 +311,7 @@ def test_many_images_in_their_order(workers: int, tmp_path: Path) -> None:
     assert [[x.kind for x in issues] for issues in found] == [[], ["missing file"]] * 4 + [[]]
 
 
+@pytest.mark.e2e
 def test_a_crashing_decoder_costs_its_own_image_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

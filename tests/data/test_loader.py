@@ -80,6 +80,7 @@ def test_order_and_grouping_are_detectron2s(grouping: bool) -> None:
         assert [x["image_id"] for x in batch] == [s.image for s in samples]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(workers: int) -> None:
     expected = batches(9)
@@ -226,6 +227,7 @@ class Spoilt:
         return draw(image)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_stops_with_its_name(workers: int) -> None:
     with pytest.raises(DataError, match=r"Image .*\d+\.png: .*truncated.*ON_BAD_IMAGE") as error:
@@ -233,6 +235,7 @@ def test_a_bad_image_stops_with_its_name(workers: int) -> None:
     assert "Traceback" not in str(error.value) and "worker process" not in str(error.value)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_replaced_and_counted(workers: int, caplog: Any) -> None:
     opts = ("DATALOADER.ON_BAD_IMAGE", "drop", "DATALOADER.NUM_WORKERS", workers)
@@ -284,6 +287,7 @@ class Asleep:
         return image
 
 
+@pytest.mark.e2e
 def test_a_worker_that_hangs_is_an_error(tmp_path: Path) -> None:
     loader = TrainLoader(
         Samples(DICTS, Asleep(), SEED),

@@ -287,6 +287,7 @@ def cityscapes_files(data, ending):
     return sorted(glob.glob(str(data / f"cityscapes/gtFine/val/*/*_gtFine_{ending}")))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("from_json", [False, True])
 def test_cityscapes_instances_are_read_by_detectron2(data, from_json):
     root = data / "cityscapes"

@@ -35,7 +35,7 @@ from tests.support.nonfinite import (
     stopped,
     write_teachers,
 )
-from tests.support.processes import call
+from tests.support.processes import call, starts_processes
 from tests.support.trainings import Shapes, semantic_pictures
 
 
@@ -60,6 +60,7 @@ FIRST = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_first_thing_that_is_not_finite(
     fault: str,
@@ -85,6 +86,7 @@ def test_the_first_thing_that_is_not_finite(
     assert all("gradient" in x for x in result.sources) == (fault == "gradient")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", HEADS)
 def test_families(
     family: str,
@@ -105,6 +107,7 @@ def test_families(
     assert result.sources == ["output of heads.FitNet (FitNet)", "loss loss_fitnet/p4"]
 
 
+@pytest.mark.e2e
 def test_random_masks_are_those_of_the_step(
     shapes: Shapes,
     teachers: Teachers,
@@ -125,6 +128,7 @@ def test_random_masks_are_those_of_the_step(
         assert other["loss_fitnet/p3"] == result.losses["loss_fitnet/p3"], key
 
 
+@pytest.mark.e2e
 def test_old_names_of_heads_and_losses(
     shapes: Shapes,
     teachers: Teachers,
@@ -161,6 +165,7 @@ def test_mixed_precision_and_overrides(
     assert exact.losses["loss_fitnet/p3"] != result.losses["loss_fitnet/p3"]
 
 
+@pytest.mark.e2e
 def test_a_weight_of_the_teacher(
     shapes: Shapes,
     tmp_path: Path,
@@ -174,6 +179,7 @@ def test_a_weight_of_the_teacher(
     ]
 
 
+@pytest.mark.e2e
 def test_a_weight_of_the_student(
     shapes: Shapes,
     teachers: Teachers,
@@ -198,6 +204,7 @@ def again(path: Path) -> None:
     print(json.dumps([result.sources[0], same_bits]))
 
 
+@starts_processes
 def test_another_process_has_the_same_losses(shapes: Shapes, tmp_path: Path) -> None:
     teacher = {"retinanet": spoilt_teacher(tmp_path / "teacher", "retinanet")}
     stopped(config("retinanet", shapes, teacher, tmp_path))
@@ -297,6 +304,7 @@ def saved(
     return reproducer(folder)
 
 
+@pytest.mark.e2e
 def test_exit_codes(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

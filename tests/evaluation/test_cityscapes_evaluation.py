@@ -284,6 +284,7 @@ def test_only_the_first_process_scores(
 # ---------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("windows", [False, True])
 def test_the_download_is_enough(windows: bool, tmp_path: Path) -> None:
     """Train without files of train ids. --eval-only finds the same IoU as the training."""

@@ -377,6 +377,7 @@ def test_coco_terms_ignore_what_kitti_ignores(own_kitti: Path, tmp_path: Path) -
 # ------------------------------------------------------------------------------ end to end
 
 
+@pytest.mark.e2e
 def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):

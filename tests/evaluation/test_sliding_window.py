@@ -17,7 +17,7 @@ from distill.errors import ConfigError
 from distill.evaluation.sliding_window import SlidingWindow, starts, with_sliding_window
 from distill.launch.main import main
 from tests.support.networks import outspoken_model, tiny_cfg
-from tests.support.processes import call
+from tests.support.processes import call, starts_processes
 from tests.support.trainings import trainable_cfg
 
 
@@ -175,6 +175,7 @@ def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
     return code
 
 
+@starts_processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_of_the_evaluation_of_cityscapes(tmp_path: Path) -> None:
     """Run the whole command: PSPNet-R18 on an image of 1024x2048, with Cityscapes' own script."""

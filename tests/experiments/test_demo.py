@@ -15,9 +15,9 @@ from distill.utils.progress import Progress
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     describe = demo.Demo.stage
+    short = ("SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 9)
 
     def stage(self: Any, name: str, seed: int, config: str, *opts: Any) -> Any:
-        short = ("SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 2)
         return describe(self, name, seed, config, *short, *opts)
 
     monkeypatch.setattr(demo.Demo, "stage", stage)
@@ -25,6 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TIMED_IMAGES", 2)
 
 
+@pytest.mark.e2e
 def test_demo_writes_complete_results_and_reuses_finished_stages(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,6 +48,7 @@ def test_demo_writes_complete_results_and_reuses_finished_stages(
     assert json.loads((tmp_path / "results.json").read_text())["teacher"] == results["teacher"]
 
 
+@pytest.mark.e2e
 def test_an_interrupted_stage_resumes(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

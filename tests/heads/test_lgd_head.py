@@ -329,6 +329,7 @@ def test_no_weight_no_run():
     assert [float(x.detach()) for x in found.values()] == [0, 0]
 
 
+@pytest.mark.e2e
 def test_zero_weight_trains_bit_identically_and_a_weight_repeatably(shapes, tmp_path):
     def train(name, heads, *opts):
         (tmp_path / name).mkdir()

@@ -36,7 +36,7 @@ from distill.launch.process_group import (
 )
 from distill.launch.termination import SecondaryError, resume_hint, user_error
 from tests.support.networks import write_config
-from tests.support.processes import needs_loopback, start, with_forks
+from tests.support.processes import needs_loopback, start, starts_processes, with_forks
 from tests.support.trainings import trainable_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,6 +268,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 NEED_LOOPBACK = ("port taken", "nobody comes", "nobody answers")
 
 
+@pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=needs_loopback if n in NEED_LOOPBACK else ()) for n in FAULTS]
@@ -526,12 +527,14 @@ def stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         runs.end()
 
 
+@starts_processes
 @needs_loopback
 def test_the_tasks_of_a_slurm_step_train(stopped: Runs) -> None:
     """The other ways of starting: below, and in tests/test_train_net.py."""
     assert '"total_loss"' in (stopped.output / "metrics.json").read_text()
 
 
+@starts_processes
 @needs_loopback
 def test_a_killed_rank_ends_the_run(runs: Runs) -> None:
     runs.start(*LAUNCH, starter=forking)
@@ -545,6 +548,7 @@ def test_a_killed_rank_ends_the_run(runs: Runs) -> None:
     all_gone(everyone)
 
 
+@starts_processes
 @needs_loopback
 def test_a_killed_machine_ends_the_others(runs: Runs) -> None:
     """Nothing but the connection tells them."""
@@ -556,6 +560,7 @@ def test_a_killed_machine_ends_the_others(runs: Runs) -> None:
     assert runs.sentence(1).startswith("error: the process with local rank 0 was killed by SIGKILL")
 
 
+@starts_processes
 @needs_loopback
 def test_sigterm_ends_every_process(runs: Runs) -> None:
     """To the first process alone, as docker stop sends it."""
@@ -570,6 +575,7 @@ def test_sigterm_ends_every_process(runs: Runs) -> None:
     all_gone(everyone)
 
 
+@starts_processes
 @needs_loopback
 def test_ctrl_c_ends_every_process(runs: Runs) -> None:
     """It goes to the whole group, data workers included, and to processes that still import."""
@@ -582,6 +588,7 @@ def test_ctrl_c_ends_every_process(runs: Runs) -> None:
     all_gone(everyone)
 
 
+@starts_processes
 def test_ctrl_c_ends_one_process_and_its_workers(runs: Runs) -> None:
     runs.start()
     runs.train(world=1)
@@ -593,6 +600,7 @@ def test_ctrl_c_ends_one_process_and_its_workers(runs: Runs) -> None:
     all_gone([runs.started[0].pid, *everyone])
 
 
+@starts_processes
 @needs_loopback
 def test_torchrun_ends_without_our_traceback(runs: Runs) -> None:
     """Its own report on stderr has one."""
@@ -607,6 +615,7 @@ def test_torchrun_ends_without_our_traceback(runs: Runs) -> None:
     all_gone(everyone)
 
 
+@starts_processes
 @needs_loopback
 def test_what_every_rank_finds_is_said_once(runs: Runs) -> None:
     runs.start(*LAUNCH, "SOLVER.IMS_PER_BATCH", "3", starter=forking)
@@ -614,6 +623,7 @@ def test_what_every_rank_finds_is_said_once(runs: Runs) -> None:
     assert runs.sentence().startswith("error: SOLVER.IMS_PER_BATCH is 3")
 
 
+@starts_processes
 @needs_loopback
 def test_what_one_rank_finds_ends_all(runs: Runs, shapes: tuple[str, str, str]) -> None:
     """One picture of six is no picture; whoever reads it first says so."""
@@ -631,6 +641,7 @@ def test_what_one_rank_finds_ends_all(runs: Runs, shapes: tuple[str, str, str]) 
     assert line.startswith("error: ") and names[0] in line
 
 
+@pytest.mark.e2e
 def test_a_full_disk_is_one_sentence(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -643,6 +654,7 @@ def test_a_full_disk_is_one_sentence(
     assert "Traceback" not in out + err
 
 
+@starts_processes
 @needs_loopback
 def test_a_stopped_task_ends_the_others(stopped: Runs) -> None:
     assert stopped.wait(0) == 2

@@ -25,7 +25,7 @@ from distill.engine.train_loop import TrainLoop
 from distill.errors import WeightsError
 from distill.launch.main import argument_parser, configure, finished_checkpoint, main
 from tests.support.networks import distill_opts, tiny_cfg, write_config
-from tests.support.processes import call, needs_loopback, script
+from tests.support.processes import call, needs_loopback, script, starts_processes
 from tests.support.trainings import trainable_cfg, write_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +82,7 @@ def test_gradients_are_clipped_after_the_scaler_has_unscaled_them(
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.e2e
 def test_amp_trains_saves_and_resumes(tmp_path: Path, shapes: tuple[str, str, str]) -> None:
     opts = write_teacher(tmp_path, "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8)
     opts += distill_opts("faster", ["IMA", "ROIKD"]) + ["SOLVER.AMP.ENABLED", True]
@@ -116,6 +117,7 @@ def torchrun(argv: list[str], folder: Path) -> None:
     os.execv(sys.executable, [sys.executable, *options, str(TOOL), *argv])
 
 
+@starts_processes
 @needs_loopback
 @pytest.mark.parametrize("launcher", [launch, torchrun])
 def test_two_processes(

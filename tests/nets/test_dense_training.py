@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.engine import Trainer
 from distill.nets import add_nets_config
 from tests.support.networks import DENSE, distill_opts, distilled, outspoken_model, picture
-from tests.support.processes import WORLD, needs_loopback, spawn
+from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 from tests.support.trainings import trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
@@ -27,6 +27,7 @@ MOBILE = "build_timm_fpn_backbone", "mobilenetv3_small_050"
 PAIRS = [*((family, family, ()) for family in DENSE), ("gfl", "fcos", MOBILE)]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("taught_by, family, backbone", PAIRS)
 def test_a_stock_checkpoint(
     taught_by: str, family: str, backbone: tuple[str, ...], shapes: Shapes, tmp_path: Path
@@ -90,6 +91,7 @@ def write_gradients(rank: int, folder: Path) -> None:
         torch.save(results, folder / "gradients.pth")
 
 
+@starts_processes
 @needs_loopback
 def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> None:
     spawn(write_gradients, tmp_path)

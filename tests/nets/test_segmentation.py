@@ -400,6 +400,7 @@ def test_the_polynomial_schedule(ending):
     assert rates == pytest.approx([1, 0.75, 0.5, 0.25, ending, ending])
 
 
+@pytest.mark.e2e
 def test_the_polynomial_schedule_goes_on_in_a_longer_training(shapes, tmp_path):
     opts = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.POLY_LR_POWER", 1.0)
     rates = {}

@@ -18,6 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+
+def starts_processes(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that starts processes; all of these run on one worker of pytest-xdist."""
+    return pytest.mark.e2e(pytest.mark.xdist_group("processes")(test))
+
+
 WORLD = 2  # processes of `spawn`
 TIMEOUT = 300.0  # seconds
 

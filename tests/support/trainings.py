@@ -1,6 +1,6 @@
 """Short trainings on rendered shapes, and what may interrupt them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from tests.support.networks import (
 
 Shapes = tuple[str, str, str]
 """A data set as ``DATASETS.COCO_FORMAT`` has it: its name, its annotations, its folder."""
+
+Shared = Callable[[str, Callable[[Path], object]], Path]
+"""Fixture that returns the folder of a name, filled once by a function of its path."""
 
 
 def semantic_pictures(patch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,12 @@ def test_a_finished_or_empty_stage_is_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.splitlines() == ["reused", "nothing"]
 
 
+def test_a_stage_of_one_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        progress.advance(progress.add_task("building the networks", total=1))
+    assert capsys.readouterr().out == "building the networks ...\n"
+
+
 def test_json_on_stdout_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(json=True) as progress:
         progress.advance(progress.add_task("check", total=1))

@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
-    with Progress(args.json) as progress:
+    with Progress(args.json, transient=True) as progress:
         found = check(cfg, args.images, args.workers, progress)
     issues = [issue for group in found.values() for issue in group]
     fatal = sum(issue.fatal for issue in issues)

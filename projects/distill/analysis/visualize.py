@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling import build_model
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from detectron2.utils.file_io import PathManager
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly, readable
-from ..config import building, teacher_config
+from ..config import teacher_config
 from ..data.datasets import class_names, load_training_set
 from ..engine import setup_config
 from ..engine.trainer import train_mapper
@@ -39,7 +38,7 @@ from ..heads.ima import CROPPED
 from ..losses import joint_attention, tid_mask
 from ..losses.frequency import frequency_filtered
 from ..losses.tid import tid_areas
-from ..modeling.meta_arch import DistillModel
+from ..modeling.meta_arch import DistillModel, build_distill_model
 from ..structures import Batch, NetworkOutputs
 from ..utils.arguments import add_config_arguments
 from .visualize_figure import Grid, Panel, ShownImage, draw
@@ -303,8 +302,7 @@ def build(cfg: CfgNode) -> tuple[DistillModel, dict[str, DistillHead]]:
         ConfigError: no head has a figure.
     """
     torch.manual_seed(max(cfg.SEED, 0))
-    with building("student"):
-        model = build_model(cfg).eval()
+    model = build_distill_model(cfg).eval()
     heads: dict[str, Any] = dict(model.heads) if isinstance(model, DistillModel) else {}
     drawn = {name: head for name, head in heads.items() if type(head) in GRIDS}
     if not drawn:
@@ -312,6 +310,7 @@ def build(cfg: CfgNode) -> tuple[DistillModel, dict[str, DistillHead]]:
             f"MODEL.DISTILL.HEADS {tuple(heads)} has no figure; there are figures of "
             f"{', '.join(cls.__name__ for cls in GRIDS)}."
         )
+    assert isinstance(model, DistillModel), "it has heads"
     return model, drawn
 
 

@@ -36,7 +36,7 @@ def load_config(
       the file's path, see :func:`default_output_dir`.
 
     Args:
-        config_file: yaml path; "" for the defaults.
+        config_file: path or name, see :func:`find_config`; "" for the defaults.
         opts: KEY VALUE overrides.
         source: where the overrides come from, for messages.
 
@@ -46,6 +46,7 @@ def load_config(
     cfg = get_distill_cfg()
     cfg.OUTPUT_DIR = ""
     if config_file:
+        config_file = find_config(config_file)
         merge_from_file(cfg, config_file)
     of_file = cfg.SOLVER.clone()
     merge_from_list(cfg, list(opts), source)

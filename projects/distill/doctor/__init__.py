@@ -55,7 +55,7 @@ def run_doctor(
     Raises:
         DistillError: the training would fail before its first step.
     """
-    with Progress(as_json) as progress, quiet():
+    with Progress(as_json, transient=True) as progress, quiet():
 
         def say(text: str) -> None:
             for task in progress.task_ids:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from rich.console import Console
@@ -95,10 +95,9 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Return median seconds by heads: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
     student, teacher, heads = build(cfg)
-    cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     sets = {name: [name] for name in heads} | {"all": list(heads)}
     models: dict[str, DistillModel] = {
-        key: cls(
+        key: DistillModel(
             student=student,
             teacher=teacher,
             heads=nn.ModuleDict({n: heads[n] for n in names}),
@@ -161,8 +160,7 @@ def measure_heads(
     tensor and the MiB ``kept``.
     """
     network, teacher, heads = build(cfg)
-    cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    model: DistillModel = cls(student=network, teacher=teacher, heads=heads).train()
+    model = DistillModel(student=network, teacher=teacher, heads=heads).train()
     student = _said(model, inputs)
     answer = teacher.ask(student, model.active_needs(True)) if teacher else None
     for x in _tensors([v for k, v in vars(student).items() if k != "batch"]):

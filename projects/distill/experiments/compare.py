@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor, build_model
+from detectron2.modeling import SemanticSegmentor
 from torch import nn
 
 from ..config import (
     building,
-    distill_architectures,
     get_distill_cfg,
-    merge_from_file,
+    load_config,
     merge_from_list,
+    student_architecture,
     student_class,
-    student_config,
     teacher_config,
     validate_config,
 )
@@ -38,7 +37,7 @@ from ..engine.evaluators import check_test_sets
 from ..errors import ConfigError
 from ..heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
 from ..launch.termination import RERUN, RESUME, user_error
-from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
 from ..section import check_choice
 from ..utils.arguments import add_config_arguments, at_least
@@ -67,11 +66,9 @@ class NetworkPair:
     def __init__(self, cfg: CfgNode, *, taught: bool, trained: bool):
         cfg = thawed(cfg)
         cfg.MODEL.DEVICE = "cpu"  # nothing is computed
-        with building("student"):
-            student = build_model(student_config(cfg))
+        student = build_student(cfg)
         teacher = build_teacher(cfg, trained=trained) if taught else None
-        cls = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-        model: DistillModel = cls(student=student, teacher=teacher, heads=nn.ModuleDict())
+        model = DistillModel(student=student, teacher=teacher, heads=nn.ModuleDict())
         self.specs = network_infos(cfg, model.family, teacher.family if teacher else None)
 
     def extra_parameters(self, cfg: CfgNode) -> int:
@@ -110,11 +107,11 @@ def configure(config_file: str, opts: list[Any]) -> CfgNode:
         DistillError: the config cannot be distilled or not evaluated.
     """
     cfg = thawed(setup_config(config_file, opts))
-    architecture, inherited = cfg.MODEL.META_ARCHITECTURE, tuple(cfg.MODEL.DISTILL.INHERIT)
-    if architecture not in distill_architectures():
+    inherited = tuple(cfg.MODEL.DISTILL.INHERIT)
+    if not cfg.MODEL.DISTILL.HEADS:
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE is {architecture}, which trains without distillation; "
-            f"set one of: {choices(architecture, distill_architectures())}."
+            "MODEL.DISTILL.HEADS is empty, so the config trains without distillation; name a "
+            "config with a teacher and a head."
         )
     if inherited:
         raise ConfigError(
@@ -132,7 +129,7 @@ def configure(config_file: str, opts: list[Any]) -> CfgNode:
 def student_alone(cfg: CfgNode) -> CfgNode:
     """Return ``cfg`` without its distillation."""
     plain = thawed(cfg)
-    plain.MODEL.META_ARCHITECTURE = student_config(cfg).MODEL.META_ARCHITECTURE
+    plain.MODEL.META_ARCHITECTURE = student_architecture(cfg)
     plain.MODEL.DISTILL = get_distill_cfg().MODEL.DISTILL
     return plain
 
@@ -192,9 +189,7 @@ class MethodComparison:
 
     def _render(self) -> list[Any]:
         """Render images in the layout that the student needs; return their KEY VALUE overrides."""
-        cfg = get_distill_cfg()
-        merge_from_file(cfg, self.args.config_file)
-        merge_from_list(cfg, self.args.opts)
+        cfg = load_config(self.args.config_file, self.args.opts)
         semantic = issubclass(student_class(cfg), SemanticSegmentor)
         shapes = Shapes(self.out, self.data_seed, "cityscapes" if semantic else "coco")
         with Progress() as progress:

@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..config import get_distill_cfg, merge_from_file, merge_from_list
+from ..config import load_config
 from ..errors import ConfigError
 from ..families import build_family
 from ..heads import DISTILL_HEAD_REGISTRY
@@ -76,9 +76,7 @@ make no difference: feature heads match levels by stride.
 
 def config(name: str, neck: str = "fpn") -> CfgNode:
     file, opts, backbone = NETWORKS[name]
-    cfg = get_distill_cfg()
-    merge_from_file(cfg, f"{file}.yaml")
-    merge_from_list(cfg, [*NARROW, *opts])
+    cfg = load_config(f"{file}.yaml", [*NARROW, *opts])
     if backbone:
         cfg.MODEL.BACKBONE.NAME = backbone.format(neck)
     return cfg

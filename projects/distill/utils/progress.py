@@ -26,14 +26,15 @@ class Progress(RichProgress):
     """rich's progress bars, which become lines if stdout is not a terminal.
 
     A stage prints a line when it starts, a line when it ends, and after every 10 % a line with the
-    remaining time. Nothing is printed on stderr.
+    remaining time.
 
     Args:
         json: True if the command prints JSON on stdout. Then there are no lines, and bars only if
             stderr is a terminal, on which they are printed.
+        transient: remove the bars at the end.
     """
 
-    def __init__(self, json: bool = False):
+    def __init__(self, json: bool = False, transient: bool = False):
         # Keep the current stream: bars stay visible while a stage's own output goes to a file.
         console = Console(file=sys.stderr if json else sys.stdout)
         super().__init__(
@@ -43,6 +44,7 @@ class Progress(RichProgress):
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
+            transient=transient,
             disable=not console.is_terminal,
             auto_refresh=console.is_terminal,  # otherwise `track` advances in a thread
         )
@@ -83,8 +85,9 @@ class _Lines:
         now, name, done, total = time.monotonic(), task.description, task.completed, task.total or 0
         part = int(done * PARTS // total) if total else PARTS
         if self.part < 0:
-            line = f"{name}: {done:g} of {total:g}" if part < PARTS else name
-        elif part == PARTS > self.part:
+            steps = f"{name}: {done:g} of {total:g}" if total > 1 else f"{name} ..."
+            line = steps if part < PARTS else name
+        elif part == PARTS > self.part and total > 1:
             line = f"{name}: done in {_duration(now - self.start)}"
         elif part > self.part and now - self.last >= LINE_PERIOD_S:
             left = (now - self.start) / (done - self.done_at_start) * (total - done)
