@@ -164,7 +164,7 @@ def test_detectors_have_no_windows() -> None:
 
 
 ROOT = Path(__file__).parents[2]
-PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18_40k.yaml")
+PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18.yaml")
 
 
 def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
