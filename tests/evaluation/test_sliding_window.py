@@ -168,7 +168,7 @@ PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18.yaml")
 
 
 def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
-    """Of this process: getrusage would count that of the process which started it, too."""
+    """Run and print the peak of this process; getrusage would include that of its parent."""
     os.chdir(folder)
     code = main(argv)
     print(re.search(r"VmHWM.*", Path("/proc/self/status").read_text())[0])  # type: ignore[index]
