@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # folders and files that follow the rules
+    "configs",
     "projects/distill/losses",
     "projects/distill/nets",
     "projects/distill/evaluation",

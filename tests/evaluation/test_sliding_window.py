@@ -164,11 +164,11 @@ def test_detectors_have_no_windows() -> None:
 
 
 ROOT = Path(__file__).parents[2]
-PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18_40k.yaml")
+PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18.yaml")
 
 
 def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
-    """Print the peak of this process only; getrusage would include the process that started it."""
+    """Run and print the peak of this process; getrusage would include that of its parent."""
     os.chdir(folder)
     code = main(argv)
     print(re.search(r"VmHWM.*", Path("/proc/self/status").read_text())[0])  # type: ignore[index]
