@@ -11,9 +11,9 @@ ARGS ?=
 EXCLUDE ?=
 
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := projects tools tests setup.py
+SOURCES := projects tools tests docs setup.py
 
-.PHONY: help demo test test-faults lint wheelhouse clean installed
+.PHONY: help demo test test-faults lint docs wheelhouse clean installed
 .DELETE_ON_ERROR:
 
 help:
@@ -21,10 +21,11 @@ help:
 	@echo "make test [ARGS='-k name']       run the tests"
 	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (15 minutes)"
 	@echo "make lint                        check style and types"
+	@echo "make docs                        build the documentation: site/index.html"
 	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
 	@echo "                                 collect all wheels for a machine without network"
 	@echo "make clean                       remove .venv, wheelhouse and caches; output stays"
-	@echo "demo, test, test-faults and lint first install what is missing into .venv."
+	@echo "demo, test, test-faults, lint and docs first install what is missing into .venv."
 	@echo "PYTHON=3.12 names the version of .venv (default: the newest of $(SUPPORTED) that is there)."
 
 demo: installed
@@ -41,12 +42,15 @@ lint: installed
 	.venv/bin/python -m ruff format --check $(SOURCES)
 	.venv/bin/python -m mypy
 
+docs: installed .venv/.docs
+	.venv/bin/python -m mkdocs --quiet build --strict
+
 wheelhouse: .venv/bin/python
 	$(PIP_INSTALL) --quiet setuptools packaging
 	.venv/bin/python tools/make_wheelhouse.py $(addprefix --python ,$(PYTHON)) --exclude $(EXCLUDE)
 
 clean:
-	rm -rf .venv wheelhouse build projects/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv wheelhouse build site projects/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find projects tools tests -name __pycache__ -prune -exec rm -rf {} +
 
 installed: .venv/.installed
@@ -59,6 +63,10 @@ installed: .venv/.installed
 	$(PIP_INSTALL) --quiet setuptools
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	.venv/bin/python tools/install_detectron2.py
+	@touch $@
+
+.venv/.docs: setup.py constraints.txt | installed
+	$(PIP_INSTALL) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 # Each candidate is run, because pyenv has commands for versions that it does not offer.
