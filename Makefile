@@ -10,32 +10,37 @@ CONTROL ?=
 ARGS ?=
 EXCLUDE ?=
 
+PYTEST := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadgroup
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := projects tools tests docs setup.py
 
-.PHONY: help demo test test-faults lint docs wheelhouse clean installed
+.PHONY: help demo test test-fast test-faults lint docs wheelhouse clean installed
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [SEEDS=3] [CONTROL=1]  train a teacher, a student and its distillation; compare them"
-	@echo "make test [ARGS='-k name']       run the tests"
-	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (15 minutes)"
+	@echo "make test [ARGS='-k name']       run the tests (5 minutes on two cores)"
+	@echo "make test-fast [ARGS=...]        without those that train or start processes (90 seconds)"
+	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (8 minutes)"
 	@echo "make lint                        check style and types"
 	@echo "make docs                        build the documentation: site/index.html"
 	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
 	@echo "                                 collect all wheels for a machine without network"
 	@echo "make clean                       remove .venv, wheelhouse and caches; output stays"
-	@echo "demo, test, test-faults, lint and docs first install what is missing into .venv."
+	@echo "Each of these first installs what is missing into .venv, except wheelhouse and clean."
 	@echo "PYTHON=3.12 names the version of .venv (default: the newest of $(SUPPORTED) that is there)."
 
 demo: installed
 	.venv/bin/python -m distill demo --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
 
 test: installed
-	.venv/bin/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: installed
+	$(PYTEST) -m "not e2e and not slow" $(ARGS)
 
 test-faults: installed
-	.venv/bin/python -m pytest -q tests/faults $(ARGS)
+	$(PYTEST) tests/faults $(ARGS)
 
 lint: installed
 	.venv/bin/python -m ruff check $(SOURCES)

@@ -226,6 +226,7 @@ def test_resume_continues_where_it_stopped(
     assert torch.load(tmp_path / "output/model_final.pth", weights_only=True)["iteration"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_trained_student_needs_no_teacher(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]

@@ -303,6 +303,7 @@ def test_median_of_nonzero() -> None:
     assert median_of_nonzero([0.0, 3.0, 0.0, 1.0, 2.0]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_run_with_a_tiny_weight(
     shapes: Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -374,6 +374,7 @@ def train_together(rank: int, folder: Path) -> None:
     torch.save(report, folder / f"{rank}.pth")
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path: Path) -> None:

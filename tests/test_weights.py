@@ -372,6 +372,7 @@ def test_a_tensor_of_another_kind(name: str, tmp_path: Path) -> None:
     refused(tmp_path / "w.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pth", "pyth", "pkl"])
 def test_a_deep_nest(suffix: str, tmp_path: Path) -> None:
     nest = b"]" * 100_000 + b"a" * 99_999  # a list in a list in ...

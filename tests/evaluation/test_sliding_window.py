@@ -175,6 +175,7 @@ def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
     return code
 
 
+@pytest.mark.slow
 @starts_processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_of_the_evaluation_of_cityscapes(tmp_path: Path) -> None:

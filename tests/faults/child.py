@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.engine.hooks import PeriodicWriter
 
 import distill.utils.io
@@ -117,6 +116,8 @@ def kill_a_worker() -> None:
     worker = multiprocessing.active_children()[0]
     assert worker.pid
     os.kill(worker.pid, signal.SIGKILL)
+    # On a busy machine it dies later than the next steps are taken. Its parent reaps it.
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
 
 def nothing() -> None:
@@ -161,26 +162,19 @@ def enter(pid: int) -> None:
 
 def train(
     argv: Sequence[str], output: Path, log: Path, place: Place | None, act: Act, disk: int
-) -> None:
-    """Run ``train_net.py`` in this process, on one core.
+) -> int:
+    """Run ``train_net.py`` in this process, and return its exit code.
 
     Args:
         argv: arguments of the command line.
         output: OUTPUT_DIR.
-        log: start of the names of log files: stdout goes to ``<log>.out``, stderr to ``<log>.err``,
-            and the steps go to ``<log>.json`` if ``place`` is None.
+        log: file to which the steps are written if ``place`` is None.
         place, act: see :class:`Steps`.
         disk: process whose file systems are visible; 0: this process.
     """
-    os.setsid()  # the session id identifies its data workers
-    for fd, suffix in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    with open(f"{log}.json", "w") as steps_file:  # while the disk of the log is visible
+    with open(log, "w") as steps_file:  # while the disk of the log is visible
         if disk:
             enter(disk)
-        # Data workers are forks of this process, as in a process that a user starts.
-        multiprocessing.set_start_method("fork", force=True)
-        torch.set_num_threads(1)
         init = PeriodicWriter.__init__
         PeriodicWriter.__init__ = lambda self, writers, period: init(self, writers, METRICS_PERIOD)  # type: ignore[method-assign]
         steps = Steps(output, place, act)
@@ -188,4 +182,4 @@ def train(
         code = main(argv)
         if place is None:
             json.dump(steps.taken, steps_file)
-    raise SystemExit(code)
+    return code

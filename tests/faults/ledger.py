@@ -5,17 +5,14 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-
-from .fuzzing import CASES
 
 
 class Hung(Exception):
@@ -41,12 +38,15 @@ Case = Callable[[Path], int | None]
 """Function that injects faults in an empty folder and recovers; returns their number, None: one."""
 
 
-@dataclass
 class Ledger:
-    """Rows of a test session, in the order of injection."""
+    """Injects faults and counts the outcomes.
 
-    rows: list[Row] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    Args:
+        record: function that records a row of the report, such as pytest's ``record_property``.
+    """
+
+    def __init__(self, record: Callable[[str, object], None]):
+        self.record = record
 
     def inject(self, kind: str, cases: Mapping[str, Case], folder: Path) -> Row:
         """Run one case per core at a time, and record their outcomes.
@@ -60,7 +60,6 @@ class Ledger:
             AssertionError: some cases did not recover; the message has their reasons.
         """
         row = Row(kind)
-        self.rows.append(row)
 
         def run(name: str) -> tuple[str, int, str]:
             """Return the outcome, the number of faults, and the reason of a failure."""
@@ -80,22 +79,35 @@ class Ledger:
         for outcome, number, _ in outcomes:
             row.injected += number
             setattr(row, outcome, getattr(row, outcome) + number)
+        self.record("faults", asdict(row))
         failures = [reason for _, _, reason in outcomes if reason]
         assert not failures, f"{kind}: " + "\n".join(failures)
         return row
 
-    def table(self) -> Table:
-        table = Table("fault", "injected", "recovered", "lost", "hung")
-        for row in [*self.rows, self.total()]:
-            table.add_row(*map(str, asdict(row).values()), end_section=row is self.rows[-1])
-        return table
+
+@dataclass
+class Report:
+    """The rows of a session, of all its workers.
+
+    Args:
+        rows: by what was injected.
+        fuzzed: number of cases by what was fuzzed.
+        seconds: of the session.
+    """
+
+    rows: list[Row]
+    fuzzed: dict[str, int]
+    seconds: float
 
     def total(self) -> Row:
         counts = [list(asdict(row).values())[1:] for row in self.rows]
         return Row("all", *(sum(x) for x in zip(*counts)))
 
     def print(self) -> None:
-        Console().print(self.table())
+        table = Table("fault", "injected", "recovered", "lost", "hung")
+        for row in [*self.rows, self.total()]:
+            table.add_row(*map(str, asdict(row).values()), end_section=row is self.rows[-1])
+        Console().print(table)
 
     def write(self, path: Path) -> None:
         """Write the rows and a description of the machine as JSON."""
@@ -106,10 +118,10 @@ class Ledger:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
             },
-            "seconds": round(time.monotonic() - self.started),
+            "seconds": round(self.seconds),
             "faults": [asdict(row) for row in self.rows],
             "total": asdict(self.total()),
-            "fuzzed": dict(sorted(CASES.items())),
+            "fuzzed": dict(sorted(self.fuzzed.items())),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")

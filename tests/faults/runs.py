@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import re
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from distill.checkpoint.save import PERIODIC, checksum_file
 from distill.data.shapes import SceneConfig, write_coco
 from tests.support.networks import distill_opts, write_config
+from tests.support.processes import start
 from tests.support.trainings import differences, trainable_cfg, write_teacher
 
 from .child import Act, Place, nothing, train
@@ -33,10 +33,6 @@ LIMIT = 120.0  # seconds after which a process counts as hung; it needs one or t
 SESSIONS: set[int] = set()
 """Ids of the children; each child leads a session with the processes that it starts."""
 
-# With the preloaded modules, a new process starts quickly.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distill.engine", "torch.utils.tensorboard"])
-
 
 class Child:
     """Process that trains.
@@ -44,16 +40,18 @@ class Child:
     Args:
         argv: arguments of ``train_net.py``.
         output: OUTPUT_DIR as the process sees it.
-        log, place, act, disk: see :func:`.child.train`.
+        log: start of the names of log files: stdout goes to ``<log>.out``, stderr to ``<log>.err``,
+            and the steps go to ``<log>.json``.
+        place, act, disk: see :func:`.child.train`.
     """
 
     def __init__(
         self, argv: Sequence[str], output: Path, log: Path, place: Place | None, act: Act, disk: int
     ):
         self.log = log
-        arguments = (list(argv), output, log, place, act, disk)
-        self.process = _context.Process(target=train, args=arguments)
-        self.process.start()
+        out, err, steps = (Path(f"{log}.{suffix}") for suffix in ("out", "err", "json"))
+        arguments = (list(argv), output, steps, place, act, disk)
+        self.process = start(train, *arguments, out=out, err=err)
         SESSIONS.add(self.pid)
 
     @property
