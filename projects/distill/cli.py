@@ -8,7 +8,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import __version__
 from .utils.arguments import CommandParser
@@ -42,7 +42,6 @@ COMMANDS = {
     "benchmark": Command("experiments.benchmark", "measure the time and memory of distillation"),
     "shapes": Command("experiments.shapes", "render the shapes data set"),
     "demo": Command("experiments.demo", "distill a detector on rendered data, in minutes on a CPU"),
-    "support-matrix": Command("experiments.support_matrix", "write docs/support-matrix.md anew"),
 }
 HELP = """usage: distill COMMAND [--help] ...
 
@@ -84,16 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
-    command = COMMANDS[name]
-    module = import_module(f".{command.module}", __package__)
+def command_parser(name: str) -> tuple[Any, CommandParser]:
+    """Return the module of a command and the parser of its options."""
+    module = import_module(f".{COMMANDS[name].module}", __package__)
     parser = CommandParser(
         prog=f"distill {name}",
         description=module.__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    return module, parser
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    module, parser = command_parser(name)
     # Imported here because it imports torch.
     from .launch.termination import run_command
 
-    return run_command(lambda: module.run(parser.parse_args([*command.options, *argv])))
+    return run_command(lambda: module.run(parser.parse_args([*COMMANDS[name].options, *argv])))

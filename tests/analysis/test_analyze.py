@@ -164,6 +164,7 @@ def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: Non
     assert run.report()[0]["pictures"] == []
 
 
+@pytest.mark.slow
 def test_a_training_is_evaluated_as_training_does_and_measured(run: Run, no_drawing: None) -> None:
     option, cfg = run.training("trained")
     arguments = [*run.predictions("perfect"), *option]
@@ -195,6 +196,7 @@ def test_a_training_of_detectron2_itself(run: Run, no_drawing: None) -> None:
     assert run.report()[0]["models"]["stock"]["efficiency"]["gflops"] > 0
 
 
+@pytest.mark.slow
 def test_a_registered_set_without_a_file(run: Run, no_drawing: None) -> None:
     name = f"dicts_{run.folder.name}"
     entries = []

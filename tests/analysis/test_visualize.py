@@ -99,6 +99,7 @@ def semantic_set(shapes: Shapes) -> str:
     return SEMANTIC
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, head, opts, rows", CASES, ids=case_ids)
 def test_every_method_draws_its_rows(
     family: str,
@@ -279,6 +280,7 @@ def test_an_image_by_name_and_index(tmp_path: Path, shapes: Shapes) -> None:
         assert visualize.find_image(cfg, name) == entry
 
 
+@pytest.mark.slow
 def test_one_sentence_says_what_is_wrong(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def not_a_number(self: Any, student: Any, teacher: Any) -> dict[str, Tensor]:
     return {part: zero + float("nan") for part in self.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +103,7 @@ def same_weights(folder: Path, *runs: str) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_an_interrupted_comparison_goes_on(
     tmp_path: Path,
@@ -125,6 +127,7 @@ def test_an_interrupted_comparison_goes_on(
     assert seen == [0, 1, 2, 0, 1, 2]  # from the checkpoint of iteration 1 on
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -160,6 +163,7 @@ def test_a_teacher_of_nothing_is_not_trained(
     assert not (tmp_path / "out" / "stages").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_self_distillation_needs_no_teacher(tmp_path: Path, shapes: Shapes) -> None:
     config = config_file(tmp_path, shapes, *PAFPN)

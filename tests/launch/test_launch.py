@@ -534,6 +534,7 @@ def test_the_tasks_of_a_slurm_step_train(stopped: Runs) -> None:
     assert '"total_loss"' in (stopped.output / "metrics.json").read_text()
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_a_killed_rank_ends_the_run(runs: Runs) -> None:
@@ -560,6 +561,7 @@ def test_a_killed_machine_ends_the_others(runs: Runs) -> None:
     assert runs.sentence(1).startswith("error: the process with local rank 0 was killed by SIGKILL")
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_sigterm_ends_every_process(runs: Runs) -> None:
@@ -600,6 +602,7 @@ def test_ctrl_c_ends_one_process_and_its_workers(runs: Runs) -> None:
     all_gone([runs.started[0].pid, *everyone])
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_torchrun_ends_without_our_traceback(runs: Runs) -> None:

@@ -21,6 +21,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 @starts_processes
 def test_the_example_of_a_head_trains(tmp_path: Path) -> None:
     (example,) = (b for b in blocks("python") if "DISTILL_HEAD_REGISTRY" in b)
