@@ -151,6 +151,7 @@ def test_old_names_of_heads_and_losses(
     assert same(again.saved_losses, result.saved_losses) and again.sources == result.sources
 
 
+@pytest.mark.e2e
 def test_mixed_precision_and_overrides(
     shapes: Shapes,
     teachers: Teachers,
