@@ -1,38 +1,46 @@
 # Paths are relative and quoted, and tools run as `python -m`: the folder's name may have spaces.
 
-# Version of the Python of .venv; for `make wheelhouse`, of the machine that the wheels are for.
-PYTHON ?= 3.11
-VENV_PYTHON := $(if $(filter wheelhouse,$(MAKECMDGOALS)),3.11,$(PYTHON))
+# Version of the Python of .venv, the newest of these that is there unless PYTHON names another. For
+# `make wheelhouse`, PYTHON is the version of the machine that the wheels are for.
+PYTHON ?=
+SUPPORTED := 3.13 3.12 3.11 3.10
+VENV_PYTHON := $(or $(if $(filter wheelhouse,$(MAKECMDGOALS)),,$(PYTHON)),$(SUPPORTED))
 SEEDS ?= 1
 CONTROL ?=
 ARGS ?=
 EXCLUDE ?=
 
+PYTEST := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadgroup
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := projects tools tests docs setup.py
 
-.PHONY: help demo test test-faults lint docs wheelhouse clean installed
+.PHONY: help demo test test-fast test-faults lint docs wheelhouse clean installed
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [SEEDS=3] [CONTROL=1]  train a teacher, a student and its distillation; compare them"
-	@echo "make test [ARGS='-k name']       run the tests"
-	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (15 minutes)"
+	@echo "make test [ARGS='-k name']       run the tests (5 minutes on two cores)"
+	@echo "make test-fast [ARGS=...]        without those that train or start processes (90 seconds)"
+	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (8 minutes)"
 	@echo "make lint                        check style and types"
 	@echo "make docs                        build the documentation: site/index.html"
 	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
 	@echo "                                 collect all wheels for a machine without network"
 	@echo "make clean                       remove .venv, wheelhouse and caches; output stays"
-	@echo "demo, test, test-faults, lint and docs first install what is missing into .venv (PYTHON=$(PYTHON))."
+	@echo "Each of these first installs what is missing into .venv, except wheelhouse and clean."
+	@echo "PYTHON=3.12 names the version of .venv (default: the newest of $(SUPPORTED) that is there)."
 
 demo: installed
 	.venv/bin/python -m distill demo --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
 
 test: installed
-	.venv/bin/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: installed
+	$(PYTEST) -m "not e2e and not slow" $(ARGS)
 
 test-faults: installed
-	.venv/bin/python -m pytest -q tests/faults $(ARGS)
+	$(PYTEST) tests/faults $(ARGS)
 
 lint: installed
 	.venv/bin/python -m ruff check $(SOURCES)
@@ -43,8 +51,8 @@ docs: installed .venv/.docs
 	.venv/bin/python -m mkdocs --quiet build --strict
 
 wheelhouse: .venv/bin/python
-	$(PIP_INSTALL) --quiet setuptools
-	.venv/bin/python tools/make_wheelhouse.py --python $(PYTHON) --exclude $(EXCLUDE)
+	$(PIP_INSTALL) --quiet setuptools packaging
+	.venv/bin/python tools/make_wheelhouse.py $(addprefix --python ,$(PYTHON)) --exclude $(EXCLUDE)
 
 clean:
 	rm -rf .venv wheelhouse build site projects/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -68,9 +76,12 @@ installed: .venv/.installed
 
 # Each candidate is run, because pyenv has commands for versions that it does not offer.
 .venv/bin/python:
-	@for python in python$(VENV_PYTHON) python3 python; do \
-	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
-	  [ "$$version" = "$(VENV_PYTHON)" ] && exec $$python -m venv .venv; \
+	@for wanted in $(VENV_PYTHON); do \
+	  for python in python$$wanted python3 python; do \
+	    version=$$($$python -c 'import ensurepip, sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	    [ "$$version" = "$$wanted" ] && exec $$python -m venv .venv; \
+	  done; \
 	done; \
-	echo "Python $(VENV_PYTHON) was not found: install python$(VENV_PYTHON) with its venv module." >&2; \
+	echo "None of these versions of Python was found: $(VENV_PYTHON). Install one with its venv" \
+	  "module." >&2; \
 	exit 1

@@ -64,7 +64,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.getreports("passed"):
         seconds = dict(report.user_properties).get("cpu seconds", 0)
-        if report.when == "call" and seconds > SLOW and "slow" not in report.keywords:
+        quick = report.when == "call" and not report.keywords.keys() & {"e2e", "slow"}
+        if quick and seconds > SLOW:
             terminalreporter.line(f"{seconds:.1f} s of CPU, mark it `slow`: {report.nodeid}")
 
 

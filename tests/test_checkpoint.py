@@ -1,4 +1,4 @@
-"""Training checkpoints are stock checkpoints of the student, and enough to resume from."""
+"""Test that training checkpoints are stock checkpoints of the student, and that runs resume."""
 
 import copy
 import errno
@@ -37,7 +37,7 @@ Shapes = tuple[str, str, str]
 
 
 class Run(NamedTuple):
-    """A finished training of two iterations with a student that stock detectron2 can build."""
+    """Finished training of two iterations, with a student that stock detectron2 can build."""
 
     cfg: CfgNode
     trainer: Trainer
@@ -118,7 +118,7 @@ print(json.dumps(report))
 
 
 class Stranger(NamedTuple):
-    """What a process that cannot import this package made of the checkpoints."""
+    """Results of a process that loads the checkpoints and cannot import this package."""
 
     inputs: list[dict[str, Any]]
     misfits: dict[str, list[list[str]]]
@@ -161,7 +161,7 @@ def test_stock_detectron2_loads_the_student(
             assert torch.equal(value, theirs[name]), name
 
 
-# ---- What is inside.
+# ---- Contents.
 
 
 @pytest.mark.e2e
@@ -226,6 +226,7 @@ def test_resume_continues_where_it_stopped(
     assert torch.load(tmp_path / "output/model_final.pth", weights_only=True)["iteration"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_trained_student_needs_no_teacher(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
@@ -251,7 +252,7 @@ def test_trained_student_needs_no_teacher(
         assert main([*command, *evaluation]) == 0
         assert results.read_text() == expected
     assert final.read_bytes() == trained
-    # Going on with the training needs it, and says so.
+    # Continuing the training needs the teacher, and the error says so.
     capsys.readouterr()
     assert main([*command, "--resume", "SOLVER.MAX_ITER", "2"]) == 2
     assert "MODEL.DISTILL.TEACHER.CONFIG_FILE" in capsys.readouterr().err
@@ -291,7 +292,7 @@ def test_failed_save_leaves_the_earlier_checkpoint(
 def test_failed_training_can_be_resumed(
     runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same through the trainer: a full disk at the second of two checkpoints."""
+    """The disk is full at the second of two checkpoints of a trainer."""
     cfg = runs["faster"].cfg.clone()
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER = 1, 3
@@ -315,7 +316,7 @@ def test_failed_training_can_be_resumed(
 
 @pytest.fixture
 def three(tmp_path: Path) -> StudentCheckpointer:
-    """Three checkpoints of a constant, 1 to 3."""
+    """Save three checkpoints, whose weights are 1 to 3."""
     model = nn.Linear(64, 64)
     checkpointer = StudentCheckpointer(model, str(tmp_path))
     for k in (1, 2, 3):
@@ -381,7 +382,7 @@ def test_a_broken_tag_does_not_matter(
 
 
 def test_a_missing_checksum_is_no_damage(three: StudentCheckpointer, tmp_path: Path) -> None:
-    """A crash may have come between the file and its checksum."""
+    """A crash may come between the file and its checksum."""
     unlink_checksum(tmp_path / "model_0000003.pth")
     assert three.newest_intact() == str(tmp_path / "model_0000003.pth")
 
@@ -400,7 +401,7 @@ def test_pruning_keeps_the_newest_and_the_named(three: StudentCheckpointer, tmp_
     kept = {"model_0000002.pth", "model_0000003.pth", "model_final.pth", "model_best.pth"}
     assert names == kept
     assert {x.name for x in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in kept}
-    # The best one is none to resume from.
+    # A run cannot resume from the best checkpoint.
     assert [Path(x).name for x in resumable(three.save_dir)] == [
         *("model_final.pth", "model_0000003.pth", "model_0000002.pth")
     ]

@@ -23,7 +23,7 @@ ROOMS = ("analysis", "doctor", "experiments", "launch")
 
 
 def python(code: str, *arguments: str, folder: Path | None = None) -> str:
-    """What a Python process of its own prints."""
+    """Return the output of a Python process of its own."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -119,6 +119,8 @@ sys.exit(run_command(run))
 """
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(number: signal.Signals, code: int) -> None:
     command = [sys.executable, "-c", SLEEPING]
@@ -138,11 +140,14 @@ HEAVY = {"torch", "detectron2", "numpy", "matplotlib"}
 OPTIONAL = {"cityscapesscripts", "shapely", "timm"}
 
 
+@pytest.mark.e2e
 def test_help_and_the_package_load_no_library() -> None:
     code = f"import distill; from distill.cli import main; main(['--help']); {LOADED}"
     assert not HEAVY & set(python(code).split())
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_public_names_register_with_detectron2() -> None:
     code = f"""
 from distill import FPNDistillHead, get_distill_cfg
@@ -154,6 +159,8 @@ assert "kitti_train" in DatasetCatalog.list()
     assert not OPTIONAL & set(python(code).split())
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_an_import_after_detectron2_registers() -> None:
     code = f"""
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -163,6 +170,8 @@ assert "DistillRCNN" in META_ARCH_REGISTRY
     assert "distill.modeling.meta_arch" in python(code).split()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_networks_need_no_optional_library() -> None:
     loaded = set(python(f"import distill.nets; {LOADED}").split())
     assert "distill.nets.timm" in loaded and not OPTIONAL & loaded
@@ -225,6 +234,8 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_package_trains_anywhere(tmp_path: Path, shapes: tuple[str, str, str]) -> None:
     """By a config's name, and with a user's own trainer."""
     (tmp_path / "own.py").write_text(TRAINER)

@@ -154,6 +154,7 @@ def train(rank: int, folder: Path) -> None:
     torch.save((distillation, state), folder / f"{rank}.pth")
 
 
+@pytest.mark.slow
 @starts_processes
 def test_a_process_without_annotations_trains_along(tmp_path: Path) -> None:
     spawn(train, tmp_path)

@@ -1,4 +1,4 @@
-"""The moving average of the weights: its formula, where it is used, what a checkpoint has."""
+"""Test the moving average of the weights: its formula, its use, and its checkpoints."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 
 
 def shift(model: nn.Module) -> None:
-    """Every number of the network one larger, the count of batches too."""
+    """Increase every number of the network by one, including the count of batches."""
     for x in model.state_dict().values():
         x += 1
 
@@ -56,7 +56,7 @@ def test_the_average_against_a_loop(warmup: int) -> None:
 
 @pytest.mark.e2e
 def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
-    """``model`` is the average and a stock checkpoint; training goes on with the other."""
+    """``model`` is the average and a stock checkpoint; the training continues with the weights."""
     opts = ("SOLVER.MAX_ITER", 3, "SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 0)
     seen: list[dict[str, torch.Tensor]] = []
     cfg = trainable_cfg("faster", shapes, tmp_path, *opts, norm="BN")
@@ -80,13 +80,13 @@ def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
     )
     assert average.keys() == own.keys()
     load_strictly(build_model(student_config(cfg)), str(tmp_path / "model_final.pth"), "it")
-    (evaluated,) = seen  # the average is what is evaluated
+    (evaluated,) = seen  # the average is evaluated
     assert all(torch.equal(evaluated[name], average[name]) for name in average)
 
 
 @pytest.mark.e2e
 def test_switched_on_when_resumed(shapes: Shapes, tmp_path: Path) -> None:
-    """It then starts with the weights of the checkpoint."""
+    """The average starts with the weights of the checkpoint."""
     cfg = trainable_cfg("faster", shapes, tmp_path, "SOLVER.MAX_ITER", 2, norm="BN")
     cfg.DATASETS.TEST = ()
     seed_all_rng(0)

@@ -85,7 +85,7 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
         *(["DATASETS.TRAIN", "('coco_2014_minival',)"],),
         *(["'coco_2014_minival'", "no such file", "DETECTRON2_DATASETS"],),
     ),
-    "no pictures a step": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH is 0"]),
+    "no images per step": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH is 0"]),
     "no steps": (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0"]),
     "a head twice": (["MODEL.DISTILL.HEADS", "('IMA', 'IMA')"], ["MODEL.DISTILL.HEADS", "twice"]),
     "negative box weight": (
@@ -310,19 +310,19 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
 
 
 ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], list[str]]] = {
-    "no pictures": (lambda c: c.update(images=[], annotations=[]), [], ["has no pictures"]),
+    "no images": (lambda c: c.update(images=[], annotations=[]), [], ["has no images"]),
     "no annotations": (lambda c: c.update(annotations=[]), [], ["FILTER_EMPTY_ANNOTATIONS False"]),
-    "no list of pictures": (without("images"), [], ["has no pictures"]),
+    "no list of images": (without("images"), [], ["has no images"]),
     "no list of annotations": (without("annotations"), [], ["FILTER_EMPTY_ANNOTATIONS"]),
     "no list of classes": (without("categories"), [], ["COCO's", "categories"]),
-    "picture without height": (lambda c: c["images"][0].pop("height"), [], ["height"]),
-    "picture not there": (lambda c: c["images"][0].update(file_name="x.jpg"), [], ["x.jpg"]),
+    "image without height": (lambda c: c["images"][0].pop("height"), [], ["height"]),
+    "image not there": (lambda c: c["images"][0].update(file_name="x.jpg"), [], ["x.jpg"]),
     "box outside": (
         of_first(bbox=[50, 50, 30, 30]),
         [],
         ["outside", ".jpg (annotation 1)", "[50, 50", "DATALOADER.ON_BAD_IMAGE drop"],
     ),
-    "box left of the picture": (of_first(bbox=[-9, 0, 20, 20]), [], ["outside", ".jpg"]),
+    "box left of the image": (of_first(bbox=[-9, 0, 20, 20]), [], ["outside", ".jpg"]),
     "box of negative size": (of_first(bbox=[20, 20, -9, 9]), [], ["negative size", ".jpg"]),
     "box of infinite size": (of_first(bbox=[2, 2, float("inf"), 9]), [], ["not finite", ".jpg"]),
     "box that is no number": (of_first(bbox=[2, 2, float("nan"), 9]), [], ["not finite", ".jpg"]),
@@ -336,14 +336,14 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], list[st
     "two annotations of one id": (
         lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]),
         [],
-        ["annotations[1]", "id 1 is taken"],
+        ["annotations[1]", "id 1 is already taken"],
     ),
-    "two pictures of one id": (
+    "two images of one id": (
         lambda c: c["images"][1].update(id=c["images"][0]["id"]),
         [],
-        ["images[1]", "id 1 is taken"],
+        ["images[1]", "id 1 is already taken"],
     ),
-    "picture outside the folder": (
+    "image outside the folder": (
         lambda c: c["images"][0].update(file_name="../../secret.jpg"),
         [],
         ["secret.jpg", "leads out of the folder"],
@@ -386,7 +386,8 @@ def test_an_annotation_file(name: str, run: Run, spoilt: Shapes) -> None:
 
 @pytest.mark.parametrize("test", [False, True], ids=["train", "test"])
 @pytest.mark.parametrize(
-    "text, reason", [("", "no JSON"), ('{"images": [', "no JSON"), ("[]", "JSON list")]
+    "text, reason",
+    [("", "not valid JSON"), ('{"images": [', "not valid JSON"), ("[]", "JSON list")],
 )
 def test_a_file_that_is_not_coco(
     text: str, reason: str, test: bool, run: Run, shapes: Shapes, spoilt: Shapes
@@ -397,11 +398,11 @@ def test_a_file_that_is_not_coco(
     assert spoilt[0] in line and spoilt[1] in line and reason in line
 
 
-def test_a_test_set_without_pictures(run: Run, shapes: Shapes, spoilt: Shapes) -> None:
+def test_a_test_set_without_images(run: Run, shapes: Shapes, spoilt: Shapes) -> None:
     file = Path(spoilt[1])
     file.write_text(json.dumps({**json.loads(file.read_text()), "images": [], "annotations": []}))
     line = run.fails(*sets(shapes, spoilt))
-    assert f"'{spoilt[0]}' of DATASETS.TEST has no pictures" in line
+    assert f"'{spoilt[0]}' of DATASETS.TEST has no images" in line
 
 
 def test_the_image_folder_is_missing(run: Run, spoilt: Shapes) -> None:

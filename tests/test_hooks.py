@@ -1,4 +1,4 @@
-"""Checkpoints on the way, the best one, and alarms in the log."""
+"""Test periodic checkpoints, the best checkpoint, and warnings in the log."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ Shapes = tuple[str, str, str]
 
 
 def config(shapes: Shapes, output: Path, *opts: Any) -> CfgNode:
-    """A plain detector: these hooks look at no head."""
+    """Return the config of a plain detector: these hooks do not depend on heads."""
     return trainable_cfg("faster", shapes, output, *opts, norm="BN")
 
 
@@ -69,7 +69,7 @@ def test_the_newest_checkpoints_are_kept(keep: int, shapes: Shapes, tmp_path: Pa
 
 @pytest.mark.e2e
 def test_checkpoints_of_an_earlier_run_are_not_the_newest(shapes: Shapes, tmp_path: Path) -> None:
-    """Those of this run would be removed at once, and a resume would go on with the other's."""
+    """Otherwise those of this run would be removed, and a resume would use the earlier run."""
     stale = tmp_path / "model_0000099.pth"
     stale.write_bytes(b"of another run, or damaged")
     os.utime(stale, (1e9, 1e9))
@@ -83,7 +83,7 @@ def test_checkpoints_of_an_earlier_run_are_not_the_newest(shapes: Shapes, tmp_pa
     assert trainer.start_iter == 2
 
 
-# ---- The best one.
+# ---- Best checkpoint.
 
 SERIES = {1: 3.0, 2: 9.0, 3: math.nan, 4: 5.0, 5: 9.0, 6: 2.0}  # by finished iterations
 LAST = len(SERIES)
@@ -91,7 +91,7 @@ LAST = len(SERIES)
 
 @pytest.fixture
 def evaluation(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """What the evaluations find, by the number of finished iterations."""
+    """Replace the evaluations by a series of values, by number of finished iterations."""
     series = dict(SERIES)
 
     def test(cfg: CfgNode, model: Any) -> dict[str, dict[str, float]]:
@@ -109,7 +109,7 @@ def evaluated(shapes: Shapes, output: Path, *opts: Any) -> CfgNode:
 
 @pytest.mark.e2e
 def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_path: Path) -> None:
-    """The first of equals; NaN, COCO's AP without a prediction, is none."""
+    """The first of equal values is the best. NaN, COCO's AP without predictions, does not count."""
     every = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.KEEP_CHECKPOINTS", 5)
     train(evaluated(shapes, tmp_path, *every))
     best = load(tmp_path / "model_best.pth")
@@ -149,7 +149,7 @@ def test_a_resumed_run_has_the_same_best(
     shapes: Shapes,
     tmp_path: Path,
 ) -> None:
-    """Also if the best was found after the checkpoint from which it resumes."""
+    """This holds also if the best came after the checkpoint from which the run resumes."""
     evaluation.update(series)
     train(evaluated(shapes, tmp_path / "a"))
     cfg = evaluated(shapes, tmp_path / "b")
@@ -165,7 +165,7 @@ def test_a_resumed_run_has_the_same_best(
 
 
 @pytest.mark.e2e
-def test_an_interrupted_run_compares_nothing_that_is_old(
+def test_an_interrupted_run_does_not_compare_again(
     evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
 ) -> None:
     """detectron2 evaluates even if the last iteration fails."""
@@ -176,7 +176,7 @@ def test_an_interrupted_run_compares_nothing_that_is_old(
 
 
 @pytest.mark.e2e
-def test_an_unknown_metric_is_said(
+def test_an_unknown_metric_is_a_warning(
     evaluation: dict[int, float],
     shapes: Shapes,
     tmp_path: Path,
@@ -198,11 +198,11 @@ def test_the_best_of_another_metric_does_not_count() -> None:
     assert second.best == 50.0
 
 
-# ---- Alarms.
+# ---- Warnings.
 
 
 class Log:
-    """Runs the hook on made-up scalars of one head, FitNet, iteration by iteration."""
+    """Runner of the hook on given scalars of one head, FitNet, by iteration."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture, **head: Any):
         self.caplog = caplog
@@ -231,7 +231,7 @@ def fitnet(**levels: Any) -> dict[str, Any]:
     return {f"kd_ratio/fitnet/{level}": value for level, value in levels.items()}
 
 
-def test_a_healthy_run_raises_no_alarm(log: Log) -> None:
+def test_a_healthy_run_has_no_warning(log: Log) -> None:
     healthy = {**fitnet(p2=0.4, p3=0.2), "kd_cosine/fitnet": -0.1, "data_share": 0.3}
     assert log.warnings(**healthy) == []
 
@@ -257,18 +257,18 @@ def test_each_warning_is_given_once(case: str, log: Log) -> None:
     assert log.warnings(**scalars) == []
 
 
-def test_several_alarms_are_several_warnings(log: Log) -> None:
+def test_several_problems_are_several_warnings(log: Log) -> None:
     assert len(log.warnings(**fitnet(p2=20.0), **{"kd_cosine/fitnet": -1.0}, data_share=0.9)) == 3
 
 
-def test_a_level_or_a_batch_without_objects_is_no_alarm(log: Log) -> None:
-    """Most batches have nothing on the coarsest level, many nothing at all."""
+def test_a_level_or_a_batch_without_objects_is_no_problem(log: Log) -> None:
+    """Most batches have no object on the coarsest level, and many have no object."""
     rare = {"p6": lambda i: float(i % 10 == 0)}
     assert log.warnings(**fitnet(p2=0.5, p5=0.0, **rare)) == []
     assert log.warnings(**fitnet(p2=lambda i: float(i % 5 == 0))) == []
 
 
-def test_a_single_bad_iteration_is_no_alarm(log: Log) -> None:
+def test_a_single_bad_iteration_is_no_problem(log: Log) -> None:
     scalars = fitnet(p2=lambda i: 1000.0 if i == 7 else 0.5)
     assert log.warnings(**scalars, data_share=lambda i: 1.0 if i < 3 else 0.1) == []
 
@@ -278,7 +278,7 @@ def test_a_single_bad_iteration_is_no_alarm(log: Log) -> None:
     [{"weight": 0.0}, {"warmup_iters": 60}, {"stop_iter": 5}],
     ids=["weight", "warm-up", "stopped"],
 )
-def test_a_head_without_its_full_weight_raises_none(
+def test_a_head_without_its_full_weight_has_no_warning(
     head: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for value in (0.0, 1e-6, 100.0):
@@ -286,23 +286,24 @@ def test_a_head_without_its_full_weight_raises_none(
         assert Log(caplog, **head).warnings(**scalars) == []
 
 
-def test_what_was_logged_in_the_warm_up_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+def test_values_of_the_warm_up_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
     low_at_first = fitnet(p2=lambda i: 1e-5 if i < 35 else 0.5)
     against = {"kd_cosine/fitnet": lambda i: -1.0 if i < 35 else 0.5}
     assert Log(caplog, warmup_iters=35).warnings(**low_at_first, **against) == []
     assert len(Log(caplog).warnings(**low_at_first, **against)) == 2
 
 
-def test_other_processes_have_nothing_to_say(log: Log) -> None:
-    """Only the main one has losses in its log."""
+def test_other_processes_have_no_warning(log: Log) -> None:
+    """Only the main process has losses in its log."""
     assert log.warnings(rank_data_time=1.0) == []
 
 
-def test_typical_values() -> None:
+def test_median_of_nonzero() -> None:
     assert median_of_nonzero([]) == median_of_nonzero([0.0, 0.0]) == 0
     assert median_of_nonzero([0.0, 3.0, 0.0, 1.0, 2.0]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_run_with_a_tiny_weight(
     shapes: Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture

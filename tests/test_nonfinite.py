@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing, is named, and stops the run or is skipped."""
+"""Test that a step that is not finite changes nothing, and stops the run or is skipped."""
 
 import copy
 import enum
@@ -45,7 +45,7 @@ from tests.support.nonfinite import (
     nan,
     reproducer,
     spoil,
-    spoil_picture,
+    spoil_image,
     spoilt_teacher,
     stopped,
     write_teachers,
@@ -61,7 +61,7 @@ Shapes = tuple[str, str, str]
 
 
 class Watch(HookBase):
-    """Remembers everything that a step may change as it was before each."""
+    """Hook that keeps a copy of everything that a step may change, before each step."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def state(trainer: Any) -> dict[str, Any]:
     return copy.deepcopy(everything)
 
 
-def pictures_of(trainer: Any) -> list[str]:
+def images_of(trainer: Any) -> list[str]:
     return [x["file_name"] for x in trainer._trainer.guard._batch]
 
 
@@ -107,12 +107,12 @@ def test_the_run_stops_and_nothing_has_changed(
     trainer, message = stopped(config(family, shapes, teachers, tmp_path), watch)
 
     assert message.startswith(f"Iteration {AT}: {what}")
-    names = pictures_of(trainer)
+    names = images_of(trainer)
     assert len(names) == 2 and f"(images {', '.join(names)})" in message
     assert f"`distill replay {reproducer(tmp_path)}` repeats the step" in message
     assert len(watch.states) == AT + 1
     assert differences(watch.states[-1], state(trainer)) == []
-    # What a step does change, or the test would not show anything.
+    # A finite step changes something; otherwise the test could not fail.
     changed = differences(watch.states[1], watch.states[2])
     assert ".model.student.backbone.bottom_up.stem.conv1.norm.running_mean" in changed
     assert (".student.loss_normalizer" in changed) == (family == "retinanet")
@@ -130,7 +130,7 @@ def test_a_teacher_that_is_not_finite(shapes: Shapes, tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_the_command_line_says_it_in_one_line(
+def test_the_command_line_prints_one_line(
     shapes: Shapes,
     teachers: Teachers,
     tmp_path: Path,
@@ -173,7 +173,7 @@ first_step_skipped = pytest.mark.filterwarnings("ignore:Detected call of `lr_sch
 
 
 def omit_step(patch: pytest.MonkeyPatch) -> None:
-    """Let iteration AT read its batch and do nothing with it."""
+    """Let iteration AT read its batch without a step."""
     original = TrainLoop.run_step
 
     def run_step(self: TrainLoop) -> None:
@@ -201,7 +201,7 @@ def test_a_skipped_step_leaves_no_trace(
     for name in ("skipped", "omitted"):
         if name == "omitted":
             omit_step(monkeypatch)
-        seed_all_rng(3)  # of the initial weights
+        seed_all_rng(3)  # for the same initial weights
         Trainer(config(family, shapes, teachers, tmp_path / name, *SKIP)).train()
         ends.append(torch.load(tmp_path / name / "model_final.pth", weights_only=True))
     assert differences(*ends) == [".trainer._trainer.skips"]
@@ -209,7 +209,7 @@ def test_a_skipped_step_leaves_no_trace(
     (warning,) = [x for x in caplog.messages if what in x]
     assert warning.endswith("Skipped, 1 so far.")
     assert reproducer(tmp_path / "skipped").is_file()
-    # Nor in the log: no loss is repeated for the iteration that had none.
+    # The log has no losses for the iteration either.
     rows = map(json.loads, (tmp_path / "skipped" / "metrics.json").read_text().splitlines())
     assert AT not in [x["iteration"] for x in rows if "kd_ratio/fitnet/p3" in x]
 
@@ -238,8 +238,8 @@ def test_skips_are_bounded_and_counted_over_a_resume(
 def test_the_very_first_step_may_be_skipped(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When nothing has been logged yet, and nobody has a gradient."""
-    spoil_picture(monkeypatch, at=(0, 1))
+    """Then the log is empty, and no parameter has a gradient."""
+    spoil_image(monkeypatch, at=(0, 1))
     Trainer(config("faster", shapes, teachers, tmp_path, *SKIP)).train()
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert saved["trainer"]["_trainer"]["skips"] == 2
@@ -249,7 +249,7 @@ def test_the_very_first_step_may_be_skipped(
 
 
 class Toy(nn.Module):
-    """One weight, and buffers that every forward changes in place or replaces."""
+    """Module with one weight, and buffers that every forward changes in place or replaces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,8 +292,8 @@ def test_buffers_that_the_forward_replaces_come_back(tmp_path: Path, storage: Ev
     torch.testing.assert_close(toy.weight.detach(), 1 - GOOD["image"])  # two steps of 0.5
 
 
-def test_scaled_gradients_that_overflow_are_no_fault(tmp_path: Path, storage: EventStorage) -> None:
-    """The scaler leaves the step out and scales less, as ever."""
+def test_scaled_gradients_may_overflow(tmp_path: Path, storage: EventStorage) -> None:
+    """The scaler skips the step and lowers the scale, as without the guard."""
     loop = toy_loop(tmp_path, [{"image": torch.full((3,), 1e15)}] * 8, skip=False)
     loop.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**81)
     scales = []
@@ -307,7 +307,7 @@ def test_scaled_gradients_that_overflow_are_no_fault(tmp_path: Path, storage: Ev
     assert norms == [(pytest.approx(math.sqrt(3) * 1e15), k) for k in (3, 4)]
 
 
-def test_gradients_that_no_scale_makes_finite_are_a_fault(
+def test_gradients_that_overflow_without_a_scale_are_an_error(
     tmp_path: Path, storage: EventStorage
 ) -> None:
     loop = toy_loop(tmp_path, [{**GOOD, "bad gradient": True}] * 3, skip=False)
@@ -323,15 +323,13 @@ def test_gradients_that_no_scale_makes_finite_are_a_fault(
 def test_a_skipped_step_leaves_the_scale(tmp_path: Path, storage: EventStorage) -> None:
     loop = toy_loop(tmp_path, [GOOD, {"image": GOOD["image"] * math.inf}, GOOD])
     loop.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    for scale in (2.0**10, 2.0**10, 2.0**11):  # two good steps in a row, as if there were no other
+    for scale in (2.0**10, 2.0**10, 2.0**11):  # the two good steps count as consecutive
         loop.run_step()
         assert loop.scaler.get_scale() == scale
     assert loop.guard.skips == 1
 
 
-def test_finite_gradients_whose_squares_overflow_are_no_fault(
-    tmp_path: Path, storage: EventStorage
-) -> None:
+def test_squares_of_finite_gradients_may_overflow(tmp_path: Path, storage: EventStorage) -> None:
     loop = toy_loop(tmp_path, [{"image": torch.full((3,), 1e30)}], skip=False)
     loop.run_step()
     assert loop.model.weight.tolist() == pytest.approx([-5e29] * 3)
@@ -376,6 +374,7 @@ def train_together(rank: int, folder: Path) -> None:
     torch.save(report, folder / f"{rank}.pth")
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path: Path) -> None:
@@ -385,7 +384,7 @@ def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path
     assert first["changed"] == second["changed"] == [True, False, True, False]
     assert first["skips"] == second["skips"] == 2
     assert differences(first["weights"], second["weights"]) == []
-    # Of a bad loss or gradient speaks the process that has it.
+    # Only the process with the bad loss or gradient writes a reproducer.
     assert {p.name for p in (tmp_path / "skip" / "nonfinite").glob("*.pth")} == {
         "iteration_0000001_rank_1.pth",
         "iteration_0000003_rank_1.pth",
@@ -405,7 +404,7 @@ def test_two_processes_decide_alike(shapes: Shapes, teachers: Teachers, tmp_path
 def test_the_reproducer_has_plain_types_only(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    FAULTS["picture"][1](monkeypatch)
+    FAULTS["image"][1](monkeypatch)
     watch = Watch()
     trainer, _ = stopped(config("retinanet", shapes, teachers, tmp_path), watch)
     saved = torch.load(reproducer(tmp_path), weights_only=True)
@@ -414,7 +413,7 @@ def test_the_reproducer_has_plain_types_only(
     assert saved["losses"].keys() >= {"loss_cls", "loss_fitnet/p3"}
     assert saved["student_state"] == watch.states[-1]["student"]
     assert differences(saved["model"], dict(watch.states[-1]["model"])) == []
-    assert [x["file_name"] for x in saved["batch"]] == pictures_of(trainer)
+    assert [x["file_name"] for x in saved["batch"]] == images_of(trainer)
     assert "DISTILL" in saved["config"]
 
 

@@ -34,6 +34,7 @@ DISTILLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES)
 def test_train_and_evaluate(

@@ -84,6 +84,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_exact(
@@ -110,6 +111,7 @@ def test_resume_is_exact(
     assert len(resumed["trainer"]["_trainer"]["optimizer"]["state"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_another_seed_ends_elsewhere(
     shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
@@ -122,6 +124,7 @@ def test_another_seed_ends_elsewhere(
     assert len(differences(first["model"], second["model"])) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_without_a_checkpoint_resume_starts_anew(
     shapes: Shapes, teachers: dict[str, list[Any]], tmp_path: Path
@@ -134,6 +137,7 @@ def test_without_a_checkpoint_resume_starts_anew(
     assert differences(resumed, fresh) == []
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_resume_on_another_number_of_processes(
@@ -155,6 +159,7 @@ def test_resume_on_another_number_of_processes(
     assert torch.load(tmp_path / "run/model_final.pth", weights_only=True)["iteration"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
 def test_a_scaled_schedule_goes_on_where_it_was(

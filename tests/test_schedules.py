@@ -1,4 +1,4 @@
-"""Learning rates that detectron2 does not know."""
+"""Test the learning-rate schedule that detectron2 lacks."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from tests.support.networks import tiny_cfg
 
 
 def rates(*opts: Any) -> list[float]:
-    """Factors of BASE_LR over 100 iterations."""
+    """Return the factors of BASE_LR over 100 iterations."""
     flat = ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.MAX_ITER", 100)
     plain = ("SOLVER.BASE_LR", 0.2, "SOLVER.BASE_LR_END", 0.02, "SOLVER.WARMUP_ITERS", 0)
     cfg = tiny_cfg("faster", *flat, *plain, *opts)
@@ -37,7 +37,7 @@ def test_flat_then_half_a_cosine(flat: float) -> None:
     assert found[-1] < 0.11
 
 
-def test_its_warmup() -> None:
+def test_warmup() -> None:
     found = rates("SOLVER.WARMUP_ITERS", 10, "SOLVER.WARMUP_FACTOR", 0.2)
     assert found[:10] == pytest.approx([0.2 + 0.08 * t for t in range(10)])
     assert found[10:51] == pytest.approx([1.0] * 41)

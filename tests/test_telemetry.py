@@ -1,4 +1,4 @@
-"""What a run logs beside its losses, and that measuring does not change it."""
+"""Test the measurements in the log of a run, and that they do not change the run."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
 Shapes = tuple[str, str, str]
 
 
-def test_whose_loss_it_is() -> None:
+def test_head_of_a_loss() -> None:
     heads = ("IMA", "FitNet")
     assert head_of("loss_fitnet/p3", heads) == "FitNet"
     assert head_of("loss_ima", heads) == "IMA"
@@ -77,13 +77,13 @@ def test_levels_of_a_head_and_losses_of_the_task_are_summed() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_huge_and_tiny_gradients(scale: float) -> None:
-    """Their squares are beyond float32."""
+    """Their squares overflow or underflow float32."""
     task = (A * torch.tensor([3.0, 4.0]) * scale).sum()
     loss = (A * torch.tensor([1.0, 0.0]) * scale).sum()
     assert cosines(loss_box=task, loss_one=loss)["kd_cosine/one"] == pytest.approx(0.6, rel=1e-6)
 
 
-def test_what_is_not_finite_has_no_cosine() -> None:
+def test_losses_that_are_not_finite_have_no_cosine() -> None:
     task = A.sum()
     assert cosines(loss_box=task, loss_one=task * math.nan, loss_two=task) == {
         "kd_cosine/two": pytest.approx(1)
@@ -92,7 +92,7 @@ def test_what_is_not_finite_has_no_cosine() -> None:
 
 
 def test_cosines_agree_with_separate_backward_passes() -> None:
-    """And leave neither gradients nor the graph otherwise than they were."""
+    """The computation changes neither gradients nor the graph."""
     heads = ("FitNet", "IMA")
     model = distilled("faster", heads)
     inputs = [picture(1), picture(2, 64, 96)]
@@ -104,7 +104,7 @@ def test_cosines_agree_with_separate_backward_passes() -> None:
             return model(inputs)
 
     def gradient(head: str | None) -> Tensor:
-        """Of the losses of a head or of the task, in the student; float64."""
+        """Return the student's gradient in float64 for the losses of a head or of the task."""
         model.zero_grad()
         sum(v for k, v in losses().items() if head_of(k, heads) == head).backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in student]
@@ -122,7 +122,7 @@ def test_cosines_agree_with_separate_backward_passes() -> None:
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert all(0.0 < abs(x) < 0.99 for x in found.values())
     assert all(p.grad is None for p in model.parameters())
-    sum(ours.values()).backward()  # the graph is still there
+    sum(ours.values()).backward()  # the graph still exists
 
 
 # ---- Runs.
@@ -164,7 +164,7 @@ def test_cosines_come_with_their_period(run: tuple[Trainer, Path]) -> None:
 
 @pytest.mark.e2e
 def test_cosines_are_those_in_the_student(shapes: Shapes, tmp_path: Path) -> None:
-    """The task has no gradient in adapters, which would make every cosine smaller."""
+    """The task has no gradient in adapters, and their gradients would make every cosine smaller."""
     heads = ("FitNet", "IMA")
     trainer = Trainer(config(shapes, tmp_path, "SOLVER.MAX_ITER", 1, teacher_channels=24))
     model = copy.deepcopy(trainer.model)
@@ -248,12 +248,12 @@ def test_the_gradient_norm_is_that_before_clipping(shapes: Shapes, tmp_path: Pat
 
 
 @pytest.mark.e2e
-def test_pictures_left_out_are_counted(shapes: Shapes, tmp_path: Path) -> None:
+def test_dropped_images_are_counted(shapes: Shapes, tmp_path: Path) -> None:
     _, annotations, images = shapes
     (tmp_path / "images").mkdir()
     for path in Path(images).iterdir():
         (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "images" / path.name).write_bytes(b"no picture")
+    (tmp_path / "images" / path.name).write_bytes(b"not an image")
     ours = ("left_out", annotations, str(tmp_path / "images"))
     cfg = config(ours, tmp_path, "DATALOADER.ON_BAD_IMAGE", "drop")
     assert history(train(cfg), "data/left_out")[5] == 1

@@ -1,4 +1,4 @@
-"""Weights are read safely and strictly: whatever a file holds, it is not executed."""
+"""Test that weights are read strictly, and that no content of a file is executed."""
 
 import contextlib
 import os
@@ -31,14 +31,14 @@ def arrays(fill: float = 7.0) -> dict[str, np.ndarray]:
 
 
 def loaded(path: Path | str, **kw: Any) -> Tensor:
-    """The weight of :func:`toy` after a strict loading."""
+    """Return the weight of :func:`toy` after a strict loading."""
     model = toy()
     load_strictly(model, str(path), "MODEL.WEIGHTS", **kw)
     return model.weight.detach()
 
 
 def refused(path: Path | str, allow_pickle: bool = True) -> str:
-    """The one sentence that says why."""
+    """Return the one-line message of the error."""
     with pytest.raises(WeightsError) as caught:
         loaded(path, allow_pickle=allow_pickle)
     message = str(caught.value)
@@ -46,7 +46,7 @@ def refused(path: Path | str, allow_pickle: bool = True) -> str:
     return message
 
 
-# ---- What is read.
+# ---- Formats.
 
 LAYOUTS: dict[str, Callable[[], Any]] = {
     "detectron2's zoo": lambda: {"model": arrays(), "__author__": "Detectron2 Model Zoo"},
@@ -76,7 +76,7 @@ def test_a_pickle_of_arrays(
 
 
 def test_caffe2s_two_layouts(tmp_path: Path) -> None:
-    """Blobs below a key, as detectors have them, and alone; Caffe2's names become detectron2's."""
+    """The blobs are below a key, as in detectors, or not; Caffe2's names become detectron2's."""
     blobs = {"res2_0_branch2a_w": np.full((2, 2, 1, 1), 7, "f4"), "lr_momentum": np.ones(3, "f4")}
     for content in (blobs, {"blobs": blobs, "cfg": "MODEL: {}"}):
         (tmp_path / "w.pkl").write_bytes(pickle.dumps(content, 2))
@@ -87,7 +87,7 @@ def test_caffe2s_two_layouts(tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_python_2(tmp_path: Path) -> None:
-    """Its strings are bytes, and so are its numbers: Detectron's files are such."""
+    """In such a file, as those of Detectron, strings and numbers are bytes."""
     sevens = "".join(f"\\x{b:02x}" for b in np.float32(7).tobytes())
 
     def array(shape: tuple[int, ...]) -> str:
@@ -131,7 +131,7 @@ def test_every_kind_of_array_arrives_as_it_was(protocol: int, tmp_path: Path) ->
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "pyth"])
 def test_torchs_formats(suffix: str, zipped: bool, tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": toy(7).state_dict(), "iteration": 3}
-    if suffix == "pyth":  # as pycls writes it
+    if suffix == "pyth":  # the format of pycls
         state = {**toy(7).state_dict(), "num_batches_tracked": torch.tensor(3)}
         content = {"model_state": state, "epoch": 3}
     torch.save(content, tmp_path / f"w.{suffix}", _use_new_zipfile_serialization=zipped)
@@ -164,7 +164,7 @@ def test_other_errors_of_ours_pass_as_they_are(tmp_path: Path) -> None:
 
 
 def test_the_recipe_for_resnet_18(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the comment of Base-R-18.yaml says gives every weight of the backbone."""
+    """The program in the comment of Base-R-18.yaml creates all weights of the backbone."""
     config = ROOT / "configs" / "Base-R-18.yaml"
     recipe = re.search(r"<<'END'\n(.*)#   END\n", config.read_text(), re.DOTALL)
     assert recipe is not None
@@ -200,13 +200,13 @@ def test_the_recipe_for_resnet_18(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["res5.1.conv2.norm.bias"].equal(torchvisions["layer4.1.bn2.bias"])
 
 
-# ---- What is executed: nothing.
+# ---- Nothing is executed.
 
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_pickle_works_where_pickles_are_executed(name: str, tmp_path: Path) -> None:
-    """So that the tests below could fail."""
-    with contextlib.suppress(pickle.UnpicklingError, RuntimeError):  # afterwards
+    """Without this, the tests below could not fail."""
+    with contextlib.suppress(pickle.UnpicklingError, RuntimeError):  # after the execution
         pickle.loads(PICKLES[name](tmp_path / "marker"))
     assert (tmp_path / "marker").exists()
 
@@ -233,7 +233,7 @@ def test_no_file_is_executed(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_no_object_beside_the_weights_is_executed(name: str, legacy: bool, tmp_path: Path) -> None:
+def test_no_object_next_to_the_weights_is_executed(name: str, legacy: bool, tmp_path: Path) -> None:
     call = CALLS[name](tmp_path / "marker")
     content = {"model": toy(7).state_dict(), "model_state": toy(7).state_dict(), "x": call}
     for file in ("w.pth", "w.pyth"):
@@ -245,7 +245,7 @@ def test_no_object_beside_the_weights_is_executed(name: str, legacy: bool, tmp_p
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_refusal_names_what_was_asked_for(tmp_path: Path) -> None:
+def test_the_error_names_the_function(tmp_path: Path) -> None:
     for file in ("w.pkl", "w.pth", "w.pyth"):
         (tmp_path / file).write_bytes(PICKLES["os.system"](tmp_path / "marker"))
         message = refused(tmp_path / file)
@@ -277,14 +277,14 @@ RECORDS = np.zeros(2, [("a", "O"), ("b", "f4")])
     ids=["objects", "records", "text", "complex", "dates"],
 )
 def test_arrays_are_of_numbers(array: np.ndarray, protocol: int, tmp_path: Path) -> None:
-    """NumPy makes pointers of an object array's bytes without a question."""
+    """NumPy would use the bytes of an object array as pointers."""
     content = {"model": {**arrays(), "x": array}, "__author__": "somebody"}
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(content, protocol))
     assert "dtype" in refused(tmp_path / "w.pkl")
 
 
 def test_numpys_own_functions_are_out_of_reach(tmp_path: Path) -> None:
-    """An object array of bytes, and a dtype that denies its objects, are pointers to anywhere."""
+    """Bytes of an object array, and of a dtype that hides its objects, are pointers to anywhere."""
     denying = (3, "|", None, ("a",), {"a": (np.dtype(object), 0)}, 8, 1, 0)
     dtype = pickle.loads(pickle.dumps(np.dtype([("a", "f8")])))
     dtype.__setstate__(denying)
@@ -300,7 +300,7 @@ def test_numpys_own_functions_are_out_of_reach(tmp_path: Path) -> None:
         refused(tmp_path / "w.pkl")
 
 
-# ---- What is damaged or of another content.
+# ---- Damaged files, and files of another content.
 
 
 WHOLE: dict[str, Callable[[], Any]] = {
@@ -336,7 +336,7 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
 
 
 def as_arrays(content: Any) -> Any:
-    """Without tensors, for a pickle."""
+    """Convert tensors to arrays, for a pickle."""
     if isinstance(content, dict):
         return {k: as_arrays(v) for k, v in content.items()}
     return content.numpy() if isinstance(content, Tensor) else content
@@ -372,6 +372,7 @@ def test_a_tensor_of_another_kind(name: str, tmp_path: Path) -> None:
     refused(tmp_path / "w.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pth", "pyth", "pkl"])
 def test_a_deep_nest(suffix: str, tmp_path: Path) -> None:
     nest = b"]" * 100_000 + b"a" * 99_999  # a list in a list in ...
@@ -384,7 +385,7 @@ def test_a_deep_nest(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pkl"])
 def test_a_damaged_file(kind: str, tmp_path: Path) -> None:
-    """Cut anywhere, or with wrong bytes: the weights or one sentence."""
+    """Loading a cut file or a file with wrong bytes gives the weights or one sentence."""
     path = tmp_path / ("w.pkl" if kind == "pkl" else "w.pth")
     if kind == "pkl":
         path.write_bytes(pickle.dumps({"model": arrays(), "__author__": "somebody"}, 2))
@@ -409,22 +410,22 @@ def test_a_damaged_file(kind: str, tmp_path: Path) -> None:
     assert refusals > 100
 
 
-# ---- Where files may come from.
+# ---- Sources of files.
 
 
 class Catalogue:
-    """detectron2's cache, with files that seem to be fetched already.
+    """detectron2's cache, with files that appear to be downloaded.
 
     Args:
         cache: folder of the cache.
-        place: folder of the files in the catalogue, of each test its own since detectron2
-            remembers what it has found.
+        name: folder of the files in the catalogue. Each test needs its own, because detectron2
+            remembers the files that it has found.
     """
 
-    def __init__(self, cache: Path, place: str):
-        self.folder = cache / "detectron2" / place
+    def __init__(self, cache: Path, name: str):
+        self.folder = cache / "detectron2" / name
         self.folder.mkdir(parents=True)
-        self.url = f"detectron2://{place}"
+        self.url = f"detectron2://{name}"
 
     def write(self, name: str, data: bytes) -> Path:
         (self.folder / name).write_bytes(data)
@@ -442,7 +443,7 @@ def zoo_file(fill: float = 7.0) -> bytes:
 
 
 def named(data: bytes, folder: Path) -> str:
-    """The name that detectron2's zoo would give the file."""
+    """Return the name that detectron2's zoo would give the file."""
     (folder / "unnamed").write_bytes(data)
     return f"model_final_{file_hash(str(folder / 'unnamed'), 'md5')[:6]}.pkl"
 
@@ -462,7 +463,7 @@ def test_a_file_without_a_name_for_its_hash_is_pinned(catalogue: Catalogue) -> N
     file = catalogue.write("R-50.pkl", zoo_file()[:-99])
     pin = catalogue.folder / "R-50.pkl.sha256"
     refused(f"{catalogue.url}/R-50.pkl", allow_pickle=False)
-    assert not pin.exists()  # what cannot be read is not what later files must be
+    assert not pin.exists()  # the hash of an unreadable file must not be kept
     file.write_bytes(zoo_file())
     for _ in range(2):
         assert loaded(f"{catalogue.url}/R-50.pkl").eq(7).all()
@@ -536,7 +537,9 @@ def test_another_pickle_needs_the_switch(tmp_path: Path) -> None:
         ("detectron2://../../home/w.pkl", "'..'"),
     ],
 )
-def test_a_url_that_is_not_fetched(url: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_that_is_not_downloaded(
+    url: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fetch(*args: Any, **kw: Any) -> None:
         pytest.fail("it was fetched")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Make `import detectron2` work in the environment of the interpreter that runs this script.
 
-An importable detectron2, for example upstream's own build, is kept and used. Where there is none,
-the pure-Python copy that PyPI distributes inside the wheel ``ezannot==1.1.0`` is taken: Meta's
-Apache-2.0 code, upstream 0.6, with its import prefix renamed. The prefix is restored, and the
-result is built and installed with pip as distribution ``detectron2`` 0.6. The wheel around it is
-GPL-3.0 and nothing else of it is used. The compiled ops (``detectron2._C``) are not included.
+An importable detectron2, for example upstream's own build, is kept and used. Otherwise this script
+takes the pure-Python copy inside the wheel ``ezannot==1.1.0`` on PyPI. It is Meta's Apache-2.0
+code, upstream 0.6, with its import prefix renamed. The prefix is restored, and the result is built
+and installed with pip as distribution ``detectron2`` 0.6. The wheel around it is GPL-3.0, and
+nothing else of it is used. The compiled ops (``detectron2._C``) are not included.
 
 Usage::
 
@@ -101,7 +101,7 @@ def reason(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def is_installed() -> bool:
-    """Whether some detectron2 can be found, be it sound or broken."""
+    """Return True if a detectron2 can be found, even a broken one."""
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('detectron2') is None)"
     return run_python("-c", code).returncode == 0
 
@@ -228,7 +228,7 @@ def install(downloaded: Path | None, allow_system: bool) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Install detectron2 where there is none.")
+    parser = argparse.ArgumentParser(description="Install detectron2, unless there is one.")
     parser.add_argument("--from-wheel", metavar="FILE", type=Path, help=f"wheel of {REQUIREMENT}")
     parser.add_argument("--wheel", metavar="DIR", type=Path, help="build the wheel into DIR only")
     parser.add_argument("--allow-system", action="store_true", help="no virtual environment needed")

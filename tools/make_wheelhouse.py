@@ -21,8 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT_FILES = ("setup.py", "pyproject.toml", "LICENSE", "projects")
+PROJECT_FILES = ("setup.py", "pyproject.toml", "LICENSE", "configs", "projects")
 
 # On PyPI only as sources; they are pure Python, so a wheel built here serves everywhere.
 SDIST_ONLY = ("antlr4-python3-runtime", "fvcore", "iopath")
@@ -35,7 +37,7 @@ NEVER = ("typing",)
 # pip takes each tag literally: with manylinux_2_28 alone, wheels for older systems are not found.
 PLATFORMS = tuple(
     f"{tag}_x86_64"
-    for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+    for tag in (*(f"manylinux_2_{k}" for k in range(28, 16, -1)), "manylinux2014", "manylinux1")
 )
 
 
@@ -48,15 +50,21 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def read_pins(constraints: Path, excluded: list[str]) -> dict[str, str]:
-    """Package name -> ``name==version``, without what is excluded or must never be there."""
+def read_pins(constraints: Path, python: str, excluded: list[str]) -> dict[str, str]:
+    """Return ``name==version`` by package name for a version of Python.
+
+    Packages that are excluded, or that must never be there, are left out.
+    """
     prefixes = tuple(normalized(prefix) for prefix in excluded)
     pins = {}
     for line in constraints.read_text(encoding="utf-8").splitlines():
-        requirement = line.partition("#")[0].strip()
-        name = normalized(requirement.partition("==")[0])
-        if requirement and name not in NEVER and not name.startswith(prefixes):
-            pins[name] = requirement
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        pin = Requirement(text)
+        name = normalized(pin.name)
+        valid = pin.marker is None or pin.marker.evaluate({"python_version": python})
+        if valid and name not in NEVER and not name.startswith(prefixes):
+            pins[name] = f"{pin.name}{pin.specifier}"
     return pins
 
 
@@ -118,7 +126,7 @@ def build_detectron2(target: Path) -> None:
 
 def make_wheelhouse(python: str, excluded: list[str]) -> str:
     """Fills the wheelhouse afresh, or leaves it as it was; returns a sentence about it."""
-    pins = read_pins(ROOT / "constraints.txt", excluded)
+    pins = read_pins(ROOT / "constraints.txt", python, excluded)
     target = ROOT / "wheelhouse" / python
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -144,8 +152,11 @@ def version(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description="Collect all wheels for a machine without network")
-    parser.add_argument("--python", type=version, default="3.11", help="of the other machine")
-    parser.add_argument("--exclude", nargs="*", default=[], metavar="PREFIX", help="of names")
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    parser.add_argument("--python", type=version, default=own, help="version on the other machine")
+    parser.add_argument(
+        "--exclude", nargs="*", default=[], metavar="PREFIX", help="prefixes of names"
+    )
     args = parser.parse_args(argv)
     try:
         print(make_wheelhouse(args.python, args.exclude))

@@ -1,8 +1,8 @@
 """Distillation of detectron2 detectors and segmenters.
 
-The package registers its meta-architectures, networks, heads and data sets with detectron2 when it
-is imported after detectron2, otherwise when the first of its public names is used. Before that,
-``import distill`` loads neither torch nor detectron2, so that the command line answers at once.
+The package registers its meta-architectures, networks, heads and data sets with detectron2. It does
+so when it is imported after detectron2, otherwise when one of its public names is used first. Until
+then, ``import distill`` loads neither torch nor detectron2, so that the command line is quick.
 """
 
 # ruff: noqa: F405

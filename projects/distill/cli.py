@@ -48,11 +48,14 @@ HELP = """usage: distill COMMAND [--help] ...
 {commands}
 
 `distill COMMAND --help` lists the options of a command. As in detectron2, a config is given by
---config-file FILE KEY VALUE ...; FILE may be the name of a config of this package, such as
+--config-file FILE KEY VALUE ... FILE may be the name of a config of this package, such as
 Shapes-Detection/faster_rcnn_R_10_FPN_32.yaml.
 
-Exit codes: 0; 1 if a check found something, or after the traceback of a bug; 2 after one sentence
-on stderr that says what to change; 130 and 143 after SIGINT and SIGTERM."""
+exit codes:
+  0         The command succeeded.
+  1         A check found something, or a traceback shows a bug.
+  2         One sentence on stderr says what to change.
+  130, 143  SIGINT or SIGTERM ended the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

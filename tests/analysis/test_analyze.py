@@ -1,4 +1,4 @@
-"""The comparison of models: its numbers, its page, the pictures it chooses, and what it refuses."""
+"""The comparison of models: its numbers, its page, the images it chooses, and what it refuses."""
 
 import json
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def test_two_files(run: Run) -> None:
 
 
 def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: None) -> None:
-    """One model misses all of a picture, and all but one of the fullest; a third misses none."""
+    """One model misses all of an image, and all but one of the fullest; a third misses none."""
     counts = {image["id"]: 0 for image in run.content["images"]}
     for x in run.content["annotations"]:
         counts[x["image_id"]] += 1
@@ -156,7 +156,7 @@ def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: Non
     assert run(*models[0], *models[2]) == 0
     report, page = run.report()
     assert report["pictures"] == [] and "There is no such image" in " ".join(page.texts)
-    # Of equal differences, the picture with more objects; a low score counts as missed.
+    # The image with more objects wins among equal differences. A low score counts as missed.
     faint = run.predictions("b", lambda x: {**x, "score": 0.3})
     assert run(*models[0], *faint, "--pictures", "1") == 0
     assert run.report()[0]["pictures"][0]["id"] == most
@@ -164,6 +164,7 @@ def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: Non
     assert run.report()[0]["pictures"] == []
 
 
+@pytest.mark.slow
 def test_a_training_is_evaluated_as_training_does_and_measured(run: Run, no_drawing: None) -> None:
     option, cfg = run.training("trained")
     arguments = [*run.predictions("perfect"), *option]
@@ -195,6 +196,7 @@ def test_a_training_of_detectron2_itself(run: Run, no_drawing: None) -> None:
     assert run.report()[0]["models"]["stock"]["efficiency"]["gflops"] > 0
 
 
+@pytest.mark.slow
 def test_a_registered_set_without_a_file(run: Run, no_drawing: None) -> None:
     name = f"dicts_{run.folder.name}"
     entries = []
@@ -219,7 +221,7 @@ def test_a_registered_set_without_a_file(run: Run, no_drawing: None) -> None:
     report, page = run.report()
     assert report["models"]["a"]["metrics"]["AP"] == pytest.approx(100)
     assert report["data"]["name"] == name and len(page.images) == 1 + len(report["pictures"]) > 1
-    assert run(*run.predictions("a"), *option) == 0  # the same pictures from the file
+    assert run(*run.predictions("a"), *option) == 0  # the same images from the file
     from_file = run.report()[0]["models"]["trained"]["metrics"]
     assert report["models"]["trained"]["metrics"]["AP"] == pytest.approx(from_file["AP"])
 
@@ -286,7 +288,7 @@ def test_one_sentence_says_what_is_wrong(run: Run) -> None:
 def test_networks_that_do_not_fit(run: Run) -> None:
     option, _ = run.training("trained")
     path = write_config(tiny_cfg("faster", *NINE), run.folder / "trained" / "student.yaml")
-    assert "does not fit GeneralizedRCNN" in run.fails(*option)
+    assert "does not fit the GeneralizedRCNN of its config" in run.fails(*option)
     model = outspoken_model("faster", *NINE)
     torch.save({"model": model.state_dict()}, path.parent / "model_final.pth")
     line = run.fails(*option)

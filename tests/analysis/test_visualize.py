@@ -85,7 +85,7 @@ def prepare(folder: Path, shapes: Shapes, family: str, heads: tuple[str, ...], *
 
 
 def semantic_set(shapes: Shapes) -> str:
-    """Register the labels that lie beside the pictures; all of them are known."""
+    """Register the labels next to the images; all of them are known."""
     if SEMANTIC not in DatasetCatalog.list():
         images = sorted(Path(shapes[2]).glob("*.jpg"))
         labels = Path(shapes[2]).parents[1] / "semantic_train"
@@ -99,6 +99,7 @@ def semantic_set(shapes: Shapes) -> str:
     return SEMANTIC
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, head, opts, rows", CASES, ids=case_ids)
 def test_every_method_draws_its_rows(
     family: str,
@@ -279,6 +280,7 @@ def test_an_image_by_name_and_index(tmp_path: Path, shapes: Shapes) -> None:
         assert visualize.find_image(cfg, name) == entry
 
 
+@pytest.mark.slow
 def test_one_sentence_says_what_is_wrong(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:

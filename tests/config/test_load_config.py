@@ -184,6 +184,7 @@ def test_the_words_about_a_teacher_win_in_order(tmp_path: Path) -> None:
 # ---- A start.
 
 
+@pytest.mark.e2e
 def test_a_start_loads_and_validates_once(
     tmp_path: Path, shapes: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

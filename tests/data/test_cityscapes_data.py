@@ -1,4 +1,4 @@
-"""Cityscapes' files as dataset dicts, and as what networks train on."""
+"""Test the dataset dicts, labels and checks of Cityscapes."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(sound: Path, tmp_path: Path) -> Path:
-    """A copy that may be spoilt."""
+    """Copy the files, which a test may damage."""
     return Path(shutil.copytree(sound, tmp_path / "cityscapes"))
 
 
@@ -95,7 +95,7 @@ def test_instance_dicts_are_those_of_detectron2(sound: Path) -> None:
 
 @pytest.mark.e2e
 def test_the_rarer_polygons_are_those_of_detectron2(root: Path) -> None:
-    """Groups, deleted and negative labels, hidden, split and self-crossing objects."""
+    """These are groups, deleted and negative labels, and hidden, split and crossing objects."""
     square = [[10, 10], [40, 10], [40, 40], [10, 40]]
     bar = [[0, 20], [90, 20], [90, 30], [0, 30]]
     cross = [[50, 50], [80, 80], [80, 50], [50, 80]]
@@ -128,7 +128,7 @@ def test_the_registered_sets_are_ours() -> None:
 
 
 @pytest.mark.e2e
-def test_many_pictures_are_read_by_processes(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_read_by_processes(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = load_cityscapes_instances(*folders(sound))
     monkeypatch.setattr("distill.data.cityscapes._POOLED", 2)
     assert load_cityscapes_instances(*folders(sound)) == alone
@@ -184,7 +184,7 @@ def test_broken_polygons_name_their_file(text: str, word: str, root: Path) -> No
 
 
 def test_tables() -> None:
-    """Against the table of cityscapesscripts, row by row."""
+    """The tables are compared with that of cityscapesscripts, row by row."""
     for label in labels:
         if label.id < 0:
             continue
@@ -196,7 +196,7 @@ def test_tables() -> None:
 
 
 def test_mapped_labels_are_those_of_cityscapesscripts(root: Path) -> None:
-    """createTrainIdLabelImgs draws the same train ids as our table gives."""
+    """createTrainIdLabelImgs draws the train ids of our table."""
     for path in (root / "gtFine").rglob("*_polygons.json"):
         names = [label.name for label in labels if label.id >= 0]
         content = json.loads(path.read_text())
@@ -246,14 +246,14 @@ def test_label_ids_and_train_ids_give_the_same_batches(root: Path) -> None:
         assert set(got["sem_seg"].unique().tolist()) <= {*range(19), IGNORED}
 
 
-def test_crops_are_taken_of_resized_pictures() -> None:
+def test_resized_images_are_cropped() -> None:
     resize, crop, flip = semantic_augmentations(cropping_cfg())
     names = [type(x).__name__ for x in (resize, crop, flip)]
     assert names == ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "RandomFlip"]
 
 
-def test_crops_avoid_pictures_of_one_class() -> None:
-    """One quarter of the picture has two classes; ignored pixels do not count."""
+def test_crops_with_one_class_are_avoided() -> None:
+    """One quarter of the image has two classes; ignored pixels do not count."""
     cfg = cropping_cfg("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", 0.9)
     crop = semantic_augmentations(cfg)[1]
     sem_seg = np.zeros((128, 256), np.uint8)
@@ -269,7 +269,7 @@ def test_crops_avoid_pictures_of_one_class() -> None:
 
 
 def test_padding_of_labels_is_ignored() -> None:
-    """Beside a larger crop: the labels that heads see; and detectron2's own key for its losses."""
+    """This holds for the labels of heads in a larger batch, and for detectron2's own losses."""
     sizes = ((8, 16), (16, 8))
     padded = Batch([{"sem_seg": torch.zeros(size).long()} for size in sizes], (16, 16)).sem_seg
     assert padded.shape == (2, 16, 16)
@@ -280,11 +280,11 @@ def test_padding_of_labels_is_ignored() -> None:
 
 def test_heads_ignore_ignored_labels() -> None:
     def loss(label: int) -> Any:
-        pictures = [picture(seed, semantic=True) for seed in range(2)]
-        pictures[1]["sem_seg"][:, 20:] = label
+        images = [picture(seed, semantic=True) for seed in range(2)]
+        images[1]["sem_seg"][:, 20:] = label
         model = distilled("semantic", ["IMA"])
         model.student.sem_seg_head.ignore_value = label
-        return kd_losses(model, pictures)
+        return kd_losses(model, images)
 
     assert loss(IGNORED) == loss(-1) == loss(NUM_CLASSES + 1)
     assert loss(IGNORED) != loss(0)
@@ -296,15 +296,15 @@ def test_heads_ignore_ignored_labels() -> None:
 def test_unknown_label_values(root: Path) -> None:
     name = register(root, "cityscapes_sem_seg")
     cfg = tiny_cfg("semantic", "DATASETS.TRAIN", (name,), "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 19)
-    issues, pictures = find_issues(cfg, name)
-    assert not issues and not [x for p in pictures for x in file_issues(p)]
-    first, second, third, _ = pictures
+    issues, entries = find_issues(cfg, name)
+    assert not issues and not [x for entry in entries for x in file_issues(entry)]
+    first, second, third, _ = entries
     image = cv2.imread(first["sem_seg_file_name"], -1)
     image[0, 0] = 19
     cv2.imwrite(first["sem_seg_file_name"], image)
     cv2.imwrite(second["sem_seg_file_name"], image[1:])
     Path(third["sem_seg_file_name"]).unlink()
-    found = [(x.kind, x.where) for p in pictures for x in file_issues(p)]
+    found = [(x.kind, x.where) for entry in entries for x in file_issues(entry)]
     assert found == [
         ("unknown label", first["sem_seg_file_name"]),
         ("size not as annotated", second["sem_seg_file_name"]),
@@ -319,7 +319,7 @@ def test_unknown_label_ids(root: Path) -> None:
     assert not list(file_issues(first))
     cv2.imwrite(first["sem_seg_file_name"], np.full((96, 128), 34, np.uint8))
     (issue,) = file_issues(first)
-    assert "34 is no label id" in issue.detail
+    assert "34 is not a label id" in issue.detail
 
 
 def test_too_few_classes(sound: Path) -> None:

@@ -1,4 +1,4 @@
-"""KITTI's layout as detectron2 data: labels, splits, ignored regions, mistakes in the files."""
+"""Test KITTI's labels, splits and ignored regions, and mistakes in its files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def line(kind: str, box: tuple[float, ...], truncation: float = 0, occlusion: in
     return f"{kind} {truncation} {occlusion} -10 {numbers} -1 -1 -1 -1000 -1000 -1000 -10"
 
 
-def write_picture(root: Path, name: str, lines: list[str]) -> None:
+def write_image(root: Path, name: str, lines: list[str]) -> None:
     for folder in ("image_2", "label_2"):
         (root / "training" / folder).mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(int(name)).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -57,7 +57,7 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _catalogues() -> Iterator[None]:
-    """Data sets that a test registers are its own."""
+    """Remove the data sets that a test registers."""
     yield
     for name in [x for x in DatasetCatalog.list() if x.startswith("own_")]:
         DatasetCatalog.remove(name)
@@ -73,16 +73,16 @@ def test_loads_what_the_files_say(shapes_root: Path, split: str) -> None:
     ids = (shapes_root / "ImageSets" / f"{split}.txt").read_text().split()
     assert [x["image_id"] for x in dicts] == [int(i) for i in ids]
     ignored = 0
-    for name, picture in zip(ids, dicts):
-        assert Image.open(picture["file_name"]).size == (128, 96)
-        assert (picture["width"], picture["height"]) == (128, 96)
-        rows = [x.split() for x in Path(picture["label_file"]).read_text().splitlines()]
-        assert Path(picture["label_file"]).stem == Path(picture["file_name"]).stem == name
-        objects = [x for x in picture["annotations"] if not x["iscrowd"]]
+    for name, entry in zip(ids, dicts):
+        assert Image.open(entry["file_name"]).size == (128, 96)
+        assert (entry["width"], entry["height"]) == (128, 96)
+        rows = [x.split() for x in Path(entry["label_file"]).read_text().splitlines()]
+        assert Path(entry["label_file"]).stem == Path(entry["file_name"]).stem == name
+        objects = [x for x in entry["annotations"] if not x["iscrowd"]]
         expected = [r for r in rows if r[0] != "DontCare"]
         assert [KITTI_CLASSES[x["category_id"]] for x in objects] == [r[0] for r in expected]
         assert [x["bbox"] for x in objects] == [[float(v) for v in r[4:8]] for r in expected]
-        ignored += sum(x["iscrowd"] for x in picture["annotations"])
+        ignored += sum(x["iscrowd"] for x in entry["annotations"])
     assert ignored > 0  # the shapes have DontCare regions
 
 
@@ -93,43 +93,43 @@ def test_the_shapes_have_the_same_classes() -> None:
 def test_types(tmp_path: Path) -> None:
     kinds = ["Van", "Cyclist", "Truck", "Person_sitting", "Tram", "DontCare", "Misc", "Pedestrian"]
     lines = [line(kind, (i, 2, i + 10.5, 30)) for i, kind in enumerate([*kinds, "Car"])]
-    write_picture(tmp_path, "000007", lines)
-    (picture,) = load_kitti(tmp_path, "train")
+    write_image(tmp_path, "000007", lines)
+    (entry,) = load_kitti(tmp_path, "train")
     found = [
         (x["category_id"], x["iscrowd"], x.get("ignored", False), x["bbox"][0])
-        for x in picture["annotations"]
+        for x in entry["annotations"]
     ]
     dont_care = [(c, 1, True, 5.0) for c in range(3)]
     neighbours = [(0, 1, True, 0.0), (1, 1, True, 3.0)]
     objects = [(2, 0, False, 1.0), (1, 0, False, 7.0), (0, 0, False, 8.0)]
     assert sorted(found) == sorted(dont_care + neighbours + objects)
-    assert all(x["bbox_mode"] == BoxMode.XYXY_ABS for x in picture["annotations"])
+    assert all(x["bbox_mode"] == BoxMode.XYXY_ABS for x in entry["annotations"])
 
 
 def test_boxes_are_clipped(tmp_path: Path) -> None:
     lines = [line("Car", (-2.5, 3, WIDTH + 1, HEIGHT + 4)), line("DontCare", (WIDTH, 1, 99, 9))]
-    write_picture(tmp_path, "000001", lines)
-    (picture,) = load_kitti(tmp_path, "train")
-    assert [x["bbox"] for x in picture["annotations"]] == [[0, 3, WIDTH, HEIGHT]]
+    write_image(tmp_path, "000001", lines)
+    (entry,) = load_kitti(tmp_path, "train")
+    assert [x["bbox"] for x in entry["annotations"]] == [[0, 3, WIDTH, HEIGHT]]
 
 
 def test_without_lists_the_split_is_drawn(tmp_path: Path) -> None:
     names = [f"{i:06d}" for i in range(31)]
     for name in names:
-        write_picture(tmp_path, name, [line("Car", (1, 1, 9, 9))])
+        write_image(tmp_path, name, [line("Car", (1, 1, 9, 9))])
     train, val = split_ids(tmp_path, "train"), split_ids(tmp_path, "val")
     assert (len(train), len(val)) == (16, 15)
     assert sorted(train + val) == names
     assert train != names[:16] and train != names[::2]
     assert train == split_ids(tmp_path, "train")
-    # Results must stay comparable, so the draw never changes.
+    # The split must never change, so that results stay comparable.
     assert val[:6] == ["000000", "000001", "000006", "000010", "000013", "000014"]
 
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets" / "train.txt").write_text("000030\n000004\n")
     assert split_ids(tmp_path, "train") == ["000030", "000004"]
     with pytest.raises(DataError, match=r"split 'val' needs the file .*ImageSets.val\.txt"):
-        split_ids(tmp_path, "val")  # a drawn one could hold pictures of train
+        split_ids(tmp_path, "val")  # a random split could have images of train
 
 
 def test_benchmark_is_registered() -> None:
@@ -153,12 +153,12 @@ TRUCK = (10, 28, 30, 38)
 
 def scene(root: Path) -> dict[str, Any]:
     labels = [line(kind, box) for kind, box in REGIONS.items()]
-    write_picture(root, "000003", [*labels, line("Car", CAR), line("Truck", TRUCK)])
+    write_image(root, "000003", [*labels, line("Car", CAR), line("Truck", TRUCK)])
     return load_kitti(root, "train")[0]
 
 
 def expected_mask() -> torch.Tensor:
-    """The pixels to be painted, one by one."""
+    """Return the pixels to be painted, computed one by one."""
     mask = torch.zeros((HEIGHT, WIDTH), dtype=torch.bool)
     for y in range(HEIGHT):
         for x in range(WIDTH):
@@ -177,14 +177,14 @@ def mappers(*augmentations: Any) -> tuple[IgnoredRegionsMapper, DatasetMapper]:
 @pytest.mark.parametrize("flip", [False, True])
 def test_ignored_regions_are_painted(tmp_path: Path, flip: bool) -> None:
     ours, stock = mappers(*[T.RandomFlip(prob=1.0)] * flip)
-    picture = scene(tmp_path)
-    painted, plain = ours(picture), stock(picture)
+    entry = scene(tmp_path)
+    painted, plain = ours(entry), stock(entry)
     mask = expected_mask()
     mask = mask.flip(1) if flip else mask
     assert 200 < mask.sum() < 1100
     assert (painted["image"][:, mask] == PAINT[:, None]).all()
     assert torch.equal(painted["image"][:, ~mask], plain["image"][:, ~mask])
-    for found in (painted["instances"], plain["instances"]):  # crowds train neither
+    for found in (painted["instances"], plain["instances"]):  # neither trains on crowds
         assert found.gt_classes.tolist() == [0]
     boxes = [x["instances"].gt_boxes.tensor for x in (painted, plain)]
     assert torch.equal(*boxes)
@@ -192,8 +192,8 @@ def test_ignored_regions_are_painted(tmp_path: Path, flip: bool) -> None:
 
 def test_painted_after_a_resize(tmp_path: Path) -> None:
     ours, stock = mappers(T.Resize((100, 90)))
-    picture = scene(tmp_path)
-    painted, plain = ours(picture)["image"], stock(picture)["image"]
+    entry = scene(tmp_path)
+    painted, plain = ours(entry)["image"], stock(entry)["image"]
     scale_x, scale_y = 90 / WIDTH, 100 / HEIGHT
     around_car = (CAR[0] - 1, CAR[1] - 1, CAR[2] + 1, CAR[3] + 1)  # its box touches pixels there
     for y in range(100):
@@ -207,19 +207,19 @@ def test_painted_after_a_resize(tmp_path: Path) -> None:
                 assert torch.equal(painted[:, y, x], PAINT)
 
 
-def test_pictures_of_other_sets_pass_unchanged(tmp_path: Path) -> None:
+def test_images_of_other_sets_are_not_changed(tmp_path: Path) -> None:
     ours, stock = mappers()
-    picture = scene(tmp_path)
-    for annotation in picture["annotations"]:
-        annotation.pop("ignored", None)  # crowds as COCO has them
-    assert torch.equal(ours(picture)["image"], stock(picture)["image"])
+    entry = scene(tmp_path)
+    for annotation in entry["annotations"]:
+        annotation.pop("ignored", None)  # crowds of COCO do not have the key
+    assert torch.equal(ours(entry)["image"], stock(entry)["image"])
 
 
 def test_nothing_is_painted_in_inference(tmp_path: Path) -> None:
     cfg = tiny_cfg("faster", "INPUT.MIN_SIZE_TEST", 0)
-    picture = scene(tmp_path)
-    found = IgnoredRegionsMapper(cfg, is_train=False)(picture)
-    assert torch.equal(found["image"], DatasetMapper(cfg, is_train=False)(picture)["image"])
+    entry = scene(tmp_path)
+    found = IgnoredRegionsMapper(cfg, is_train=False)(entry)
+    assert torch.equal(found["image"], DatasetMapper(cfg, is_train=False)(entry)["image"])
 
 
 def training_cfg(output: Path, names: tuple[str, ...]) -> CfgNode:
@@ -237,9 +237,9 @@ def training_cfg(output: Path, names: tuple[str, ...]) -> CfgNode:
 def test_trainer_paints_in_mixed_sets(tmp_path: Path) -> None:
     scene(tmp_path / "kitti")
     register_kitti("own_kitti", tmp_path / "kitti", "train")
-    picture = scene(tmp_path / "plain")  # of a data set without ignored regions
-    picture["annotations"] = [x for x in picture["annotations"] if not x["iscrowd"]]
-    DatasetCatalog.register("own_plain", lambda: [picture])
+    entry = scene(tmp_path / "plain")  # the data set has no ignored regions
+    entry["annotations"] = [x for x in entry["annotations"] if not x["iscrowd"]]
+    DatasetCatalog.register("own_plain", lambda: [entry])
     MetadataCatalog.get("own_plain").thing_classes = list(KITTI_CLASSES)
 
     trainer = Trainer(training_cfg(tmp_path / "out", ("own_plain", "own_kitti")))
@@ -258,21 +258,21 @@ def test_trainer_paints_in_mixed_sets(tmp_path: Path) -> None:
 GOOD = line("Car", (1, 1, 9, 9))
 LABEL = "000002.txt"
 MISTAKES = {
-    "a column too few": (GOOD.rsplit(" ", 1)[0], "line 2: 14 columns, KITTI's labels have 15"),
+    "a column too few": (GOOD.rsplit(" ", 1)[0], "line 2: 14 columns; KITTI's labels have 15"),
     "with a score": (f"{GOOD} 0.9", "line 2: 16 columns"),
     "empty line": ("", "line 2: 0 columns"),
     "no number": (GOOD.replace(" 9 9", " 9 nine"), "line 2: 'nine' is not a number"),
     "not finite": (GOOD.replace(" 9 9", " 9 inf"), "line 2: 'inf' is not a number"),
     "unknown type": (GOOD.replace("Car", "Cra"), "line 2: unknown type 'Cra'; types: Car,"),
     "corners": (line("Car", (9, 1, 1, 9)), r"line 2: the box \(9.0, 1.0, 1.0, 9.0\) is not left,"),
-    "outside": (line("Van", (99, 1, 120, 9)), r"line 2: the box .* no area in its picture of 60 x"),
+    "outside": (line("Van", (99, 1, 120, 9)), r"line 2: the box .* no area in its image of 60 x"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_label_is_named(mistake: str, tmp_path: Path) -> None:
     text, message = MISTAKES[mistake]
-    write_picture(tmp_path, "000002", [GOOD, text, GOOD])
+    write_image(tmp_path, "000002", [GOOD, text, GOOD])
     register_kitti("own_kitti", tmp_path, "train")
     with pytest.raises(DataError, match=f"{LABEL}, {message}") as direct:
         load_kitti(tmp_path, "train")
@@ -287,17 +287,17 @@ def spoil_nothing_there(root: Path) -> None:
 
 
 def spoil_label(root: Path) -> None:
-    write_picture(root, "000002", [GOOD])
+    write_image(root, "000002", [GOOD])
     (root / "training" / "label_2" / LABEL).unlink()
 
 
-def spoil_picture(root: Path) -> None:
-    write_picture(root, "000002", [GOOD])
-    (root / "training" / "image_2" / "000002.png").write_text("no picture")
+def spoil_image(root: Path) -> None:
+    write_image(root, "000002", [GOOD])
+    (root / "training" / "image_2" / "000002.png").write_text("not an image")
 
 
 def spoil_list(root: Path, content: str = "") -> None:
-    write_picture(root, "000002", [GOOD])
+    write_image(root, "000002", [GOOD])
     (root / "ImageSets").mkdir()
     (root / "ImageSets" / "train.txt").write_text(content)
 
@@ -305,10 +305,10 @@ def spoil_list(root: Path, content: str = "") -> None:
 FILES = {
     "no folder": (spoil_nothing_there, "no folder .*image_2.* DETECTRON2_DATASETS"),
     "no label": (spoil_label, "label file .*000002.txt cannot be read: No such file"),
-    "broken picture": (spoil_picture, "picture .*000002.png is missing or unreadable"),
-    "empty list": (spoil_list, "split 'train' below .* has no pictures"),
-    "listed, not there": (lambda r: spoil_list(r, "000009"), "picture .*000009.png is missing"),
-    "odd id": (lambda r: spoil_list(r, "a1"), "the id 'a1' is no number"),
+    "broken image": (spoil_image, "image .*000002.png is missing or unreadable"),
+    "empty list": (spoil_list, "split 'train' below .* has no images"),
+    "listed, not there": (lambda r: spoil_list(r, "000009"), "image .*000009.png is missing"),
+    "odd id": (lambda r: spoil_list(r, "a1"), "'a1' is not a number"),
 }
 
 
@@ -319,5 +319,5 @@ def test_a_wrong_file_is_named(case: str, tmp_path: Path) -> None:
     register_kitti("own_kitti", tmp_path, "train")
     with pytest.raises(DataError, match=message):
         load_kitti(tmp_path, "train")
-    with pytest.raises(DataError, match=message):  # before the training
+    with pytest.raises(DataError, match=message):  # it is raised before the training
         check_test_sets(tiny_cfg("faster", "DATASETS.TEST", ("own_kitti",)))

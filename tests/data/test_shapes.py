@@ -1,4 +1,4 @@
-"""The shapes data set: the scenes, and each layout read by the loaders and evaluators it is for."""
+"""Test the scenes of shapes, and read each layout with its loaders and evaluators."""
 
 import ast
 import glob
@@ -73,7 +73,7 @@ def layout(request):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Root of each layout; each holds the first scenes of the split val."""
+    """Write the first scenes of the split val in each layout."""
     root = tmp_path_factory.mktemp("data sets")
     for name, write in LAYOUTS.items():
         write(root / name, "val", NUM_SCENES)
@@ -101,7 +101,7 @@ def test_masks_are_disjoint_without_holes_and_visible_enough():
             assert not (mask & ~full).any()
             assert mask.sum() >= config.min_area
             assert mask.sum() >= config.min_visible * full.sum() / (1 - outside) - 1e-6
-            mask_to_polygons(mask)  # It raises where there are holes.
+            mask_to_polygons(mask)  # raises an error for holes
             assert len(mask_to_pixel_outlines(full)) == 1
 
 
@@ -139,8 +139,8 @@ def test_scenes_vary():
     assert (stuff > 0.02 * stuff.sum()).all() and len(stuff) == len(STUFF_CLASSES)
 
 
-def test_colour_does_not_tell_the_class():
-    """A class's mean colour is that of all objects, within what its few objects explain."""
+def test_colour_does_not_determine_the_class():
+    """The mean colour of a class is that of all objects, up to its sampling error."""
     colors = [
         (c, scene.image[mask].mean(axis=0))
         for scene in iter_scenes("train", 150)
@@ -200,7 +200,7 @@ def rasterise(polygons, height, width):
 def test_polygons_of_pieces_that_touch_at_corners():
     mask = np.array([[1, 0, 0, 0], [0, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]], dtype=bool)
     polygons = mask_to_polygons(mask)
-    assert len(polygons) == 2  # The ring is open at a corner only; still no hole.
+    assert len(polygons) == 2  # the ring is open only at a corner, and has no hole
     assert np.array_equal(rasterise(polygons, 4, 4), mask)
 
 
@@ -229,7 +229,7 @@ def test_coco_is_read_by_detectron2(data):
         height, width = scene.stuff.shape
         assert (record["height"], record["width"]) == (height, width)
         difference = read(record["file_name"]).astype(int) - scene.image
-        assert np.abs(difference).mean() < 12  # JPEG halves the resolution of colours.
+        assert np.abs(difference).mean() < 12  # JPEG halves the resolution of colours
         annotations = record["annotations"]
         assert [a["category_id"] for a in annotations] == [c + 1 for c in scene.classes]
         for annotation, box, mask in zip(annotations, scene.boxes, scene.masks, strict=True):
@@ -241,7 +241,7 @@ def test_coco_is_read_by_detectron2(data):
 def test_coco_evaluator_gives_100_on_the_ground_truth(data):
     truth = COCO(str(data / "coco/annotations/instances_val.json"))
     assert [c["name"] for c in truth.loadCats(truth.getCatIds())] == list(CLASSES)
-    # Area and crowd flags are left out: loadRes computes them from the segmentation.
+    # Area and crowd flags are not given: loadRes computes them from the segmentation.
     predictions = [
         {
             "image_id": a["image_id"],
@@ -299,12 +299,12 @@ def test_cityscapes_instances_are_read_by_detectron2(data, from_json):
         assert np.array_equal(read(record["file_name"]), scene.image)
         annotations = record["annotations"]
         assert sorted(a["category_id"] for a in annotations) == sorted(scene.classes)
-        # The loader lists instances in the order of their ids, or from the nearest in the json.
+        # The loader's order is that of the ids, or from the nearest object for the json file.
         order = np.argsort(scene.classes, kind="stable") if not from_json else range(-1, -9, -1)
         for annotation, index in zip(annotations, order, strict=False):
             assert annotation["category_id"] == scene.classes[index]
             x0, y0, x1, y1 = annotation["bbox"]
-            if from_json:  # Shapely's outlines are half a pixel fatter, by detectron2's choice.
+            if from_json:  # detectron2 makes Shapely's outlines half a pixel larger
                 assert np.abs(np.array([x0, y0, x1, y1]) - scene.boxes[index]).max() <= 1
             else:
                 assert np.array_equal([x0, y0, x1 + 1, y1 + 1], scene.boxes[index])
@@ -324,7 +324,7 @@ def test_cityscapes_semantic_is_read_by_detectron2(data):
         assert 255 not in labels
 
 
-def test_cityscapes_label_pictures_are_what_cityscapesscripts_draws(data, tmp_path):
+def test_cityscapes_label_images_are_those_of_cityscapesscripts(data, tmp_path):
     drawn = tmp_path / "drawn.png"
     for path in cityscapes_files(data, "polygons.json"):
         for encoding, ending in (("ids", "labelIds"), ("trainIds", "labelTrainIds")):
@@ -348,7 +348,7 @@ def cityscapes_metadata(data):
 def test_cityscapes_instance_evaluator_gives_100_on_the_ground_truth(
     data, cityscapes_metadata, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(tmp_path)  # The script writes matches.json into the working directory.
+    monkeypatch.chdir(tmp_path)  # the script writes matches.json to the working directory
     evaluator = CityscapesInstanceEvaluator(cityscapes_metadata.name)
     evaluator.reset()
     for index, scene in enumerate(SCENES):
@@ -392,9 +392,9 @@ def test_voc_is_read_by_detectron2(data):
 
 
 def test_voc_palette_starts_with_vocs_colours(data):
-    picture = Image.open(next((data / "voc/SegmentationClass").iterdir()))
-    assert picture.mode == "P"
-    assert picture.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+    image = Image.open(next((data / "voc/SegmentationClass").iterdir()))
+    assert image.mode == "P"
+    assert image.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
 
 
 def test_voc_evaluator_gives_100_on_the_ground_truth(data):
@@ -460,8 +460,8 @@ def test_a_larger_split_starts_with_the_same_files(layout, tmp_path):
     for count in (2, 4):
         LAYOUTS[layout](tmp_path / str(count), "train", count)
     small, large = contents(tmp_path / "2"), contents(tmp_path / "4")
-    pictures = [name for name in small if name.endswith((".png", ".jpg", ".xml"))]
-    assert pictures and all(large[name] == small[name] for name in pictures)
+    files = [name for name in small if name.endswith((".png", ".jpg", ".xml"))]
+    assert files and all(large[name] == small[name] for name in files)
 
 
 def test_a_split_is_kept_or_refused_or_overwritten(layout, tmp_path):
@@ -471,7 +471,7 @@ def test_a_split_is_kept_or_refused_or_overwritten(layout, tmp_path):
     before = contents(tmp_path)
     calls = []
     write(tmp_path, "train", 3, progress=lambda: calls.append(1))
-    assert not calls  # Nothing was rendered again.
+    assert not calls  # nothing is rendered again
     for settings in ({"num_scenes": 2}, {"num_scenes": 3, "seed": 1}):
         with pytest.raises(FileExistsError, match="other settings"):
             write(tmp_path, "train", **settings)
@@ -503,11 +503,11 @@ def test_a_half_moved_split_is_written_again(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_files_from_elsewhere_are_never_replaced(tmp_path):
+def test_files_from_another_source_are_never_replaced(tmp_path):
     foreign = tmp_path / "training/image_2/000000.png"
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"real data")
-    with pytest.raises(FileExistsError, match="from elsewhere"):
+    with pytest.raises(FileExistsError, match="from another source"):
         write_kitti(tmp_path, "train", 1, overwrite=True)
     assert foreign.read_bytes() == b"real data"
 

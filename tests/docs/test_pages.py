@@ -12,7 +12,7 @@ from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.data.shapes import SceneConfig, write_coco
 from tests.support.processes import call, script, starts_processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -21,6 +21,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 @starts_processes
 def test_the_example_of_a_head_trains(tmp_path: Path) -> None:
     (example,) = (b for b in blocks("python") if "DISTILL_HEAD_REGISTRY" in b)

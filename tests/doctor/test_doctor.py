@@ -178,6 +178,7 @@ def test_losses_gradients_and_cosines_are_those_of_the_training(
         assert found[name]["cosine"] == pytest.approx(cosine, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_schedule_of_a_head_does_not_matter(tmp_path: Path, shapes: Shapes) -> None:
     found = []
     for schedule in ((), ("WARMUP_ITERS", 100), ("STOP_ITER", 1)):
@@ -344,6 +345,7 @@ def test_a_loss_out_of_proportion(weight: float, word: str, tmp_path: Path, shap
     assert all(f"{word} MODEL.DISTILL.FITNET.WEIGHT" in x for x in found)
 
 
+@pytest.mark.slow
 def test_a_dead_loss_and_a_teacher_from_the_students_file(tmp_path: Path, shapes: Shapes) -> None:
     teacher = write_teacher(tmp_path, "retinanet", *EIGHT)
     opts = (*distill_opts("retinanet", ["FitNet"]), *teacher, "MODEL.WEIGHTS", teacher[-1])
@@ -442,6 +444,7 @@ def test_an_untrained_teacher_is_no_better_than_chance(tmp_path: Path, shapes: S
     assert any("no better than chance" in x for x in report.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     taught: list[Any], tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
@@ -636,6 +639,7 @@ def test_data_without_what_the_network_trains_on(
 # ---- The run is unchanged.
 
 
+@pytest.mark.slow
 def test_the_output_folder_stays_as_it_is(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,6 +678,7 @@ def test_steps_leave_no_trace_in_the_networks(tmp_path: Path, shapes: Shapes) ->
 # ---- Text of the report.
 
 
+@pytest.mark.slow
 def test_the_text_is_short_and_plain(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -703,6 +708,7 @@ def test_the_lists(
     assert any("FitNet" in line for line in lines)
 
 
+@pytest.mark.slow
 @starts_processes
 def test_the_command(tmp_path: Path, shapes: Shapes) -> None:
     cfg = distilled_cfg(tmp_path, shapes, "retinanet", ["FitNet"], *NAMED)

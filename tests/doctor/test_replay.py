@@ -55,7 +55,7 @@ FIRST = {
     "task loss": "output of student.roi_heads (StandardROIHeads)",
     "level of a distillation loss": "output of heads.FitNet (FitNet)",
     "gradient": "gradient of loss_fitnet/p3 in student.backbone.fpn_output3.weight",
-    "picture": "image {second}",
+    "image": "image {second}",
     "proposals": "image {second}",
 }
 
@@ -151,6 +151,7 @@ def test_old_names_of_heads_and_losses(
     assert same(again.saved_losses, result.saved_losses) and again.sources == result.sources
 
 
+@pytest.mark.e2e
 def test_mixed_precision_and_overrides(
     shapes: Shapes,
     teachers: Teachers,
@@ -382,6 +383,7 @@ def check_refusal(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_reproducer_is_refused(
     name: str,
@@ -398,6 +400,7 @@ def test_what_is_no_reproducer_is_refused(
     assert not Path("hacked").exists()
 
 
+@pytest.mark.e2e
 def test_files_that_are_no_reproducer_at_all(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -411,6 +414,7 @@ def test_files_that_are_no_reproducer_at_all(
     assert not Path("hacked").exists()
 
 
+@pytest.mark.e2e
 def test_a_state_sets_nothing_else_of_the_student(saved: Path, tmp_path: Path) -> None:
     content = torch.load(saved, weights_only=True)
     content["student_state"] = {"forward": "x", "training": False, "backbone": 1}
@@ -418,6 +422,7 @@ def test_a_state_sets_nothing_else_of_the_student(saved: Path, tmp_path: Path) -
     assert same(replay(str(tmp_path / "other.pth")).losses, replay(str(saved)).losses)
 
 
+@pytest.mark.e2e
 def test_overrides_are_checked(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert cli.main(["replay", str(saved), "SOLVER.NOTHING", "1"]) == 2

@@ -164,17 +164,18 @@ def test_detectors_have_no_windows() -> None:
 
 
 ROOT = Path(__file__).parents[2]
-PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18_40k.yaml")
+PSPNET = str(ROOT / "configs/Cityscapes-SemanticSegmentation/pspnet_R_18.yaml")
 
 
 def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
-    """Of this process: getrusage would count that of the process which started it, too."""
+    """Run and print the peak of this process; getrusage would include that of its parent."""
     os.chdir(folder)
     code = main(argv)
     print(re.search(r"VmHWM.*", Path("/proc/self/status").read_text())[0])  # type: ignore[index]
     return code
 
 
+@pytest.mark.slow
 @starts_processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_of_the_evaluation_of_cityscapes(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def write_nothing(folder: Path) -> None:
         (folder / "annotations" / f"instances_{split}.json").write_text("{}")
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_self_distillation_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = demo.Demo.stage

@@ -50,6 +50,7 @@ def not_a_number(self: Any, student: Any, teacher: Any) -> dict[str, Tensor]:
     return {part: zero + float("nan") for part in self.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
@@ -69,7 +70,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     for name in ("baseline", "FitNet"):
         assert set(rows[name]["results"]) == {"0", "1"} and not rows[name]["failures"]
         assert all(x["seconds_per_step"] > 0 for x in rows[name]["results"].values())
-    # A head at weight 0 is the student alone: the runs have the same start and pictures.
+    # A head at weight 0 is the student alone: the runs have the same start and images.
     for seed in (0, 1):
         assert same_weights(tmp_path, f"baseline-{seed}", f"FitNet-{seed}")
     adapters = 4 * (16 * 24 + 24) + (16 * 24 + 24)  # 1x1 convolutions of p2 to p6
@@ -89,7 +90,7 @@ def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
 
     monkeypatch.setattr(runner.Runner, "_train", watched)
     heads.remove("MaskLogitKD")
-    assert run(tmp_path, config, *heads, *override) == 0  # CWD is mended
+    assert run(tmp_path, config, *heads, *override) == 0  # CWD is fixed
     assert trained == ["CWD (seed 0)", "CWD (seed 1)"]
     assert content(tmp_path)["rows"]["FitNet"] == rows["FitNet"]
     assert not same_weights(tmp_path, "baseline-0", "CWD-0")
@@ -102,6 +103,7 @@ def same_weights(folder: Path, *runs: str) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_an_interrupted_comparison_goes_on(
     tmp_path: Path,
@@ -125,6 +127,7 @@ def test_an_interrupted_comparison_goes_on(
     assert seen == [0, 1, 2, 0, 1, 2]  # from the checkpoint of iteration 1 on
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -160,6 +163,7 @@ def test_a_teacher_of_nothing_is_not_trained(
     assert not (tmp_path / "out" / "stages").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_self_distillation_needs_no_teacher(tmp_path: Path, shapes: Shapes) -> None:
     config = config_file(tmp_path, shapes, *PAFPN)
@@ -248,7 +252,7 @@ def test_keys_may_stand_right_behind_the_heads() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "which trains without distillation"),
+        (["MODEL.DISTILL.HEADS", "()"], "MODEL.DISTILL.HEADS is empty"),
         (["MODEL.DISTILL.INHERIT", "('neck',)"], "MODEL.DISTILL.INHERIT is ('neck',)"),
         (["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
         (

@@ -25,6 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TIMED_IMAGES", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_demo_writes_complete_results_and_reuses_finished_stages(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -48,6 +49,7 @@ def test_demo_writes_complete_results_and_reuses_finished_stages(
     assert json.loads((tmp_path / "results.json").read_text())["teacher"] == results["teacher"]
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_an_interrupted_stage_resumes(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,7 +65,7 @@ def test_an_interrupted_stage_resumes(
     with Progress() as progress:
         one = demo.Demo(tmp_path, 8, progress)
         one.render()
-        stage = one.stage("baseline", 0, demo.STUDENT)
+        stage = one.stage("baseline", 0, demo.STUDENT, "SOLVER.CHECKPOINT_PERIOD", 2)
         with pytest.raises(KeyboardInterrupt):
             one.run(stage)
         assert not stage.weights.is_file()

@@ -1,4 +1,4 @@
-"""What runs in a child process: a training to which something happens at a chosen place."""
+"""Child process with a training that is disturbed at a chosen step."""
 
 import builtins
 import ctypes
@@ -13,29 +13,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.engine.hooks import PeriodicWriter
 
-import distill.checkpoint.save
+import distill.utils.io
 from distill.launch.main import main
 
-METRICS_PERIOD = 2  # iterations; with detectron2's 20, so short a run would write a single row
+METRICS_PERIOD = 2  # iterations; with detectron2's 20, the short run would write a single row
 
 Place = tuple[str, str, int]
-"""A step: its kind (open, write, fsync, replace, remove), the file's name, and how many such steps
-came before. So is the fork of a data worker, ("fork", name of OUTPUT_DIR, number). A training takes
-the same steps every time."""
+"""Step of a training: kind (open, write, fsync, replace, remove), name of the file, and number of
+equal steps before it. The fork of a data worker is ("fork", name of OUTPUT_DIR, number). The steps
+of a training are always the same."""
 Act = Callable[[], Any]
 
 
 class Steps:
-    """Notes every step of writing checkpoints and metrics, and every fork; acts at one.
+    """Record of the steps that write checkpoints and metrics, and of forks.
 
     Args:
         folder: OUTPUT_DIR of the training.
-        place: where to act, before the step is taken, in the middle of a write, after a fork; None:
-            nowhere.
-        act: what happens there.
+        place: step at which ``act`` is called: before the step, in the middle of a write, or after
+            a fork. None: never.
+        act: function that disturbs the training.
     """
 
     def __init__(self, folder: Path, place: Place | None, act: Act):
@@ -46,7 +45,7 @@ class Steps:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def watch(self) -> None:
-        """Step in between the package and the operating system."""
+        """Replace the functions of the operating system by recording ones."""
         fsync, replace, remove = os.fsync, os.replace, os.remove
 
         os.register_at_fork(after_in_parent=lambda: self.take("fork", self.folder))
@@ -71,14 +70,14 @@ class Steps:
             self.take("open", path)
             return _Writer(path, self)
 
-        distill.checkpoint.save.open = watched_open  # type: ignore[attr-defined]
+        distill.utils.io.open = watched_open  # type: ignore[attr-defined]
 
     def take(self, kind: str, path: str) -> None:
         if self.reaches(kind, path):
             self.act()
 
     def reaches(self, kind: str, path: str) -> bool:
-        """Note a step; whether it is the one to act at."""
+        """Record a step, and return True if it is the step at which to act."""
         if self.folder not in (path, os.path.dirname(path)):
             return False
         name = os.path.basename(path)
@@ -89,7 +88,7 @@ class Steps:
 
 
 class _Writer(io.BufferedWriter):
-    """A file opened with "wb"; the write to act in is half on the disk then."""
+    """File opened with "wb"; when the act comes in a write, half of the data is on the disk."""
 
     def __init__(self, path: str, steps: Steps):
         super().__init__(io.FileIO(path, "w"))
@@ -106,7 +105,7 @@ class _Writer(io.BufferedWriter):
         return super().write(data)
 
 
-# ---- What can happen there.
+# ---- Disturbances.
 
 
 def kill() -> None:
@@ -117,6 +116,8 @@ def kill_a_worker() -> None:
     worker = multiprocessing.active_children()[0]
     assert worker.pid
     os.kill(worker.pid, signal.SIGKILL)
+    # On a busy machine it dies later than the next steps are taken. Its parent reaps it.
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
 
 def nothing() -> None:
@@ -124,7 +125,7 @@ def nothing() -> None:
 
 
 def hide(path: Path) -> None:
-    """Take a file away; :func:`unhide` brings it back."""
+    """Rename a file; :func:`unhide` restores it."""
     path.rename(f"{path}.hidden")
 
 
@@ -133,7 +134,7 @@ def unhide(path: Path) -> None:
 
 
 def fill(folder: Path, free: int = 0) -> None:
-    """Leave ``free`` bytes in the file system of ``folder``, in whole pages."""
+    """Fill the file system of ``folder`` up to ``free`` bytes, in whole pages."""
     space = os.statvfs(folder)
     with open(folder / "ballast", "ab") as f:
         used = f.tell()
@@ -143,11 +144,11 @@ def fill(folder: Path, free: int = 0) -> None:
 
 
 def limit_files(size: int) -> None:
-    """From now on no file of this process can grow beyond ``size`` bytes."""
+    """Limit the size of all files that this process writes, in bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-# ---- The process.
+# ---- Process.
 
 
 def enter(pid: int) -> None:
@@ -161,27 +162,19 @@ def enter(pid: int) -> None:
 
 def train(
     argv: Sequence[str], output: Path, log: Path, place: Place | None, act: Act, disk: int
-) -> None:
-    """``train_net.py`` in this process, on one core.
+) -> int:
+    """Run ``train_net.py`` in this process, and return its exit code.
 
     Args:
-        argv: of the command line.
+        argv: arguments of the command line.
         output: OUTPUT_DIR.
-        log: stdout and stderr go to ``<log>.out`` and ``<log>.err``, the steps to ``<log>.json`` if
-            nothing happens at any.
-        place: see :class:`Steps`.
-        act: likewise.
-        disk: process whose file systems to see; 0: one's own.
+        log: file to which the steps are written if ``place`` is None.
+        place, act: see :class:`Steps`.
+        disk: process whose file systems are visible; 0: this process.
     """
-    os.setsid()  # by which its data workers are found
-    for fd, suffix in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    with open(f"{log}.json", "w") as steps_file:  # before the disk of the log is left
+    with open(log, "w") as steps_file:  # while the disk of the log is visible
         if disk:
             enter(disk)
-        # As in a process that was started by hand: data workers are forks of it.
-        multiprocessing.set_start_method("fork", force=True)
-        torch.set_num_threads(1)
         init = PeriodicWriter.__init__
         PeriodicWriter.__init__ = lambda self, writers, period: init(self, writers, METRICS_PERIOD)  # type: ignore[method-assign]
         steps = Steps(output, place, act)
@@ -189,4 +182,4 @@ def train(
         code = main(argv)
         if place is None:
             json.dump(steps.taken, steps_file)
-    raise SystemExit(code)
+    return code

@@ -1,28 +1,50 @@
-"""One training and one ledger for all faults; the table at the end."""
+"""Fixtures of the fault tests: one training and one ledger, which is printed at the end."""
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from .ledger import Ledger
+from .ledger import Ledger, Report, Row
 from .runs import SESSIONS, Reference, Training, survivors
 
-LEDGER = Ledger()
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-report", metavar="FILE", help="write the counts of faults as json")
 
 
-def pytest_terminal_summary(config: pytest.Config) -> None:
-    if LEDGER.rows:
-        LEDGER.print()
-        report = config.getoption("--faults-report")
-        if report:
-            LEDGER.write(Path(report))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker fuzzes; another one has the trainings, of which several run at a time."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            group = "fuzz" if item.path.name.startswith("test_fuzz") else "faults"
+            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker("e2e")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    reports = [x for xs in terminalreporter.stats.values() for x in xs]
+    notes = [
+        note for x in reports if getattr(x, "when", "") == "call" for note in x.user_properties
+    ]
+    rows = [Row(**note) for name, note in notes if name == "faults"]
+    fuzzed: dict[str, int] = {}
+    for name, note in notes:
+        fuzzed |= note if name == "fuzzed" else {}
+    if rows:
+        report = Report(rows, fuzzed, time.monotonic() - STARTED)
+        report.print()
+        if path := config.getoption("--faults-report"):
+            report.write(Path(path))
 
 
 def pytest_sessionfinish() -> None:
@@ -30,9 +52,9 @@ def pytest_sessionfinish() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="session")
-def ledger() -> Ledger:
-    return LEDGER
+@pytest.fixture
+def ledger(record_property: Callable[[str, Any], None]) -> Ledger:
+    return Ledger(record_property)
 
 
 @pytest.fixture(scope="session")

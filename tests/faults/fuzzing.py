@@ -1,4 +1,4 @@
-"""Fuzz tests: whatever is fed in, a command works or ends with one sentence of the project."""
+"""Fuzzing: for any input, a command works or ends with one sentence of the project."""
 
 import contextlib
 import copy
@@ -19,11 +19,11 @@ from distill.launch.main import main
 
 LOGGERS = ("detectron2", "fvcore", "distill")
 CASES: Counter[str] = Counter()
-"""Cases of this session, by what was fuzzed."""
+"""Number of cases in this session, by the fuzzed input."""
 
 
 def fuzz(examples: int) -> settings:
-    """Settings of a fuzz test: the same cases every time, and no files in the repository."""
+    """Return settings of a fuzz test with the same cases every time, and no database."""
     return settings(
         max_examples=examples,
         derandomize=True,
@@ -35,17 +35,18 @@ def fuzz(examples: int) -> settings:
 
 
 def works(what: str, run: Callable[[], Any]) -> bool:
-    """Whether a case works; if not, it ends with a sentence of the project.
+    """Run a case, and return False if it ends with a sentence of the project.
 
     Args:
-        what: is fuzzed, for the count.
+        what: name of the fuzzed input, for the count.
+        run: the case.
     """
     CASES[what] += 1
     with clean_slate():
         try:
             run()
         except DistillError as e:
-            assert str(e).strip(), f"{type(e).__name__} says nothing"
+            assert str(e).strip(), f"{type(e).__name__} has no message"
             return False
     return True
 
@@ -53,32 +54,35 @@ def works(what: str, run: Callable[[], Any]) -> bool:
 def command_works(
     what: str, argv: Sequence[str], command: Callable[[Sequence[str]], int] = main
 ) -> bool:
-    """:func:`works` for a command line: one line on stderr if its exit code is 2.
+    """Run a command line, and return False if it ends with code 2 and one line on stderr.
 
     Args:
-        command: a tool; its exit code 1 is a finding of its own, no failure.
+        what: name of the fuzzed input, for the count.
+        argv: arguments of the command.
+        command: function that runs the command. Another command than the training may end with
+            code 1, if it has findings.
     """
     CASES[what] += 1
     stderr = io.StringIO()
     with clean_slate(), contextlib.redirect_stderr(stderr):
         code = command(argv)
-    said = stderr.getvalue()
-    assert code in ((0, 2) if command is main else (0, 1, 2)), f"exit code {code}: {said}"
+    text = stderr.getvalue()
+    assert code in ((0, 2) if command is main else (0, 1, 2)), f"exit code {code}: {text}"
     if code == 2:
-        lines = said.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), said
-    assert "Traceback" not in said
+        lines = text.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), text
+    assert "Traceback" not in text
     return code != 2
 
 
 def check_data(argv: Sequence[str]) -> int:
-    """``distill check-data``."""
+    """Run ``distill check-data``."""
     return cli.main(["check-data", *argv])
 
 
 @contextlib.contextmanager
 def clean_slate() -> Iterator[None]:
-    """Within, nothing is printed; data sets, log handlers and switches of torch end with it."""
+    """Suppress stdout in this context, and then reset data sets, log handlers and torch."""
     before = set(DatasetCatalog.list())
     for name in LOGGERS:  # detectron2 sets them up once; without a handler they write to stderr
         logging.getLogger(name).addHandler(logging.NullHandler())
@@ -115,7 +119,7 @@ VALUES = st.recursive(
 
 
 def like(value: Any, text: st.SearchStrategy[str] = TEXT) -> st.SearchStrategy[Any]:
-    """Values of the same type as one, at its extremes; texts from ``text``."""
+    """Return values of the same type as ``value``, including extremes; strings from ``text``."""
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int):
@@ -132,11 +136,11 @@ def like(value: Any, text: st.SearchStrategy[str] = TEXT) -> st.SearchStrategy[A
 
 @st.composite
 def altered(draw: st.DrawFn, values: Sequence[Any], part: st.SearchStrategy[Any]) -> list[Any]:
-    """A list of which one entry is replaced, dropped or repeated, or all are."""
-    place = draw(st.integers(0, max(len(values) - 1, 0)))
-    head, tail = list(values[:place]), list(values[place + 1 :])
+    """Replace, drop or repeat one entry of a list, and sometimes repeat the whole list."""
+    index = draw(st.integers(0, max(len(values) - 1, 0)))
+    head, tail = list(values[:index]), list(values[index + 1 :])
     middle = draw(
-        st.sampled_from([[draw(part)], [draw(VALUES)], [], [*values[place : place + 1]] * 2])
+        st.sampled_from([[draw(part)], [draw(VALUES)], [], [*values[index : index + 1]] * 2])
     )
     return draw(st.sampled_from([1, 1, 1, 40])) * [*head, *middle, *tail]
 
@@ -146,14 +150,16 @@ def altered(draw: st.DrawFn, values: Sequence[Any], part: st.SearchStrategy[Any]
 
 @st.composite
 def spoilt(draw: st.DrawFn, content: Any, names: st.SearchStrategy[str] = TEXT) -> Any:
-    """A nest of dictionaries and lists of which one to three values are spoilt.
+    """Change one to three values in nested dictionaries and lists.
 
     Args:
-        names: of what is added to a dictionary.
+        draw: given by Hypothesis.
+        content: nested dictionaries and lists.
+        names: keys to add to a dictionary.
     """
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
-        holder, key = _place(draw, content)
+        holder, key = _entry(draw, content)
         if holder is None:
             return draw(VALUES)
         value = holder[key]
@@ -171,13 +177,13 @@ def spoilt(draw: st.DrawFn, content: Any, names: st.SearchStrategy[str] = TEXT) 
         elif act == "repeat" and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(value))
         else:
-            other, name = _place(draw, content)
+            other, name = _entry(draw, content)
             other[name] = copy.deepcopy(value)
     return content
 
 
-def _place(draw: st.DrawFn, content: Any) -> tuple[Any, Any]:
-    """A holder of values anywhere inside, and one of its keys; None if there are none."""
+def _entry(draw: st.DrawFn, content: Any) -> tuple[Any, Any]:
+    """Draw a dictionary or list anywhere inside, and one of its keys; None without an entry."""
     holder, key = None, None
     while isinstance(content, dict | list) and content:
         if holder is not None and draw(st.integers(0, 4)) == 0:
@@ -190,7 +196,7 @@ def _place(draw: st.DrawFn, content: Any) -> tuple[Any, Any]:
 
 @st.composite
 def garbled(draw: st.DrawFn, data: bytes) -> bytes:
-    """A file of which one to three pieces are changed, or which is cut off."""
+    """Change one to three pieces of a file, and sometimes cut its end off."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(data)))
         stop = start + draw(st.sampled_from([1, 1, 4, 64, 1000]))
@@ -207,6 +213,6 @@ def garbled(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 def encoded(text: str) -> st.SearchStrategy[bytes]:
-    """A text in some encoding, right or wrong."""
+    """Encode a text in different ways, most of them wrong."""
     names = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-7", "cp037"]
     return st.sampled_from(names).map(lambda name: text.encode(name, "replace"))

@@ -5,29 +5,26 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from .fuzzing import CASES
-
 
 class Hung(Exception):
-    """A process that did not end in time."""
+    """Error for a process that did not end in time."""
 
 
 @dataclass
 class Row:
-    """What became of the faults of one kind.
+    """Outcomes of the faults of one kind.
 
-    Every injected one is either recovered, lost (the run ended otherwise than an undisturbed one,
-    or a checkpoint is gone), or hung.
+    Every injected fault is recovered, lost or hung. It is lost if the run did not end like an
+    undisturbed run, or if a checkpoint is missing.
     """
 
     kind: str
@@ -38,41 +35,43 @@ class Row:
 
 
 Case = Callable[[Path], int | None]
-"""A fault and its recovery in an empty folder. Returns how many faults it injected; None: one."""
+"""Function that injects faults in an empty folder and recovers; returns their number, None: one."""
 
 
-@dataclass
 class Ledger:
-    """The rows of a session, in the order of their injection."""
+    """Injects faults and counts the outcomes.
 
-    rows: list[Row] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    Args:
+        record: function that records a row of the report, such as pytest's ``record_property``.
+    """
+
+    def __init__(self, record: Callable[[str, object], None]):
+        self.record = record
 
     def inject(self, kind: str, cases: Mapping[str, Case], folder: Path) -> Row:
-        """Run cases, as many at a time as there are cores, and note what became of them.
+        """Run one case per core at a time, and record their outcomes.
 
         Args:
-            kind: of fault.
-            cases: by what distinguishes them.
-            folder: each case gets one below; it stays if the case fails.
+            kind: kind of the faults.
+            cases: cases by name.
+            folder: parent of one folder per case, which is kept if the case fails.
 
         Raises:
-            AssertionError: with the reason of each case that did not recover.
+            AssertionError: some cases did not recover; the message has their reasons.
         """
         row = Row(kind)
-        self.rows.append(row)
 
         def run(name: str) -> tuple[str, int, str]:
-            """The outcome, its number of faults, and the reason of a failure."""
-            place = folder / re.sub(r"[^\w.]+", "_", f"{kind} {name}")
-            place.mkdir()
+            """Return the outcome, the number of faults, and the reason of a failure."""
+            own = folder / re.sub(r"[^\w.]+", "_", f"{kind} {name}")
+            own.mkdir()
             try:
-                number = cases[name](place) or 1
+                number = cases[name](own) or 1
             except Hung as e:
                 return "hung", 1, f"{name}: hung: {e}"
             except Exception as e:
-                return "lost", 1, f"{name} ({place}): {type(e).__name__}: {e}"
-            shutil.rmtree(place)
+                return "lost", 1, f"{name} ({own}): {type(e).__name__}: {e}"
+            shutil.rmtree(own)
             return "recovered", number, ""
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -80,25 +79,38 @@ class Ledger:
         for outcome, number, _ in outcomes:
             row.injected += number
             setattr(row, outcome, getattr(row, outcome) + number)
+        self.record("faults", asdict(row))
         failures = [reason for _, _, reason in outcomes if reason]
         assert not failures, f"{kind}: " + "\n".join(failures)
         return row
 
-    def table(self) -> Table:
-        table = Table("fault", "injected", "recovered", "lost", "hung")
-        for row in [*self.rows, self.total()]:
-            table.add_row(*map(str, asdict(row).values()), end_section=row is self.rows[-1])
-        return table
+
+@dataclass
+class Report:
+    """The rows of a session, of all its workers.
+
+    Args:
+        rows: by what was injected.
+        fuzzed: number of cases by what was fuzzed.
+        seconds: of the session.
+    """
+
+    rows: list[Row]
+    fuzzed: dict[str, int]
+    seconds: float
 
     def total(self) -> Row:
         counts = [list(asdict(row).values())[1:] for row in self.rows]
         return Row("all", *(sum(x) for x in zip(*counts)))
 
     def print(self) -> None:
-        Console().print(self.table())
+        table = Table("fault", "injected", "recovered", "lost", "hung")
+        for row in [*self.rows, self.total()]:
+            table.add_row(*map(str, asdict(row).values()), end_section=row is self.rows[-1])
+        Console().print(table)
 
     def write(self, path: Path) -> None:
-        """The rows as json, and what they were measured on."""
+        """Write the rows and a description of the machine as JSON."""
         content = {
             "machine": {
                 "cores": len(os.sched_getaffinity(0)),
@@ -106,10 +118,10 @@ class Ledger:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
             },
-            "seconds": round(time.monotonic() - self.started),
+            "seconds": round(self.seconds),
             "faults": [asdict(row) for row in self.rows],
             "total": asdict(self.total()),
-            "fuzzed": dict(sorted(CASES.items())),
+            "fuzzed": dict(sorted(self.fuzzed.items())),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,7 @@
-"""A tiny distillation that can be run, killed and resumed, and what it has to end with."""
+"""Tiny distillation that can be run, killed and resumed, and checks of its results."""
 
 import hashlib
 import json
-import multiprocessing
 import random
 import re
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from distill.checkpoint.save import PERIODIC, checksum_file
 from distill.data.shapes import SceneConfig, write_coco
 from tests.support.networks import distill_opts, write_config
+from tests.support.processes import start
 from tests.support.trainings import differences, trainable_cfg, write_teacher
 
 from .child import Act, Place, nothing, train
@@ -28,33 +28,30 @@ CHECKPOINT_PERIOD = 2
 KEEP = 3
 EVAL_PERIOD = 4
 METRIC = "bbox/AP"
-LIMIT = 120.0  # seconds after which a process hangs that takes one or two
+LIMIT = 120.0  # seconds after which a process counts as hung; it needs one or two
 
 SESSIONS: set[int] = set()
-"""Ids of the children, each of which leads a session with the processes that it starts."""
-
-# A new process has everything imported already.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distill.engine", "torch.utils.tensorboard"])
+"""Ids of the children; each child leads a session with the processes that it starts."""
 
 
 class Child:
-    """A process that trains.
+    """Process that trains.
 
     Args:
-        argv: of ``train_net.py``.
-        output: its OUTPUT_DIR, as it sees it.
-        log: files for what it says, see :func:`.child.train`.
-        place, act, disk: likewise.
+        argv: arguments of ``train_net.py``.
+        output: OUTPUT_DIR as the process sees it.
+        log: start of the names of log files: stdout goes to ``<log>.out``, stderr to ``<log>.err``,
+            and the steps go to ``<log>.json``.
+        place, act, disk: see :func:`.child.train`.
     """
 
     def __init__(
         self, argv: Sequence[str], output: Path, log: Path, place: Place | None, act: Act, disk: int
     ):
         self.log = log
-        arguments = (list(argv), output, log, place, act, disk)
-        self.process = _context.Process(target=train, args=arguments)
-        self.process.start()
+        out, err, steps = (Path(f"{log}.{suffix}") for suffix in ("out", "err", "json"))
+        arguments = (list(argv), output, steps, place, act, disk)
+        self.process = start(train, *arguments, out=out, err=err)
         SESSIONS.add(self.pid)
 
     @property
@@ -63,10 +60,10 @@ class Child:
         return self.process.pid
 
     def wait(self, seconds: float = LIMIT) -> int:
-        """The exit code; negative: the signal that killed it.
+        """Wait for the end; return the exit code, or the negative number of the killing signal.
 
         Raises:
-            Hung: it has not ended in time.
+            Hung: the process did not end in time.
         """
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -93,10 +90,10 @@ class Child:
         return Path(f"{self.log}.err").read_text()
 
     def sentence(self) -> str:
-        """Wait for an end with exit code 2; the one sentence that says why.
+        """Wait for the end with exit code 2, and return the sentence that says why.
 
         Raises:
-            AssertionError: it ended otherwise.
+            AssertionError: the process ended in another way.
         """
         code = self.wait()
         assert code == 2, f"exit code {code}: {self.err[-1500:]}"
@@ -107,23 +104,23 @@ class Child:
 
     @property
     def steps(self) -> list[Place]:
-        """The steps that it took; of a child that came to its end without a place to act."""
+        """Steps of the training, for a child that ended without a disturbance."""
         return [tuple(x) for x in json.loads(Path(f"{self.log}.json").read_text())]
 
 
 class Training:
-    """A distillation of some iterations, with evaluations on the way and at the end.
+    """Distillation of a few iterations, with evaluations in between and at the end.
 
     Args:
-        folder: for its pictures, its teacher and its config.
+        folder: folder for its images, its teacher and its config.
     """
 
     def __init__(self, folder: Path):
         write_coco(folder, "train", 6, config=SceneConfig(height=64, width=64, min_size=0.25))
         self.annotations = folder / "annotations" / "instances_train.json"
-        self.pictures = folder / "images" / "train"
+        self.images = folder / "images" / "train"
         self.teacher = folder / "teacher" / "teacher.pth"
-        shapes = ("shapes_faults", str(self.annotations), str(self.pictures))
+        shapes = ("shapes_faults", str(self.annotations), str(self.images))
         opts = [
             *write_teacher(folder / "teacher", "faster", "MODEL.ROI_HEADS.NUM_CLASSES", 8),
             *distill_opts("faster", ["IMA", "ROIKD"]),
@@ -152,12 +149,14 @@ class Training:
         disk: int = 0,
         log: Path | None = None,
     ) -> Child:
-        """Start it.
+        """Start the training in a child process.
 
         Args:
             output: OUTPUT_DIR.
             opts: KEY VALUE overrides.
-            log: by default in files beside ``output``.
+            resume: continue a training.
+            place, act, disk: see :func:`.child.train`.
+            log: start of the names of log files; by default in the parent folder of ``output``.
         """
         argv = ["--config-file", str(self.config), *(["--resume"] if resume else [])]
         argv += ["OUTPUT_DIR", str(output), *map(str, opts)]
@@ -166,10 +165,10 @@ class Training:
         return Child(argv, output, log, place, act, disk)
 
     def finish(self, output: Path, *opts: Any, **kw: Any) -> Child:
-        """Run it to its end.
+        """Run the training to its end.
 
         Raises:
-            AssertionError: it ended with another exit code than 0.
+            AssertionError: the exit code is not 0.
         """
         child = self.start(output, *opts, **kw)
         code = child.wait()
@@ -178,11 +177,11 @@ class Training:
 
 
 class Reference:
-    """What a training without faults writes and leaves, to compare others with.
+    """Files of a training without faults, with which others are compared.
 
     Args:
-        training: is run twice, once keeping all checkpoints.
-        folder: for its output.
+        training: training that is run twice, once with all checkpoints kept.
+        folder: folder for its output.
         opts: KEY VALUE overrides.
     """
 
@@ -199,15 +198,15 @@ class Reference:
         self.check_intact(output)
 
     def check_intact(self, output: Path) -> None:
-        """Every checkpoint of an interrupted run is whole, and none is missing.
+        """Check that no checkpoint of an interrupted run is damaged or missing.
 
         Raises:
-            AssertionError: it is not so.
+            AssertionError: a checkpoint is damaged or missing.
         """
         for path in output.glob("model_*.pth"):
             check_sum(path)
             found = read(path)
-            if path.name == "model_best.pth":  # of one of the evaluations
+            if path.name == "model_best.pth":  # equals the checkpoint of an evaluated iteration
                 at = self.checkpoints.get(f"model_{found['iteration']:07d}.pth")
                 at = at or self.checkpoints["model_final.pth"]
                 found, at = found["model"], at["model"]
@@ -221,13 +220,13 @@ class Reference:
         assert present >= set(needed), f"{output}: {set(needed) - present} are lost"
 
     def check_checkpoints(self, output: Path) -> None:
-        """A finished run has the same checkpoints as if nothing had happened, bit by bit.
+        """Check that a finished run has the checkpoints of an undisturbed run, bit by bit.
 
-        A checksum may lack: that of a file after whose rename the kill came. So may a rest of a
-        few bytes remain of a checksum or of the tag.
+        One checksum may be missing, if the kill came after the rename of its file. A few bytes of
+        a checksum or of the tag may remain as a temporary file.
 
         Raises:
-            AssertionError: it is not so.
+            AssertionError: the checkpoints differ.
         """
         rests = {x for x in names(output) if x.endswith(".tmp") and size(output / x) < 100}
         wrong = (names(output) - rests) ^ self.names
@@ -240,15 +239,15 @@ class Reference:
                 assert not changed, f"{name}: {len(changed)} values such as {changed[0]}"
 
     def check_recovered(self, output: Path, written: Collection[int] = ()) -> None:
-        """:meth:`check_checkpoints`, and all losses and evaluations are in metrics.json.
+        """Check the checkpoints, and that metrics.json has all losses and evaluations.
 
         Args:
             output: OUTPUT_DIR of a finished run.
-            written: iterations whose losses were there before it went on, see :func:`metrics`; a
-                run that ends early writes those of its last iteration, too.
+            written: iterations whose losses were written before the resume, see :func:`metrics`. A
+                run that ends early also writes those of its last iteration.
 
         Raises:
-            AssertionError: it is not so.
+            AssertionError: checkpoints or metrics differ.
         """
         self.check_checkpoints(output)
         losses, evaluations = self.metrics
@@ -256,7 +255,8 @@ class Reference:
         assert found == expected, f"metrics {found} instead of {expected}"
 
 
-# By kind of step and file; the first that fits. A step is not yet taken when the kill comes.
+# Pattern of a step, and its stage; the first row that matches counts. The kill comes before the
+# step.
 STAGES = (
     (r"metrics\.json", "while metrics.json is written"),
     (r"^remove model_N", "while old checkpoints are removed"),
@@ -265,17 +265,17 @@ STAGES = (
     (r"last_checkpoint|after \S+\.sha256$", "between checksum and last_checkpoint"),
     ("", "between rename and checksum"),
 )
-WRITES = 5  # into one file that are killed
+WRITES = 5  # number of writes to one file that are killed
 
 
 def places_by_stage(steps: list[Place]) -> dict[str, dict[str, Place]]:
-    """One place of each sort by stage, of writes some.
+    """Choose one place of each sort of step, and several of writes, by stage.
 
-    Two steps are of a sort if they do the same in writing a periodic checkpoint, whichever it is,
-    the best or the final one.
+    Two steps are of the same sort if they do the same for a checkpoint of the same kind. The kinds
+    are periodic, best and final.
     """
     sorts: dict[str, list[Place]] = defaultdict(list)
-    checkpoint = last = ""  # the one being written, and the file of the step before
+    checkpoint = last = ""  # checkpoint that is written, and file of the step before
     for place in steps:
         name = re.sub(r"\d{7}", "N", place[1])
         if not name.startswith(("model", "last", "metrics")):
@@ -295,12 +295,12 @@ def places_by_stage(steps: list[Place]) -> dict[str, dict[str, Place]]:
 
 
 def survivors(sessions: Collection[int]) -> list[int]:
-    """Ids of the processes of some children that still run, theirs included."""
+    """Return the ids of running processes in the sessions of some children."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # if the process has just ended
             state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state != "Z":  # else its new parent has to take note
+            if int(session) in sessions and state != "Z":  # a zombie has ended
                 found.append(int(path.parent.name))
     return found
 
@@ -310,7 +310,7 @@ def read(path: Path) -> Any:
 
 
 def names(output: Path) -> set[str]:
-    """Files of checkpoints, whole or not."""
+    """Return the names of all files of checkpoints, complete or not."""
     files = [*output.glob("model_*"), *output.glob("last_checkpoint*")]
     return {path.name for path in files}
 
@@ -320,15 +320,15 @@ def size(path: Path) -> int:
 
 
 def check_sum(path: Path) -> None:
-    """A checksum, if there is one, is right."""
-    beside = Path(checksum_file(str(path)))
-    if beside.exists():
+    """Check that the checksum, if it exists, is right."""
+    file = Path(checksum_file(str(path)))
+    if file.exists():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert beside.read_text() == f"{digest}  {path.name}\n", path
+        assert file.read_text() == f"{digest}  {path.name}\n", path
 
 
 def metrics(output: Path) -> tuple[set[int], dict[int, Any]]:
-    """Iterations that have a loss in metrics.json, and evaluations by iteration, NaN as text."""
+    """Return the iterations with a loss in metrics.json, and the evaluations as text."""
     rows = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
     evaluations = {
         x["iteration"]: {k: str(v) for k, v in x.items() if k.startswith("bbox/")}
@@ -340,10 +340,10 @@ def metrics(output: Path) -> tuple[set[int], dict[int, Any]]:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[tuple[int, Path]]:
-    """A file system of its own at ``folder``, in memory, without being root.
+    """Mount a file system in memory at ``folder``, without root rights.
 
     Yields:
-        The process that sees it, for :func:`.child.enter`, and its path for others.
+        The process that sees it, for :func:`.child.enter`, and its path for other processes.
     """
     folder.mkdir(parents=True)
     mount = f'mount -t tmpfs -o size={megabytes}m tmpfs "$0" && echo mounted && read -r _'

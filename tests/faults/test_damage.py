@@ -1,4 +1,4 @@
-"""Damaged checkpoints: the newest intact one is used, with a warning, and nothing else changes."""
+"""Test damaged checkpoints: a resume uses the newest intact one, with a warning."""
 
 import random
 import re
@@ -17,14 +17,14 @@ SEED = 0
 NEWEST, BEFORE, OLDEST = (f"model_{k:07d}.pth" for k in (9, 7, 5))
 
 Damage = Callable[[Path], object]
-"""What happens to a file."""
+"""Function that damages a file."""
 
 
 @pytest.fixture(scope="module")
 def interrupted(
     training: Training, reference: Reference, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Output of a run that was killed while it wrote its final checkpoint."""
+    """Kill a run while it writes its final checkpoint, and return its output."""
     output = tmp_path_factory.mktemp("interrupted") / "output"
     place = ("open", "model_final.pth.tmp", 0)
     assert training.start(output, place=place, act=kill).wait() == -9
@@ -62,7 +62,7 @@ def checksum(path: Path) -> Path:
 def resumed(
     training: Training, reference: Reference, output: Path, sources: tuple[str, ...]
 ) -> None:
-    """Resume; one of ``sources`` has to be loaded, with a warning unless it is the newest."""
+    """Resume from one of ``sources``, with a warning unless it is the newest."""
     child = training.finish(output, resume=True)
     (loaded,) = set(re.findall(rf"Loading from {re.escape(str(output))}/(\S+) ", child.out))
     assert loaded in sources, loaded
@@ -75,7 +75,7 @@ def resumed(
 def inject(
     interrupted: Path, training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
 ) -> Callable[..., None]:
-    """Damages copies of the interrupted run, and resumes each."""
+    """Return a function that damages copies of the interrupted run, and resumes each."""
 
     def inject(kind: str, damages: dict[str, Damage], *sources: str, file: str = NEWEST) -> None:
         def case(damage: Damage, folder: Path) -> None:
@@ -92,7 +92,7 @@ def inject(
 
 @pytest.fixture
 def draw(interrupted: Path) -> Callable[[int], list[int]]:
-    """Draws sorted positions in the newest checkpoint, in bytes."""
+    """Return a function that draws sorted positions in the newest checkpoint, in bytes."""
     generator = random.Random(SEED)
     return lambda count: sorted(generator.sample(range(size(interrupted / NEWEST)), count))
 
@@ -105,7 +105,7 @@ def test_flipped_bits(inject: Callable[..., None], draw: Callable[[int], list[in
 def test_flipped_bits_without_checksum(
     inject: Callable[..., None], draw: Callable[[int], list[int]]
 ) -> None:
-    """Then the checksums inside of the file decide; they do not cover its table of contents."""
+    """Then the checksums inside the file are used, which do not cover its table of contents."""
 
     def damage(position: int, path: Path) -> None:
         position %= size(path)
@@ -190,7 +190,7 @@ def test_checksum(inject: Callable[..., None]) -> None:
 def test_final_checkpoint(
     training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """A finished run whose result is damaged trains its last iterations again."""
+    """A finished run with a damaged final checkpoint trains its last iterations again."""
 
     def case(damage: Damage, folder: Path) -> None:
         output = folder / "output"
@@ -208,7 +208,7 @@ def test_final_checkpoint(
 def test_all_checkpoints(
     interrupted: Path, training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """Then the run does not start anew by itself, only after the removal that the error names."""
+    """Then the run starts from the beginning only after the files of the error are removed."""
 
     def case(folder: Path) -> None:
         output = folder / "output"

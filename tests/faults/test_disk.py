@@ -1,4 +1,4 @@
-"""A full disk ends a run with one sentence; after some room was made, --resume goes on."""
+"""Test that a full disk ends a run with one sentence, and that --resume continues later."""
 
 import random
 from functools import partial
@@ -12,7 +12,7 @@ from .ledger import Ledger
 from .runs import Reference, Training, places_by_stage, small_disk
 
 SEED = 0
-DISK = 16  # MiB; a run needs a third
+DISK = 16  # MiB; a run needs a third of it
 
 
 def can_mount(folder: Path) -> bool:
@@ -24,7 +24,7 @@ def can_mount(folder: Path) -> bool:
 
 
 class Disk(NamedTuple):
-    """A training on a small disk."""
+    """Training on a small disk."""
 
     training: Training
     reference: Reference
@@ -32,12 +32,13 @@ class Disk(NamedTuple):
     def case(
         self, folder: Path, *opts: Any, free: int = DISK << 20, place: Place | None = None
     ) -> None:
-        """It gets full, is freed, and the run goes on.
+        """Fill the disk, free it, and resume the run.
 
         Args:
+            folder: folder of the case.
             opts: KEY VALUE overrides.
-            free: bytes that the disk has at the start.
-            place: of a step before which the rest of it is taken.
+            free: free bytes at the start.
+            place: step before which the rest of the disk is filled.
         """
         output = folder / "disk" / "output"
         with small_disk(output.parent, DISK) as (holder, disk):
@@ -62,7 +63,7 @@ def disk(training: Training, reference: Reference, tmp_path: Path) -> Disk:
 
 
 def test_little_room(disk: Disk, ledger: Ledger, tmp_path: Path) -> None:
-    """The disk is full wherever that happens to be, from the first file to the last checkpoint."""
+    """The disk becomes full at different times, from the first file to the last checkpoint."""
     generator = random.Random(SEED)
     rooms = sorted(generator.randrange(disk.reference.bytes) for _ in range(12))
     cases = {f"{x} bytes": partial(disk.case, free=x) for x in [0, 4096, 8192, *rooms]}
@@ -70,7 +71,7 @@ def test_little_room(disk: Disk, ledger: Ledger, tmp_path: Path) -> None:
 
 
 def test_steps_of_writing(disk: Disk, ledger: Ledger, tmp_path: Path) -> None:
-    """From a new file on, or in the middle of a checkpoint, there is no room at all."""
+    """The disk is full from a new file on, or in the middle of a checkpoint."""
     cases = {
         f"{stage} {name}": partial(disk.case, place=place)
         for stage, places in places_by_stage(disk.reference.steps).items()
@@ -81,7 +82,7 @@ def test_steps_of_writing(disk: Disk, ledger: Ledger, tmp_path: Path) -> None:
 
 
 def test_metrics(disk: Disk, ledger: Ledger, tmp_path: Path) -> None:
-    """No checkpoint comes in between: a row of metrics.json or of TensorBoard has no room."""
+    """Without periodic checkpoints, the disk is full for metrics.json or TensorBoard."""
     opts = ("SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 0)
     rare = disk._replace(reference=Reference(disk.training, tmp_path / "reference", *opts))
     cases = {
@@ -94,7 +95,7 @@ def test_metrics(disk: Disk, ledger: Ledger, tmp_path: Path) -> None:
 def test_limited_files(
     training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """A file must not grow beyond a limit, as with a quota; this needs no disk of its own."""
+    """The size of files is limited, as by a quota; this needs no small disk."""
 
     def case(name: str, folder: Path) -> None:
         output = folder / "output"

@@ -1,4 +1,4 @@
-"""Files that vanish while a run goes on or rests: it says which, and goes on when they are back."""
+"""Test that a run names files that vanish, and continues when they are back."""
 
 import shutil
 from collections.abc import Callable
@@ -16,10 +16,10 @@ WORKERS = (0, 2)
 
 
 class Copies(NamedTuple):
-    """A training whose files may be taken away."""
+    """Training with copies of its files, which may vanish."""
 
     training: Training
-    pictures: list[Path]
+    images: list[Path]
     annotations: Path
     teacher: Path
     opts: tuple[Any, ...]
@@ -32,55 +32,55 @@ class Copies(NamedTuple):
 
 
 def copies(training: Training, folder: Path) -> Copies:
-    """Copies of all files that a training reads."""
-    pictures, annotations = folder / "pictures", folder / "annotations.json"
-    shutil.copytree(training.pictures, pictures)
+    """Copy all files that a training reads."""
+    images, annotations = folder / "images", folder / "annotations.json"
+    shutil.copytree(training.images, images)
     shutil.copy(training.annotations, annotations)
     shutil.copy(training.teacher, folder / "teacher.pth")
-    sets = [("shapes_faults", str(annotations), str(pictures))]
+    sets = [("shapes_faults", str(annotations), str(images))]
     opts = ("DATASETS.COCO_FORMAT", sets)
     opts += ("MODEL.DISTILL.TEACHER.WEIGHTS", folder / "teacher.pth")
-    return Copies(training, sorted(pictures.iterdir()), annotations, folder / "teacher.pth", opts)
+    return Copies(training, sorted(images.iterdir()), annotations, folder / "teacher.pth", opts)
 
 
-def test_picture_that_is_needed(
+def test_image_that_is_needed(
     training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
 ) -> None:
-    def case(workers: int, picture: int, folder: Path) -> None:
+    def case(workers: int, image: int, folder: Path) -> None:
         run, output = copies(training, folder), folder / "output"
-        path, opts = run.pictures[picture], ("DATALOADER.NUM_WORKERS", workers)
+        path, opts = run.images[image], ("DATALOADER.NUM_WORKERS", workers)
         sentence = run.start(output, *opts, place=FIRST, act=partial(hide, path)).sentence()
         assert str(path) in sentence
         reference.check_intact(output)
-        if picture != 0:  # without the first one there is no start
+        if image != 0:  # without the first image a run does not start
             assert str(path) in run.start(output, *opts, resume=True).sentence()
         unhide(path)
         run.finish(output, *opts, resume=True)
         reference.check_recovered(output)
 
     cases = {
-        f"{workers} workers, picture {picture}": partial(case, workers, picture)
+        f"{workers} workers, image {image}": partial(case, workers, image)
         for workers in WORKERS
-        for picture in (0, 2, 5)
+        for image in (0, 2, 5)
     }
-    ledger.inject("a picture vanishes, ON_BAD_IMAGE stop", cases, tmp_path)
+    ledger.inject("an image vanishes, ON_BAD_IMAGE stop", cases, tmp_path)
 
 
 DROP = ("DATALOADER.ON_BAD_IMAGE", "drop", "DATASETS.TEST", "()", "TEST.BEST_METRIC", "")
 
 
-def test_picture_that_is_dropped(training: Training, ledger: Ledger, tmp_path: Path) -> None:
-    """The run ends without it, says so, and a kill changes nothing about that."""
+def test_image_that_is_dropped(training: Training, ledger: Ledger, tmp_path: Path) -> None:
+    """The run reports the image and continues without it, also after a kill."""
     run = copies(training, tmp_path)
-    hide(run.pictures[3])
+    hide(run.images[3])
     without = Reference(training, tmp_path / "reference", *run.opts, *DROP)
 
     def vanishes(workers: int, folder: Path) -> None:
         run = copies(training, folder)
         opts = (*DROP, "DATALOADER.NUM_WORKERS", workers)
-        act = partial(hide, run.pictures[3])
+        act = partial(hide, run.images[3])
         child = run.finish(folder / "output", *opts, place=FIRST, act=act)
-        assert child.out.count(f"Dropped {run.pictures[3]}") == 1
+        assert child.out.count(f"Dropped {run.images[3]}") == 1
         assert '"data/left_out": 1' in (folder / "output" / "metrics.json").read_text()
 
     def killed(workers: int, folder: Path) -> None:
@@ -92,11 +92,11 @@ def test_picture_that_is_dropped(training: Training, ledger: Ledger, tmp_path: P
 
     cases = {f"{x} workers, vanishes": partial(vanishes, x) for x in WORKERS}
     cases |= {f"{x} workers, is missing, kill": partial(killed, x) for x in WORKERS}
-    ledger.inject("a picture vanishes, ON_BAD_IMAGE drop", cases, tmp_path)
+    ledger.inject("an image vanishes, ON_BAD_IMAGE drop", cases, tmp_path)
 
 
 def interrupted(run: Copies, reference: Reference, output: Path) -> None:
-    """Kill it after its third checkpoint."""
+    """Kill a run after its third checkpoint."""
     assert run.start(output, place=FOURTH, act=kill).wait() == -9
     reference.check_intact(output)
 
@@ -116,7 +116,7 @@ def test_inputs_before_a_resume(
 
     cases = {
         "annotations": partial(case, lambda run: run.annotations),
-        "folder of the pictures": partial(case, lambda run: run.pictures[0].parent),
+        "folder of the images": partial(case, lambda run: run.images[0].parent),
         "teacher": partial(case, lambda run: run.teacher),
     }
     ledger.inject("an input is missing at the resume", cases, tmp_path)
@@ -125,7 +125,7 @@ def test_inputs_before_a_resume(
 def test_outputs_before_a_resume(
     training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """What a resume does not need is written again, or goes on from here."""
+    """A resume needs none of these files: it writes them again or appends to them."""
 
     def case(gone: str, folder: Path) -> None:
         run, output = copies(training, folder), folder / "output"

@@ -1,4 +1,4 @@
-"""Annotation files of any content: they train, or a sentence says why not."""
+"""Test annotation files of any content: they can be trained on, or an error says why not."""
 
 import json
 from pathlib import Path
@@ -54,19 +54,19 @@ def config(*opts: Any) -> CfgNode:
 
 
 def use(cfg: CfgNode) -> None:
-    """What a training does with a data set before its first step, and all its pictures mapped."""
+    """Check a data set as a training does before its first step, and map all its images."""
     check_test_set(cfg, "fuzzed")
     mapper = GuardedMapper(train_mapper(cfg))
-    pictures = load_training_set(cfg)
-    check_labels(cfg, pictures)
-    for picture in pictures:
-        mapped = mapper(picture)
+    dicts = load_training_set(cfg)
+    check_labels(cfg, dicts)
+    for entry in dicts:
+        mapped = mapper(entry)
         if isinstance(mapped, BadImage) and cfg.DATALOADER.ON_BAD_IMAGE == "stop":
             raise DataError(mapped.reason)  # as the loader does
 
 
 def documents(good: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Annotation files with some values, or some bytes, that are not as they should be."""
+    """Return annotation files with some wrong values or bytes."""
     text = json.dumps(good)
     names = st.sampled_from(["ignore", "keypoints", "iscrowd", "minival", "info", "x"])
     contents = spoilt(good, names)
@@ -83,7 +83,7 @@ def documents(good: dict[str, Any]) -> st.SearchStrategy[bytes]:
 
 @pytest.fixture(scope="module")
 def good(coco: Path) -> dict[str, Any]:
-    """A valid file of few objects, so that each part of it is changed often."""
+    """Return a valid file with few objects, so that each part of it is changed often."""
     content = json.loads((coco / "annotations" / "instances_train.json").read_text())
     return {**content, "annotations": content["annotations"][:4]}
 
@@ -107,10 +107,10 @@ def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
 
         def look() -> None:
             register_coco_format(cfg)
-            issues, pictures = find_issues(cfg, "fuzzed")
-            for more in inspect_images(pictures, workers=0):
+            issues, dicts = find_issues(cfg, "fuzzed")
+            for more in inspect_images(dicts, workers=0):
                 issues += more
-            assert trains or any(x.fatal for x in issues)  # the tool shows what stops a training
+            assert trains or any(x.fatal for x in issues)  # `distill check-data` shows the reason
 
         works("annotations", look)
 
@@ -122,7 +122,7 @@ def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
 def test_commands(
     data: st.DataObject, coco: Path, good: dict[str, Any], run: Run, shapes: Shapes
 ) -> None:
-    """What passes is trained on and evaluated."""
+    """Data sets that pass the checks can be trained on and evaluated."""
     path = coco / "commands.json"
     path.write_bytes(data.draw(documents(good)))
     spoilt = ("fuzzed", str(path), str(coco / "images" / "train"))
@@ -139,12 +139,12 @@ def test_commands(
 
 @st.composite
 def mutated_text(draw: st.DrawFn, text: str) -> str:
-    """Text of which some words are replaced, dropped or repeated, or that is cut."""
+    """Replace, drop or repeat some words of a text, and sometimes cut its end off."""
     words = text.split(" ")
     for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.integers(0, len(words) - 1))
+        index = draw(st.integers(0, len(words) - 1))
         new = draw(SCALARS.map(str) | st.sampled_from(["../../x", "<", "&x;", "\n", "nan"]))
-        words[place] = draw(st.sampled_from([new, words[place] * 2, "", f"{words[place]} {new}"]))
+        words[index] = draw(st.sampled_from([new, words[index] * 2, "", f"{words[index]} {new}"]))
     joined = " ".join(words)
     return joined[: draw(st.sampled_from([len(joined), len(joined) // 2]))]
 

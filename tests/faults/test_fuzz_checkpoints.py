@@ -1,4 +1,4 @@
-"""Checkpoint files of any content: they load as they were written, or a sentence says why not."""
+"""Test checkpoint files of any content: they load as written, or an error says why not."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ from tests.support.trainings import Run, Shapes
 
 from .fuzzing import TEXT, VALUES, command_works, fuzz, garbled, spoilt, works
 
-# Content that tells when a bit of it has changed.
+# Weights that show when a bit has changed.
 GOOD = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
 nn.init.uniform_(GOOD[0].weight, generator=torch.Generator().manual_seed(0))
 OPCODES = [getattr(pickle, name) for name in dir(pickle) if name.isupper() and len(name) > 3]
@@ -37,7 +37,7 @@ def good_bytes(folder: Path) -> bytes:
 
 @st.composite
 def rezipped(draw: st.DrawFn, content: bytes) -> bytes:
-    """A zip file of other members; its checksums are right."""
+    """Return a zip file with other members and right checksums."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
     for _ in range(draw(st.integers(1, 2))):
@@ -55,7 +55,7 @@ def rezipped(draw: st.DrawFn, content: bytes) -> bytes:
             break
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names twice
+        warnings.simplefilter("ignore")  # about duplicate names
         for name, data in members:
             archive.writestr(name, data)
     return file.getvalue()
@@ -124,7 +124,7 @@ def test_damaged_weights(suffix: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_weights_in_a_file_that_is_consistent(form: str, folder: Path) -> None:
-    """Its checksums are right, or it has none: what it holds cannot be known to be damaged."""
+    """Its checksums are right or missing, so the damage cannot be detected."""
     path = folder / "consistent.pth"
     if form == "legacy":
         torch.save({"model": GOOD.state_dict()}, path, _use_new_zipfile_serialization=False)
@@ -154,7 +154,7 @@ def test_weights_of_other_content(folder: Path, content: Any) -> None:
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checksum", "no checksum"])
 def test_damaged_checkpoints_of_a_run(checked: bool, folder: Path) -> None:
-    """The one before is taken, or the same where the damage does not matter."""
+    """The checkpoint before is used, or the same one if the damage does not matter."""
     output = folder / f"run_{checked}"
     checkpointer = StudentCheckpointer(copy.deepcopy(GOOD), str(output))
     output.mkdir()
@@ -186,7 +186,7 @@ def test_damaged_checkpoints_of_a_run(checked: bool, folder: Path) -> None:
 
 @fuzz(80)
 @given(st.binary(max_size=80), st.binary(max_size=80))
-def test_small_files_beside_the_checkpoints(folder: Path, tag: bytes, checksum: bytes) -> None:
+def test_small_files_next_to_the_checkpoints(folder: Path, tag: bytes, checksum: bytes) -> None:
     output = folder / "small"
     output.mkdir(exist_ok=True)
     checkpointer = StudentCheckpointer(copy.deepcopy(GOOD), str(output))
@@ -224,14 +224,14 @@ def test_reproducers(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, shapes: Shapes) -> Run:
-    """A training of one iteration that has been, of which the final checkpoint may be spoilt."""
+    """Train for one iteration, whose final checkpoint may be damaged."""
     run = Run(tmp_path_factory.mktemp("run"), shapes, None)
     assert command_works("command", ["--config-file", str(run.config)])
     return run
 
 
 def test_resuming_a_training_from_other_content(run: Run) -> None:
-    """Such as another program may have written: the file itself is whole."""
+    """Another program may write such a file, which is not damaged."""
     cfg = setup_config(str(run.config), ["SOLVER.MAX_ITER", "3"])
     good = torch.load(run.output / "model_final.pth", weights_only=True)
     path = run.output / "model_0000000.pth"
@@ -247,7 +247,7 @@ def test_resuming_a_training_from_other_content(run: Run) -> None:
     check()
 
 
-# Which file is spoilt, and the options with which a command reads it.
+# Damaged file, and the options with which a command reads it.
 COMMANDS: dict[str, tuple[str, list[str]]] = {
     "the student's": ("output/model_final.pth", ["MODEL.WEIGHTS"]),
     "pickled": ("output/model_final.pth", ["MODEL.ALLOW_PICKLE", "True", "MODEL.WEIGHTS"]),
@@ -258,7 +258,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def originals(run: Run) -> dict[str, tuple[bytes, Any]]:
-    """The files as bytes and as contents, before any command writes new ones."""
+    """Return the files as bytes and as contents, before any command writes new ones."""
     paths = {file: run.folder / file for file, _ in COMMANDS.values()}
     return {
         file: (path.read_bytes(), torch.load(path, weights_only=True))
@@ -271,7 +271,7 @@ def originals(run: Run) -> dict[str, tuple[bytes, Any]]:
 def test_commands(
     data: st.DataObject, run: Run, folder: Path, originals: dict[str, tuple[bytes, Any]]
 ) -> None:
-    """Training and evaluation, each of which reads a spoilt file."""
+    """Training and evaluation read a damaged file."""
     name = data.draw(st.sampled_from(sorted(COMMANDS)))
     file, options = COMMANDS[name]
     content, good = originals[file]
@@ -286,5 +286,5 @@ def test_commands(
 
 
 def arrays(content: Any) -> Any:
-    """A checkpoint's weights as detectron2's pickles have them."""
+    """Return the weights of a checkpoint in the form of detectron2's pickles."""
     return {"model": {name: x.numpy() for name, x in content["model"].items()}}

@@ -1,4 +1,4 @@
-"""Config values of any kind, on the command line and in yaml: they train or end in a sentence."""
+"""Test config values of any kind in options and yaml: they train or end with one sentence."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ from tests.support.trainings import trainable_cfg, write_teacher
 from .fuzzing import TEXT, VALUES, command_works, encoded, fuzz, garbled, like, spoilt, works
 
 SET = "shapes_fuzzed"
-# Trainings that work: the family of both networks, the heads, and which keys are tried there.
+# Trainings that work: family of both networks, heads, and keys whose values are changed.
 SETUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "rcnn": ("faster", ("IMA", "ROIKD"), "RPN|ROI_HEADS|BOX_HEAD|IMA|ROIKD"),
     "retinanet": ("retinanet", ("TID", "DenseKD"), "RETINANET|TID|DENSEKD"),
@@ -68,7 +68,7 @@ NAMES = sorted(
     }
 )
 TEXTS = st.sampled_from(NAMES) | TEXT
-# Keys whose large values are legal, and would take hours or all memory; and where files go.
+# Keys whose large values are legal but need hours or all memory, and keys of output files.
 SMALL = st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 8])
 BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "IMS_PER_BATCH|MAX_ITER|NUM_WORKERS|NUM_ITER|INPUT.MAX_SIZE|AUG.MAX_SIZE|DEPTH": SMALL,
@@ -81,7 +81,7 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Sections of sections, as yaml has them, from dotted keys."""
+    """Convert dotted keys to nested sections, as in yaml."""
     sections: dict[str, Any] = {}
     for key, value in values.items():
         *path, name = key.split(".")
@@ -97,10 +97,10 @@ def without_tuples(value: Any) -> Any:
 
 
 class Ground:
-    """The trainings of :data:`SETUPS`, to be spoilt by values.
+    """Trainings of :data:`SETUPS`, whose values are changed.
 
     Args:
-        folder: for their pictures, teachers and configs.
+        folder: folder for their images, teachers and configs.
     """
 
     def __init__(self, folder: Path):
@@ -111,7 +111,7 @@ class Ground:
         self.values = {name: self._write(name) for name in SETUPS}
 
     def _write(self, name: str) -> dict[str, Any]:
-        """A config file of what differs from the defaults; returns all values by key."""
+        """Write values that differ from the defaults to a yaml, and return all values by key."""
         family, heads, _ = SETUPS[name]
         sections = ("ROI_HEADS", "RETINANET", *map(str.upper, DENSE.values()))
         classes = [x for name in sections for x in (f"MODEL.{name}.NUM_CLASSES", 8)]
@@ -129,7 +129,7 @@ class Ground:
         return values
 
     def path(self, name: str, values: dict[str, Any] | None = None) -> str:
-        """The config file of a setup, or one that is based on it."""
+        """Return the config file of a setup, or write one that is based on it."""
         if values is None:
             return str(self.folder / f"{name}.yaml")
         content = {"_BASE_": f"{name}.yaml", **nested(values)}
@@ -152,12 +152,12 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 class Case(NamedTuple):
     setup: str
     values: dict[str, Any]
-    in_yaml: bool  # otherwise on the command line
+    in_yaml: bool  # False: on the command line
 
 
 @st.composite
 def cases(draw: st.DrawFn, keys: str = "") -> Case:
-    """One or two keys with values of the right type at its extremes, or of any type."""
+    """Draw one or two keys with extreme values of the right type, or values of any type."""
     defaults = dict(leaves(get_distill_cfg()))
     key = draw(st.sampled_from([key for key in defaults if keys in key]))
     fitting = [name for name, (*_, part) in SETUPS.items() if re.search(part, key)]
@@ -179,7 +179,7 @@ def value_of(key: str, default: Any) -> st.SearchStrategy[Any]:
 
 
 def given_as(case: Case, ground: Ground) -> tuple[str, list[str]]:
-    """Config file and overrides."""
+    """Return the arguments for the config file and the overrides."""
     if case.in_yaml:
         return ground.path(case.setup, case.values), []
     return ground.path(case.setup), [str(x) for pair in case.values.items() for x in pair]
@@ -210,7 +210,7 @@ def test_values_on_the_command_line(case: Case, ground: Ground) -> None:
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """A config that is based on one of :data:`SETUPS`, spoilt in its values or its bytes."""
+    """Draw a config that is based on one of :data:`SETUPS`, with wrong values or bytes."""
     setup = draw(st.sampled_from(sorted(SETUPS)))
     values = {"_BASE_": f"{setup}.yaml", **nested(dict(draw(st.lists(LEAVES, max_size=3))))}
     content = draw(st.just(values) | spoilt(values))
@@ -225,7 +225,7 @@ LEAVES = st.sampled_from(list(leaves(get_distill_cfg())))
 @fuzz(200)
 @given(content=files())
 def test_files(content: bytes, ground: Ground) -> None:
-    """Built, not trained: a large number may well be legal."""
+    """The networks are only built: a training with large legal numbers would be too long."""
     file = ground.folder / "case.yaml"
     file.write_bytes(content)
     works("config", lambda: Trainer(setup_config(str(file))))

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, at every step of writing a checkpoint, and again and again."""
+"""Test SIGKILL at random moments, at every step of writing a checkpoint, and repeatedly."""
 
 import random
 import re
@@ -28,7 +28,7 @@ KILLED = -9
 
 
 def kill_after(child: Child, seconds: float) -> bool:
-    """Whether the process was still there to be killed."""
+    """Kill a process after some seconds, and return False if it had ended before."""
     child.process.join(seconds)
     child.process.kill()
     return child.wait() == KILLED
@@ -46,7 +46,7 @@ def test_random_moments(
     def case(moment: float, folder: Path) -> None:
         output = folder / "output"
         while not kill_after(training.start(output, *opts), moment * duration):
-            moment *= 0.7  # it was faster than the measured one
+            moment *= 0.7  # the run was faster than the measured one
             output = folder / f"output{moment}"
         if output.exists():
             reference.check_intact(output)
@@ -84,7 +84,7 @@ def test_again_and_again(
     assert row.injected >= 2 * len(WORKERS)
 
 
-# ---- At every step of writing.
+# ---- Every step of writing.
 
 
 @pytest.mark.parametrize("stage", [stage for _, stage in STAGES])
@@ -117,7 +117,7 @@ def test_data_workers(
         sentence = training.start(output, *opts, place=place, act=kill_a_worker).sentence()
         assert re.match(r"error: a data worker (?:\(pid \d+\) )?was killed.*--resume\.$", sentence)
         reference.check_intact(output)
-        # Where the training is when it learns of the death differs by a step.
+        # The training may notice the death a step later.
         written, _ = metrics(output)
         assert len(written - reference.metrics[0]) <= 1 and max(written, default=0) < ITERATIONS
         training.finish(output, *opts, resume=True)
@@ -130,9 +130,9 @@ def test_data_workers(
 
 
 def test_nothing_survives_a_kill(training: Training, tmp_path: Path) -> None:
-    """Data workers notice that their training is gone, within the 5 seconds in which they look."""
+    """Data workers end when their training is gone, which they check every 5 seconds."""
     opts = ("DATALOADER.NUM_WORKERS", 2)
-    places = [("fork", "output", k) for k in range(4)]  # those of the training, of an evaluation
+    places = [("fork", "output", k) for k in range(4)]  # workers of training and evaluation
     places.append(("open", "model_0000005.pth.tmp", 0))
     children = [
         training.start(tmp_path / str(k) / "output", *opts, place=place, act=kill)

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "train_net.py")
 DEADLINE = 90  # seconds for what takes ten on a free machine
 LAUNCH = ("--num-gpus", "2", "--dist-url", "auto")
-STEP = {  # of SLURM, with two tasks on one node
+STEP = {  # SLURM's, with two tasks on one node
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "2",
@@ -481,7 +481,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, shapes: tuple[str, str, str
     folder = tmp_path_factory.mktemp("launch")
     cfg = trainable_cfg("faster", shapes, folder)
     cfg.SOLVER.MAX_ITER = 1_000_000
-    cfg.SOLVER.CHECKPOINT_PERIOD = 20  # of 15 milliseconds
+    cfg.SOLVER.CHECKPOINT_PERIOD = 20  # steps of 15 milliseconds
     cfg.DATALOADER.NUM_WORKERS = 1
     return write_config(cfg, folder / "config.yaml")
 
@@ -534,6 +534,7 @@ def test_the_tasks_of_a_slurm_step_train(stopped: Runs) -> None:
     assert '"total_loss"' in (stopped.output / "metrics.json").read_text()
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_a_killed_rank_ends_the_run(runs: Runs) -> None:
@@ -560,6 +561,7 @@ def test_a_killed_machine_ends_the_others(runs: Runs) -> None:
     assert runs.sentence(1).startswith("error: the process with local rank 0 was killed by SIGKILL")
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_sigterm_ends_every_process(runs: Runs) -> None:
@@ -600,6 +602,7 @@ def test_ctrl_c_ends_one_process_and_its_workers(runs: Runs) -> None:
     all_gone([runs.started[0].pid, *everyone])
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_torchrun_ends_without_our_traceback(runs: Runs) -> None:
@@ -626,7 +629,7 @@ def test_what_every_rank_finds_is_said_once(runs: Runs) -> None:
 @starts_processes
 @needs_loopback
 def test_what_one_rank_finds_ends_all(runs: Runs, shapes: tuple[str, str, str]) -> None:
-    """One picture of six is no picture; whoever reads it first says so."""
+    """One image of six is broken; the process that reads it first reports it."""
     folder = runs.folder / "pictures"
     folder.mkdir()
     names = sorted(os.listdir(shapes[2]))

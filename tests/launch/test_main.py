@@ -117,6 +117,7 @@ def torchrun(argv: list[str], folder: Path) -> None:
     os.execv(sys.executable, [sys.executable, *options, str(TOOL), *argv])
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 @pytest.mark.parametrize("launcher", [launch, torchrun])

@@ -3,11 +3,11 @@
 import math
 
 import numpy as np
-import pytest
 import torch
 from scipy.special import expit, rel_entr
 
 from distill.losses import dense_kd
+from tests.support.cases import for_each
 
 SHAPES = [(1, 1), (5, 1), (2, 3, 4), (1, 7, 80)]
 
@@ -22,8 +22,8 @@ def test_value_by_hand():
     torch.testing.assert_close(mass, torch.tensor(0.75 + 0.25))
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@for_each("seed", range(20))
+@for_each("temperature", [1.0, 4.0])
 def test_against_a_loop_over_anchors(seed, temperature):
     rng = np.random.default_rng(seed)
     student, teacher = rng.normal(-3, 3, (2, *SHAPES[seed % len(SHAPES)]))

@@ -1,10 +1,10 @@
 """Test the mean squared error of feature maps."""
 
 import numpy as np
-import pytest
 import torch
 
 from distill.losses import fitnet
+from tests.support.cases import for_each
 
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 7), (8, 5)]
 
@@ -15,7 +15,7 @@ def test_value_by_hand():
     assert fitnet(student, teacher) == (1 + 0 + 4 + 9) / 4
 
 
-@pytest.mark.parametrize("seed", range(24))
+@for_each("seed", range(24))
 def test_against_numpy(seed):
     rng = np.random.default_rng(seed)
     shape = (1 + seed % 3, 1 + seed % 4, *SIZES[seed % len(SIZES)])

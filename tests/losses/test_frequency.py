@@ -6,6 +6,7 @@ import torch
 
 from distill.losses import fitnet, frequency_mask, frequency_masked_mse
 from distill.losses.frequency import half_spectrum_weight
+from tests.support.cases import for_each
 
 SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (5, 1), (4, 4), (5, 8), (8, 5), (7, 7), (6, 9)]
 every_size = pytest.mark.parametrize("height, width", SIZES)
@@ -94,7 +95,7 @@ def test_value_by_hand():
     torch.testing.assert_close(frequency_masked_mse(student, teacher, mask), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_parseval_form_equals_the_inverse_transform(seed):
     rng = np.random.default_rng(seed)
     height, width = SIZES[seed % len(SIZES)]

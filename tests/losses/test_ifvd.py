@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distill.losses import ifvd
+from tests.support.cases import for_each
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 4, 4), (1, 2, 5, 7), (3, 4, 3, 2)]
 CLASSES = 4
@@ -57,7 +58,7 @@ def test_value_by_hand():
     assert ifvd(student, teacher, labels, 1) == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@for_each("seed", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_equals_the_literal_form(shape, seed):
     student, teacher = maps(shape, channels=5, seed=seed)
@@ -74,7 +75,7 @@ def test_prototypes_are_those_of_a_picture():
     torch.testing.assert_close(found, (halves[0] + halves[1]) / 2)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@for_each("seed", range(2))
 def test_gradient_also_of_the_prototypes(seed):
     student, teacher = maps((2, 2, 3, 2), channels=3, seed=seed, dtype=torch.float64)
     labels = draw_labels(student.shape, seed)

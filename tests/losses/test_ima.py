@@ -13,6 +13,7 @@ import torch
 
 from distill.losses import fitnet, frequency_mask, frequency_masked_mse, ima, ima_classes
 from tests.reference import literal
+from tests.support.cases import for_each
 
 EPS = 1e-5
 SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (4, 4), (5, 8), (8, 5), (7, 7), (6, 3)]
@@ -121,8 +122,8 @@ def both(student, teacher, masked, weighted, seed, dtype=torch.float64, **option
 
 
 @every_option
-@pytest.mark.parametrize("masked, weighted", list(product([False, True], repeat=2)))
-@pytest.mark.parametrize("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
+@for_each("masked, weighted", list(product([False, True], repeat=2)))
+@for_each("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
 def test_equals_the_literal_form(options, masked, weighted, kind):
     for seed in range(20):
         floor = (0.0, 0.1, 0.5, 1.0)[seed % 4]
@@ -134,8 +135,8 @@ def test_equals_the_literal_form(options, masked, weighted, kind):
 
 
 @every_option
-@pytest.mark.parametrize("masked, weighted", list(product([False, True], repeat=2)))
-@pytest.mark.parametrize("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
+@for_each("masked, weighted", list(product([False, True], repeat=2)))
+@for_each("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
 def test_float32_is_as_good_as_its_input(options, masked, weighted, kind):
     for seed in (4, 5, 6):
         student, teacher = maps(seed, kind)
@@ -166,7 +167,7 @@ def test_deflation_by_hand():
     torch.testing.assert_close(found, torch.tensor(((alpha - 1) ** 2 + 1) / 2))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each("seed", range(5))
 def test_with_all_parts_off_it_is_plain_feature_distillation(seed):
     student, teacher = map(torch.from_numpy, maps(seed))
     torch.testing.assert_close(ima(student, teacher, **PLAIN), fitnet(student, teacher))
@@ -235,9 +236,9 @@ def test_instances_count_alike():
     torch.testing.assert_close(ima(student, teacher), sum(single) / 3)
 
 
-@pytest.mark.parametrize("masked, weighted", list(product([False, True], repeat=2)))
+@for_each("masked, weighted", list(product([False, True], repeat=2)))
 @pytest.mark.parametrize("options", [{"deflate": False}, {"scale_floor": 1.0}, PLAIN])
-@pytest.mark.parametrize("standardize_teacher", [True, False])
+@for_each("standardize_teacher", [True, False])
 def test_gradient(masked, weighted, options, standardize_teacher):
     student, teacher = torch.randn(2, 2, 2, 3, 4, generator=generator(), dtype=torch.float64)
     mask = draw_mask(student) if masked else None
@@ -252,7 +253,7 @@ def test_gradient(masked, weighted, options, standardize_teacher):
 
 @pytest.mark.parametrize("scale_on", ["standardized", "raw"])
 @pytest.mark.parametrize("standardize", [True, False])
-@pytest.mark.parametrize("masked, weighted", list(product([False, True], repeat=2)))
+@for_each("masked, weighted", list(product([False, True], repeat=2)))
 def test_no_gradient_flows_through_the_scale(scale_on, standardize, masked, weighted):
     student, teacher = maps(4)  # 2 instances of 2 channels, 4x4
     mask = draw_mask(student) if masked else None
@@ -276,7 +277,7 @@ def test_no_gradient_flows_through_the_scale(scale_on, standardize, masked, weig
 
 
 @pytest.mark.parametrize("scale_on", ["standardized", "raw"])
-@pytest.mark.parametrize("masked", [False, True])
+@for_each("masked", [False, True])
 def test_gradient_at_negative_cosine(scale_on, masked):
     student = torch.randn(2, 3, 4, 4, generator=generator())
     teacher = -student.clone()
@@ -315,7 +316,7 @@ def test_options_out_of_range(options, message):
 
 
 @every_option
-@pytest.mark.parametrize("weighted", [False, True])
+@for_each("weighted", [False, True])
 def test_no_instance_is_a_connected_zero(options, weighted):
     student = torch.zeros(0, 3, 14, 14, requires_grad=True)
     mask = draw_mask(student)
@@ -371,8 +372,8 @@ def both_classes(student, teacher, masked, seed, dtype=torch.float64, **options)
 
 
 @every_option
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
+@for_each("masked", [False, True])
+@for_each("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
 def test_classes_equal_the_literal_form(options, masked, kind):
     for seed in range(20):
         floor = (0.0, 0.1, 0.5, 1.0)[seed % 4]
@@ -382,10 +383,8 @@ def test_classes_equal_the_literal_form(options, masked, kind):
 
 
 @every_option
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    "kind, tolerance", [("ordinary", 1e-5), ("dead channels", 1e-5), ("large mean", 5e-3)]
-)
+@for_each("masked", [False, True])
+@for_each("kind, tolerance", [("ordinary", 1e-5), ("dead channels", 1e-5), ("large mean", 5e-3)])
 def test_classes_in_float32_are_as_good_as_their_input(options, masked, kind, tolerance):
     for seed in range(20):
         student, teacher = maps(seed, kind)
@@ -489,9 +488,9 @@ def test_the_names_of_classes_do_not_matter():
     torch.testing.assert_close(ima_classes(student, teacher, renamed, 19), expected)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@for_each("masked", [False, True])
 @pytest.mark.parametrize("options", [{"deflate": False}, {"scale_floor": 1.0}, PLAIN])
-@pytest.mark.parametrize("standardize_teacher", [True, False])
+@for_each("standardize_teacher", [True, False])
 def test_gradient_of_classes(masked, options, standardize_teacher):
     student, teacher = torch.randn(2, 2, 2, 3, 4, generator=generator(), dtype=torch.float64)
     mask = draw_mask(student) if masked else None
@@ -507,7 +506,7 @@ def test_gradient_of_classes(masked, options, standardize_teacher):
 
 
 @pytest.mark.parametrize("scale_on", ["standardized", "raw"])
-@pytest.mark.parametrize("masked", [False, True])
+@for_each("masked", [False, True])
 def test_no_gradient_flows_through_the_scale_of_a_class(scale_on, masked):
     student, teacher = maps(4)  # 2 instances of 2 channels, 4x4
     labels = draw_labels(4, student)

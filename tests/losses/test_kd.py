@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import expit, rel_entr, softmax
 
 from distill.losses import binary_kl, categorical_kl, kd, pixel_kd
+from tests.support.cases import for_each
 
 SHAPES = [(1, 1), (1, 2), (3, 4), (7, 5), (2, 81)]
 TEMPERATURES = (0.5, 1.0, 2.0, 10.0)
@@ -55,7 +56,7 @@ def test_pixel_kd_is_the_mean_over_the_pixels_of_all_pictures():
     torch.testing.assert_close(pixel_kd(student, 4 * teacher, 4.0), torch.tensor(16 * row / 6))
 
 
-@pytest.mark.parametrize("t", TEMPERATURES)
+@for_each("t", TEMPERATURES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 19, 3, 5), (3, 4, 5, 2)])
 def test_pixel_kd_against_scipy(shape, t):
     student, teacher = np.random.default_rng(0).normal(0, 5, (2, *shape))
@@ -83,8 +84,8 @@ def test_binary_value_by_hand():
     torch.testing.assert_close(binary_kl(student, 3 * teacher, 3.0), 9 * expected)
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("t", TEMPERATURES)
+@for_each("seed", range(20))
+@for_each("t", TEMPERATURES)
 def test_against_scipy(seed, t):
     rng = np.random.default_rng(seed)
     student, teacher = rng.normal(0, 5, (2, *SHAPES[seed % len(SHAPES)]))
@@ -99,7 +100,7 @@ def test_against_scipy(seed, t):
 
 
 @pytest.mark.parametrize("loss", [categorical_kl, kd, binary_kl])
-@pytest.mark.parametrize("t", [1.0, 3.0])
+@for_each("t", [1.0, 3.0])
 def test_gradient(loss, t):
     student, teacher = torch.randn(2, 4, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher, t), student.requires_grad_())

@@ -9,13 +9,14 @@ import torch
 from distill import losses
 from distill.heads.lgd import ImplicitTeacher
 from tests.reference import literal_methods as literal
+from tests.support.cases import for_each
 from tests.support.operations import Recorder
 
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 7), (8, 5), (2, 9)]
 NAN = math.nan
 
 
-@pytest.mark.parametrize("seed", range(24))
+@for_each("seed", range(24))
 def test_the_loss_is_the_restatements(seed):
     rng = np.random.default_rng(seed)
     sizes = [SIZES[(seed + k) % len(SIZES)] for k in range(1 + seed % 3)]

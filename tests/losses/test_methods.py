@@ -9,6 +9,7 @@ import torch
 
 from distill import losses
 from tests.reference import literal_methods as literal
+from tests.support.cases import for_each
 
 Array = Any
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 7), (8, 5), (2, 9)]
@@ -59,33 +60,33 @@ def agree(name: str, *args: Any, ours: str = "") -> None:
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 @pytest.mark.parametrize("name", ["fitnet", "pkd"])
 def test_maps(name: str, seed: int) -> None:
     case = Case(seed)
     agree(name, case.student, case.teacher)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_cwd(seed: int) -> None:
     case = Case(seed)
     agree("cwd", case.student, case.teacher, 0.5 + seed % 4)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_fgd(seed: int) -> None:
     case = Case(seed)
     agree("fgd", case.student, case.teacher, case.boxes, case.padded_size, (0.5, 0.8)[seed % 2])
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_mgd(seed: int) -> None:
     case = Case(seed)
     keep = (case.cells > 0.5)[:, None].astype(float)
     agree("mgd", case.student, case.teacher, lambda x: 2 * x - 1, keep)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 @pytest.mark.parametrize("name", ["fgfi", "defeat", "frs"])
 def test_weighted_maps(name: str, seed: int) -> None:
     case = Case(seed)
@@ -93,13 +94,13 @@ def test_weighted_maps(name: str, seed: int) -> None:
     agree(name, case.student, case.teacher, mask)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_frs_classes(seed: int) -> None:
     case = Case(seed)
     agree("frs_classes", *case.logits(case.batch, 4, case.height, case.width), case.cells)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_fgfi_mask(seed: int) -> None:
     case = Case(seed)
     anchors = case.some_boxes(case.height * case.width * 3).reshape(case.height, case.width, 3, 4)
@@ -108,7 +109,7 @@ def test_fgfi_mask(seed: int) -> None:
     agree("fgfi_mask", anchors, boxes, 0.5)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_defeat_masks(seed: int) -> None:
     case = Case(seed)
     boxes = [x * 4 for x in case.boxes]  # up to 360 pixels: they belong to three levels
@@ -120,7 +121,7 @@ def test_defeat_masks(seed: int) -> None:
             np.testing.assert_array_equal(mask.numpy(), expected)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_rows(seed: int) -> None:
     case = Case(seed)
     rows = max(case.rows, 1)
@@ -131,7 +132,7 @@ def test_rows(seed: int) -> None:
     agree("gid_relation", *case.logits(case.rows, 7))
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_distributions(seed: int) -> None:
     case = Case(seed)
     weight = case.rng.random(case.rows)
@@ -140,7 +141,7 @@ def test_distributions(seed: int) -> None:
     agree("crosskd_classes", *case.logits(case.rows, case.classes), 3.5)
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_levels(seed: int) -> None:
     case = Case(seed)
     other = case.rng.normal(0, 2, (2, case.batch, 3, 5, 6))
@@ -148,7 +149,7 @@ def test_levels(seed: int) -> None:
     agree("gid_feature", *case.logits(case.rows, 3, 10, 10))
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_fkd(seed: int) -> None:
     case = Case(seed)
     maps = tensors(case.student), tensors(case.teacher)
@@ -242,7 +243,7 @@ def test_pkd_is_one_minus_the_correlation() -> None:
     assert found.item() == pytest.approx(expected, rel=1e-5)  # PKD adds 1e-6
 
 
-@pytest.mark.parametrize("seed", CASES)
+@for_each("seed", CASES)
 def test_fgd_attention_sums_to_the_cells_and_channels(seed: int) -> None:
     case = Case(seed)
     cells, channels = losses.fgd_attention(tensors(case.student), 0.5)

@@ -17,9 +17,10 @@ from distill.losses import (
     multi_scale,
 )
 from tests.reference import literal
+from tests.support.cases import for_each
 
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 8), (8, 5), (7, 9)]
-every_seed = pytest.mark.parametrize("seed", range(21))
+every_seed = for_each("seed", range(21))
 few_examples = settings(max_examples=30, deadline=None)
 
 
@@ -91,7 +92,7 @@ def test_at_scale_one_it_is_plain_feature_distillation():
     torch.testing.assert_close(multi_scale(student, teacher, scales=(1,)), fitnet(student, teacher))
 
 
-@pytest.mark.parametrize("attention", [False, True])
+@for_each("attention", [False, True])
 def test_channel_alignment_by_hand(attention):
     # (3/4, 1/4) against (1/2, 1/2). The attention is 1 at the first cell; the second cell is 0.
     student, teacher = torch.zeros(1, 1, 1, 2), torch.tensor([[[[math.log(3), 0.0]]]])
@@ -113,8 +114,8 @@ def test_attention_by_hand():
 
 
 @every_seed
-@pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+@for_each("attention", [False, True])
+@for_each("temperature", [1.0, 0.5, 4.0])
 def test_channel_alignment_equals_the_literal_form(seed, attention, temperature):
     student, teacher = maps(seed, scale=2.0)
     found = channel_alignment(student, teacher, temperature, attention)
@@ -133,7 +134,7 @@ def test_the_attention_is_a_constant_of_the_gradient():
     assert found.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("seed", range(3))
+@for_each("seed", range(3))
 def test_attention_leaves_more_than_a_hundredth_of_the_cells(seed):
     teacher = peaked_map(seed)
     student = torch.zeros_like(teacher).requires_grad_()
@@ -245,7 +246,7 @@ def test_masked_frequencies_equal_the_literal_form(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(7))
+@for_each("seed", range(7))
 def test_without_removed_frequencies_fdmd_is_fea(seed):
     student, teacher = maps(seed, torch.float64)
     terms = mkd(student, teacher, draw_mask(student, mask_ratio=0.0))

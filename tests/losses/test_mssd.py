@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from distill.losses import gaussian_mask, mssd
 from tests.reference import literal
+from tests.support.cases import for_each
 
 SIZES = [(1, 1), (1, 7), (6, 1), (4, 4), (7, 9), (8, 5)]
 STRIDES = (4, 8, 16, 32)
@@ -38,7 +39,7 @@ def test_value_by_hand():
     assert mssd(student, teacher) == (1 + 0 + 4 + 9) / 4
 
 
-@pytest.mark.parametrize("seed", range(24))
+@for_each("seed", range(24))
 def test_equals_the_literal_form(seed):
     rng = np.random.default_rng(seed)
     shape = (1 + seed % 3, 1 + seed % 4, *SIZES[seed % len(SIZES)])
@@ -89,8 +90,8 @@ def test_width_of_the_bell_by_hand(options, edge):
     torch.testing.assert_close(found, profile[:, None] * profile)
 
 
-@pytest.mark.parametrize("seed", range(36))
-@pytest.mark.parametrize("binary", [False, True])
+@for_each("seed", range(36))
+@for_each("binary", [False, True])
 def test_mask_equals_the_literal_form(seed, binary):
     rng = np.random.default_rng(seed)
     (height, width), stride = SIZES[seed % len(SIZES)], STRIDES[seed % 4]
@@ -118,8 +119,8 @@ def test_500_boxes_in_one_image():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("side", range(4))
-@pytest.mark.parametrize("seed", range(10))
+@for_each("side", range(4))
+@for_each("seed", range(10))
 def test_all_four_edges_belong_to_the_box(side, seed):
     # One edge is on a cell centre, the others are anywhere. Rounding must not move the edge.
     corner = torch.rand(4, generator=generator(seed))
@@ -143,7 +144,7 @@ def test_all_four_edges_belong_to_the_box(side, seed):
         ((31.0, 31.0, 32.0, 32.0), (3, 3)),
     ],
 )
-@pytest.mark.parametrize("binary", [False, True])
+@for_each("binary", [False, True])
 def test_a_box_that_covers_no_cell_centre_lights_one_cell(box, cell, binary):
     (found,) = gaussian_mask([torch.tensor([box])], 4, 4, 8, binary=binary)
     expected = torch.zeros(4, 4)

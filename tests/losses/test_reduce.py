@@ -7,6 +7,7 @@ import torch
 
 from distill import losses
 from distill.losses.reduce import connected_zero, full_precision, same_shape
+from tests.support.cases import for_each
 from tests.support.operations import Recorder
 
 MAP, ROWS = (2, 3, 4, 5), (6, 4)
@@ -96,8 +97,8 @@ def test_the_table_has_every_public_loss():
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
+@for_each("dtype", [torch.float16, torch.bfloat16])
+@for_each("autocast", [False, True])
 def test_half_precision_enters_as_float32(loss, shape, dtype, autocast):
     student, teacher = pair(shape, dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

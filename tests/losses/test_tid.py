@@ -21,6 +21,7 @@ from distill.losses import (
     tid_value,
 )
 from tests.reference import literal
+from tests.support.cases import for_each
 
 SIZES = [(1, 1), (1, 4), (3, 1), (4, 4), (5, 7), (8, 5)]
 SCORES = (0.4, 0.6, 1.5, 2.0, 2.25, 3.0)  # all possible scores
@@ -85,7 +86,7 @@ def test_matched_iou_by_hand():
     assert anchor[:2].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_matched_iou_equals_the_literal_form(seed):
     rng = np.random.default_rng(seed)
     points, anchors, objects = (1, 7, 30)[seed % 3], 1 + seed % 4, (1, 2, 9, 20)[seed % 4]
@@ -170,7 +171,7 @@ def test_equal_probabilities_share_the_top():
     assert score.tolist() == [1, 1.5, 1.5, 1.5, 1]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 @pytest.mark.parametrize("parts", ["both", "cls", "reg"])
 @pytest.mark.parametrize("raw_iou", [False, True])
 def test_score_equals_the_literal_form(seed, parts, raw_iou):
@@ -287,7 +288,7 @@ def test_at_most_2000_candidates_enter_the_nms():
 
 @pytest.mark.parametrize("area", ["both", "key", "weak"])
 @pytest.mark.parametrize("kind", ["scores", "raw"])
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_value_equals_the_literal_form(seed, kind, area):
     rng = np.random.default_rng(seed)
     points = (1, 2, 19, 20, 21, 77)[seed % 6]
@@ -381,7 +382,7 @@ def test_information_of_special_boxes(gt, expected):
     torch.testing.assert_close(tid_information(points, gt), torch.tensor(expected).float())
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_information_equals_the_literal_form(seed):
     rng = np.random.default_rng(seed)
     points = torch.from_numpy(rng.uniform(-10, 80, ((1, 5, 60)[seed % 3], 2))).float()
@@ -409,7 +410,7 @@ def test_mask_by_hand():
     assert tid_by_value(value, 3.0, 2.0, 0.5).tolist() == [3, 3, 2, 2, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_mask_equals_the_literal_form(seed):
     value = 10 ** torch.empty(3, 5).uniform_(-4, 1, generator=generator(seed))
     flat = value.double().numpy().ravel()
@@ -431,7 +432,7 @@ def test_loss_by_hand():
     torch.testing.assert_close(mass, torch.tensor(3.5))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@for_each("seed", range(24))
 def test_loss_equals_the_literal_form(seed):
     rng = np.random.default_rng(seed)
     shape = (1 + seed % 3, 1 + seed % 4, *SIZES[seed % len(SIZES)])
@@ -503,7 +504,7 @@ def focus(library, iou_t, iou_s, prob_t, prob_s, boxes, points, gt):
 
 
 @pytest.mark.parametrize("objects", [0, 1, 4])
-@pytest.mark.parametrize("seed", range(7))
+@for_each("seed", range(7))
 def test_one_image_from_boxes_to_loss(seed, objects):
     height, width = 6, 10
     decoded_t, gt, prob_t = image(seed, height * width, objects=objects)

@@ -294,6 +294,7 @@ def decided_model(family: str, seed: int = 0) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DENSE)
 def test_losses_against_loops(family: str) -> None:
     for number in range(20):

@@ -91,6 +91,7 @@ def write_gradients(rank: int, folder: Path) -> None:
         torch.save(results, folder / "gradients.pth")
 
 
+@pytest.mark.slow
 @starts_processes
 @needs_loopback
 def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> None:
@@ -107,6 +108,7 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> 
 # ---- Compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DENSE)
 def test_a_compiled_backbone_keeps_the_losses(family: str) -> None:
     inputs = [picture(0, 64, 64)]

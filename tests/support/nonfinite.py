@@ -64,8 +64,8 @@ def spoil(
     patch.setattr(owner, method, spoilt)
 
 
-def spoil_picture(patch: pytest.MonkeyPatch, at: Iterable[int] = (AT,)) -> None:
-    """Let the second picture of some batches have a pixel that is not finite."""
+def spoil_image(patch: pytest.MonkeyPatch, at: Iterable[int] = (AT,)) -> None:
+    """Let the second image of some batches have a pixel that is not finite."""
     original, iterations = TrainLoader.__iter__, set(at)
 
     def spoilt(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
@@ -87,7 +87,7 @@ def infinite(x: Tensor) -> Tensor:
     return x + math.inf
 
 
-# By name: the family, what goes wrong, and what the message says of it.
+# Family, function that makes a value not finite, and start of the message, by name.
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], str]] = {
     "task loss": (
         "faster",
@@ -104,8 +104,8 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], str]] = {
         lambda patch: spoil(patch, "losses", FitNet, "p3", BadGradient.apply),
         "the gradient of loss_fitnet/p3 in student.backbone.fpn_output3.weight and ",
     ),
-    "picture": ("retinanet", spoil_picture, "loss_cls is nan, loss_box_reg is nan, "),
-    "proposals": ("faster", spoil_picture, "Predicted boxes or scores contain Inf/NaN. Training"),
+    "image": ("retinanet", spoil_image, "loss_cls is nan, loss_box_reg is nan, "),
+    "proposals": ("faster", spoil_image, "Predicted boxes or scores contain Inf/NaN. Training"),
 }
 
 
@@ -115,7 +115,7 @@ def write_teachers(folder: Path) -> Teachers:
 
 
 def spoilt_teacher(folder: Path, family: str) -> list[Any]:
-    """One whose P3 is infinite."""
+    """Write a teacher whose P3 is infinite."""
     opts = write_teacher(folder, family, *CLASSES)
     weights = torch.load(folder / "teacher.pth", weights_only=True)
     weights["model"]["backbone.fpn_output3.bias"][0] = math.inf
@@ -132,7 +132,7 @@ def config(
 
 
 def stopped(cfg: CfgNode, *hooks: HookBase) -> tuple[Trainer, str]:
-    """Train until the error; returns its message."""
+    """Train until the error, and return the trainer and the message."""
     trainer = Trainer(cfg, hooks)
     with pytest.raises(NumericalError) as error:
         trainer.train()

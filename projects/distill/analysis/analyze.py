@@ -5,7 +5,7 @@
         --model distilled output/distilled --model teacher output/teacher
 
 A model is a file of predictions in COCO's format, which evaluation writes, or the OUTPUT_DIR of a
-training, whose network then detects on the data set here; only that shows the cost of the network.
+training. In the latter case, its network runs on the data set here, and its cost is measured.
 The report is one HTML file that needs no other, and its numbers are in a JSON file beside it.
 """
 
@@ -116,7 +116,7 @@ def analyze_model(
     """Compare a model with the data set.
 
     Args:
-        name, path: of the model, as the user gives them.
+        name, path: those that the user gives.
         source: the model's config, or its detections.
         data: the data set.
         args: see :func:`add_arguments`.
@@ -187,8 +187,8 @@ def as_report(
     classes = [data.truth.cats[i] for i in sorted(data.truth.cats)]
     rule = (
         "The images with the largest difference between the highest and the lowest F1 of the "
-        f"models, at IoU 0.5 and with detections of score {args.min_score:g} or more; among "
-        "equal ones those with more objects, then those of lower id."
+        f"models are shown. F1 is at IoU 0.5 with detections of score {args.min_score:g} or more. "
+        "Among equal images, those with more objects come first, then those of lower id."
     )
     return {
         "data": {

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..utils.progress import Progress
 from ..utils.timing import seconds
 
-CONFIGS = ("student.yaml", "config.yaml")  # of a training, the plain one first
+CONFIGS = ("student.yaml", "config.yaml")  # written by a training, the plain one first
 WEIGHTS = "model_final.pth"
 WARM_UP, REPEATS = 3, 20  # forwards of the network whose cost is measured
 Triples = tuple[tuple[str, str, str], ...]
@@ -111,7 +111,7 @@ def efficiency(
         run()
     memory = None
     if cuda:
-        gc.collect()  # of an earlier model
+        gc.collect()  # frees an earlier model
         torch.cuda.reset_peak_memory_stats(device)
         run()
         memory = torch.cuda.max_memory_allocated(device) / 2**20

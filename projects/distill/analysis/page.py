@@ -103,8 +103,8 @@ def errors(models: Mapping[str, Any], data: Mapping[str, Any], figure: str) -> l
     parts = [
         paragraph(
             "COCO's analysis: the area below the curve of precision over recall, the mean of the "
-            "classes, as one kind of error after another is ignored. What a column gains over "
-            "the one before it is what that kind of error costs."
+            "classes, as one kind of error after another is ignored. The difference of a "
+            "column to the one before it is the cost of that kind of error."
             + " The data set names no supercategories, so Sim is Loc."
             * (not data["supercategories"])
         ),

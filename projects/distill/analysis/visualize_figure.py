@@ -82,7 +82,7 @@ def draw(grid: Grid, shown: ShownImage, title: str, path: Path) -> None:
             ax = figure.add_subplot(cells[i, j + 1])
             draw_panel(ax, grid[row, column], shown, column if i == 0 else "")
             ax.set_ylabel(row if j == 0 else "", fontsize=8)
-        if limits := grid[row, columns[-1]].limits:  # of the whole row
+        if limits := grid[row, columns[-1]].limits:  # shared by the whole row
             bar = ScalarMappable(Normalize(*limits), COLORS)
             beside = ax.inset_axes((1.05, 0, 0.06, 1))
             ticks = np.linspace(*limits, 3)

@@ -71,7 +71,7 @@ class StudentCheckpointer(SafeCheckpointer):
         try:
             write_checked(path, data)
         except (OSError, RuntimeError) as e:
-            # Torch's writer raises a RuntimeError of its own after whatever stopped it.
+            # torch's writer raises its own RuntimeError after the error that stopped it.
             cause = e if isinstance(e, OSError) else e.__context__ or e
             if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):
                 raise cause from None  # from another place: a data worker died meanwhile

@@ -1,12 +1,12 @@
-"""Cityscapes: the sets that detectron2 registers, read with public libraries alone.
+"""Loaders and mapper of Cityscapes, for the data sets that detectron2 registers.
 
-Below the root, as the archives ``leftImg8bit_trainvaltest`` and ``gtFine_trainvaltest`` unpack:
-``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` and, for each of them, the files
+The archives ``leftImg8bit_trainvaltest`` and ``gtFine_trainvaltest`` unpack to this layout:
+``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` and, for each image, the files
 ``gtFine/<split>/<city>/<name>_gtFine_{labelIds,instanceIds}.png`` and ``…_polygons.json``.
 
-The dataset dicts are those of detectron2, whose own functions ask for a private module in its newer
-commits (https://github.com/facebookresearch/detectron2/issues/5436). Their order is that of the
-file names, on every machine.
+The dataset dicts are those of detectron2, but in the order of the file names on every machine. In
+newer commits, detectron2's own functions import a private module
+(https://github.com/facebookresearch/detectron2/issues/5436). These need public libraries only.
 """
 
 import copy
@@ -36,21 +36,21 @@ from PIL import Image
 from ..errors import DataError
 from .checks.issues import Problem
 
-IGNORED = 255  # train id of what is neither trained nor evaluated
+IGNORED = 255  # train id of pixels that are neither trained nor evaluated
 IMAGES = "_leftImg8bit.png"
 LABEL_IDS, TRAIN_IDS = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 INSTANCE_IDS, POLYGONS = "_gtFine_instanceIds.png", "_gtFine_polygons.json"
 
-_POOLED = 100  # pictures from which on polygons are read by several processes
+_POOLED = 100  # smallest number of images whose polygons are read by several processes
 _MOST_WORKERS = 16
 
 
-# cityscapesscripts and shapely are imported where they are used: most trainings need neither.
+# cityscapesscripts and shapely are imported inside functions, because most trainings need neither.
 
 
 @cache
 def label_table() -> dict[str, Any]:
-    """Cityscapes' own table: its labels by name."""
+    """Return Cityscapes' own table of labels, by name."""
     from cityscapesscripts.helpers.labels import name2label
 
     return dict(name2label)
@@ -58,14 +58,14 @@ def label_table() -> dict[str, Any]:
 
 @cache
 def _things() -> list[int]:
-    """Label ids of the classes with instances that are evaluated."""
+    """Return the label ids of the evaluated classes with instances."""
     labels = label_table().values()
     return [label.id for label in labels if label.hasInstances and not label.ignoreInEval]
 
 
 @cache
 def train_id_table() -> NDArray[np.uint8]:
-    """(256,): the train id of each label id, :data:`IGNORED` for those without."""
+    """Return the train id of each label id, (256,); :data:`IGNORED` for ids without one."""
     table = np.full(256, IGNORED, np.uint8)
     for label in label_table().values():
         if label.id >= 0 and 0 <= label.trainId < IGNORED:
@@ -75,7 +75,7 @@ def train_id_table() -> NDArray[np.uint8]:
 
 @cache
 def label_id_table() -> NDArray[np.uint8]:
-    """(256,): the label id of each train id, 0 (unlabeled) for what is none."""
+    """Return the label id of each train id, (256,); 0 (unlabeled) for other numbers."""
     table = np.zeros(256, np.uint8)
     known = np.flatnonzero(train_id_table() != IGNORED)
     table[train_id_table()[known]] = known
@@ -86,94 +86,95 @@ def label_id_table() -> NDArray[np.uint8]:
 
 
 def ground_truth_files(image_dir: str, gt_dir: str, kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """The pictures of a split, each with the first of its ground-truth files that is there.
+    """Return pairs of an image and its ground-truth file for a split.
 
     Args:
-        image_dir, gt_dir: folders of a split, with one folder a city.
-        kinds: ends of ground-truth file names, the preferred one first. If none is there, the last
-            is named all the same: whoever opens it says so.
+        image_dir, gt_dir: folders of a split, with one folder per city.
+        kinds: suffixes of ground-truth files, the preferred one first. The first file that exists
+            is returned. If no file exists, the last one is returned, and an error follows when it
+            is opened.
 
     Raises:
-        DataError: a folder is missing, there are no pictures, or none of them has ground truth.
+        DataError: a folder is missing, there are no images, or no image has ground truth.
     """
-    for folder, what in ((image_dir, "pictures"), (gt_dir, "ground truth")):
+    for folder, what in ((image_dir, "images"), (gt_dir, "ground truth")):
         if not os.path.isdir(folder):
             raise DataError(
                 f"There is no folder {folder} with Cityscapes' {what} (the environment variable "
                 "DETECTRON2_DATASETS names the folder that holds 'cityscapes')."
             )
-    pictures = sorted(Path(image_dir).glob(f"*/*{IMAGES}"))
-    if not pictures:
-        raise DataError(f"No city below {image_dir} has a picture named *{IMAGES}.")
+    images = sorted(Path(image_dir).glob(f"*/*{IMAGES}"))
+    if not images:
+        raise DataError(f"No city below {image_dir} has an image named *{IMAGES}.")
     pairs = []
-    for path in pictures:
+    for path in images:
         stem = os.path.join(gt_dir, path.parent.name, path.name[: -len(IMAGES)])
         files = [stem + kind for kind in kinds]
         pairs.append((str(path), next(filter(os.path.isfile, files), files[-1])))
     if not os.path.isfile(pairs[0][1]) and not any(os.path.isfile(file) for _, file in pairs):
         raise DataError(
-            f"No picture below {image_dir} has its ground truth *{kinds[-1]} below {gt_dir}; "
-            "unpack gtFine_trainvaltest.zip beside the pictures."
+            f"No image below {image_dir} has its ground truth *{kinds[-1]} below {gt_dir}; "
+            "unpack gtFine_trainvaltest.zip next to leftImg8bit."
         )
     return pairs
 
 
 def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
-    """The pictures of a split with semantic labels, as detectron2 dataset dicts.
+    """Return the dataset dicts of a split with semantic labels.
 
-    Labels are those of ``createTrainIdLabelImgs`` where they have been made, and otherwise the
-    label ids of the download, which :class:`SemanticMapper` maps.
+    The labels are the files of ``createTrainIdLabelImgs`` if they exist. Otherwise they are the
+    label ids of the download, which :class:`SemanticMapper` maps to train ids.
 
     Args:
-        image_dir, gt_dir: folders of a split, with one folder a city.
+        image_dir, gt_dir: folders of a split, with one folder per city.
 
     Raises:
-        DataError: one sentence that names the folder or the file.
+        DataError: a file or folder is missing or unreadable.
     """
     return [
-        {"file_name": picture, "sem_seg_file_name": labels, **_size(picture)}
-        for picture, labels in ground_truth_files(image_dir, gt_dir, (TRAIN_IDS, LABEL_IDS))
+        {"file_name": path, "sem_seg_file_name": labels, **_size(path)}
+        for path, labels in ground_truth_files(image_dir, gt_dir, (TRAIN_IDS, LABEL_IDS))
     ]
 
 
-def _size(picture: str) -> dict[str, int]:
+def _size(path: str) -> dict[str, int]:
     try:
-        with Image.open(picture) as image:  # the header alone is read
+        with Image.open(path) as image:  # reads only the header
             return {"height": image.height, "width": image.width}
     except OSError as e:
-        raise DataError(f"Cityscapes' picture {picture} is unreadable.") from e
+        raise DataError(f"Cityscapes' image {path} is unreadable.") from e
 
 
 def load_cityscapes_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
-    """The pictures of a split with instances as polygons, as detectron2 dataset dicts.
+    """Return the dataset dicts of a split with instances as polygons.
 
-    Groups (such as ``cargroup``) are crowds. ``category_id`` counts the eight classes with
-    instances in the order of their label ids.
+    Groups (such as ``cargroup``) are crowds. ``category_id`` is the index among the eight classes
+    with instances, in the order of their label ids.
 
     Args:
-        image_dir, gt_dir: folders of a split, with one folder a city.
+        image_dir, gt_dir: folders of a split, with one folder per city.
 
     Raises:
-        DataError: one sentence that names the folder or the file.
+        DataError: a file or folder is missing or unreadable.
     """
     pairs = ground_truth_files(image_dir, gt_dir, (POLYGONS,))
     workers = min((os.cpu_count() or 1) // comm.get_world_size(), _MOST_WORKERS)
     if len(pairs) < _POOLED or workers < 2:
         return [_instances(pair) for pair in pairs]
-    with ProcessPoolExecutor(workers) as pool:  # minutes otherwise
+    with ProcessPoolExecutor(workers) as pool:  # one process needs minutes
         return list(pool.map(_instances, pairs, chunksize=8))
 
 
 def _instances(pair: tuple[str, str]) -> dict[str, Any]:
     import shapely
 
-    picture, path = pair
+    image, path = pair
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
         return {
-            "file_name": picture,
-            "image_id": os.path.basename(picture),
+            "file_name": image,
+            "image_id": os.path.basename(image),
             "height": content["imgHeight"],
             "width": content["imgWidth"],
             "annotations": _visible(content["objects"]),
@@ -181,14 +182,14 @@ def _instances(pair: tuple[str, str]) -> dict[str, Any]:
     except DataError as e:
         raise DataError(f"Cityscapes' polygons {path}: {e}") from e
     except FileNotFoundError as e:
-        raise DataError(f"There is no file {path} with the polygons of {picture}.") from e
+        raise DataError(f"There is no file {path} with the polygons of {image}.") from e
     except (OSError, ValueError, TypeError, LookupError, shapely.errors.ShapelyError) as e:
         reason = f"{type(e).__name__} {e}"
         raise DataError(f"Cityscapes' polygons {path} cannot be read: {reason}.") from e
 
 
 def _visible(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Annotations of what is seen of the objects, of which later ones hide earlier ones."""
+    """Return annotations of the visible parts of objects; later objects hide earlier ones."""
     import shapely
 
     hidden: Any = shapely.Polygon()
@@ -198,10 +199,10 @@ def _visible(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
         name = thing["label"]
         label = labels.get(name) or labels.get(name.removesuffix("group"))
         if label is None:
-            raise DataError(f"the label '{name}' is none of Cityscapes'.")
+            raise DataError(f"'{name}' is not a label of Cityscapes.")
         if label.id < 0 or "deleted" in thing:
             continue
-        # Points are pixels, whose centres are at 0.5; drawing covers every pixel it touches.
+        # A point is a pixel, whose centre is at 0.5. Drawing covers every pixel that it touches.
         shape = shapely.Polygon(np.asarray(thing["polygon"], np.float32) + 0.5).buffer(
             0.5, quad_segs=4
         )
@@ -216,7 +217,7 @@ def _visible(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _annotation(seen: Any, label_id: int, crowd: bool) -> dict[str, Any]:
     import shapely
 
-    # Outer borders only: COCO's polygons have no holes.
+    # Only outer borders are used: COCO's polygons have no holes.
     parts = [x for x in getattr(seen, "geoms", [seen]) if isinstance(x, shapely.Polygon)]
     return {
         "iscrowd": crowd,
@@ -228,13 +229,13 @@ def _annotation(seen: Any, label_id: int, crowd: bool) -> dict[str, Any]:
 
 
 def check_ground_truth(name: str) -> None:
-    """Refuse a test set of which a file that the evaluation needs is missing.
+    """Check that a test set has all files that the evaluation needs.
 
     Args:
-        name: of one of the sets that detectron2 registers.
+        name: name of a data set that detectron2 registers.
 
     Raises:
-        DataError: names the folder, or the first file.
+        DataError: a file or folder is missing.
     """
     metadata = MetadataCatalog.get(name)
     instances = metadata.evaluator_type == "cityscapes_instance"
@@ -243,16 +244,16 @@ def check_ground_truth(name: str) -> None:
         missing = [file for _, file in pairs if not os.path.isfile(file)]
         if missing:
             raise DataError(
-                f"Data set '{name}' cannot be evaluated: there is no file {missing[0]} (nor "
-                f"{len(missing) - 1} more; {len(pairs)} pictures)."
+                f"Data set '{name}' cannot be evaluated: the file {missing[0]} is missing, and "
+                f"{len(missing) - 1} more for {len(pairs)} images."
             )
 
 
 def label_problem(path: str) -> Problem | None:
-    """What is wrong with the values of a picture of Cityscapes' semantic labels.
+    """Return the problem of the values in Cityscapes' semantic labels, or None.
 
     Args:
-        path: of a picture that can be read; others than Cityscapes' have no problem.
+        path: path of a readable image; files that are not Cityscapes' labels have no problem.
     """
     if not path.endswith((LABEL_IDS, TRAIN_IDS)):
         return None
@@ -265,16 +266,16 @@ def label_problem(path: str) -> Problem | None:
     wrong = sorted(set(found.tolist()) - known)
     if not wrong:
         return None
-    return Problem("unknown label", f"the value {wrong[0]} is no {kind} of Cityscapes")
+    return Problem("unknown label", f"the value {wrong[0]} is not a {kind} of Cityscapes")
 
 
 def register_cityscapes_semantic(name: str, root: str, split: str) -> None:
-    """Register a set for semantic segmentation in the layout of Cityscapes, with its classes.
+    """Register a data set for semantic segmentation with Cityscapes' layout and classes.
 
     Args:
-        name: new in detectron2's catalogue; an equal one stays.
-        root: holds ``leftImg8bit`` and ``gtFine``.
-        split: folder below both.
+        name: name in detectron2's catalogue; nothing happens if it has the same folder there.
+        root: folder with ``leftImg8bit`` and ``gtFine``.
+        split: name of the folder in both.
     """
     image_dir, gt_dir = (os.path.join(root, kind, split) for kind in ("leftImg8bit", "gtFine"))
     if name in DatasetCatalog.list() and MetadataCatalog.get(name).image_dir == image_dir:
@@ -311,29 +312,32 @@ _replace_loaders()
 
 
 class _ToTrainIds(NoOpTransform):
-    """Leaves the picture as it is and maps its label ids to train ids."""
+    """Transform that maps label ids to train ids, and keeps the image."""
 
     def apply_segmentation(self, segmentation: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return train_id_table()[segmentation]
 
 
 class ToTrainIds(Augmentation):
-    """Label ids of Cityscapes become train ids; first of all, because crops count classes."""
+    """Augmentation that maps Cityscapes' label ids to train ids.
+
+    It must be the first augmentation, because crops count classes.
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # without arguments, as the log shows
+        super().__init__()  # no arguments, which the log would show
 
     def get_transform(self, image: Any) -> _ToTrainIds:
         return _ToTrainIds()
 
 
 def semantic_augmentations(cfg: CfgNode) -> list[Augmentation]:
-    """detectron2's augmentations of training pictures without instances.
+    """Return detectron2's augmentations for training images without instances.
 
-    ``INPUT.CROP`` is taken of the resized picture, as its DeepLab project does, so that all crops
-    have one size; for detection, detectron2 crops first. With a
-    ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA`` below 1, up to ten crops are drawn until no class fills
-    more than this share; ignored pixels do not count.
+    ``INPUT.CROP`` crops the resized image, as in detectron2's DeepLab project, so that all crops
+    have the same size; for detection, detectron2 crops first. If
+    ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA`` is below 1, up to ten crops are drawn until no class
+    fills more than this share. Ignored pixels do not count.
     """
     augmentations = build_augmentation(cfg, is_train=True)
     if cfg.INPUT.CROP.ENABLED:
@@ -348,21 +352,21 @@ def semantic_augmentations(cfg: CfgNode) -> list[Augmentation]:
 
 
 class SemanticMapper(DatasetMapper):
-    """detectron2's mapper for semantic segmentation, which reads Cityscapes' label ids too.
+    """detectron2's mapper for semantic segmentation, which also reads Cityscapes' label ids.
 
-    Those are mapped to train ids, which detectron2 expects in files that users have to make.
+    Label ids are mapped to train ids. detectron2 expects train ids in files that users must make.
 
     Args:
         is_train: as in :class:`DatasetMapper`.
-        augmentations: of pictures whose labels are train ids.
-        options: of :class:`DatasetMapper`.
+        augmentations: augmentations for images whose labels are train ids.
+        options: other arguments of :class:`DatasetMapper`.
     """
 
     @configurable
     def __init__(self, is_train: bool, *, augmentations: list[Augmentation], **options: Any):
         super().__init__(is_train, augmentations=augmentations, **options)
-        self._of_label_ids = copy.copy(self)
-        self._of_label_ids.augmentations = AugmentationList([ToTrainIds(), *augmentations])
+        self._label_id_mapper = copy.copy(self)
+        self._label_id_mapper.augmentations = AugmentationList([ToTrainIds(), *augmentations])
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -371,4 +375,4 @@ class SemanticMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         label_ids = str(dataset_dict.get("sem_seg_file_name", "")).endswith(LABEL_IDS)
-        return DatasetMapper.__call__(self._of_label_ids if label_ids else self, dataset_dict)
+        return DatasetMapper.__call__(self._label_id_mapper if label_ids else self, dataset_dict)

@@ -1,7 +1,7 @@
-"""KITTI's object detection benchmark: labels, splits, regions that training has to ignore.
+"""KITTI's object detection benchmark: labels, splits, and regions that a training must ignore.
 
-Below the root, as KITTI's archives unpack: ``training/image_2/<id>.png`` (left colour camera),
-``training/label_2/<id>.txt``; optionally ``ImageSets/<split>.txt`` with one id a line.
+KITTI's archives unpack to ``training/image_2/<id>.png`` (left colour camera) and
+``training/label_2/<id>.txt``. ``ImageSets/<split>.txt`` with one id per line is optional.
 
 Source: Geiger, Lenz, Urtasun, "Are we ready for autonomous driving? The KITTI vision benchmark
 suite", CVPR 2012, and the readme of its development kit.
@@ -28,7 +28,7 @@ from ..utils.text import choices
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 NEIGHBOURS = {"Van": "Car", "Person_sitting": "Pedestrian"}
-"""Types so like a class that taking them for it is neither right nor wrong."""
+"""Types similar to a class; detecting them as this class is neither right nor wrong."""
 DONT_CARE = "DontCare"
 BACKGROUND = ("Truck", "Tram", "Misc")
 TYPES = (*KITTI_CLASSES, *NEIGHBOURS, DONT_CARE, *BACKGROUND)
@@ -41,19 +41,26 @@ Box = tuple[float, float, float, float]
 
 
 class Label(NamedTuple):
-    """A line of a label file; the unknown is -1, as in every DontCare region."""
+    """Line of a label file; unknown numbers, as in every DontCare region, are -1.
 
-    type: str  # one of TYPES
-    truncation: float  # fraction of the object outside the picture
-    occlusion: int  # 0: fully visible, 1: partly, 2: largely occluded, 3: unknown
-    box: Box  # left, top, right, bottom; pixels, the picture's corner is 0, 0
+    Attributes:
+        type: one of :data:`TYPES`.
+        truncation: fraction of the object outside the image.
+        occlusion: 0 fully visible, 1 partly occluded, 2 largely occluded, 3 unknown.
+        box: left, top, right, bottom in pixels; the corner of the image is (0, 0).
+    """
+
+    type: str
+    truncation: float
+    occlusion: int
+    box: Box
 
 
 def read_labels(path: str | os.PathLike[str]) -> list[Label]:
     """Read a label file.
 
     Raises:
-        DataError: it is missing, or a line is not in KITTI's format; names the line.
+        DataError: the file is missing, or a line is not in KITTI's format.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -65,7 +72,7 @@ def read_labels(path: str | os.PathLike[str]) -> list[Label]:
 def _parse(line: str, where: str) -> Label:
     columns = line.split()
     if len(columns) != _COLUMNS:
-        raise DataError(f"{where}: {len(columns)} columns, KITTI's labels have {_COLUMNS}.")
+        raise DataError(f"{where}: {len(columns)} columns; KITTI's labels have {_COLUMNS}.")
     if columns[0] not in TYPES:
         raise DataError(
             f"{where}: unknown type '{columns[0]}'; types: {choices(columns[0], TYPES)}."
@@ -90,14 +97,15 @@ def _number(text: str, where: str) -> float:
 
 
 def split_ids(root: str | os.PathLike[str], split: str) -> list[str]:
-    """The ids of a split: those in ``ImageSets/<split>.txt``, in their order.
+    """Return the ids of a split, in the order of ``ImageSets/<split>.txt``.
 
-    If ``ImageSets`` has neither train nor val, all pictures are shuffled by a fixed seed; the first
-    half is train, the other val. Neighbouring frames of a drive then fall into both, which
-    flatters the results: for numbers to publish, write the lists that the literature uses.
+    If ``ImageSets`` has neither train nor val, all images are shuffled with a fixed seed. The first
+    half is train, the other half is val. Then neighbouring frames of a drive are in both, which
+    makes results too good. Use the lists of the literature for numbers to publish.
 
     Raises:
-        DataError: the split is neither listed nor drawn, or empty; an id is no number.
+        DataError: the split has no list, is not train or val, or is empty; or an id is not a
+            number.
     """
     lists = {name: Path(root, "ImageSets", f"{name}.txt") for name in (*_SPLITS, split)}
     if lists[split].is_file():
@@ -107,59 +115,59 @@ def split_ids(root: str | os.PathLike[str], split: str) -> list[str]:
     else:
         raise DataError(f"KITTI's split '{split}' needs the file {lists[split]}.")
     if not ids:
-        raise DataError(f"KITTI's split '{split}' below {root} has no pictures.")
+        raise DataError(f"KITTI's split '{split}' below {root} has no images.")
     for name in ids:
         if not (name.isascii() and name.isdigit()):
-            raise DataError(f"KITTI's split '{split}' below {root}: the id '{name}' is no number.")
+            raise DataError(f"KITTI's split '{split}' below {root}: '{name}' is not a number.")
     return ids
 
 
 def _draw(root: str | os.PathLike[str]) -> dict[str, list[str]]:
     ids = sorted(path.stem for path in Path(root, "training", "image_2").glob("*.png"))
     rng = random.Random(_SPLIT_SEED)
-    # The one method whose values Python promises to keep; shuffle() may change.
+    # Python promises to keep the values of random(); shuffle() may change.
     shuffled = sorted(ids, key=lambda _: rng.random())
     half = (len(ids) + 1) // 2
     return {"train": sorted(shuffled[:half]), "val": sorted(shuffled[half:])}
 
 
 def load_kitti(root: str | os.PathLike[str], split: str) -> list[dict[str, Any]]:
-    """The pictures of a split as detectron2 dataset dicts.
+    """Return the dataset dicts of a split.
 
-    Annotations are the objects of ``KITTI_CLASSES``; Truck, Tram and Misc are background. What is
-    to be ignored is annotated as crowd, which stock detectron2 leaves out of training and COCO's
-    evaluation ignores: DontCare regions once per class, Van as Car, Person_sitting as Pedestrian.
-    These annotations also have ``"ignored": True``, for :class:`IgnoredRegionsMapper`. Boxes are
-    clipped to their picture. Each dict names its ``label_file``.
+    Annotations are the objects of ``KITTI_CLASSES``; Truck, Tram and Misc are background. Regions
+    to ignore are crowds, which stock detectron2 does not train on and COCO's evaluation ignores.
+    These are DontCare regions once per class, Van as Car, and Person_sitting as Pedestrian. They
+    also have ``"ignored": True`` for :class:`IgnoredRegionsMapper`. Boxes are clipped to their
+    image. The key ``label_file`` is the path of the labels.
 
     Args:
-        root: folder with ``training`` and possibly ``ImageSets``.
+        root: folder with ``training`` and, if it exists, ``ImageSets``.
         split: see :func:`split_ids`.
 
     Raises:
-        DataError: one sentence that names the folder, or the file and line.
+        DataError: a file or folder is missing, or a label is wrong.
     """
     folder = Path(root, "training", "image_2")
     if not folder.is_dir():
         raise DataError(
-            f"There is no folder {folder} with KITTI's pictures (the environment variable "
+            f"There is no folder {folder} with KITTI's images (the environment variable "
             "DETECTRON2_DATASETS names the folder that holds 'kitti')."
         )
     return [_record(Path(root, "training"), name) for name in split_ids(root, split)]
 
 
 def _record(folder: Path, name: str) -> dict[str, Any]:
-    picture, label_file = folder / "image_2" / f"{name}.png", folder / "label_2" / f"{name}.txt"
+    path, label_file = folder / "image_2" / f"{name}.png", folder / "label_2" / f"{name}.txt"
     try:
-        with Image.open(picture) as image:
-            width, height = image.size  # the header alone is read
+        with Image.open(path) as image:
+            width, height = image.size  # reads only the header
     except OSError as e:
-        raise DataError(f"KITTI's picture {picture} is missing or unreadable.") from e
+        raise DataError(f"KITTI's image {path} is missing or unreadable.") from e
     annotations = []
     for number, label in enumerate(read_labels(label_file), 1):
         annotations += _annotations(label, width, height, f"{label_file}, line {number}")
     return {
-        "file_name": str(picture),
+        "file_name": str(path),
         "label_file": str(label_file),
         "image_id": int(name),
         "width": width,
@@ -177,7 +185,7 @@ def _annotations(label: Label, width: int, height: int, where: str) -> list[dict
         if label.type == DONT_CARE:  # no pixel to ignore
             return []
         raise DataError(
-            f"{where}: the box {label.box} has no area in its picture of {width} x {height} pixels."
+            f"{where}: the box {label.box} has no area in its image of {width} x {height} pixels."
         )
     box = {"bbox": [left, top, right, bottom], "bbox_mode": BoxMode.XYXY_ABS}
     if label.type in KITTI_CLASSES:
@@ -188,20 +196,21 @@ def _annotations(label: Label, width: int, height: int, where: str) -> list[dict
 
 
 class IgnoredRegionsMapper(DatasetMapper):
-    """detectron2's mapper, which paints over the regions that training has to ignore.
+    """detectron2's mapper, which paints over the regions that a training must ignore.
 
-    Annotations with ``"ignored": True`` mark them. In KITTI's DontCare regions stand objects that
-    nobody has labelled, and a Van is no wrong answer to "Car"; yet detectron2 drops such
-    annotations and would teach the network that there is background. Its networks have no loss
-    mask, and students here run their own unmodified ``forward``. So the evidence goes instead of
-    the label: the regions become the mean colour, which is 0 after normalisation, and calling that
-    background is right whatever stood there. Pixels that a box of a trained class touches stay.
-    The teacher sees the same picture. Pictures without such annotations pass unchanged.
+    Annotations with ``"ignored": True`` mark these regions. DontCare regions of KITTI have
+    unlabelled objects, and a Van is not a wrong detection of Car. But detectron2 drops such
+    annotations, and the network would learn that the regions are background. Its networks have no
+    mask for the loss, and students run their own unmodified ``forward``.
+
+    So the pixels change instead of the labels. The regions get the mean colour, which is 0 after
+    normalisation and can be called background. Pixels inside a box of a trained class are kept. The
+    teacher gets the same image. Images without such annotations are not changed.
 
     Args:
-        is_train: as in :class:`DatasetMapper`; in inference nothing is painted.
+        is_train: as in :class:`DatasetMapper`; nothing is painted in inference.
         pixel_mean: one value per channel, in the order of ``image_format``.
-        options: of :class:`DatasetMapper`.
+        options: other arguments of :class:`DatasetMapper`.
     """
 
     @configurable
@@ -230,7 +239,7 @@ class IgnoredRegionsMapper(DatasetMapper):
 
 
 def _moved_boxes(annotations: list[dict[str, Any]], transforms: Any) -> NDArray[np.float64]:
-    """The boxes (N, 4) of annotations in the transformed picture."""
+    """Return the boxes (N, 4) of annotations in the transformed image."""
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
     return transforms.apply_box(np.array(boxes, dtype=float).reshape(-1, 4))
 
@@ -238,12 +247,12 @@ def _moved_boxes(annotations: list[dict[str, Any]], transforms: Any) -> NDArray[
 def paint_regions(
     image: Tensor, regions: NDArray[np.float64], spared: NDArray[np.float64], colour: Tensor
 ) -> None:
-    """Paint in place every pixel that a region touches and no spared box does.
+    """Paint every pixel that a region touches, except those in ``spared``, in place.
 
     Args:
         image: (C, H, W), uint8 or float.
-        regions: (N, 4) boxes, left, top, right, bottom, pixels; may exceed the image.
-        spared: (M, 4) boxes likewise.
+        regions: (N, 4) boxes (left, top, right, bottom) in pixels, which may exceed the image.
+        spared: (M, 4) boxes of the same form, whose pixels are not painted.
         colour: (C,).
     """
     mask = torch.zeros(image.shape[1:], dtype=torch.bool)
@@ -255,10 +264,10 @@ def paint_regions(
 
 
 def register_kitti(name: str, root: str | os.PathLike[str], split: str) -> None:
-    """Register a split as data set ``name``; files are read when it is first used.
+    """Register a split as data set ``name``, whose files are read at the first use.
 
     Args:
-        name: in detectron2's catalogues, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        name: name in detectron2's catalogues, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         root: see :func:`load_kitti`.
         split: see :func:`split_ids`.
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checkpoint.save import replacing
+from ..utils.io import replacing
 from ..utils.old_names import LOSSES, log_old_names, renamed
 
 Gradient = Sequence[Tensor | None]

@@ -81,7 +81,7 @@ class TrainLoop(SimpleTrainer):
         """End the data workers.
 
         If the garbage collector does it, each worker takes 5 s to end. It may delete the queues of
-        the workers first, and then nobody can tell them to stop.
+        the workers first, and then the workers cannot be told to stop.
         """
         self._data_loader_iter_obj = None
 

@@ -3,8 +3,8 @@
     distill ablate ima mkd --seeds 3
 
 A study is a teacher, a baseline and variants of its distillation. All students of a study share
-one teacher, as in the papers; every seed trains the baseline and each variant from the same
-initial weights on the same images, so that differences are paired. Finished runs are reused.
+one teacher, as in the papers. Every seed trains the baseline and each variant from the same initial
+weights on the same images, so differences are paired. Finished runs are reused.
 """
 
 import argparse

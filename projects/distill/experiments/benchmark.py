@@ -2,14 +2,14 @@
 
     distill benchmark --config-file F [--size 320x512 --batch 2] [KEY VALUE ...]
 
-Weights and images are random: only time is measured. In one process and interleaved, every round
-times the plain student's step, and for each head alone and for all together the teacher's answer
-and the distilled step. Reported are medians, and the ratio
-distilled / (plain + teacher).
+Weights and images are random: only time is measured. Every round times the plain student's step.
+Then, for each head by itself and for all heads together, it times the teacher's answer and the
+distilled step. The report has medians and the ratio distilled / (plain + teacher).
 
-With ``--heads-only`` every round times each head's losses with their backward to the features, and
-the student's backbone forward; reported are medians, their ratio, the largest tensor that the head
-makes, as a multiple of the largest feature map, and the MiB that it keeps for its backward.
+With ``--heads-only``, every round times the forward of the student's backbone, and each head's
+losses with their backward to the features. The report has medians and their ratio. It also has the
+largest tensor that the head makes, relative to the largest feature map, and the MiB that autograd
+keeps for it.
 """
 
 import argparse

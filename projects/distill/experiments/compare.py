@@ -2,12 +2,13 @@
 
     distill compare --config-file F --heads FitNet FGD MGD FGD+DKD --seeds 3 [KEY VALUE ...]
 
-Every seed trains the student alone and with each method: the same initial weights, the same
-images in the same order, so that differences are paired. Without --heads, every registered head
-that works for the config's student and teacher takes part. The config's sections hold the values
-of the heads; --set changes one for one method. The result is a table, raw values and a figure in
---out. Finished runs are reused, an interrupted one continues from its checkpoint, and a method
-that fails is a row with its reason.
+Every seed trains the student without distillation and with each method. They start from the same
+weights and see the same images in the same order, so differences are paired. Without --heads, every
+registered head that works for the config's student and teacher takes part. The config's sections
+hold the values of the heads; --set changes one for one method.
+
+The result is a table, raw values and a figure in --out. Finished runs are reused, an interrupted
+one continues from its checkpoint, and a method that fails is a row with its reason.
 
 Exit code: 0; 1 if a method failed; 2 after one sentence if nothing can be compared.
 """
@@ -121,7 +122,7 @@ def configure(config_file: str, opts: list[Any]) -> CfgNode:
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; name the data set on which to compare.")
     check_test_sets(cfg)
-    cfg.SOLVER.KEEP_CHECKPOINTS = 1  # of many runs
+    cfg.SOLVER.KEEP_CHECKPOINTS = 1  # there are many runs
     cfg.MODEL.DISTILL.COSINE_PERIOD = 0  # the log's cosines are no cost of a method
     return cfg
 

@@ -2,9 +2,9 @@
 
     distill demo --seeds 3 --control
 
-Every seed is a full replicate: a teacher, a student without distillation, the same student
-distilled, and, with ``--control``, the same student with an untrained teacher. Finished stages are
-reused, and an interrupted one resumes.
+Every seed trains a teacher, a student without distillation, and the same student distilled. With
+``--control``, the student is also distilled from an untrained teacher. Finished stages are reused,
+and an interrupted one resumes.
 """
 
 import argparse

@@ -120,7 +120,7 @@ class Runner:
     def _train(self, stage: Stage) -> None:
         cfg = stage.cfg.clone()
         cfg.DATASETS.TEST = ()
-        gc.collect()  # of an earlier run
+        gc.collect()  # frees an earlier run
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -239,7 +239,7 @@ def quiet(log: Path) -> Iterator[None]:
         handler.close()
 
 
-# ---- What a run depends on.
+# ---- Dependencies of a run.
 
 
 def code_digest() -> str:

@@ -34,7 +34,7 @@ R_CNN, DENSE = "build_shallow_resnet_{}_backbone", "build_retinanet_shallow_resn
 P3_TO_P7: list[Any] = [
     *("MODEL.REPPOINTS.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], "MODEL.REPPOINTS.NORM", "")
 ]
-# Name of a config, overrides, and the backbone of a neck; "" where there is none.
+# Name of a config, overrides, and the backbone of a neck, or "" without a neck.
 NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
     "Faster R-CNN": ("Shapes-Detection/faster_rcnn_R_10_FPN_32", (), R_CNN),
     "Mask R-CNN": ("Shapes-InstanceSegmentation/mask_rcnn_R_10_FPN_32", (), R_CNN),
@@ -136,7 +136,7 @@ def try_heads(
     own = build_family(student)
     distill = next(x for x in DistillModel.__subclasses__() if isinstance(own, x.family_type))
     model = distill(student=student, teacher=asked, heads=built).train()
-    maps: dict[str, Tensor] = {}  # of the backbone, on which all that is compared depends
+    maps: dict[str, Tensor] = {}  # the backbone's, on which all compared outputs depend
     hook = student.backbone.register_forward_hook(lambda *call: maps.update(call[-1]))
     with EventStorage():
         losses: dict[str, Tensor] = model(images(own.num_classes))

@@ -40,8 +40,9 @@ class RCNNFamily(Family):
         heads = self.model.roi_heads
         if not isinstance(heads, StandardROIHeads):
             raise ConfigError(
-                f"MODEL.ROI_HEADS.NAME is {type(heads).__name__}, whose shared block cannot be "
-                "distilled; use an FPN config (StandardROIHeads or CascadeROIHeads)."
+                f"MODEL.ROI_HEADS.NAME {type(heads).__name__} shares its box and mask features in "
+                "one block, which cannot be distilled; use an FPN config with StandardROIHeads or "
+                "CascadeROIHeads."
             )
         predictors = heads.box_predictor
         cascade = isinstance(heads, CascadeROIHeads)

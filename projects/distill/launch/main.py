@@ -42,8 +42,8 @@ def train(cfg: CfgNode, args: Namespace, finished: str | None, trainer: type[Tra
     """Be one process of a training, an evaluation or a check.
 
     Args:
-        cfg, finished: of :func:`configure`.
-        args: of :func:`add_arguments`.
+        cfg, finished: see :func:`configure`.
+        args: see :func:`add_arguments`.
         trainer: the class that trains and evaluates.
 
     Returns:
@@ -83,9 +83,10 @@ def configure(args: Namespace) -> tuple[CfgNode, str | None]:
 
 
 def finished_checkpoint(cfg: CfgNode) -> str | None:
-    """The final checkpoint of a finished run; it needs no teacher any more.
+    """Return the final checkpoint of a finished run, which needs no teacher any more.
 
-    One that is damaged is none: training goes on from the one before it.
+    Returns None if there is no such checkpoint or if it is corrupt. Training then continues from
+    the one before it.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if not os.path.isfile(path) or damage(path):
@@ -177,12 +178,12 @@ def run(args: Namespace, trainer: type[Trainer] = Trainer) -> int:
 
 
 def _start_members(args: Namespace, trainer: type[Trainer]) -> int:
-    """This machine's processes, as detectron2's ``launch`` starts them; returns the exit code."""
-    cfg, _ = configure(args)  # whatever is wrong with it is said once, here
+    """Start this machine's processes, as detectron2's ``launch`` does; return the exit code."""
+    cfg, _ = configure(args)  # its errors are printed once, here
     first = from_arguments(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     _check_doctor(args, first)
     check_gpus(cfg.MODEL.DEVICE, first.local_size)
-    # It warns of every process that it ends.
+    # torch warns of every process that it ends.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with exit_on_signals(lambda: resume_hint(_trained_folder(cfg, args)), GRACE_PERIOD_S):
         with signals_deferred():
@@ -208,7 +209,7 @@ def _member(
 
 
 def _exit_code(ended: ProcessExitedException) -> int:
-    """Of the first process that failed; says what it could not say itself."""
+    """Return the exit code of the first process that failed; print a reason that it could not."""
     name = ended.signal_name or {130: "SIGINT", 143: "SIGTERM"}.get(ended.exit_code)
     if not name:
         return ended.exit_code
@@ -227,10 +228,10 @@ def _exit_code(ended: ProcessExitedException) -> int:
 def _take_part(
     args: Namespace, trainer: type[Trainer], process: ProcessInfo, announce: bool = True
 ) -> int:
-    """Be one process; returns the exit code if it is the only one, else ends with it.
+    """Be one process: return the exit code if it is the only one, otherwise exit with it.
 
     Args:
-        announce: say which signal ended it; its parent does, otherwise.
+        announce: print which signal ended it; otherwise its parent does.
     """
     folder = ""
     talks = announce and process.local_rank == 0
@@ -241,18 +242,18 @@ def _take_part(
             process.join(cfg.MODEL.DEVICE, timedelta(seconds=args.dist_timeout))
             folder = _trained_folder(cfg, args)
             code = train(cfg, args, finished, trainer)
-            comm.synchronize()  # nobody leaves while another process still talks to it
+            comm.synchronize()  # no process ends while another one still needs it
         except Exception as e:
             if not process.url and not user_error(e):
                 raise
             code = report_error(e, process.rank, process.local_rank)
-        if process.url:  # gloo's threads can abort the interpreter's way out, or keep it waiting
+        if process.url:  # gloo's threads can crash or block the interpreter's exit
             exit_process(code)
     return code
 
 
 def _trained_folder(cfg: CfgNode, args: Namespace) -> str:
-    """Where checkpoints of this command appear; empty: nowhere."""
+    """Return the folder of this command's checkpoints, "" if it writes no checkpoints."""
     return "" if args.eval_only or args.doctor else str(cfg.OUTPUT_DIR)
 
 

@@ -207,7 +207,9 @@ def exit_on_signals(
             line.
         grace_period_s: see :func:`exit_process`.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # other threads cannot set handlers
         yield
         return
     owner = os.getpid()

@@ -1,9 +1,9 @@
-"""Scenes of :mod:`distill.data.shapes` in the on-disk layouts of COCO, Cityscapes, VOC and KITTI.
+"""Rendered scenes of geometric shapes, written in the layouts of COCO, Cityscapes, VOC and KITTI.
 
-Every writer renders one split and may be called for several splits of the same root. The files are
-collected in a temporary folder and moved into place at the end, so that an interrupted call leaves
-nothing that looks complete. A split that exists is kept if it was written with the same settings;
-otherwise :class:`FileExistsError` is raised unless ``overwrite=True``.
+Each writer renders one split, and several splits may have the same root. The files are collected in
+a temporary folder and moved at the end, so that an interrupted call leaves no complete split. A
+split that exists is kept if it was written with the same settings. Otherwise a
+:class:`FileExistsError` is raised, unless ``overwrite=True``.
 """
 
 from .cityscapes import CITYSCAPES_STUFF, CITYSCAPES_THINGS, write_cityscapes

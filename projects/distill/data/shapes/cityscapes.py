@@ -1,4 +1,4 @@
-"""The layout of Cityscapes: leftImg8bit and gtFine."""
+"""Layout of Cityscapes: leftImg8bit and gtFine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .scenes import STUFF_CLASSES, Scene, SceneConfig
 
 
 class CityscapesLabel(NamedTuple):
-    """A row of cityscapesscripts' table of labels."""
+    """Row of cityscapesscripts' table of labels."""
 
     name: str
     id: int
     train_id: int
 
 
-# One for each of CLASSES, in detectron2's order, so that contiguous category ids agree.
+# One for each of CLASSES, in detectron2's order, so that contiguous category ids are the same.
 CITYSCAPES_THINGS = (
     CityscapesLabel("person", 24, 11),
     CityscapesLabel("rider", 25, 12),
@@ -54,11 +54,12 @@ def write_cityscapes(
 ) -> None:
     """Write a split as Cityscapes; shape ``i`` is :data:`CITYSCAPES_THINGS` ``[i]``.
 
-    Files below ``root``, for the one city of a split, which is named like the split:
+    A split has one city with the name of the split. Its files below ``root`` are
     ``leftImg8bit/<split>/<city>/<city>_<index>_000000_leftImg8bit.png`` and, below
     ``gtFine/<split>/<city>``, ``…_gtFine_{labelIds,labelTrainIds,instanceIds}.png`` and
-    ``…_gtFine_polygons.json``. The json lists regions, then objects from the farthest to the
-    nearest: drawing its polygons in order, as cityscapesscripts does, gives the label pictures.
+    ``…_gtFine_polygons.json``. The json file has the regions, and then the objects from the
+    farthest to the nearest. cityscapesscripts draws its polygons in this order, which gives the
+    label images.
     """
     job = Job("cityscapes", split, num_scenes, seed, config or SceneConfig())
     owned = [f"{kind}/{split}/{split}/*" for kind in ("leftImg8bit", "gtFine")]
@@ -90,8 +91,8 @@ def _write_labels(folder: Path, name: str, scene: Scene) -> None:
 
 def _polygons(scene: Scene) -> list[dict[str, Any]]:
     objects: list[dict[str, Any]] = []
-    # The first region fills the picture and the others are drawn over it in their order, which is
-    # such that none has a hole; the whole of each object is then drawn over those behind it.
+    # The first region fills the image, and the others are drawn over it in an order in which no
+    # region has a hole. Then each whole object is drawn over the objects behind it.
     for index in range(len(STUFF_CLASSES)):
         region = scene.stuff == index if index else np.ones_like(scene.stuff, dtype=np.bool_)
         for outline in mask_to_pixel_outlines(region):

@@ -1,4 +1,4 @@
-"""The layout of COCO: instances, semantic labels and panoptic segments."""
+"""Layout of COCO: instances, semantic labels and panoptic segments."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ def write_coco(
 ) -> None:
     """Write a split as COCO instances, semantic and panoptic labels.
 
-    Files below ``root``: ``images/<split>/*.jpg``; ``annotations/instances_<split>.json`` with
-    polygons that pycocotools rasterises to exactly the visible masks (category ids 1…8);
-    ``semantic_<split>/*.png`` with indices into ``CLASSES + STUFF_CLASSES``; and, as
-    detectron2's ``register_coco_panoptic_separated`` reads them, ``stuff_<split>/*.png`` (0 for
-    things, 1…4 for :data:`STUFF_CLASSES`), ``panoptic_<split>/*.png`` and
-    ``annotations/panoptic_<split>.json`` (stuff category ids 9…12).
+    Files below ``root``:
+
+    - ``images/<split>/*.jpg``
+    - ``annotations/instances_<split>.json`` with polygons that pycocotools rasterises to exactly
+      the visible masks (category ids 1…8)
+    - ``semantic_<split>/*.png`` with indices into ``CLASSES + STUFF_CLASSES``
+    - files for detectron2's ``register_coco_panoptic_separated``: ``stuff_<split>/*.png`` (0 for
+      things, 1…4 for :data:`STUFF_CLASSES`), ``panoptic_<split>/*.png`` and
+      ``annotations/panoptic_<split>.json`` (stuff category ids 9…12)
     """
     job = Job("coco", split, num_scenes, seed, config or SceneConfig())
     owned = [f"{kind}/*" for kind in _coco_folders(split)]
@@ -57,7 +60,7 @@ def write_coco(
             images.append(
                 {"id": index + 1, "file_name": f"{name}.jpg", "height": height, "width": width}
             )
-            _write_coco_pictures(folder, split, name, scene)
+            _write_coco_images(folder, split, name, scene)
             for annotation in _coco_instances(scene):
                 ids = {"id": len(instances) + 1, "image_id": index + 1}
                 instances.append({**ids, **annotation})
@@ -72,14 +75,14 @@ def _coco_folders(split: str) -> list[str]:
     return [f"images/{split}", f"semantic_{split}", f"stuff_{split}", f"panoptic_{split}"]
 
 
-def _write_coco_pictures(folder: Path, split: str, name: str, scene: Scene) -> None:
+def _write_coco_images(folder: Path, split: str, name: str, scene: Scene) -> None:
     images, semantic, stuff, panoptic = (folder / kind for kind in _coco_folders(split))
     write_image(images / f"{name}.jpg", scene.image)
     write_image(semantic / f"{name}.png", scene.semantic)
     stuff_only = scene.stuff + np.uint8(1)
     stuff_only[scene.semantic < len(CLASSES)] = 0
     write_image(stuff / f"{name}.png", stuff_only)
-    # COCO's panoptic pictures hold id = R + 256 G + 65536 B; all our ids are below 256.
+    # COCO's panoptic images have id = R + 256 G + 65536 B; all ids here are below 256.
     rgb = np.zeros_like(scene.image)
     rgb[..., 0] = _panoptic_ids(scene)
     write_image(panoptic / f"{name}.png", rgb)
@@ -97,7 +100,7 @@ def _coco_instances(scene: Scene) -> Iterator[dict[str, Any]]:
 
 
 def _panoptic_ids(scene: Scene) -> Image:
-    """(H, W) uint8: 1…N for the objects, N+1…N+4 for the stuff regions."""
+    """Return (H, W) uint8: 1…N for the objects, N+1…N+4 for the stuff regions."""
     ids = scene.stuff + np.uint8(len(scene.masks) + 1)
     for index, mask in enumerate(scene.masks):
         ids[mask] = index + 1

@@ -1,4 +1,4 @@
-"""What the layouts share: one split as a job, moving it into place, writing files."""
+"""Shared parts of the layouts: settings of a split, its temporary folder, and its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _JPEG_QUALITY = 95
 
 
 class SplitWriter(Protocol):
-    """What the ``write_*`` functions have in common; ``progress`` is called after each scene."""
+    """Signature of the ``write_*`` functions; ``progress`` is called after each scene."""
 
     def __call__(
         self,
@@ -42,7 +42,7 @@ class SplitWriter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One split in one layout."""
+    """Settings of one split in one layout."""
 
     layout: str
     split: str
@@ -52,7 +52,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9]+", self.split):
-            raise ValueError(f"a split is named by letters and digits, got {self.split!r}")
+            raise ValueError(f"the name of a split has letters and digits only, got {self.split!r}")
         if self.num_scenes < 1:
             raise ValueError(f"a split has at least one scene, got {self.num_scenes}")
         if self.seed < 0:
@@ -70,15 +70,23 @@ class Job:
 
 @contextmanager
 def staging(root: Path, job: Job, owned: Sequence[str], overwrite: bool) -> Iterator[Path | None]:
-    """Give a folder to write ``job`` into; afterwards its files are moved below ``root``.
+    """Yield a folder for the files of ``job``, and then move the files below ``root``.
 
-    ``owned`` are patterns of the paths below ``root`` that belong to the split. Yields None where
-    the split is already there. A marker file records what was written; it says "complete":
-    false while files are moved, so that the next call can clean up after a killed one.
+    A marker file records the settings and the number of files. While files are moved, it is not
+    "complete", so that the next call can clean up after a killed one.
+
+    Args:
+        root: folder of the data set.
+        job: settings of the split.
+        owned: patterns of the paths below ``root`` that belong to the split.
+        overwrite: replace files of the split that were written with other settings.
+
+    Yields:
+        The folder, or None if the split already exists.
 
     Raises:
-        FileExistsError: there are other files where the split's files go. With ``overwrite`` they
-            are replaced, but only if a marker shows that they were written by this module.
+        FileExistsError: there are other files in place of the split's files. ``overwrite`` replaces
+            only files that this module has written, as the marker shows.
     """
     marker = root / ".shapes" / f"{job.layout}-{job.split}.json"
     existing = [path for pattern in owned for path in root.glob(pattern) if path.is_file()]
@@ -89,13 +97,13 @@ def staging(root: Path, job: Job, owned: Sequence[str], overwrite: bool) -> Iter
         return
     if existing and not record:
         raise FileExistsError(
-            f"{root} holds files of a {job.layout} split {job.split!r} from elsewhere, "
+            f"{root} has files of a {job.layout} split {job.split!r} from another source, "
             f"such as {existing[0].name}: choose another folder"
         )
     if existing and record["complete"] and not overwrite:
         raise FileExistsError(
-            f"{root} holds a {job.layout} split {job.split!r} that was made with other settings "
-            "or has lost files: choose another folder, or overwrite it"
+            f"{root} has a {job.layout} split {job.split!r} that was made with other settings "
+            "or lost files: choose another folder, or overwrite it"
         )
 
     marker.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +134,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_image(path: Path, image: NDArray[np.integer[Any]]) -> None:
-    """Write (H, W) or RGB (H, W, 3) as JPEG or PNG, by the path's ending."""
+    """Write (H, W) or RGB (H, W, 3) as JPEG or PNG, depending on the suffix of the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if image.ndim == 3:
         image = image[..., ::-1]

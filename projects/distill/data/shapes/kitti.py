@@ -1,4 +1,4 @@
-"""The layout of KITTI's object detection benchmark, left colour camera."""
+"""Layout of KITTI's object detection benchmark, left colour camera."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KITTI_FOLD = {
 }
 """KITTI's class for each of ``CLASSES``: round, with straight sides, with re-entrant corners."""
 
-# KITTI numbers all labelled pictures in one folder; each split has its own range there.
+# KITTI numbers all labelled images in one folder; each split has its own range of numbers there.
 _FIRST_INDEX = {"train": 0, "val": 100_000, "test": 200_000}
 _MAX_SCENES = 100_000
 _DONT_CARE_EVERY = 4
 
-# What pictures alone do not tell, in KITTI's own notation for "unknown".
+# Columns that cannot be known from an image, in KITTI's notation for "unknown".
 _ALPHA = "-10"
 _DIMENSIONS_LOCATION_ROTATION = "-1 -1 -1 -1000 -1000 -1000 -10"
 
@@ -44,11 +44,11 @@ def write_kitti(
 ) -> None:
     """Write a split ("train", "val" or "test") as KITTI; :data:`KITTI_FOLD` maps the classes.
 
-    Files below ``root``: ``training/image_2/<id>.png``, ``training/label_2/<id>.txt`` with 15
-    columns, ``ImageSets/<split>.txt`` with the ids. Ids of train start at 000000, of val at 100000,
-    of test at 200000. Boxes are left, top, right, bottom in pixels, with the origin at the corner
-    of the picture. In every fourth scene with several objects the least visible one is a DontCare
-    region.
+    The files below ``root`` are ``training/image_2/<id>.png``, ``training/label_2/<id>.txt`` with
+    15 columns, and ``ImageSets/<split>.txt`` with the ids. Ids start at 000000 for train, 100000
+    for val and 200000 for test. Boxes are left, top, right, bottom in pixels, with the origin at
+    the corner of the image. In every fourth scene with several objects, the least visible one is a
+    DontCare region.
     """
     if split not in _FIRST_INDEX:
         raise ValueError(f"a KITTI split is one of {', '.join(_FIRST_INDEX)}, got {split!r}")
@@ -69,7 +69,10 @@ def write_kitti(
 
 
 def _label_lines(scene: Scene, hide_one: bool) -> list[str]:
-    """type, truncated, occluded, alpha, box (4), dimensions (3), location (3), rotation_y."""
+    """Return lines of type, truncated, occluded, alpha, box (4), dimensions (3), location (3), ry.
+
+    ry is KITTI's rotation_y.
+    """
     visible = scene.visible_fractions
     hidden = visible.index(min(visible)) if hide_one and len(visible) > 1 else None
     labels, dont_care = [], []
@@ -89,5 +92,5 @@ def _format_box(box: Sequence[float]) -> str:
 
 
 def _occlusion_level(visible: float) -> int:
-    """0: fully visible, 1: partly occluded, 2: largely occluded."""
+    """Return 0 if fully visible, 1 if partly occluded, 2 if largely occluded."""
     return 0 if visible > 0.95 else 1 if visible > 0.6 else 2

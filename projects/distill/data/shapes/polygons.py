@@ -1,4 +1,4 @@
-"""Outlines of masks in the conventions of COCO and of Cityscapes."""
+"""Outlines of masks with the conventions of COCO and of Cityscapes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _Point = tuple[int, int]
 
 
 def mask_to_polygons(mask: Mask) -> list[list[float]]:
-    """Outlines of a mask (H, W) along the edges of its pixels, as flat lists x0, y0, x1, y1, ….
+    """Return outlines of a mask (H, W) along pixel edges, as flat lists x0, y0, x1, y1, ….
 
-    One polygon for each 4-connected piece; rasterising them gives the mask again.
+    There is one polygon per 4-connected piece. Rasterising the polygons gives the mask again.
 
     Raises:
         ValueError: the mask has holes, which COCO's polygons cannot express.
     """
-    # One edge per pixel side that has background beyond it, with the pixel on its right-hand side.
+    # There is one edge per pixel side next to the background, with the pixel on its right side.
     padded = np.pad(mask, 1)
     edges: dict[_Point, list[_Point]] = {}
     for dy, dx, start, end in _PIXEL_SIDES:
@@ -28,7 +28,7 @@ def mask_to_polygons(mask: Mask) -> list[list[float]]:
 
     polygons = []
     while edges:
-        first = min(edges)  # The leftmost corner of what is left: on an outer outline if it can be.
+        first = min(edges)  # the leftmost corner is on an outer outline, if one is left
         corners = _follow_edges(edges, first)
         polygon = np.array(corners, dtype=np.float64)
         x, y = polygon.T
@@ -39,7 +39,7 @@ def mask_to_polygons(mask: Mask) -> list[list[float]]:
     return polygons
 
 
-# Offset (dy, dx) of the neighbour beyond a pixel's side; that side from corner to corner (x, y).
+# Offset (dy, dx) of the neighbour at a pixel's side, and the side from corner to corner (x, y).
 _PIXEL_SIDES = (
     (-1, 0, (0, 0), (1, 0)),
     (0, 1, (1, 0), (1, 1)),
@@ -49,12 +49,12 @@ _PIXEL_SIDES = (
 
 
 def _follow_edges(edges: dict[_Point, list[_Point]], first: _Point) -> list[_Point]:
-    """Take one closed outline out of ``edges``; returns the corners where it turns."""
+    """Remove one closed outline from ``edges``, and return the corners where it turns."""
     corners: list[_Point] = []
     here, step = first, (0, 0)
     while True:
         ends = edges[here]
-        # Where two pixels meet at a corner only, a right turn stays with the same pixel.
+        # If two pixels touch only at a corner, a right turn stays at the same pixel.
         right = (here[0] - step[1], here[1] + step[0])
         there = right if right in ends else ends[0]
         ends.remove(there)
@@ -69,14 +69,14 @@ def _follow_edges(edges: dict[_Point, list[_Point]], first: _Point) -> list[_Poi
 
 
 def mask_to_pixel_outlines(mask: Mask) -> list[list[list[int]]]:
-    """Outlines of a mask (H, W) through the centres of its border pixels, as points [x, y].
+    """Return outlines of a mask (H, W) through the centres of border pixels, as points [x, y].
 
-    One for each 8-connected piece, as Cityscapes' json files hold them. Drawn by PIL, as
-    cityscapesscripts does, they give the mask again, but for its holes.
+    There is one outline per 8-connected piece, as in Cityscapes' json files. If PIL draws them, as
+    in cityscapesscripts, they give the mask again, without its holes.
     """
     outlines, _ = cv2.findContours(
         mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
     )
     points: list[list[list[int]]] = [outline[:, 0].tolist() for outline in outlines]
-    # Shapely refuses a ring of less than three points; a piece one or two pixels long has no more.
+    # Shapely needs at least three points, which pieces of one or two pixels do not have.
     return [ring + ring[-1:] * (3 - len(ring)) for ring in points]

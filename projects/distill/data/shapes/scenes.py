@@ -1,11 +1,11 @@
-"""Textured geometric scenes with occlusion: a detection data set that needs no download.
+"""Textured geometric scenes with occlusion, for detection without a download.
 
-Every scene shows one to six of the eight shapes in :data:`CLASSES` in front of a small landscape of
-the four regions in :data:`STUFF_CLASSES`. Shapes are filled with random textures in random colours,
-so that only the outline tells the class; they overlap in depth order and may be cut by the border.
+A scene has one to six of the eight shapes in :data:`CLASSES`, in front of a landscape of the four
+regions in :data:`STUFF_CLASSES`. Shapes have random textures and colours, so that only the outline
+determines the class. They overlap in depth order, and the border may cut them.
 
-Scene ``i`` of a split depends on ``(seed, split, i)`` and the config only: it stays the same when
-the split grows. :mod:`distill.data.shapes_io` writes the scenes in the layouts of COCO, Cityscapes,
+Scene ``i`` of a split depends only on ``(seed, split, i)`` and the config. It is the same in a
+larger split. :mod:`distill.data.shapes` writes the scenes in the layouts of COCO, Cityscapes,
 PASCAL VOC and KITTI.
 """
 
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 CLASSES = ("circle", "ellipse", "square", "triangle", "pentagon", "star", "cross", "crescent")
-SCENES_VERSION = 1  # Raise it with any change of what a scene looks like: written data carry it.
+SCENES_VERSION = 1  # raise it with every change of the pixels of a scene; written data have it
 
 _SUPERSAMPLING = 4
 _PLACEMENT_ATTEMPTS = 30
@@ -54,22 +54,22 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the scenes look like.
+    """Appearance of the scenes.
 
     Args:
-        height, width: size of the picture in pixels.
-        min_objects, max_objects: number of objects aimed at, drawn uniformly; where no place is
-            left for one (see ``min_visible``) the scene has fewer, but never none.
-        min_size, max_size: diameter of an object's circumscribed circle as a fraction of the
-            picture's shorter side, drawn uniformly.
-        min_visible: smallest visible fraction of a whole object, occlusion and the picture's border
-            counted together, in [0, 1]. Placements that would show less of any object are redrawn.
+        height, width: size of the image in pixels.
+        min_objects, max_objects: bounds of the number of objects, which is drawn uniformly. A scene
+            has fewer objects if there is no place for one (see ``min_visible``), but at least one.
+        min_size, max_size: bounds of the diameter of an object's circumscribed circle, as a
+            fraction of the image's shorter side. The diameter is drawn uniformly.
+        min_visible: smallest visible fraction of a whole object in [0, 1], given occlusion and the
+            border of the image. An object that would violate it is placed again.
         min_area: smallest visible area of an object in pixels.
         max_distractors: largest number of unlabelled blobs and lines behind the objects.
         noise: standard deviation of the pixel noise in grey levels, of 255.
-        max_rotation: largest rotation of an object either way, in degrees; 180 is any.
-        texture_contrast: how far the two colours of an object's texture differ, in [0, 1]; 0 makes
-            objects plain.
+        max_rotation: largest rotation of an object in both directions, in degrees; 180 allows all.
+        texture_contrast: difference of the two colours of a texture, in [0, 1]; with 0, an object
+            has one colour.
     """
 
     height: int = 128
@@ -104,7 +104,7 @@ class SceneConfig:
             )
         if not 0 <= self.min_visible < 1:
             raise ValueError(f"min_visible must be in [0, 1), got {self.min_visible}")
-        # The slimmest shape (crescent) covers about a tenth of the square around its circle.
+        # The smallest shape (crescent) covers about a tenth of the square around its circle.
         largest = (self.max_size * min(self.height, self.width)) ** 2
         if self.min_area > 0.1 * largest:
             raise ValueError(f"objects of max_size {self.max_size} cannot show {self.min_area} px")
@@ -112,16 +112,16 @@ class SceneConfig:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One picture with its labels; objects are listed from the farthest to the nearest.
+    """Image with its labels; the order of objects is from the farthest to the nearest.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
         classes: N indices into :data:`CLASSES`.
-        masks: N masks (H, W), the visible part of each object: disjoint, without holes, possibly in
-            several pieces.
-        full_masks: N masks (H, W), what the picture would show of each object without occlusion:
+        masks: N masks (H, W) of the visible part of each object. They are disjoint, without holes,
+            and may have several pieces.
+        full_masks: N masks (H, W) of each object as it would be visible without occlusion. Each has
             one 4-connected piece without holes.
-        truncations: N fractions in [0, 1), the part of each object outside the picture.
+        truncations: N fractions in [0, 1) of each object that are outside the image.
         stuff: (H, W) uint8, indices into :data:`STUFF_CLASSES`, also behind the objects.
     """
 
@@ -134,12 +134,12 @@ class Scene:
 
     @property
     def boxes(self) -> NDArray[np.float64]:
-        """(N, 4) XYXY in pixels, tight around the visible masks; a pixel ends at index + 1."""
+        """Tight XYXY boxes (N, 4) in pixels of the visible masks; a pixel ends at index + 1."""
         return np.array([mask_to_box(mask) for mask in self.masks], dtype=np.float64).reshape(-1, 4)
 
     @property
     def semantic(self) -> Image:
-        """(H, W) uint8, indices into ``CLASSES + STUFF_CLASSES``; every pixel has a label."""
+        """Indices into ``CLASSES + STUFF_CLASSES``, (H, W) uint8; every pixel has a label."""
         semantic = self.stuff + np.uint8(len(CLASSES))
         for class_id, mask in zip(self.classes, self.masks, strict=True):
             semantic[mask] = class_id
@@ -147,14 +147,14 @@ class Scene:
 
     @property
     def visible_fractions(self) -> list[float]:
-        """N fractions in (0, 1]: visible area over the area inside the picture."""
+        """Visible area over the area inside the image: N fractions in (0, 1]."""
         pairs = zip(self.masks, self.full_masks, strict=True)
         return [float(mask.sum() / full.sum()) for mask, full in pairs]
 
 
 @dataclass(frozen=True, eq=False)
 class _Object:
-    """A placed object; ``alpha`` (h, w) in [0, 1] covers the window that starts at (x, y)."""
+    """Placed object; ``alpha`` (h, w) in [0, 1] covers the window that starts at (x, y)."""
 
     class_id: int
     x: int
@@ -165,7 +165,7 @@ class _Object:
 
 
 def mask_to_box(mask: Mask) -> tuple[float, float, float, float]:
-    """Tight XYXY box of a non-empty (H, W) mask; the right and lower ends are exclusive."""
+    """Return the tight XYXY box of a non-empty (H, W) mask, with exclusive right and lower ends."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
@@ -176,8 +176,8 @@ def make_scene(split: str, index: int, seed: int = 0, config: SceneConfig | None
     Args:
         split: any name, such as "train"; splits have different scenes.
         index: 0, 1, 2, …
-        seed: non-negative; another seed gives another data set.
-        config: defaults to ``SceneConfig()``.
+        seed: at least 0; another seed gives another data set.
+        config: appearance; by default ``SceneConfig()``.
     """
     config = config or SceneConfig()
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
@@ -215,12 +215,12 @@ def iter_scenes(
 def _place_objects(
     rng: np.random.Generator, config: SceneConfig
 ) -> tuple[list[_Object], list[Mask]]:
-    """Draw objects back to front; returns them with their visible masks."""
+    """Place objects from back to front, and return them with their visible masks."""
     objects: list[_Object] = []
     masks: list[Mask] = []
     wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
     for _ in range(wanted):
-        # The class is drawn outside the loop: rejection must not favour classes that fit easily.
+        # The class is drawn outside the loop, so that classes which fit easily are not preferred.
         class_id = int(rng.integers(len(CLASSES)))
         for _ in range(_PLACEMENT_ATTEMPTS):
             candidate = _draw_object(rng, class_id, config)
@@ -248,16 +248,16 @@ def _is_visible(mask: Mask, full_area: float, config: SceneConfig) -> bool:
 
 
 def _has_hole(mask: Mask) -> bool:
-    """Whether a background region, 8-connected, is enclosed by the mask."""
+    """Return True if the mask encloses an 8-connected region of the background."""
     background = np.pad(~mask, 1, constant_values=True).astype(np.uint8)
     return int(cv2.connectedComponents(background, connectivity=8)[0]) > 2
 
 
 def _draw_object(rng: np.random.Generator, class_id: int, config: SceneConfig) -> _Object | None:
-    """An object of random size, rotation and centre; None where no pixel of it can be seen."""
+    """Draw an object of random size, rotation and centre, or return None if it has no pixel."""
     size = rng.uniform(config.min_size, config.max_size) * min(config.height, config.width)
     angle = math.radians(rng.uniform(-config.max_rotation, config.max_rotation))
-    # At most a quarter of the diameter crosses a side: a mere corner would not tell its class.
+    # At most a quarter of the diameter crosses a side: a corner would not determine the class.
     inset = size / 4
     center = rng.uniform((inset, inset), (config.width - inset, config.height - inset))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
@@ -269,7 +269,7 @@ def _draw_object(rng: np.random.Generator, class_id: int, config: SceneConfig) -
     inside = _largest_piece(alpha >= 0.5)
     if inside is None:
         return None
-    # Tips thinner than a pixel break off; the picture must not show what the mask left out.
+    # Tips thinner than a pixel are not in the mask, so they must not be in the image either.
     halo = cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(np.float32)
     full_mask = np.zeros((config.height, config.width), dtype=np.bool_)
     full_mask[y0:y1, x0:x1] = inside
@@ -278,10 +278,10 @@ def _draw_object(rng: np.random.Generator, class_id: int, config: SceneConfig) -
 
 
 def _rasterise(outline: NDArray[np.float64], height: int, width: int) -> Floats:
-    """Coverage (height, width) in [0, 1] of every pixel by a polygon (K, 2) in pixels."""
+    """Return the coverage (height, width) in [0, 1] of pixels by a polygon (K, 2) in pixels."""
     fraction_bits = 4
     fine = np.zeros((height * _SUPERSAMPLING, width * _SUPERSAMPLING), dtype=np.uint8)
-    # OpenCV counts from the centre of the first pixel, the outline from its upper left corner.
+    # OpenCV's origin is the centre of the first pixel, the outline's its upper left corner.
     points = np.rint((outline * _SUPERSAMPLING - 0.5) * 2**fraction_bits).astype(np.int32)
     cv2.fillPoly(fine, [points], 255, shift=fraction_bits)
     coverage = cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA)
@@ -289,7 +289,7 @@ def _rasterise(outline: NDArray[np.float64], height: int, width: int) -> Floats:
 
 
 def _largest_piece(mask: Mask) -> Mask | None:
-    """The largest 4-connected piece of a mask; None if the mask is empty or the piece has holes."""
+    """Return the largest 4-connected piece of a mask; None if it is empty or has holes."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         mask.astype(np.uint8), connectivity=4
     )
@@ -300,7 +300,7 @@ def _largest_piece(mask: Mask) -> Mask | None:
 
 
 def _regular(corners: int, inner_radius: float | None = None) -> NDArray[np.float64]:
-    """Polygon on the unit circle (K, 2); ``inner_radius`` adds a re-entrant corner per side."""
+    """Return a regular polygon (K, 2); ``inner_radius`` adds a re-entrant corner per side."""
     count = corners if inner_radius is None else 2 * corners
     angles = np.arange(count) * (2 * math.pi / count)
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -314,7 +314,7 @@ def _ellipse(rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _cross(rng: np.random.Generator) -> NDArray[np.float64]:
-    """A plus sign whose arms are 0.3 to 0.4 of its width."""
+    """Return a plus sign; the width of its arms is 0.3 to 0.4 of its own width."""
     arm = rng.uniform(0.3, 0.4)
     quarter = np.array([[1, -arm], [1, arm], [arm, arm]])
     turns = [np.array([[1, 0], [0, 1]]), np.array([[0, 1], [-1, 0]])]
@@ -324,7 +324,7 @@ def _cross(rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _crescent(rng: np.random.Generator) -> NDArray[np.float64]:
-    """The unit disc without a disc of the same size shifted by 0.6 to 0.8 of the radius."""
+    """Return the unit disc without an equal disc that is shifted by 0.6 to 0.8 of the radius."""
     half_shift = rng.uniform(0.6, 0.8) / 2
     tip = math.acos(half_shift)
     outer = np.linspace(tip, 2 * math.pi - tip, 40)

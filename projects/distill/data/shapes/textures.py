@@ -1,4 +1,4 @@
-"""Textures and backgrounds of :mod:`distill.data.shapes`."""
+"""Textures and backgrounds of the scenes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Floats = NDArray[np.float32]
 def object_texture(
     rng: np.random.Generator, height: int, width: int, contrast: float = 1.0
 ) -> Floats:
-    """(height, width, 3) in [0, 255]: a random pattern of two colours that differ clearly.
+    """Return a random pattern of two clearly different colours, (height, width, 3) in [0, 255].
 
-    ``contrast`` in [0, 1] draws the second colour towards the first.
+    A smaller ``contrast`` in [0, 1] makes the second colour more similar to the first.
     """
     first = rng.uniform(0, 255, 3)
     second = rng.uniform(0, 255, 3)
-    # Mirror a second colour that is too close to the first: a texture must be seen.
+    # A second colour that is too close to the first is moved away: a texture must be visible.
     if np.abs(first - second).max() < 60:
         second = np.where(first < 128, first + 90, first - 90)
     pattern = _PATTERNS[int(rng.integers(len(_PATTERNS)))](rng, height, width)
@@ -38,13 +38,13 @@ def object_texture(
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Floats:
-    """(height, width) in [0, 1], random values on a grid of ``cell`` pixels, interpolated."""
+    """Interpolate random values on a grid of ``cell`` pixels: (height, width) in [0, 1]."""
     grid = rng.random((math.ceil(height / cell) + 1, math.ceil(width / cell) + 1), np.float32)
     return cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32)
 
 
 def _ramp(rng: np.random.Generator, height: int, width: int, angle: float) -> Floats:
-    """(height, width) in pixels: distance along ``angle`` from a random origin."""
+    """Return the distance in pixels along ``angle`` from a random origin, (height, width)."""
     rows = np.arange(height, dtype=np.float32)[:, None] * math.sin(angle)
     columns = np.arange(width, dtype=np.float32)[None] * math.cos(angle)
     return rows + columns + np.float32(rng.uniform(0, 64))
@@ -77,10 +77,10 @@ _PATTERNS = (_noise_pattern, _stripes_pattern, _checks_pattern, _gradient_patter
 
 
 def draw_stuff_map(rng: np.random.Generator, height: int, width: int) -> Image:
-    """(H, W) uint8 of :data:`STUFF_CLASSES`: sky, hills and houses on a horizon, road below.
+    """Draw sky, hills and houses on a horizon, and road below: (H, W) uint8 of STUFF_CLASSES.
 
-    In every column vegetation and building reach from their outline down to the horizon, so that
-    their regions, and what the regions before them in the list show, never have holes.
+    In every column, vegetation and building reach from their outline down to the horizon. So their
+    regions, and the regions of the classes before them in the list, never have holes.
     """
     rows = np.arange(height, dtype=np.float64)[:, None]
     columns = np.arange(width, dtype=np.float64)[None]
@@ -101,7 +101,7 @@ def draw_stuff_map(rng: np.random.Generator, height: int, width: int) -> Image:
 
 
 def render_background(rng: np.random.Generator, stuff: Image) -> Floats:
-    """(H, W, 3) in grey levels; each region has its own kind of texture and a tinted colour."""
+    """Render (H, W, 3) in grey levels; each region has its own kind of texture and a tint."""
     height, width = stuff.shape
     patterns = {
         "sky": _gradient_pattern(rng, height, width),
@@ -115,13 +115,13 @@ def render_background(rng: np.random.Generator, stuff: Image) -> Floats:
         shade = rng.uniform(30, 60) * (patterns[name] - 0.5)
         region = stuff == index
         canvas[region] = color + shade[region][:, None]
-    # Light that changes slowly over the picture, so that no colour is constant within a region.
+    # The light changes slowly over the image, so that no colour is constant within a region.
     light = _smooth_noise(rng, height, width, max(height, width) / 4)
     return (canvas + 40 * (light[..., None] - 0.5)).astype(np.float32)
 
 
 def _building_pattern(rng: np.random.Generator, height: int, width: int) -> Floats:
-    """Windows: the darker cells of an upright grid."""
+    """Return windows, which are the darker cells of an upright grid."""
     period = rng.uniform(6, 10)
     window = (_ramp(rng, height, width, 0) / period % 1 < 0.5) & (
         _ramp(rng, height, width, math.pi / 2) / period % 1 < 0.6
@@ -130,7 +130,7 @@ def _building_pattern(rng: np.random.Generator, height: int, width: int) -> Floa
 
 
 def draw_distractors(rng: np.random.Generator, canvas: Floats, max_count: int) -> None:
-    """Draw up to ``max_count`` lines and soft blobs into ``padded_size`` (H, W, 3), in place."""
+    """Draw up to ``max_count`` lines and soft blobs on ``canvas`` (H, W, 3), in place."""
     height, width = canvas.shape[:2]
     for _ in range(int(rng.integers(0, max_count + 1))):
         color = rng.uniform(0, 255, 3)

@@ -1,4 +1,4 @@
-"""The layout of PASCAL VOC 2007: boxes in XML files, segmentation in palette pictures."""
+"""Layout of PASCAL VOC 2007: boxes in XML files, segmentation in images with a palette."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .common import Job, Progress, staging, write_image, write_lines
 from .scenes import CLASSES, Image, Scene, SceneConfig
 
 VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat")
-"""The VOC class that stands for each of ``CLASSES``; in alphabetical order, VOC's first eight."""
+"""VOC's class for each of ``CLASSES``: the first eight in alphabetical order."""
 
-_TRUNCATED = 0.05  # From this invisible fraction on, an object counts as truncated.
+_TRUNCATED = 0.05  # an object counts as truncated if a larger fraction is invisible
 
 
 def write_voc(
@@ -32,16 +32,19 @@ def write_voc(
 ) -> None:
     """Write a split as PASCAL VOC 2007; shape ``i`` is :data:`VOC_NAMES` ``[i]``.
 
-    Files below ``root`` (the folder that VOC calls VOC2007): ``JPEGImages/<split>_<index>.jpg``,
-    ``Annotations/*.xml`` with 1-based inclusive pixel coordinates, ``SegmentationClass/*.png`` and
-    ``SegmentationObject/*.png`` with VOC's palette (0 is the background; no void borders),
-    ``ImageSets/{Main,Segmentation}/<split>.txt``, and ``trainval.txt`` beside them, which lists
-    what there is of train and val.
+    Files below ``root``, which is VOC's folder VOC2007:
+
+    - ``JPEGImages/<split>_<index>.jpg``
+    - ``Annotations/*.xml`` with inclusive pixel coordinates from 1
+    - ``SegmentationClass/*.png`` and ``SegmentationObject/*.png`` with VOC's palette (0 is the
+      background; no void borders)
+    - ``ImageSets/{Main,Segmentation}/<split>.txt``, and ``trainval.txt`` with the existing parts of
+      train and val
     """
     root = Path(root)
     job = Job("voc", split, num_scenes, seed, config or SceneConfig())
-    pictures = ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject")
-    owned = [f"{kind}/{split}_??????.*" for kind in pictures] + [f"ImageSets/*/{split}.txt"]
+    kinds = ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject")
+    owned = [f"{kind}/{split}_??????.*" for kind in kinds] + [f"ImageSets/*/{split}.txt"]
     with staging(root, job, owned, overwrite) as folder:
         if folder is not None:
             names = [f"{split}_{index:06d}" for index in range(num_scenes)]
@@ -69,7 +72,7 @@ def _write_scene(folder: Path, name: str, scene: Scene) -> None:
 
 
 def _annotation(name: str, scene: Scene) -> Iterator[str]:
-    """The lines of an annotation file."""
+    """Yield the lines of an annotation file."""
     height, width = scene.stuff.shape
     yield "<annotation>"
     yield f"<folder>VOC2007</folder><filename>{name}.jpg</filename>"
@@ -81,14 +84,14 @@ def _annotation(name: str, scene: Scene) -> Iterator[str]:
         truncated = int(1 - visible * (1 - outside) > _TRUNCATED)
         yield f"<object><name>{VOC_NAMES[class_id]}</name><pose>Unspecified</pose>"
         yield f"<truncated>{truncated}</truncated><difficult>0</difficult>"
-        # The first pixel is number 1 and the last one belongs to the box.
+        # The first pixel has number 1, and the last pixel is inside the box.
         yield f"<bndbox><xmin>{x0 + 1:.0f}</xmin><ymin>{y0 + 1:.0f}</ymin>"
         yield f"<xmax>{x1:.0f}</xmax><ymax>{y1:.0f}</ymax></bndbox></object>"
     yield "</annotation>"
 
 
 def _palette() -> NDArray[np.uint8]:
-    """VOC's 256 colours (256, 3): bits 0, 3, 6, … of the index are red's bits 7, 6, 5, …."""
+    """Return VOC's colours (256, 3): bits 0, 3, 6, … of the index are red's bits 7, 6, 5, …."""
     index = np.arange(256)[:, None]
     channel = np.arange(3)[None]
     colors = np.zeros((256, 3), dtype=np.int64)
@@ -99,6 +102,6 @@ def _palette() -> NDArray[np.uint8]:
 
 def _write_palette_image(path: Path, indices: Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = PILImage.fromarray(indices)
-    picture.putpalette(_palette().reshape(-1).tolist())
-    picture.save(path)
+    image = PILImage.fromarray(indices)
+    image.putpalette(_palette().reshape(-1).tolist())
+    image.save(path)
