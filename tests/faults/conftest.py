@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .ledger import Ledger, FaultReport, Row
+from .ledger import FaultReport, Ledger, Row
 from .runs import SESSIONS, Reference, Training, survivors
 
 STARTED = time.monotonic()
