@@ -135,7 +135,10 @@ def presets(name: str, rows: list[KeyRow], students: list[str]) -> list[str]:
     }
     section = DISTILL_HEAD_REGISTRY.get(name).section
     values = [
-        [f"`{row.key}`", *(code(section[row.key.rpartition('.')[2]].presets.of(k)) for k in shown.values())]
+        [
+            f"`{row.key}`",
+            *(code(section[row.key.rpartition(".")[2]].presets.of(k)) for k in shown.values()),
+        ]
         for row in keyed
     ]
     return ["The authors' values by the student's detector:", "", *table(["key", *shown], values)]

@@ -12,7 +12,7 @@ from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.data.shapes import SceneConfig, write_coco
 from tests.support.processes import call, script, starts_processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 

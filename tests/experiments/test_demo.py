@@ -65,7 +65,7 @@ def test_an_interrupted_stage_resumes(
     with Progress() as progress:
         one = demo.Demo(tmp_path, 8, progress)
         one.render()
-        stage = one.stage("baseline", 0, demo.STUDENT)
+        stage = one.stage("baseline", 0, demo.STUDENT, "SOLVER.CHECKPOINT_PERIOD", 2)
         with pytest.raises(KeyboardInterrupt):
             one.run(stage)
         assert not stage.weights.is_file()
