@@ -48,7 +48,7 @@ lint: installed
 	.venv/bin/python -m mypy
 
 docs: installed .venv/.docs
-	.venv/bin/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs --quiet build --strict
 
 wheelhouse: .venv/bin/python
 	$(PIP_INSTALL) --quiet setuptools packaging
@@ -56,7 +56,7 @@ wheelhouse: .venv/bin/python
 
 clean:
 	rm -rf .venv wheelhouse build site projects/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find projects tools tests -name __pycache__ -prune -exec rm -rf {} +
+	find projects tools tests docs -name __pycache__ -prune -exec rm -rf {} +
 
 installed: .venv/.installed
 	@[ -e .venv/bin/python$(PYTHON) ] || \
