@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: one training and one ledger, which is printed at the end."""
+"""Fixtures of the fault tests: one training, and a ledger, whose report is printed at the end."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .ledger import Ledger, Report, Row
+from .ledger import FaultReport, Ledger, Row
 from .runs import SESSIONS, Reference, Training, survivors
 
 STARTED = time.monotonic()
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker fuzzes; another one has the trainings, of which several run at a time."""
+    """Give the fuzz tests to one worker, and the trainings to another one."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             group = "fuzz" if item.path.name.startswith("test_fuzz") else "faults"
@@ -41,7 +41,7 @@ def pytest_terminal_summary(
     for name, note in notes:
         fuzzed |= note if name == "fuzzed" else {}
     if rows:
-        report = Report(rows, fuzzed, time.monotonic() - STARTED)
+        report = FaultReport(rows, fuzzed, time.monotonic() - STARTED)
         report.print()
         if path := config.getoption("--faults-report"):
             report.write(Path(path))

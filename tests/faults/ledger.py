@@ -39,7 +39,7 @@ Case = Callable[[Path], int | None]
 
 
 class Ledger:
-    """Injects faults and counts the outcomes.
+    """Injector of faults, which counts the outcomes.
 
     Args:
         record: function that records a row of the report, such as pytest's ``record_property``.
@@ -86,13 +86,13 @@ class Ledger:
 
 
 @dataclass
-class Report:
-    """The rows of a session, of all its workers.
+class FaultReport:
+    """Outcomes of a test session in all its workers.
 
     Args:
-        rows: by what was injected.
-        fuzzed: number of cases by what was fuzzed.
-        seconds: of the session.
+        rows: one row per kind of fault.
+        fuzzed: number of cases by fuzzed input.
+        seconds: duration of the session.
     """
 
     rows: list[Row]

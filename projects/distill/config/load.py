@@ -133,7 +133,7 @@ class _SafeCfgNode(FvcoreCfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         """Load a file with today's names; those of a file go before those of its ``_BASE_``."""
-        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=False)
         model = loaded.get("MODEL")
         section = model.get("DISTILL") if isinstance(model, dict) else None
         if isinstance(section, dict):
