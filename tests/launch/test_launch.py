@@ -530,7 +530,7 @@ def stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @starts_processes
 @needs_loopback
 def test_the_tasks_of_a_slurm_step_train(stopped: Runs) -> None:
-    """The other ways of starting: below, and in tests/test_train_net.py."""
+    """The other ways of starting: below, and in test_main.py."""
     assert '"total_loss"' in (stopped.output / "metrics.json").read_text()
 
 

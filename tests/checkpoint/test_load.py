@@ -23,7 +23,7 @@ from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.errors import CheckpointError, WeightsError
 from tests.support.pickles import CALLS, PICKLES, Call, touch, toy, zipped
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def arrays(fill: float = 7.0) -> dict[str, np.ndarray]:

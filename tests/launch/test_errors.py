@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from tests.support.trainings import Run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Shapes = tuple[str, str, str]
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "install_detectron2.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install_detectron2.py"
 
 FILES = {
     "EZannot/detectron2/__init__.py": "__version__ = '0.6'\n",
