@@ -16,12 +16,12 @@ from distill.utils.old_names import HEADS as RENAMED
 
 DOCS = Path(__file__).resolve().parents[1]
 CONFIGS = DOCS.parent / "configs"
-KINDS = {  # of networks, by their names in the support matrix
+KINDS = {  # kinds of networks, by their names in the support matrix
     "R-CNN": ("Faster R-CNN", "Mask R-CNN", "Cascade Mask R-CNN", "Panoptic FPN"),
     "dense detectors": ("RetinaNet", "FCOS", "ATSS", "GFL", "RepPoints"),
     "semantic segmentation": ("Semantic FPN", "PSPNet", "DeepLabV3"),
 }
-ARCHITECTURES = {  # by student, in the tables of the authors' values
+ARCHITECTURES = {  # classes of students, in the tables of the authors' values
     "Faster R-CNN": "GeneralizedRCNN",
     "RetinaNet": "RetinaNet",
     "FCOS": "FCOS",
@@ -108,7 +108,8 @@ def formula(cls: type, row: dict[str, Any]) -> str:
 
 
 def paper(row: dict[str, Any]) -> str:
-    return "[{}]({})".format(*row["paper"]) if "paper" in row else ""
+    source = row.get("paper", "")
+    return source if isinstance(source, str) else "[{}]({})".format(*source)
 
 
 def students(head: str, matrix: SupportMatrix) -> list[str]:
