@@ -36,7 +36,7 @@ REQUIREMENTS = [
 
 setup(
     name="distill",
-    version="0.1.0",
+    version="0.2.0",
     description="Knowledge distillation for detectron2",
     license="Apache-2.0",
     package_dir={"": "projects", "distill.configs": "configs"},

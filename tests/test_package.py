@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 ANCHORS = """
 import {package}
 import torch
@@ -20,6 +22,7 @@ def warnings_of(package: str, *options: str) -> str:
     return done.stderr
 
 
+@pytest.mark.e2e
 def test_detectron2s_meshgrid_warning_does_not_reach_the_user() -> None:
     assert "meshgrid" not in warnings_of("distill")
     assert "meshgrid" in warnings_of("detectron2")

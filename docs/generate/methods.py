@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -16,20 +16,19 @@ from distill.utils.old_names import HEADS as RENAMED
 
 DOCS = Path(__file__).resolve().parents[1]
 CONFIGS = DOCS.parent / "configs"
-KINDS = {  # of networks, by their names in the support matrix
+KINDS = {  # kinds of networks, by their names in the support matrix
     "R-CNN": ("Faster R-CNN", "Mask R-CNN", "Cascade Mask R-CNN", "Panoptic FPN"),
     "dense detectors": ("RetinaNet", "FCOS", "ATSS", "GFL", "RepPoints"),
     "semantic segmentation": ("Semantic FPN", "PSPNet", "DeepLabV3"),
 }
-STUDENTS = {  # by class, in the tables of the authors' values
-    "GeneralizedRCNN": "R-CNN",
-    "PanopticFPN": "Panoptic FPN",
+ARCHITECTURES = {  # classes of students, in the tables of the authors' values
+    "Faster R-CNN": "GeneralizedRCNN",
     "RetinaNet": "RetinaNet",
     "FCOS": "FCOS",
     "ATSS": "ATSS",
     "GFL": "GFL",
     "RepPoints": "RepPoints",
-    "SemanticSegmentor": "semantic",
+    "PSPNet": "SemanticSegmentor",
 }
 INTRODUCTION = """# Methods
 
@@ -48,103 +47,105 @@ MODEL:
 [Differences](../explanation/differences.md) says where this code differs from that of the authors.
 The [support matrix](support-matrix.md) has every pair of teacher and student.
 
-In the table, s and t are maps of the student and the teacher. All losses are computed in float32,
-and no gradient reaches the teacher. Click on the name of a column to sort the table.
+In the table, s and t are maps of the student and the teacher, N images, C channels, K classes. All
+losses are computed in float32, and no gradient reaches the teacher. "needs" are the inputs besides
+feature maps. A click on the name of a column sorts the table.
 """
-COST = """## Cost
+COST = """
+## Cost
 
-The columns "s", "× backbone" and "MiB" are medians for one training step. They are measured with
-two images of 320 × 512 pixels and 8 objects, on one thread of a CPU. The time is that of the
-losses, with their backward pass to the features. It is also given as a multiple of the time of the
-student's backbone. The memory is what a head keeps for its backward pass. "pair" is the network:
-R-101 teaches R-50, in `pspnet` DeepLabV3 R-101 teaches PSPNet R-18. `pafpn` is a RetinaNet R-50
-with PAN. MasKD and MasKDLogits cost more while their tokens are learned; the page has their second
-rows below.
+A row has medians for one training step with two images of 320 × 512 pixels and 8 objects, on one
+thread of a CPU. "s" are the seconds of the losses, with their backward pass to the features. "×
+backbone" is the same as a multiple of the forward pass of the student's backbone. "MiB" is the
+memory that a head keeps for its backward pass. R-101 teaches R-50; in `pspnet` DeepLabV3 R-101
+teaches PSPNet R-18; `pafpn` is a RetinaNet with PAN. The raw files are
+`docs/results/heads_<pair>.json`.
 """
 
 
-class Cost(NamedTuple):
-    """Measured cost of a head.
+def methods_page(matrix: SupportMatrix) -> str:
+    """Return the page: a table of all methods, their cost, and a section for each."""
+    data = yaml.safe_load((DOCS / "generate/methods.yaml").read_text())
+    return "\n".join(lines(matrix, data))
 
-    Attributes:
-        pair: networks.
-        head: seconds of the losses with their backward pass.
-        ratio: as a multiple of the student's backbone.
-        kept: MiB that are kept for the backward pass.
+
+def lines(matrix: SupportMatrix, data: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the page.
+
+    Args:
+        data: columns that the code does not know, by method.
     """
+    heads = dict(DISTILL_HEAD_REGISTRY)
+    overview = (
+        [
+            f"[`{name}`](#{name.lower()})",
+            formula(cls, data.get(name, {})),
+            data.get(name, {}).get("needs") or ", ".join(sorted(cls.needs - {"features"})) or "–",
+            data.get(name, {}).get("learns", ""),
+            shortened(students(name, matrix)),
+            paper(data.get(name, {})),
+        ]
+        for name, cls in heads.items()
+    )
+    yield INTRODUCTION
+    yield from table(["method", "compares", "needs", "learns", "student", "paper"], overview)
+    yield COST
+    yield from table(["method", "s", "× backbone", "MiB", "pair"], costs())
+    rows = head_rows()
+    for name, cls in heads.items():
+        yield f"## {name}\n"
+        yield f"{description(cls)}\n"
+        yield f"- Loss: {formula(cls, data.get(name, {}))}"
+        yield f"- Student: {shortened(students(name, matrix))}"
+        yield f"- Paper: {paper(data.get(name, {})) or 'this package'}\n"
+        yield from key_table(rows[name])
+        yield from presets(name, rows[name], students(name, matrix))
+        yield from configs(name)
 
-    pair: str
-    head: float
-    ratio: float
-    kept: float
 
-    @property
-    def cells(self) -> list[str]:
-        return [f"{self.head:.3f}", f"{self.ratio:.2g}", f"{self.kept:.1f}", self.pair]
+def formula(cls: type, row: dict[str, Any]) -> str:
+    return row.get("formula") or description(cls).split("\n\n")[0]
 
 
-def costs() -> dict[tuple[str, bool], Cost]:
-    """Return the costs in docs/results by head, and by whether tokens are being learned."""
-    found = {}
-    for path in sorted((DOCS / "results").glob("heads_*.json")):
-        pair, _, tokens = path.stem.removeprefix("heads_").partition("_tokens")
-        learning = path.stem.endswith("_tokens")
-        pair = path.stem.removeprefix("heads_").removesuffix("_tokens")
-        for name, row in json.loads(path.read_text())["medians"].items():
-            name = RENAMED.get(name, name)
-            found[name, learning] = Cost(pair, row["head"], row["ratio"], row["kept"])
-    return found
+def paper(row: dict[str, Any]) -> str:
+    source = row.get("paper", "")
+    return source if isinstance(source, str) else "[{}]({})".format(*source)
 
 
-def works_for(head: str, matrix: SupportMatrix) -> list[str]:
-    """Return the students for which a head works with some teacher."""
-    works = [
+def students(head: str, matrix: SupportMatrix) -> list[str]:
+    """Return the students for which a head works, with some teacher or without one."""
+    found = [
         student
         for student, teachers in matrix.pairs.items()
-        if any(row.get(head, "no") == "" for row in teachers.values())
+        if any(row.get(head) == "" for row in teachers.values())
     ]
-    return works + [x for x, row in matrix.without_teacher.items() if row.get(head, "no") == ""]
+    return found + [x for x, row in matrix.without_teacher.items() if row.get(head) == ""]
 
 
-def shortened(students: list[str]) -> str:
+def shortened(networks: list[str]) -> str:
     """Return names of networks, with the name of a kind for all of its networks."""
-    if set(students) == {x for kind in KINDS.values() for x in kind}:
+    if set(networks) == {x for kind in KINDS.values() for x in kind}:
         return "every network"
     found = []
     for kind, names in KINDS.items():
-        some = [x for x in names if x in students]
+        some = [x for x in names if x in networks]
         found += [kind] if len(some) == len(names) else some
     return ", ".join(found)
 
 
-def configs(head: str) -> list[str]:
-    """Return names of the shipped configs with a head alone or among others."""
-    paths = sorted(CONFIGS.glob("*/*/*.yaml"))
-    return [x.relative_to(CONFIGS).as_posix() for x in paths if head in x.parent.name.split("-")]
-
-
-def presets(name: str, rows: list[KeyRow], students: list[str]) -> list[str]:
-    """Return the table of the authors' values by detector, which may be empty."""
-    keyed = [row for row in rows if row.presets]
-    if not keyed:
-        return []
-    shown = {
-        title: [x.__name__ for x in META_ARCH_REGISTRY.get(architecture).__mro__]
-        for architecture, title in STUDENTS.items()
-        if set(students) & {title, *KINDS.get(title, ())} or title == "semantic" in students
-    }
-    section = DISTILL_HEAD_REGISTRY.get(name).section
-    values = [
-        [
-            f"`{row.key}`",
-            *(code(section[row.key.rpartition(".")[2]].presets.of(k)) for k in shown.values()),
-        ]
-        for row in keyed
-    ]
-    return ["The authors' values by the student's detector:", "", *table(["key", *shown], values)]
+def costs() -> Iterator[list[str]]:
+    """Yield a row of the table for each measured head."""
+    for path in sorted((DOCS / "results").glob("heads_*.json")):
+        pair, tokens, _ = path.stem.removeprefix("heads_").partition("_tokens")
+        phase = ", while its tokens are learned" if tokens else ""
+        for name, row in json.loads(path.read_text())["medians"].items():
+            seconds, kept = f"{row['head']:.3f}", f"{row['kept']:.1f}"
+            name = RENAMED.get(name, name) + phase
+            yield [name, seconds, f"{row['ratio']:.2g}", kept, f"`{pair}`"]
 
 
 def key_table(rows: list[KeyRow]) -> list[str]:
+    """Return the lines of a table of keys."""
     return table(
         ["key", "default", "valid", "meaning"],
         (
@@ -159,43 +160,30 @@ def key_table(rows: list[KeyRow]) -> list[str]:
     )
 
 
-def methods_page(matrix: SupportMatrix) -> str:
-    data: dict[str, dict[str, Any]] = yaml.safe_load((DOCS / "generate/methods.yaml").read_text())
-    return "\n".join(_lines(matrix, data, costs()))
-
-
-def _lines(matrix: SupportMatrix, data: dict[str, Any], cost: dict[Any, Cost]) -> Iterator[str]:
-    rows = head_rows()
-    yield INTRODUCTION
-    names = ["method", "compares", "needs", "learns", "student", "paper"]
-    overview, details = [], []
-    for name, cls in DISTILL_HEAD_REGISTRY:
-        own = data.get(name, {})
-        paper = "[{}]({})".format(*own["paper"]) if "paper" in own else ""
-        needs = own.get("needs") or ", ".join(sorted(cls.needs - {"features"})) or "–"
-        students = works_for(name, matrix)
-        measured = cost.get((name, False))
-        overview.append(
-            [
-                f"[`{name}`](#{name.lower()})",
-                own.get("formula") or description(cls).splitlines()[0],
-                needs,
-                own.get("learns", ""),
-                shortened(students),
-                paper,
-                *(measured.cells if measured else [""] * 4),
-            ]
+def presets(name: str, rows: list[KeyRow], networks: list[str]) -> Iterator[str]:
+    """Yield the table of the authors' values by student, if a key of the head has any."""
+    section = DISTILL_HEAD_REGISTRY.get(name).section
+    keys = [row.key for row in rows if row.presets]
+    if keys:
+        shown = [x for x in ARCHITECTURES if x in networks]
+        values = (
+            [f"`{key}`", *(code(section[key.split(".")[-1]].presets.of(kinds(x))) for x in shown)]
+            for key in keys
         )
-        details += ["", f"## {name}", "", description(cls), ""]
-        if "formula" in own:
-            details += [f"Loss: {own['formula']}.", ""]
-        details += [f"Works for: {shortened(students)}.{f' Paper: {paper}.' if paper else ''}", ""]
-        details += key_table(rows[name])
-        details += presets(name, rows[name], students)
-        if configs(name):
-            details += ["Configs:", "", *(f"- `{x}`" for x in configs(name)), ""]
-    yield from table([*names, "s", "× backbone", "MiB", "pair"], overview)
-    yield COST
-    tokens = [[name, *x.cells] for (name, learning), x in cost.items() if learning]
-    yield from table(["while tokens are learned", "s", "× backbone", "MiB", "pair"], tokens)
-    yield from details
+        yield "The authors' values by student:\n"
+        yield from table(["key", *shown], values)
+
+
+def kinds(student: str) -> list[str]:
+    """Return the names of a network's class and its base classes."""
+    return [x.__name__ for x in META_ARCH_REGISTRY.get(ARCHITECTURES[student]).__mro__]
+
+
+def configs(head: str) -> Iterator[str]:
+    """Yield the list of the shipped configs with a head alone or among others."""
+    paths = sorted(CONFIGS.glob("*/*/*.yaml"))
+    found = [x.relative_to(CONFIGS) for x in paths if head in x.parent.name.split("-")]
+    if found:
+        yield "Configs:\n"
+        yield from (f"- `{x.as_posix()}`" for x in found)
+        yield ""

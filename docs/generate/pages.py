@@ -25,7 +25,7 @@ from distill.heads import DISTILL_HEAD_REGISTRY
 from distill.utils.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {  # of the API, from what most readers need to what few do
+ROOMS = {  # pages of the API, the most important first
     "distill.heads": "Heads",
     "distill.section": "Config keys of a head",
     "distill.structures": "Outputs of networks",
@@ -48,6 +48,13 @@ ROOMS = {  # of the API, from what most readers need to what few do
 }
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """Add the pages of the API to the navigation."""
+    pages = [{title: f"reference/api/{room.split('.')[1]}.md"} for room, title in ROOMS.items()]
+    (reference,) = (x["Reference"] for x in config.nav or () if "Reference" in x)
+    reference.append({"API": ["reference/api/index.md", *pages]})
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     with Progress() as progress:
@@ -60,7 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/commands.md": "\n".join(command_lines()),
         "reference/api/index.md": "\n".join(api_index()),
         **{
-            f"reference/api/{room.rpartition('.')[2]}.md": f"# {title}\n\n::: {room}\n"
+            f"reference/api/{room.split('.')[1]}.md": f"# {title}\n\n::: {room}\n"
             for room, title in ROOMS.items()
         },
     }
@@ -116,9 +123,14 @@ def config_lines() -> Iterator[str]:
 def command_lines() -> Iterator[str]:
     yield "# Commands\n"
     yield f"```text\n{HELP.format(commands=_commands())}\n```\n"
+    seen = {}
     for name in COMMANDS:
         module, parser = command_parser(name)
         yield f"## distill {name}\n"
+        if module in seen:
+            yield f"It has the options of [`distill {seen[module]}`](#distill-{seen[module]}).\n"
+            continue
+        seen[module] = name
         yield markdown(cleandoc(module.__doc__ or "")) + "\n"
         yield from table(["option", "default", "meaning"], map(option_row, parser._actions[1:]))
 
@@ -144,5 +156,5 @@ def api_index() -> Iterator[str]:
     yield "```python\nfrom distill import FPNDistillHead, Section, add_distill_config\n```\n"
     yield from table(
         ["room", ""],
-        ([f"[`{room}`]({room.rpartition('.')[2]}.md)", title] for room, title in ROOMS.items()),
+        ([f"[`{room}`]({room.split('.')[1]}.md)", title] for room, title in ROOMS.items()),
     )

@@ -42,5 +42,4 @@ def cell(value: Any) -> str:
 
 def code(value: Any) -> str:
     """Return a value as code, as a config file has it."""
-    text = f"{value:g}" if isinstance(value, float) and value not in (0.0, 1.0) else repr(value)
-    return f"`{text}`"
+    return f"`{value!r}`"

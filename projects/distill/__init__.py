@@ -12,7 +12,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # detectron2's anchor generator calls torch.meshgrid without ``indexing``. Python's -W still wins.
 warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", append=True)

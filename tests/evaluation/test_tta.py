@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, Callable[[Shapes, Path], str], set[str]]] = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES)
 def test_results_of_a_training_and_of_its_student(
     case: str, shapes: Shapes, tmp_path: Path

@@ -13,8 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from distill import DistillModel
 from distill.engine import Trainer
 from distill.modeling.meta_arch import build_distill_model
-from tests.support.networks import ARCHITECTURES, FAMILIES, distill_opts, tiny_cfg
-from tests.support.nonfinite import HEADS
+from tests.support.networks import ARCHITECTURES, FAMILIES, HEADS, distill_opts, tiny_cfg
 from tests.support.trainings import trainable_cfg, write_teacher
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
@@ -49,6 +48,7 @@ def test_both_ways_of_writing_build_the_same(family: str, tmp_path: Path) -> Non
     assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", ["faster", "retinanet"])
 def test_both_ways_of_writing_train_the_same(
     family: str, shapes: tuple[str, str, str], tmp_path: Path

@@ -142,6 +142,7 @@ def with_old_names(saved: dict[str, Any]) -> None:
     renamed(saved["distill"], "Hint", "FitNet")
 
 
+@pytest.mark.e2e
 def test_a_checkpoint_with_old_names_resumes_to_the_bit(
     interrupted: Path,
     shapes: Shapes,
@@ -189,7 +190,7 @@ UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[Any, ...], str]] =
     ),
     "head left out": (
         lambda saved: None,
-        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+        ("MODEL.DISTILL.HEADS", ()),
         "a state of the head FitNet, which this training lacks; set MODEL.DISTILL.HEADS as",
     ),
     "no state of a head": (
@@ -206,6 +207,7 @@ UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[Any, ...], str]] =
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", UNFIT)
 def test_states_that_do_not_fit_are_errors(
     case: str, interrupted: Path, shapes: Shapes, teacher: list[Any], tmp_path: Path

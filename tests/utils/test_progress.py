@@ -84,9 +84,11 @@ def test_a_finished_or_empty_stage_is_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.splitlines() == ["reused", "nothing"]
 
 
-def test_a_stage_of_one_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_of_one_step_is_one_line(tick: Tick, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress() as progress:
-        progress.advance(progress.add_task("building the networks", total=1))
+        task = progress.add_task("building the networks", total=1)
+        tick(60)
+        progress.advance(task)
     assert capsys.readouterr().out == "building the networks ...\n"
 
 

@@ -89,7 +89,7 @@ class _Lines:
             line = steps if part < PARTS else name
         elif part == PARTS > self.part and total > 1:
             line = f"{name}: done in {_duration(now - self.start)}"
-        elif part > self.part and now - self.last >= LINE_PERIOD_S:
+        elif self.part < part < PARTS and now - self.last >= LINE_PERIOD_S:
             left = (now - self.start) / (done - self.done_at_start) * (total - done)
             line = f"{name}: {done:g} of {total:g}, ETA {_duration(left)}"
         else:
