@@ -6,9 +6,10 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from distill.errors import ConfigError
-from distill.heads import FitNet, FPNDistillHead
+from distill.heads import FGD, FGFI, FKD, FRS, MGD, PKD, DeFeat, FitNet, FPNDistillHead, ReviewKD
 from distill.heads.fpn import Level, match_levels
 from distill.structures import NetworkInfo
+from tests.support.heads import BOXES, ground_truth, two_level_head
 from tests.support.networks import built_head, feature_head, outputs, tiny_cfg
 
 BOX = (0.0, 0.0, 32.0, 32.0)
@@ -183,3 +184,43 @@ def test_a_spec_is_all_that_a_feature_head_reads():
     fitnet_head = FitNet(tiny_cfg("retinanet"), spec, wide)
     assert fitnet_head.levels == [Level("p4", "c4", 16, 16)]
     assert fitnet_head.adapters["p4"].out_channels == 8
+
+
+# ---- Tests of several methods.
+
+
+@pytest.mark.parametrize("cls", [FGFI, DeFeat])
+def test_adapters_of_fgfi_and_defeat_start_small(cls):
+    convolution = cls.adapter(64, 128)
+    assert isinstance(convolution, nn.Conv2d) and convolution.kernel_size == (3, 3)
+    weight = convolution.weight
+    assert weight.abs().max() <= 2e-4  # normal, cut at two deviations, which leaves 0.88 of them
+    assert weight.std().item() == pytest.approx(0.88e-4, rel=0.02)
+    assert convolution.bias.abs().max() > 1e-3  # as torch has it
+
+
+@pytest.mark.parametrize("cls", [FGFI, DeFeat, FRS])
+def test_equal_channels_are_adapted_too(cls):
+    assert sum(p.numel() for p in cls.adapter(4, 4).parameters()) == 4 * 4 * 9 + 4
+
+
+@pytest.mark.parametrize("cls", [PKD, MGD, FGD, DeFeat, FKD, ReviewKD])
+def test_the_one_cell_of_one_image_trains(cls):
+    keys = {
+        MGD: {"mask_ratio": 0.0, "seed": 0},
+        FGD: {"temperature": 0.5, "alpha": 2.0, "beta": 0.7, "gamma": 0.3, "lambda_": 0.05},
+        DeFeat: {"foreground_weight": 3.0, "background_weight": 12.0},
+        FKD: {"temperature": 0.5, "attention_weight": 1.0, "pooled_weight": 1.0}
+        | {"relation_weight": 1.0},
+    }
+    head = two_level_head(cls, **keys.get(cls, {}))
+    maps = [torch.randn(1, c, k, k).double() for c in (3, 4) for k in (2, 1)]
+    for x in maps[:2]:
+        x.requires_grad_()
+    own = ground_truth([BOXES[0][:1]])
+    student = outputs((16, 16), own, p3=maps[0], p4=maps[1])
+    found = head(student, outputs((16, 16), own, c3=maps[2], c4=maps[3]))
+    total = sum(found.values())
+    total.backward()
+    assert total.isfinite() and all(x.grad.isfinite().all() for x in maps[:2])
+    assert all(p.grad.isfinite().all() for p in head.parameters())

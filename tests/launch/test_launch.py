@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -432,8 +433,9 @@ class Runs:
 
     def end(self) -> None:
         for process in self.started:
-            for pid in [process.pid, *descendants(process.pid)]:
-                if running(pid):
+            everyone = [process.pid, *descendants(process.pid)] if process.is_alive() else []
+            for pid in everyone:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.join(DEADLINE)
 
