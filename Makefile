@@ -48,7 +48,7 @@ lint: installed
 	.venv/bin/python -m mypy
 
 docs: installed .venv/.docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 wheelhouse: .venv/bin/python
 	$(PIP_INSTALL) --quiet setuptools packaging

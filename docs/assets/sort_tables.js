@@ -1,8 +1,8 @@
 // A click on a column's name sorts its table; a second click reverses the order.
 function valueOf(row, column) {
   const text = row.cells[column] ? row.cells[column].textContent.trim() : "";
-  const number = parseFloat(text.replace("−", "-").replace(/^[×±]\s*/, ""));
-  return Number.isNaN(number) ? text.toLowerCase() : number;
+  const number = text.replace("−", "-").replace(/^[×±] */, "").replace(/(\d) (\d{3})/g, "$1$2");
+  return number && !Number.isNaN(Number(number)) ? Number(number) : text.toLowerCase();
 }
 
 function compare(a, b) {

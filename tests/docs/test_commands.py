@@ -10,14 +10,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from distill import cli
 from distill.config import load_config, teacher_config, validate_config
 from distill.data.shapes import SceneConfig, write_coco
 from tests.docs.pages import README, ROOT, TUTORIALS, Command, blocks, commands
-from tests.support.processes import call, starts_processes
+from tests.support.processes import call
 
 NETWORK = [
     *("MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
@@ -40,7 +42,7 @@ WRITTEN = {  # files that a page promises, with a text in each
 }
 
 
-@starts_processes
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [README, *TUTORIALS], ids=lambda page: page.stem)
 def test_commands(page: Path, tmp_path: Path) -> None:
@@ -55,8 +57,21 @@ def test_commands(page: Path, tmp_path: Path) -> None:
             (folder / block.title).write_text(block.text)
     done = call(run_all, list(commands(page, "sh")), folder, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    if page.stem == "own-data":
+        done = call(deploy, folder, folder=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
     for file, text in WRITTEN.get(page.stem, ()):
         assert text in (folder / file).read_text()
+
+
+def deploy(folder: Path) -> int:
+    """Run the README's example on a student of the tutorial."""
+    os.chdir(folder)
+    (example,) = blocks(README, "python")
+    namespace: dict[str, Any] = {}
+    exec(example.text, namespace)
+    found = namespace["predictor"](np.zeros((64, 64, 3), np.uint8))
+    return 0 if "instances" in found else 1
 
 
 def run_all(found: list[Command], folder: Path) -> int:
