@@ -18,6 +18,8 @@ from distill.data.kitti import register_kitti
 from distill.data.shapes import SceneConfig, kitti, write_cityscapes
 from distill.engine import Trainer, evaluate
 from distill.errors import ConfigError
+from distill.experiments.runner import Runner, Stage
+from distill.utils.progress import Progress
 from tests.support.networks import distill_opts, tiny_cfg
 from tests.support.trainings import trainable_cfg, write_teacher
 
@@ -112,6 +114,17 @@ def test_several_sets_have_the_suffix_themselves(shapes: Shapes, tmp_path: Path)
     weights = tmp_path / "model.pth"
     torch.save({"model": Trainer.build_model(cfg).state_dict()}, weights)
     assert [*evaluate(cfg, str(weights))] == [*sets, *(f"{name}_TTA" for name in sets)]
+
+
+def test_comparisons_have_it_too(shapes: Shapes, tmp_path: Path) -> None:
+    cfg = trainable_cfg("faster", shapes, tmp_path, *AUGMENTED, "DATASETS.TEST", (shapes[0],))
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg).eval()
+    expected = {**Trainer.test(cfg, model), **Trainer.test_with_TTA(cfg, model)}
+    stage = Stage("student", 0, cfg, tmp_path)
+    found = Runner(tmp_path, Progress(json=True)).test(stage, model.eval())[shapes[0]]
+    assert found.keys() == expected.keys() == {"bbox", "bbox_TTA"}
+    assert all(x == pytest.approx(expected[task], nan_ok=True) for task, x in found.items())
 
 
 REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {

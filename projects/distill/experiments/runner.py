@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.utils.env import seed_all_rng
 from rich.progress import TaskID
 from torch import nn
@@ -138,16 +138,25 @@ class Runner:
         return {**flat(self.test(stage, model)), **training_cost(stage)}
 
     def test(self, stage: Stage, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """Evaluate each of ``DATASETS.TEST``; return the results of detectron2's evaluators."""
-        results = {}
-        for name in stage.cfg.DATASETS.TEST:
-            loader = Trainer.build_test_loader(stage.cfg, name)
-            task = self.progress.add_task(f"{stage.title}: evaluate", total=len(loader))
-            results[name] = inference_on_dataset(
-                with_sliding_window(stage.cfg, model),
-                WatchedLoader(loader, self.progress, task),
-                Trainer.build_evaluator(stage.cfg, name),
-            )
+        """Evaluate each of ``DATASETS.TEST``; return the results of detectron2's evaluators.
+
+        With ``TEST.AUG`` there are also tasks with the suffix ``_TTA``.
+        """
+        cfg = stage.cfg
+        networks = {"": with_sliding_window(cfg, model)}
+        if cfg.TEST.AUG.ENABLED:
+            networks["_TTA"] = GeneralizedRCNNWithTTA(cfg, model)
+        results: dict[str, dict[str, Any]] = {name: {} for name in cfg.DATASETS.TEST}
+        for name, found in results.items():
+            for suffix, network in networks.items():
+                loader = Trainer.build_test_loader(cfg, name)
+                task = self.progress.add_task(f"{stage.title}: evaluate", total=len(loader))
+                evaluator = Trainer.build_evaluator(
+                    cfg, name, os.path.join(cfg.OUTPUT_DIR, f"inference{suffix}")
+                )
+                watched = WatchedLoader(loader, self.progress, task)
+                metrics = inference_on_dataset(network, watched, evaluator)
+                found.update({f"{kind}{suffix}": x for kind, x in metrics.items()})
         return results
 
 
