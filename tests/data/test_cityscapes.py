@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def root(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "cityscapes"))
 
 
+NUMBERS = count()
+
+
 def folders(root: Path) -> Folders:
     return str(root / "leftImg8bit" / "train"), str(root / "gtFine" / "train")
 
@@ -60,7 +64,7 @@ def register(root: Path, evaluator_type: str) -> str:
         "cityscapes_sem_seg": load_cityscapes_semantic,
     }
     image_dir, gt_dir = folders(root)
-    name = f"{evaluator_type}_{root}"
+    name = f"{evaluator_type}_{next(NUMBERS)}"  # pytest uses the names of deleted folders again
     DatasetCatalog.register(name, lambda: loaders[evaluator_type](image_dir, gt_dir))
     classes = MetadataCatalog.get("cityscapes_fine_sem_seg_train")
     MetadataCatalog.get(name).set(
