@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also while pages are written
 from methods import key_table, methods_page
 from text import markdown, table
 
-from distill.cli import COMMANDS, HELP, command_parser
+from distill.cli import COMMANDS, command_parser, help_text
 from distill.config.reference import other_rows
 from distill.experiments.support_matrix import SupportMatrix, support_matrix
 from distill.heads import DISTILL_HEAD_REGISTRY
@@ -122,7 +122,7 @@ def config_lines() -> Iterator[str]:
 
 def command_lines() -> Iterator[str]:
     yield "# Commands\n"
-    yield f"```text\n{HELP.format(commands=_commands())}\n```\n"
+    yield f"```text\n{help_text()}\n```\n"
     seen = {}
     for name in COMMANDS:
         module, parser = command_parser(name)
@@ -133,10 +133,6 @@ def command_lines() -> Iterator[str]:
         seen[module] = name
         yield markdown(cleandoc(module.__doc__ or "")) + "\n"
         yield from table(["option", "default", "meaning"], map(option_row, parser._actions[1:]))
-
-
-def _commands() -> str:
-    return "\n".join(f"  {name:12}  {command.help}" for name, command in COMMANDS.items())
 
 
 def option_row(action: argparse.Action) -> list[str]:

@@ -66,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ("--help",)
     if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        rows = (f"  {key:{width}}  {command.help}" for key, command in COMMANDS.items())
-        print(HELP.format(commands="\n".join(rows)))
+        print(help_text())
         return 0
     if name == "--version":
         print(f"distill {__version__}")
@@ -81,6 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while the modules are imported
         print("stopped by SIGINT: start the same command again.", file=sys.stderr)
         return 130
+
+
+def help_text() -> str:
+    """Return the text of ``distill --help``."""
+    width = max(map(len, COMMANDS))
+    rows = (f"  {key:{width}}  {command.help}" for key, command in COMMANDS.items())
+    return HELP.format(commands="\n".join(rows))
 
 
 def command_parser(name: str) -> tuple[Any, CommandParser]:

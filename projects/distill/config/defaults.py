@@ -19,6 +19,8 @@ from ..section import (
     one_of,
 )
 
+SCHEDULES = ("1x", "2x", "3x")
+
 KEYS: dict[str, Key] = {
     "MODEL.DISTILL.STUDENT_ARCHITECTURE": Key(
         "",
@@ -94,7 +96,7 @@ KEYS: dict[str, Key] = {
         "1x",
         "factor of SOLVER.MAX_ITER and STEPS, as in detectron2's model zoo; it is applied, and "
         "reset to 1x, when the config is loaded",
-        one_of("1x", "2x", "3x"),
+        one_of(*SCHEDULES),
     ),
     "SOLVER.OPTIMIZER": Key("SGD", "optimizer; SGD is detectron2's", one_of("SGD", "ADAMW")),
     "SOLVER.EMA.DECAY": Key(

@@ -14,13 +14,10 @@ from fvcore.common.config import CfgNode as FvcoreCfgNode
 from yaml import YAMLError
 
 from ..errors import ConfigError
-from ..section import check_choice
 from ..utils.old_names import rename_heads, renamed_option
 from ..utils.text import nearest
-from .defaults import get_distill_cfg
+from .defaults import KEYS, SCHEDULES, get_distill_cfg
 from .detectron2_rules import leaves
-
-SCHEDULES = ("1x", "2x", "3x")
 
 
 def load_config(
@@ -59,7 +56,7 @@ def load_config(
 
 
 def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> None:
-    check_choice("SOLVER.SCHEDULE", solver.SCHEDULE, SCHEDULES)
+    KEYS["SOLVER.SCHEDULE"].check("SOLVER.SCHEDULE", solver.SCHEDULE)
     max_iter, steps = scale_schedule(of_file.MAX_ITER, of_file.STEPS, solver.SCHEDULE)
     if "SOLVER.MAX_ITER" not in overridden:
         solver.MAX_ITER = max_iter
@@ -80,7 +77,7 @@ def scale_schedule(
 
     Args:
         max_iter, steps: of the 1x schedule.
-        schedule: one of :data:`SCHEDULES`.
+        schedule: one of :data:`.defaults.SCHEDULES`.
     """
     factor = SCHEDULES.index(schedule) + 1
     total = factor * max_iter

@@ -88,7 +88,7 @@ class Trainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.student: nn.Module = getattr(model, "student", model)
-        self.heads: Any = getattr(model, "heads", {})
+        self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teacher: Teacher | None = getattr(model, "teacher", None)
         # Not the local rank, as in detectron2: SLURM may show each task its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
@@ -106,7 +106,6 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
-        heads = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         # The trainer's state comes last: it has the iteration to which everything else belongs.
         self.checkpointer = StudentCheckpointer(
             self.student,
@@ -114,7 +113,7 @@ class Trainer(DefaultTrainer):
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             weights_in_place=self.averaged,
             student_state=StudentState(self.student),
-            distill=HeadState(heads),
+            distill=HeadState(self.heads),
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -220,8 +219,8 @@ class Trainer(DefaultTrainer):
         place = {key: state_dict.get(key) for key in ("iteration", "seed")}
         if not all(isinstance(x, int) and x >= 0 for x in place.values()):
             raise ValueError(f"it was written at {place}, which must be whole numbers from 0")
-        hooks = self._checked_hooks(state_dict.get("hooks", {}))
-        super().load_state_dict({**state_dict, "hooks": hooks})
+        checked = self._checked_hooks(state_dict.get("hooks", {}))
+        super().load_state_dict({**state_dict, "hooks": checked})
         self.seed = state_dict["seed"]
         world = comm.get_world_size()
         if self.cfg.SOLVER.REFERENCE_WORLD_SIZE and state_dict["world_size"] != world:

@@ -21,7 +21,7 @@ from ..structures import (
 )
 from .base import Family
 from .detector_losses import DetectorLosses
-from .layout import SUBNETS, LastLayers, before_activations, dense_layout, subnets
+from .layout import SUBNETS, LastLayers, before_activations, box_dim, dense_layout, subnets
 from .recorder import Recorder, record
 
 
@@ -157,5 +157,4 @@ class DenseFamily(Family):
         return HeadFeatures(*subnets)
 
     def _dense(self, output: Sequence[Any], student: DenseOutputs | None = None) -> DenseOutputs:
-        box_dim = getattr(self.model, "box_dim", 4)  # 4 in detectron2's own
-        return dense_outputs(output, self.model.num_classes, student, box_dim)
+        return dense_outputs(output, self.model.num_classes, student, box_dim(self.model))

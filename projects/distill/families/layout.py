@@ -33,12 +33,17 @@ def dense_layout(
         offset=detector.anchor_generator.offset,
         thresholds=_thresholds(detector),
         box2box_transform=detector.box2box_transform,
-        box_dim=getattr(detector, "box_dim", 4),  # 4 in detectron2's own
+        box_dim=box_dim(detector),
         reg_max=getattr(detector, "reg_max", None),
         candidates=getattr(detector, "candidates", DenseLayout.candidates),
         subnet_channels=_subnet_channels(head),
         centerness=hasattr(head, "ctrness"),
     )
+
+
+def box_dim(detector: Any) -> int:
+    """Return how many numbers encode a box: 4 in detectron2's own detectors."""
+    return getattr(detector, "box_dim", 4)
 
 
 def _thresholds(detector: Any) -> tuple[float, float]:
@@ -76,7 +81,7 @@ class LastLayers:
     """
 
     def __init__(self, detector: Any, convs: int):
-        self.widths = (detector.num_classes, getattr(detector, "box_dim", 4), 1)
+        self.widths = (detector.num_classes, box_dim(detector), 1)
         self.head: Any = copy.copy(detector.head)
         self.head._modules = dict(detector.head._modules)
         for task, (name, subnet) in enumerate(subnets(detector.head).items()):
