@@ -7,6 +7,7 @@ second of CPU is marked ``slow``. The first is enforced, the second is reported.
 import logging
 import multiprocessing.process
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from distill.data.shapes import SceneConfig, write_coco
 from tests.support.trainings import Shapes, Shared
 
 SLOW = 1.0  # seconds of CPU
+FAILED = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -61,12 +63,32 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         item.user_properties.append(("cpu seconds", sum(os.times()[:4]) - start))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.getreports("passed"):
         seconds = dict(report.user_properties).get("cpu seconds", 0)
         quick = report.when == "call" and not report.keywords.keys() & {"e2e", "slow"}
         if quick and seconds > SLOW:
             terminalreporter.line(f"{seconds:.1f} s of CPU, mark it `slow`: {report.nodeid}")
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Empty pytest's folder after a test that passes: checkpoints are large.
+
+    The empty folder stays, because pytest would use its name again. detectron2 remembers names of
+    data sets and log files for the whole process, so a later test would meet those of an earlier.
+    """
+    yield tmp_path
+    if not request.node.stash.get(FAILED, False):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        tmp_path.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,6 @@ def root(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "cityscapes"))
 
 
-NUMBERS = count()
-
-
 def folders(root: Path) -> Folders:
     return str(root / "leftImg8bit" / "train"), str(root / "gtFine" / "train")
 
@@ -64,7 +60,7 @@ def register(root: Path, evaluator_type: str) -> str:
         "cityscapes_sem_seg": load_cityscapes_semantic,
     }
     image_dir, gt_dir = folders(root)
-    name = f"{evaluator_type}_{next(NUMBERS)}"  # pytest uses the names of deleted folders again
+    name = f"{evaluator_type}_{root}"
     DatasetCatalog.register(name, lambda: loaders[evaluator_type](image_dir, gt_dir))
     classes = MetadataCatalog.get("cityscapes_fine_sem_seg_train")
     MetadataCatalog.get(name).set(
