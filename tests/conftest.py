@@ -1,7 +1,7 @@
 """Fixtures of every test, and the checks of its marks.
 
-A test that starts a Python process or runs a trainer is marked ``e2e``; one that takes more than a
-second of CPU is marked ``slow``. The first is enforced, the second is reported.
+A test that starts a Python process or runs a trainer is marked ``e2e``, which is enforced. A test
+that takes more than a second of CPU is marked ``slow``, and a missing mark is reported.
 """
 
 import logging
@@ -12,16 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from detectron2.engine import TrainerBase
-from detectron2.utils.events import EventStorage
 from filelock import FileLock
 
-from distill.data.shapes import SceneConfig, write_coco
-from tests.support.trainings import Shapes, Shared
+# torch and detectron2 are imported where they are used: pytest-xdist's first process, which only
+# hands out the tests, would load them before it starts the others.
+if TYPE_CHECKING:
+    from detectron2.utils.events import EventStorage
+
+    from tests.support.trainings import Shapes, Shared
 
 SLOW = 1.0  # seconds of CPU
 FAILED = pytest.StashKey[bool]()
@@ -29,6 +30,8 @@ FAILED = pytest.StashKey[bool]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    from detectron2.engine import TrainerBase
+
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker("e2e") is None:
             forbid(patch, subprocess.Popen, "__init__", lambda *x: sys.executable in str(x[:1]))
@@ -92,14 +95,14 @@ def tmp_path(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> "Shared":
     """Returns the folder of a name, which the first worker that asks for it fills.
 
     The others wait for its lock, instead of training the same once more.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # of all workers
+        root = root.parent  # all workers share it
 
     def folder(name: str, fill: Callable[[Path], object]) -> Path:
         path, done = root / name, root / f"{name}.done"
@@ -114,8 +117,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 
 @pytest.fixture(scope="session")
-def shapes(shared: Shared) -> Shapes:
+def shapes(shared: "Shared") -> "Shapes":
     """A ``DATASETS.COCO_FORMAT`` triple: six scenes of 64 px with eight classes."""
+    from distill.data.shapes import SceneConfig, write_coco
+
     scenes = SceneConfig(height=64, width=64, min_size=0.25)
     root = shared("shapes", lambda folder: write_coco(folder, "train", 6, config=scenes))
     annotations = root / "annotations" / "instances_train.json"
@@ -123,8 +128,10 @@ def shapes(shared: Shared) -> Shapes:
 
 
 @pytest.fixture
-def storage() -> Iterator[EventStorage]:
+def storage() -> Iterator["EventStorage"]:
     """detectron2's networks log to the event storage while they train."""
+    from detectron2.utils.events import EventStorage
+
     with EventStorage() as events:
         yield events
 
@@ -140,4 +147,6 @@ def _log_handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(1)  # of busy cores, two threads wait for each other up to 100 x longer
+    import torch
+
+    torch.set_num_threads(1)  # two threads of busy cores wait for each other up to 100 x longer

@@ -6,11 +6,12 @@ from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
-import pytest
+from tests.support.cases import for_each
 
 PACKAGE = Path(__file__).parents[1] / "projects" / "distill"
-# What a room may import besides itself and the standard library: ".x" is distill.x, "*" every
-# third-party library. Imports inside functions count. The row of a module is its longest prefix.
+# Imports that a room may have besides itself and the standard library: ".x" is distill.x, "*" is
+# every third-party library. Imports inside functions count. The row of a module is its longest
+# prefix.
 ALLOWED = {
     ".errors": "",
     ".utils": "torch torchvision numpy detectron2 rich .errors .__version__",
@@ -73,7 +74,7 @@ def imported(name: str) -> set[str]:
     return {n.removeprefix("distill") if within(n, "distill") else n for n in names}
 
 
-@pytest.mark.parametrize("name", FILES)
+@for_each("name", FILES)
 def test_imports_go_down(name):
     rooms = [room for room in ALLOWED if within(name, room)]
     assert rooms, f"give distill{name} a row in ALLOWED"
@@ -85,9 +86,9 @@ def test_imports_go_down(name):
     assert not wrong, f"distill{name} must not import {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if within(name, ".heads")])
+@for_each("name", [name for name in FILES if within(name, ".heads")])
 def test_heads_never_reach_into_a_network(name):
-    """What they may know of one is in :class:`distill.structures.NetworkInfo`."""
+    """Everything that they may know is in :class:`distill.structures.NetworkInfo`."""
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     lines = [x.lineno for x in ast.walk(tree) if isinstance(x, ast.Attribute) and x.attr == "model"]
     assert not lines, f"distill{name} reads .model in lines {lines}: add a field to NetworkInfo"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.cases import for_each
 from tests.support.pickles import PICKLES, zipped
 from tests.support.trainings import Run
 
@@ -23,7 +24,7 @@ def run(tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]) -> R
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """What executed code would create."""
+    """Return the file that executed code would create."""
     return tmp_path / "executed"
 
 
@@ -291,6 +292,6 @@ def test_what_is_safe_is_let_through() -> None:
 SOURCES = [p for folder in ("projects", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@for_each("path", SOURCES)
 def test_nothing_that_is_read_is_executed(path: Path) -> None:
     assert not dangers(path.read_text(encoding="utf-8"))

@@ -253,5 +253,7 @@ def add_keys(cfg: CfgNode, keys: Mapping[str, Key]) -> None:
         *path, last = name.split(".")
         node = cfg
         for part in path:
-            node = node.setdefault(part, CfgNode())
+            if part not in node:
+                node[part] = CfgNode()
+            node = node[part]
         node[last] = key.initial

@@ -109,7 +109,7 @@ def next_class(detection: dict[str, Any]) -> dict[str, Any]:
 def test_two_files(run: Run) -> None:
     perfect = run.predictions("ours & <b>yours</b>")
     confused = run.predictions("confused", next_class)
-    assert run(*perfect, *confused, "--pictures", "2") == 0
+    assert run(*perfect, *confused, "--num-images", "2") == 0
     report, page = run.report()
     best, worst = report["models"].values()
     assert best["errors"] == pytest.approx(dict.fromkeys(CURVES, 100))
@@ -118,7 +118,7 @@ def test_two_files(run: Run) -> None:
     names = {x["category_id"] for x in run.content["annotations"]}
     defined = [x["C50"] is not None for x in best["errors_of_classes"]]
     assert defined == [k in names for k in range(1, len(CLASSES) + 1)]
-    assert [x["f1"] for x in report["pictures"]] == [{"ours & <b>yours</b>": 1, "confused": 0}] * 2
+    assert [x["f1"] for x in report["images"]] == [{"ours & <b>yours</b>": 1, "confused": 0}] * 2
     text = " ".join(page.texts)
     assert "Not known of ours & <b>yours</b>, confused: a file of predictions" in text
     assert "no supercategories, so Sim is Loc" in text
@@ -133,7 +133,7 @@ def test_two_files(run: Run) -> None:
     assert not any(x.get("src", "data:")[:5] != "data:" for _, x in page.elements)
 
 
-def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: None) -> None:
+def test_images_are_those_on_which_the_models_differ(run: Run, no_drawing: None) -> None:
     """One model misses all of an image, and all but one of the fullest; a third misses none."""
     counts = {image["id"]: 0 for image in run.content["images"]}
     for x in run.content["annotations"]:
@@ -150,18 +150,18 @@ def test_pictures_are_those_on_which_the_models_differ(run: Run, no_drawing: Non
     for _ in range(2):
         assert run(*chain(*models)) == 0
         report, page = run.report()
-        assert [x["id"] for x in report["pictures"]] == [other, most]
+        assert [x["id"] for x in report["images"]] == [other, most]
         f1 = 2 / (1 + counts[most])
-        assert report["pictures"][1]["f1"] == pytest.approx({"a": 1, "b": f1, "c": 1})
+        assert report["images"][1]["f1"] == pytest.approx({"a": 1, "b": f1, "c": 1})
     assert run(*models[0], *models[2]) == 0
     report, page = run.report()
-    assert report["pictures"] == [] and "There is no such image" in " ".join(page.texts)
+    assert report["images"] == [] and "There is no such image" in " ".join(page.texts)
     # The image with more objects wins among equal differences. A low score counts as missed.
     faint = run.predictions("b", lambda x: {**x, "score": 0.3})
-    assert run(*models[0], *faint, "--pictures", "1") == 0
-    assert run.report()[0]["pictures"][0]["id"] == most
+    assert run(*models[0], *faint, "--num-images", "1") == 0
+    assert run.report()[0]["images"][0]["id"] == most
     assert run(*models[0], *faint, "--min-score", "0.3") == 0
-    assert run.report()[0]["pictures"] == []
+    assert run.report()[0]["images"] == []
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_training_is_evaluated_as_training_does_and_measured(run: Run, no_draw
     assert cost["input"] == "64 x 64" and cost["memory"] is None and cost["fps"] > 0
     text = " ".join(page.texts)
     assert "peak memory" in text and "Not known of perfect: a file" in text
-    assert run(*option, "--size", "128x96", "--pictures", "0") == 0
+    assert run(*option, "--size", "128x96", "--num-images", "0") == 0
     larger = run.report()[0]["models"]["trained"]
     assert larger["efficiency"]["input"] == "128 x 96"
     assert larger["efficiency"]["gflops"] > 1.5 * cost["gflops"] > 0
@@ -220,7 +220,7 @@ def test_a_registered_set_without_a_file(run: Run, no_drawing: None) -> None:
     assert run(*shifted, *option, data=["--dataset", name]) == 0
     report, page = run.report()
     assert report["models"]["a"]["metrics"]["AP"] == pytest.approx(100)
-    assert report["data"]["name"] == name and len(page.images) == 1 + len(report["pictures"]) > 1
+    assert report["data"]["name"] == name and len(page.images) == 1 + len(report["images"]) > 1
     assert run(*run.predictions("a"), *option) == 0  # the same images from the file
     from_file = run.report()[0]["models"]["trained"]["metrics"]
     assert report["models"]["trained"]["metrics"]["AP"] == pytest.approx(from_file["AP"])
@@ -248,7 +248,7 @@ def test_a_model_without_detections(run: Run, no_drawing: None) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "unknown picture": (lambda x: {**x, "image_id": 999}, "no image with image_id 999"),
+    "unknown image": (lambda x: {**x, "image_id": 999}, "no image with image_id 999"),
     "unknown category": (lambda x: {**x, "category_id": 99}, "no category with category_id 99"),
     "masks": (lambda x: {"image_id": 1, "segmentation": {}}, "no bbox, only a segmentation"),
 }

@@ -121,8 +121,8 @@ def test_every_method_draws_its_rows(
         assert row.startswith(start)
         arrays = [panel.array for (r, _), panel in grid.items() if r == row]
         assert row == "image" or any(np.nanstd(x) > 0 for x in arrays)
-    picture = imread(next((tmp_path / "figures").glob(f"*_{head.lower()}.png")))
-    assert picture.std() > 0.1 and min(picture.shape[:2]) > 200
+    image_dict = imread(next((tmp_path / "figures").glob(f"*_{head.lower()}.png")))
+    assert image_dict.std() > 0.1 and min(image_dict.shape[:2]) > 200
 
 
 def test_mssd_lights_the_cells_inside_the_boxes(tmp_path: Path, shapes: Shapes) -> None:
@@ -288,7 +288,7 @@ def test_one_sentence_says_what_is_wrong(
     assert "--weights random" in run.fails(capsys, "0", "")
     assert "there is no file 'no.pth'" in run.fails(capsys, "0", "no.pth")
     assert "neither file name nor index of the 6 images" in run.fails(capsys, "6")
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     assert "broken.jpg' cannot be read as an image" in run.fails(
         capsys, str(tmp_path / "broken.jpg")
     )

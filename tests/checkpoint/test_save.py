@@ -23,7 +23,7 @@ from distill.checkpoint.save import StudentCheckpointer, StudentState, resumable
 from distill.engine import Trainer
 from distill.errors import CheckpointError, WeightsError
 from distill.launch.main import main
-from tests.support.networks import STOCK_FPN, STOCK_P3_P7, distill_opts, picture, write_config
+from tests.support.networks import STOCK_FPN, STOCK_P3_P7, distill_opts, image_dict, write_config
 from tests.support.trainings import trainable_cfg, write_teacher
 
 EIGHT_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
@@ -128,7 +128,7 @@ class Stranger(NamedTuple):
 @pytest.fixture(scope="module")
 def stranger(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     folder = tmp_path_factory.mktemp("stranger")
-    inputs = [{k: v for k, v in picture(i, 64, 96).items() if k != "instances"} for i in (0, 1)]
+    inputs = [{k: v for k, v in image_dict(i, 64, 96).items() if k != "instances"} for i in (0, 1)]
     torch.save(inputs, folder / "inputs.pth")
     command = [sys.executable, "-c", STRANGER, str(folder)]
     command += [str(run.output) for run in runs.values()]

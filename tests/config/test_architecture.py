@@ -83,7 +83,7 @@ def test_what_distils(own_architectures: None) -> None:
         ("GeneralizedRCNN", ""),
         ("GeneralizedRCNN", "GeneralizedRCNN"),
         ("OwnRCNN", ""),
-        ("make_rcnn", ""),  # of which only the built network tells the class
+        ("make_rcnn", ""),  # only the built network tells its class
         ("OwnDistillation", ""),
         ("OwnDistillation", "GeneralizedRCNN"),
         ("DistillRCNN", "OwnRCNN"),

@@ -32,7 +32,7 @@ from distill.data.datasets import check_labels, check_test_set, find_issues, loa
 from distill.data.shapes import SceneConfig, write_cityscapes
 from distill.errors import DataError
 from distill.structures import Batch
-from tests.support.networks import NUM_CLASSES, distilled, kd_losses, picture, tiny_cfg
+from tests.support.networks import NUM_CLASSES, distilled, image_dict, kd_losses, tiny_cfg
 
 Folders = tuple[str, str]
 
@@ -280,7 +280,7 @@ def test_padding_of_labels_is_ignored() -> None:
 
 def test_heads_ignore_ignored_labels() -> None:
     def loss(label: int) -> Any:
-        images = [picture(seed, semantic=True) for seed in range(2)]
+        images = [image_dict(seed, semantic=True) for seed in range(2)]
         images[1]["sem_seg"][:, 20:] = label
         model = distilled("semantic", ["IMA"])
         model.student.sem_seg_head.ignore_value = label

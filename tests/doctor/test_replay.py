@@ -36,7 +36,7 @@ from tests.support.nonfinite import (
     write_teachers,
 )
 from tests.support.processes import call, starts_processes
-from tests.support.trainings import Shapes, semantic_pictures
+from tests.support.trainings import Shapes, semantic_images
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_families(
 ) -> None:
     """Random proposals, random masks and running statistics are as in the run."""
     if family == "semantic":
-        semantic_pictures(monkeypatch)
+        semantic_images(monkeypatch)
     spoil(monkeypatch, "losses", FitNet, "p4", nan)
     stopped(config(family, shapes, teachers, tmp_path))
     result = replay(str(reproducer(tmp_path)))
@@ -135,7 +135,7 @@ def test_old_names_of_heads_and_losses(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    semantic_pictures(monkeypatch)
+    semantic_images(monkeypatch)
     spoil(monkeypatch, "losses", FitNet, "p4", nan)
     stopped(config("semantic", shapes, teachers, tmp_path))
     path = reproducer(tmp_path)

@@ -18,7 +18,7 @@ from tests.support.trainings import (
     Interruption,
     Shapes,
     differences,
-    semantic_pictures,
+    semantic_images,
     train,
     trainable_cfg,
     write_teacher,
@@ -96,7 +96,7 @@ def test_resume_is_exact(
 ) -> None:
     family, opts = CASES[case]
     if family == "semantic":
-        semantic_pictures(monkeypatch)
+        semantic_images(monkeypatch)
     uninterrupted = train(config(family, shapes, teachers, tmp_path / "a", *opts))
     cfg = config(family, shapes, teachers, tmp_path / "b", *opts)
     with pytest.raises(Interrupted):

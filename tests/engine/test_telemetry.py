@@ -18,7 +18,7 @@ from distill.engine import Trainer
 from distill.engine.hooks import KDRatioHook, TelemetryHook, memory_mb
 from distill.engine.telemetry import gradient_cosines, head_of
 from distill.engine.train_loop import seed_step
-from tests.support.networks import distill_opts, distilled, picture
+from tests.support.networks import distill_opts, distilled, image_dict
 from tests.support.trainings import differences, trainable_cfg, write_teacher
 
 CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
@@ -95,7 +95,7 @@ def test_cosines_agree_with_separate_backward_passes() -> None:
     """The computation changes neither gradients nor the graph."""
     heads = ("FitNet", "IMA")
     model = distilled("faster", heads)
-    inputs = [picture(1), picture(2, 64, 96)]
+    inputs = [image_dict(1), image_dict(2, 64, 96)]
 
     def losses() -> dict[str, Tensor]:
         torch.manual_seed(0)

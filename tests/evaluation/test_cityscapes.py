@@ -50,13 +50,13 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> str:
     return metadata.name
 
 
-def pictures(name: str) -> list[dict[str, Any]]:
+def image_dicts(name: str) -> list[dict[str, Any]]:
     metadata = MetadataCatalog.get(name)
     return load_cityscapes_semantic(metadata.image_dir, metadata.gt_dir)
 
 
-def truth(picture: dict[str, Any], kind: str = "labelIds") -> NDArray[Any]:
-    stem = picture["sem_seg_file_name"].rpartition("_")[0]
+def truth(image_dict: dict[str, Any], kind: str = "labelIds") -> NDArray[Any]:
+    stem = image_dict["sem_seg_file_name"].rpartition("_")[0]
     return cv2.imread(f"{stem}_{kind}.png", -1)
 
 
@@ -94,7 +94,7 @@ def noisy(labels: NDArray[Any], seed: int) -> NDArray[Any]:
 
 
 def test_iou_is_that_of_numpy(name: str, tmp_path: Path) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     wanted = [train_id_table()[truth(x)] for x in inputs]
     predicted = [noisy(labels, seed) for seed, labels in enumerate(wanted)]
     outputs = [logits(labels) for labels in predicted]
@@ -114,7 +114,7 @@ def test_iou_is_that_of_numpy(name: str, tmp_path: Path) -> None:
 
 @needs_in1d
 def test_semantic_metrics_of_detectron2(name: str, tmp_path: Path) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = [logits(noisy(train_id_table()[truth(x)], 7)) for x in inputs]
     stock = run(StockSemanticEvaluator(name), inputs, outputs)["sem_seg"]
     ours = run(CityscapesSemanticEvaluator(name, str(tmp_path)), inputs, outputs)["sem_seg"]
@@ -122,7 +122,7 @@ def test_semantic_metrics_of_detectron2(name: str, tmp_path: Path) -> None:
 
 
 def test_perfect_labels(name: str, tmp_path: Path) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = [logits(train_id_table()[truth(x)]) for x in inputs]
     results = run(CityscapesSemanticEvaluator(name, str(tmp_path)), inputs, outputs)["sem_seg"]
     assert all(x == pytest.approx(100) for x in results.values())
@@ -131,7 +131,7 @@ def test_perfect_labels(name: str, tmp_path: Path) -> None:
 def test_files_of_labels_stay(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files hold label ids and have the script's names; a second evaluation replaces them."""
     monkeypatch.chdir(tmp_path)
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = [logits(train_id_table()[truth(x)]) for x in inputs]
     evaluator = CityscapesSemanticEvaluator(name, "inference")
     Path("inference", name, "predictions").mkdir(parents=True)
@@ -154,7 +154,7 @@ def test_files_of_labels_stay(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_more_classes_than_the_benchmark(name: str, tmp_path: Path) -> None:
     """A network with detectron2's 54 default classes gives wrong labels, but no error."""
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = []
     for one in inputs:
         labels = train_id_table()[truth(one)].astype(int)
@@ -165,21 +165,21 @@ def test_more_classes_than_the_benchmark(name: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_prediction(name: str, tmp_path: Path) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = [logits(train_id_table()[truth(x)]) for x in inputs]
     with pytest.raises(DataError, match=r"lacks 1 of 3 predictions.*OUTPUT_DIR"):
         run(CityscapesSemanticEvaluator(name, str(tmp_path)), inputs[1:], outputs[1:])
 
 
 def test_the_script_does_not_end_the_process(name: str, tmp_path: Path) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = [logits(train_id_table()[truth(x)][1:]) for x in inputs]
     with pytest.raises(DataError, match=r"script stopped: ERROR: Image heights"):
         run(CityscapesSemanticEvaluator(name, str(tmp_path)), inputs, outputs)
 
 
 def test_numpy_without_in1d(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     semantic = [logits(train_id_table()[truth(x)]) for x in inputs]
     monkeypatch.delattr(np, "in1d", raising=False)
     evaluator = CityscapesSemanticEvaluator(name, str(tmp_path))
@@ -192,9 +192,9 @@ def test_numpy_without_in1d(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 # ------------------------------------------------------------------------------------ instances
 
 
-def instances(picture: dict[str, Any], masks: Any = None) -> dict[str, Instances]:
+def instances(image_dict: dict[str, Any], masks: Any = None) -> dict[str, Instances]:
     """Return the ground truth as an output, with other masks if given."""
-    ids = truth(picture, "instanceIds")
+    ids = truth(image_dict, "instanceIds")
     things = [x for x in np.unique(ids).tolist() if x >= 1000]
     order = [24, 25, 26, 27, 28, 31, 32, 33]
     output = Instances(ids.shape)
@@ -215,7 +215,7 @@ def one_car(size: int) -> dict[str, Instances]:
 
 def test_perfect_masks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = [instances(x) for x in inputs]
     results = run(CityscapesInstanceEvaluator(name, "inference"), inputs, outputs)["segm"]
     assert {"AP", "AP50"} < set(results)
@@ -237,7 +237,7 @@ def test_instance_metrics_of_detectron2(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the script writes matches.json
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     outputs = []
     for one in inputs:
         masks = instances(one)["instances"].pred_masks
@@ -249,7 +249,7 @@ def test_instance_metrics_of_detectron2(
 
 
 def test_nothing_found(name: str, tmp_path: Path) -> None:
-    inputs = pictures(name)
+    inputs = image_dicts(name)
     empty = {"instances": instances(inputs[0])["instances"][:0]}
     evaluator = CityscapesInstanceEvaluator(name, str(tmp_path))
     assert run(evaluator, inputs, [empty] * 3)["segm"]["AP"] == 0

@@ -192,15 +192,15 @@ def random_case(seed: int) -> tuple[COCO, list[Found]]:
     rng = np.random.default_rng(seed)
     objects: list[Object] = []
     found: list[Found] = []
-    for picture in range(1, 9):
+    for image in range(1, 9):
         for _ in range(rng.integers(0, 12)):
             box = (*rng.uniform(0, 150, 2), *rng.uniform(15, 120, 2))
             category = int(rng.integers(1, 7))
-            objects.append((picture, category, box))
+            objects.append((image, category, box))
             for _ in range(rng.integers(0, 4)):
                 moved = tuple(np.abs(np.array(box) + rng.normal(0, rng.choice([1, 8, 30]), 4)))
                 named = category if rng.random() < 0.6 else int(rng.integers(1, 7))
-                found.append((picture, named, moved, round(rng.random(), 2)))
+                found.append((image, named, moved, round(rng.random(), 2)))
     supers = {1: "a", 2: "a", 3: "a", 4: "b", 5: "b", 6: None}
     return dataset(objects, supers, images=8), found
 
@@ -293,7 +293,7 @@ def test_a_size_without_objects_is_undefined() -> None:
 # --------------------------------------------------------------------------------------- images
 
 
-def test_pictures_are_judged_by_hand() -> None:
+def test_images_are_judged_by_hand() -> None:
     truth = dataset([(1, CAT, HERE), (1, DOG, THERE), (2, CAR, HERE)], images=4)
     truth.anns[3]["iscrowd"] = 1
     found = [

@@ -53,8 +53,8 @@ def detections(found: Sequence[Found]) -> Detections:
 def ap(labels: Sequence[Label], found: Sequence[Found], kind: str = "Car") -> list[float]:
     """Return the AP of ``kind`` at the three difficulties, in percent."""
     own = label(kind, TALL), (kind, TALL, 0.5)
-    pictures = [[own[0], *labels]] * 41, [detections([own[1], *found])] * 41
-    results = kitti_average_precision(*pictures)
+    data = [[own[0], *labels]] * 41, [detections([own[1], *found])] * 41
+    results = kitti_average_precision(*data)
     return [round(results[f"{kind}/{level}"], 6) for level in LEVELS]
 
 
@@ -181,7 +181,7 @@ class Slow:
             and not (x.occlusion > occlusion or x.truncation > truncation)
         )
 
-    def picture(
+    def image(
         self, labels: list[Label], found: list[Found], threshold: float | None
     ) -> tuple[list[float], int]:
         """Return the scores of the true positives and the number of false ones.
@@ -214,16 +214,16 @@ class Slow:
         return right, len(wrong)
 
     def ap(self, labels: list[list[Label]], found: list[list[Found]]) -> float:
-        objects = sum(self.must_be_found(x) for picture in labels for x in picture)
+        objects = sum(self.must_be_found(x) for image in labels for x in image)
         if not objects:
             return math.nan
         pairs = list(zip(labels, found))
-        scores = sorted((s for p in pairs for s in self.picture(*p, None)[0]), reverse=True)
+        scores = sorted((s for p in pairs for s in self.image(*p, None)[0]), reverse=True)
         precisions, wanted = [], 0.0
         for i in range(len(scores)):
             here, behind = (i + 1) / objects, (i + 2) / objects
             if i == len(scores) - 1 or not behind - wanted < wanted - here:
-                counts = [self.picture(*p, scores[i]) for p in pairs]
+                counts = [self.image(*p, scores[i]) for p in pairs]
                 true = sum(len(right) for right, _ in counts)
                 precisions.append(true / (true + sum(wrong for _, wrong in counts) or 1))
                 wanted += 0.025
@@ -231,12 +231,12 @@ class Slow:
         return 100 * sum(max(precisions[i:]) for i in range(1, 41)) / 40
 
 
-def random_pictures(seed: int, pictures: int) -> tuple[list[list[Label]], list[list[Found]]]:
+def random_images(seed: int, num_images: int) -> tuple[list[list[Label]], list[list[Found]]]:
     """Return crowded images with boxes near the limits of height and overlap, and tied scores."""
     rng = np.random.default_rng(seed)
     kinds = [*KITTI_CLASSES * 3, "Van", "Person_sitting", "DontCare", "Truck"]
     labels, found = [], []
-    for _ in range(pictures):
+    for _ in range(num_images):
         objects: list[Label] = []
         for _ in range(rng.integers(1, 7)):
             x, y = rng.uniform(0, 150, 2)
@@ -247,22 +247,22 @@ def random_pictures(seed: int, pictures: int) -> tuple[list[list[Label]], list[l
                 rng.choice([0, 0, 0.2, 0.4]),
             )
             objects.append(Label(str(rng.choice(kinds)), float(truncation), occlusion, box))
-        picture: list[Found] = []
+        image: list[Found] = []
         for x in objects:
             for _ in range(rng.integers(0, 4)):
                 moved = np.array(x.box) + rng.uniform(-3, 3, 4)
                 kind = x.type if x.type in KITTI_CLASSES and rng.random() < 0.8 else ""
                 kind = kind or str(rng.choice(KITTI_CLASSES))
                 score = float(rng.integers(1, 60)) / 60
-                picture.append((kind, tuple(moved.tolist()), score))  # type: ignore[arg-type]
+                image.append((kind, tuple(moved.tolist()), score))  # type: ignore[arg-type]
         labels.append(objects)
-        found.append(picture)
+        found.append(image)
     return labels, found
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_rules_spelt_out(seed: int) -> None:
-    labels, found = random_pictures(seed, 250)
+    labels, found = random_images(seed, 250)
     results = kitti_average_precision(labels, [detections(x) for x in found])
     limits = {"easy": (40, 0, 0.15), "moderate": (25, 1, 0.3), "hard": (25, 2, 0.5)}
     for level in LEVELS:
@@ -292,13 +292,13 @@ def write_data(root: Path, labels: Sequence[Sequence[Label]]) -> None:
 
 
 def feed(evaluator: Any, dicts: list[dict[str, Any]], found: Sequence[Sequence[Found]]) -> None:
-    for picture, boxes in zip(dicts, found):
-        instances = Instances((picture["height"], picture["width"]))
+    for image, boxes in zip(dicts, found):
+        instances = Instances((image["height"], image["width"]))
         values = detections(boxes)
         instances.pred_boxes = Boxes(torch.tensor(values.boxes, dtype=torch.float32))
         instances.scores = torch.tensor(values.scores, dtype=torch.float32)
         instances.pred_classes = torch.tensor(values.classes)
-        evaluator.process([picture], [{"instances": instances}])
+        evaluator.process([image], [{"instances": instances}])
 
 
 @pytest.fixture
@@ -316,6 +316,7 @@ def as_found(labels: Sequence[Sequence[Label]]) -> list[list[Found]]:
     ]
 
 
+@pytest.mark.slow
 def test_ground_truth_is_perfect(own_kitti: Path) -> None:
     """The data are the shapes, with their own boxes and limits."""
     config = SceneConfig(height=160, width=160, min_size=0.2)
@@ -334,7 +335,7 @@ def test_ground_truth_is_perfect(own_kitti: Path) -> None:
 
 
 def test_processes_are_gathered(own_kitti: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels, found = random_pictures(7, 80)
+    labels, found = random_images(7, 80)
     write_data(own_kitti, labels)
     dicts = load_kitti(own_kitti, "val")
     whole, *parts = (KITTIEvaluator("own_kitti") for _ in range(3))

@@ -99,7 +99,7 @@ def test_windows_against_loops(size: Any, crop: Any, stride: Any) -> None:
     torch.testing.assert_close(got["sem_seg"], expected)
 
 
-def test_several_pictures_of_other_sizes() -> None:
+def test_several_images_of_other_sizes() -> None:
     model = SlidingWindow(segmenter(), (32, 32), (16, 16))
     inputs = [*batch(40, 50), *batch(50, 33)]
     together = model(inputs)

@@ -129,7 +129,7 @@ def test_an_interrupted_comparison_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_all_heads_that_work_on_rendered_pictures_with_their_own_teacher(
+def test_all_heads_that_work_on_rendered_images_with_their_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)  # the config names its teacher from here

@@ -10,9 +10,9 @@ from distill.families import build_family
 from distill.modeling.teacher import Teacher
 from tests.support.networks import (
     DENSE,
+    image_dict,
     network_info,
     outspoken_model,
-    picture,
     tiny_fcos,
     tiny_model,
 )
@@ -28,9 +28,13 @@ ASSIGNMENTS = {
 NEEDS = frozenset({"features", "dense", "targets", "head_features"})
 
 
-def pictures():
+def image_dicts():
     """Two sizes; the last has nothing on it."""
-    return [picture(0, 64, 96, objects=4), picture(1, 96, 64), picture(2, 64, 64, objects=0)]
+    return [
+        image_dict(0, 64, 96, objects=4),
+        image_dict(1, 96, 64),
+        image_dict(2, 64, 64, objects=0),
+    ]
 
 
 def tall(family, *opts, convs=3, **kw):
@@ -39,7 +43,7 @@ def tall(family, *opts, convs=3, **kw):
 
 def heard(model, needs=NEEDS, inputs=None):
     """Return a student's outputs in a training forward."""
-    reader, inputs = build_family(model), inputs or pictures()
+    reader, inputs = build_family(model), inputs or image_dicts()
     needs = needs & reader.outputs
     with EventStorage(), reader.record(needs) as calls:
         model(inputs)
@@ -174,7 +178,7 @@ def test_detectron2s_own_fcos_has_both():
 
 @pytest.mark.parametrize("family", WITH_SUBNETS)
 def test_the_teachers_head_features_are_cut_to_the_students_cells(family):
-    student = heard(tall(family), inputs=pictures()[:1])
+    student = heard(tall(family), inputs=image_dicts()[:1])
     model = tall(family, seed=1)
     images = torch.randn(1, 3, 128, 128)  # padded further than the student's 64 x 96
     model.eval()
@@ -193,7 +197,7 @@ def test_the_teachers_head_features_are_cut_to_the_students_cells(family):
 
 
 def test_a_teacher_is_not_recorded_for_head_features_that_nobody_needs():
-    student = heard(tall("gfl"), inputs=pictures()[:1])
+    student = heard(tall("gfl"), inputs=image_dicts()[:1])
     model = tall("gfl", seed=1)
     teacher = Teacher(build_family(model), input_format="BGR", student_format="BGR")
     assert teacher.ask(student, frozenset({"dense"})).head_features is None

@@ -9,14 +9,14 @@ from torch import nn
 
 from distill.families import build_family
 from distill.families.detector_losses import DetectorLosses, detection_losses, no_side_effects
-from tests.support.networks import DENSE, outspoken_model, picture, tiny_model
+from tests.support.networks import DENSE, image_dict, outspoken_model, tiny_model
 
 CPU = torch.device("cpu")
 DETECTORS = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE)
 
 
 def batch():
-    return [picture(0, 64, 80, semantic=True), picture(1, 96, 64, semantic=True)]
+    return [image_dict(0, 64, 80, semantic=True), image_dict(1, 96, 64, semantic=True)]
 
 
 @pytest.mark.parametrize("family", DETECTORS)

@@ -11,10 +11,10 @@ from distill.heads import CrossKD
 from tests.reference import literal_methods as literal
 from tests.support.networks import (
     distilled,
+    image_dict,
     kd_losses,
     network_info,
     outspoken_model,
-    picture,
     tiny_fcos,
     tiny_model,
 )
@@ -46,15 +46,15 @@ def model_of(family, *opts, student=None, teacher=None, **kw):
     return distilled(family, ["CrossKD"], *opts, student=student, teacher=teacher)
 
 
-def pictures():
+def image_dicts():
     """Two sizes; the second has nothing on it."""
-    return [picture(0, 64, 96, objects=4), picture(1, 96, 64, objects=0)]
+    return [image_dict(0, 64, 96, objects=4), image_dict(1, 96, 64, objects=0)]
 
 
 def heard(model, inputs=None):
     said = []
     handle = model.heads["CrossKD"].register_forward_pre_hook(lambda _, args: said.extend(args))
-    found = kd_losses(model, inputs or pictures())
+    found = kd_losses(model, inputs or image_dicts())
     handle.remove()
     return found, *said
 
@@ -381,7 +381,7 @@ def test_the_teacher_may_list_other_classes():
 @pytest.mark.parametrize("family", ["fcos", "gfl"])
 def test_a_batch_without_any_box_trains(family):
     model = model_of(family)
-    found, *_ = heard(model, [picture(0, objects=0), picture(1, 96, 64, objects=0)])
+    found, *_ = heard(model, [image_dict(0, objects=0), image_dict(1, 96, 64, objects=0)])
     total = sum(found.values())
     total.backward()
     assert total.isfinite() and found["loss_crosskd/cls"] > 0

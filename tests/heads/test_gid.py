@@ -17,11 +17,11 @@ from tests.reference import literal_methods as literal
 from tests.support.networks import (
     built_head,
     distilled,
+    image_dict,
     kd_losses,
     network_info,
     outputs,
     outspoken_model,
-    picture,
     tiny_model,
 )
 
@@ -66,7 +66,7 @@ def test_the_best_of_overlapping_boxes_stays():
     assert found([[0.9, 0.3, 0.5]], [[A, NEAR_A, B]]) == [[A, B]]
 
 
-def test_pictures_do_not_suppress_each_other():
+def test_images_do_not_suppress_each_other():
     boxes = [[A, NEAR_A], [NEAR_A, A]]
     sizes = [(100, 200), (100, 200)]
     assert found([[0.9, 0.8], [0.9, 0.8]], boxes, sizes) == [[A], [NEAR_A]]
@@ -85,7 +85,7 @@ def test_a_box_that_is_dropped_suppresses_nothing():
     assert found([[0.9, 0.5]], [[small, inside]]) == [[inside]]
 
 
-def test_boxes_are_clipped_to_their_own_picture():
+def test_boxes_are_clipped_to_their_own_image():
     """A box in the padding of its image is too small after clipping."""
     boxes = [[[-20, -5, 30, 40], [110, 10, 260, 60]]] * 2
     assert found([[0.9, 0.5]] * 2, boxes, [(100, 200), (50, 115)]) == [
@@ -94,7 +94,7 @@ def test_boxes_are_clipped_to_their_own_picture():
     ]
 
 
-def test_the_first_of_a_picture_are_kept():
+def test_the_first_of_an_image_are_kept():
     boxes = [[[20 * k, 0, 20 * k + 15, 15] for k in range(9)]]
     score = [[0.1, 0.9, 0.3, 0.8, 0.2, 0.5, 0.4, 0.7, 0.6]]
     order = np.argsort(score[0])[::-1]
@@ -152,7 +152,7 @@ def test_rows_that_are_not_valid_count_nothing(valid):
 
 CLASSES = ("circle", "square", "star")
 CANVAS = (128, 160)
-PICTURES = [(128, 160), (120, 128)]
+IMAGES = [(128, 160), (120, 128)]
 SIZES = {"p2": (32, 40), "p3": (16, 20)}
 STRIDES = {"p2": 4, "p3": 8}
 FACTORS = {"feature_weight": 0.5, "relation_weight": 40.0, "class_weight": 0.1, "box_weight": 2.0}
@@ -183,7 +183,7 @@ def head_of(channels=(3, 3), shared_adapter=False, classes=CLASSES, **keys):
 def heard(channels=(3, 3), seed=0):
     """Return outputs of two networks with so many channels for two images, in float64."""
     g = torch.Generator().manual_seed(seed)
-    instances = [Instances(size, gt_boxes=Boxes(torch.zeros(0, 4))) for size in PICTURES]
+    instances = [Instances(size, gt_boxes=Boxes(torch.zeros(0, 4))) for size in IMAGES]
     anchors = torch.cat([x.flatten(0, 2) for x in grids()([*SIZES.values()])])
     rows = [2 * h * w for h, w in SIZES.values()]
     both = []
@@ -233,7 +233,7 @@ def expected_terms(head, student, teacher, columns=(slice(None), slice(None))):
     boxes = np.where((prob_t > prob_s)[..., None], other, own)
     anchors = np.concatenate([number(x).reshape(-1, 4) for x in grids()([*SIZES.values()])])
     cropped, chosen, selected = ([], []), [], np.zeros(prob_s.shape, dtype=bool)
-    for n, size in enumerate(PICTURES):
+    for n, size in enumerate(IMAGES):
         instances = literal_instances(np.abs(prob_t - prob_s)[n], boxes[n], size)
         chosen.append(np.stack(instances))
         ours = {k: head.adapters[k](x)[n] for k, x in student.features.items()}
@@ -361,7 +361,7 @@ def test_instances_do_not_lie_in_the_padding():
     head = model.heads["GID"]
     instances = head.instances
     head.instances = lambda *args: chosen.append(instances(*args)) or chosen[-1]
-    kd_losses(model, [picture(0, 64, 128), picture(1, 128, 64, objects=0)])
+    kd_losses(model, [image_dict(0, 64, 128), image_dict(1, 128, 64, objects=0)])
     boxes, valid = chosen[0]
     assert valid.any(1).all()
     for own, there, (height, width) in zip(boxes, valid, [(64, 128), (128, 64)]):

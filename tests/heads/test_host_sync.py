@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.heads import DISTILL_HEAD_REGISTRY
-from tests.support.networks import FAMILIES, HEADS, distilled, picture
+from tests.support.networks import FAMILIES, HEADS, distilled, image_dict
 
 # Functions of detectron2 and torchvision that wait for the device.
 DETECTRON2S = (
@@ -104,7 +104,9 @@ def test_heads_do_not_wait_for_the_device(family: str, tokens: int) -> None:
         for h in model.heads.values()
     ]
     with EventStorage():
-        model([picture(0, 64, 80, semantic=True), picture(1, 96, 64, objects=0, semantic=True)])
+        model(
+            [image_dict(0, 64, 80, semantic=True), image_dict(1, 96, 64, objects=0, semantic=True)]
+        )
         for hook in hooks:
             hook.remove()
         for head, args in heard:

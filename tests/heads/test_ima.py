@@ -13,10 +13,10 @@ from tests.support.networks import (
     built_head,
     distilled,
     feature_head,
+    image_dict,
     kd_losses,
     network_info,
     outputs,
-    picture,
     tiny_cfg,
     tiny_model,
 )
@@ -90,8 +90,8 @@ def ima_head(scope, level=None, channels=(2, 2), **options):
     )
 
 
-def batch_of(pictures):
-    return Batch([{"instances": x} for x in pictures], (64, 64), pictures)
+def batch_of(image_dicts):
+    return Batch([{"instances": x} for x in image_dicts], (64, 64), image_dicts)
 
 
 def halves(boxes, masks="bits", size=64, part="left"):
@@ -119,12 +119,12 @@ def half(box, part):
 
 @pytest.mark.parametrize("masks", ["bits", "polygons"])
 def test_masks_are_cropped_to_the_boxes_grid(masks):
-    pictures = [
+    image_dicts = [
         halves([], masks),
         halves([BOX, (16.0, 8.0, 48.0, 40.0)], masks),
         halves([(8.0, 8.0, 36.0, 64.0)], masks, part="right"),
     ]
-    weight = IMA.instance_masks(batch_of(pictures))
+    weight = IMA.instance_masks(batch_of(image_dicts))
     assert weight.shape == (3, 1, CROP_SIZE, CROP_SIZE)
     assert weight.dtype == torch.float32
     left = torch.zeros(CROP_SIZE, CROP_SIZE)
@@ -242,7 +242,7 @@ def test_class_scope_compares_the_classes_of_every_level():
     model = distilled("semantic", ["IMA"], *opts)
     heard = []
     model.heads["IMA"].register_forward_pre_hook(lambda _, args: heard.extend(args))
-    inputs = [picture(0, 64, 96, semantic=True), picture(1, semantic=True)]
+    inputs = [image_dict(0, 64, 96, semantic=True), image_dict(1, semantic=True)]
     inputs[0]["sem_seg"][:20] = 255
     found = kd_losses(model, inputs)
     student, teacher = heard
@@ -262,7 +262,7 @@ def test_class_scope_compares_the_classes_of_every_level():
 
 def test_padding_and_ignored_cells_belong_to_no_class():
     model = distilled("semantic", ["IMA"], "MODEL.DISTILL.IMA.MASK_RATIO", 0.0)
-    inputs = picture(0, semantic=True)
+    inputs = image_dict(0, semantic=True)
     inputs["sem_seg"][:] = 255
     found = kd_losses(model, [inputs])
     assert all(v == 0 for v in found.values())

@@ -14,10 +14,10 @@ from distill.structures import DenseLayout, DenseOutputs, DenseTargets
 from tests.reference import literal_methods as literal
 from tests.support.networks import (
     distilled,
+    image_dict,
     kd_losses,
     network_info,
     outputs,
-    picture,
     tiny_cfg,
     tiny_model,
 )
@@ -182,7 +182,7 @@ def test_the_box_terms_grow_with_the_number_of_positives_and_the_class_term_does
 
 def test_a_batch_without_any_box_trains():
     model = distilled("gfl", ["LD"])
-    found = kd_losses(model, [picture(0, objects=0), picture(1, 96, 64, objects=0)])
+    found = kd_losses(model, [image_dict(0, objects=0), image_dict(1, 96, 64, objects=0)])
     assert all(x == 0 for x in found.values())
     sum(found.values()).backward()
     assert all(p.grad is not None for p in model.student.head.parameters())

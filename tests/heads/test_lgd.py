@@ -19,9 +19,9 @@ from tests.support.networks import (
     STOCK_P3_P7,
     distill_opts,
     distilled,
+    image_dict,
     kd_losses,
     outspoken_model,
-    picture,
     tiny_cfg,
 )
 from tests.support.trainings import trainable_cfg
@@ -37,8 +37,8 @@ def lgd_model(family="faster", *opts, detach_iters=0, **kw):
 
 def batch(objects=2):
     """Two sizes; the second image has no objects."""
-    first = picture(0, 64, 80, objects, semantic=True)
-    return [first, picture(1, 96, 64, objects=0, semantic=True)]
+    first = image_dict(0, 64, 80, objects, semantic=True)
+    return [first, image_dict(1, 96, 64, objects=0, semantic=True)]
 
 
 def sizes(parameters):
@@ -82,7 +82,7 @@ def test_training_steps_bring_the_maps_together(family):
     for _ in range(5):
         torch.manual_seed(0)
         with EventStorage():
-            losses = model([picture(0)])
+            losses = model([image_dict(0)])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -97,7 +97,7 @@ def test_the_implicit_teacher_learns_to_detect():
     history = []
     for _ in range(6):
         torch.manual_seed(0)
-        loss = kd_losses(model, [picture(0)])["loss_lgd/teacher"]
+        loss = kd_losses(model, [image_dict(0)])["loss_lgd/teacher"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -185,9 +185,9 @@ def implicit_teacher(channels=8):
     return ImplicitTeacher(num_classes=3, channels=channels)
 
 
-def maps(pictures=2, channels=8):
+def maps(num_images=2, channels=8):
     g = torch.Generator().manual_seed(1)
-    return [torch.randn(pictures, channels, *hw, generator=g) for hw in ((8, 12), (3, 5), (1, 1))]
+    return [torch.randn(num_images, channels, *hw, generator=g) for hw in ((8, 12), (3, 5), (1, 1))]
 
 
 BOXES = torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 20.0, 90.0, 60.0], [0.0, 0.0, 20.0, 50.0]])
@@ -205,7 +205,7 @@ def same(a, b):
     return all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
-def test_maps_have_the_students_shapes_and_are_normalized_in_each_picture():
+def test_maps_have_the_students_shapes_and_are_normalized_in_each_image():
     found = made(implicit_teacher(), maps(), (BOXES, CLASSES), NOTHING)
     assert [x.shape for x in found] == [x.shape for x in maps()]
     for x in found:
@@ -221,7 +221,7 @@ def test_the_order_of_the_objects_does_not_matter():
 
 
 @pytest.mark.parametrize("other", [slice(0, 0), slice(0, 1), slice(0, 3)])
-def test_objects_of_another_picture_do_not_matter(other):
+def test_objects_of_another_image_do_not_matter(other):
     """Neither do those that pad this one's to their number."""
     teacher, own = implicit_teacher(), (BOXES[:2], CLASSES[:2])
     alone = made(teacher, [x[:1] for x in maps()], own)
@@ -240,13 +240,13 @@ def test_objects_classes_and_appearances_matter():
         "one less": made(teacher, maps(1), (BOXES[:2], CLASSES[:2])),
         "another box": made(teacher, maps(1), (BOXES + 4, CLASSES)),
         "another class": made(teacher, maps(1), (BOXES, CLASSES.flip(0))),
-        "another picture": made(teacher, [-x for x in maps(1)], (BOXES, CLASSES)),
+        "another image": made(teacher, [-x for x in maps(1)], (BOXES, CLASSES)),
     }
     for name, other in others.items():
         assert not same(found[:1], other[:1]), name
 
 
-def test_a_picture_without_objects_has_the_map_of_the_context():
+def test_an_image_without_objects_has_the_map_of_the_context():
     """Whatever it shows: all attention is on the one label."""
     teacher = implicit_teacher()
     first, second = (made(teacher, [x[k : k + 1] for x in maps()], NOTHING) for k in range(2))

@@ -5,7 +5,7 @@ import torch
 
 from distill import losses
 from distill.heads.base import StepGenerator
-from tests.support.networks import distilled, kd_losses, outspoken_model, picture, tiny_cfg
+from tests.support.networks import distilled, image_dict, kd_losses, outspoken_model, tiny_cfg
 
 TERMS = {
     "fea": losses.fitnet,
@@ -30,7 +30,9 @@ def features(model, batch):
 
 
 def test_terms_are_the_public_losses_averaged_over_the_levels():
-    found, student, teacher = features(mkd_model(WEIGHT=2.0), [picture(0), picture(1, 96, 64)])
+    found, student, teacher = features(
+        mkd_model(WEIGHT=2.0), [image_dict(0), image_dict(1, 96, 64)]
+    )
     assert set(found) == {f"loss_mkd/p{k}/{t}" for k in range(2, 7) for t in (*TERMS, "fdmd")}
     for level, s in student.items():
         for term, loss in TERMS.items():
@@ -40,7 +42,7 @@ def test_terms_are_the_public_losses_averaged_over_the_levels():
 
 def test_the_masked_term_draws_from_the_heads_own_generator():
     model = mkd_model(MASK_RATIO=0.3)
-    found, student, teacher = features(model, [picture(0)])
+    found, student, teacher = features(model, [image_dict(0)])
     generator = StepGenerator(0).generator(torch.device("cpu"))
     for level in model.heads["MKD"].levels:
         s, t = student[level.student], teacher[level.student]
@@ -50,17 +52,17 @@ def test_the_masked_term_draws_from_the_heads_own_generator():
 
 
 def test_without_masking_two_terms_are_equal():
-    found = kd_losses(mkd_model(MASK_RATIO=0.0), [picture(0)])
+    found = kd_losses(mkd_model(MASK_RATIO=0.0), [image_dict(0)])
     for k in range(2, 7):
         assert torch.equal(found[f"loss_mkd/p{k}/fdmd"], found[f"loss_mkd/p{k}/fea"])
 
 
 @pytest.mark.parametrize("term", losses.MKD_TERMS)
 def test_a_term_is_switched_off_or_weighted_alone(term):
-    everything = kd_losses(mkd_model(MASK_RATIO=0.0), [picture(0)])
+    everything = kd_losses(mkd_model(MASK_RATIO=0.0), [image_dict(0)])
     key = f"{term.upper()}_WEIGHT"
-    without = kd_losses(mkd_model(MASK_RATIO=0.0, **{key: 0.0}), [picture(0)])
-    tripled = kd_losses(mkd_model(MASK_RATIO=0.0, **{key: 3.0}), [picture(0)])
+    without = kd_losses(mkd_model(MASK_RATIO=0.0, **{key: 0.0}), [image_dict(0)])
+    tripled = kd_losses(mkd_model(MASK_RATIO=0.0, **{key: 3.0}), [image_dict(0)])
     assert set(everything) - set(without) == {f"loss_mkd/p{k}/{term}" for k in range(2, 7)}
     for name, value in everything.items():
         factor = 3 if name.endswith(f"/{term}") else 1
@@ -79,7 +81,7 @@ def test_options_of_a_config():
 
 def test_adapters_learn_from_every_term():
     model = distilled("faster", ["MKD"], teacher=outspoken_model("faster", seed=1, fpn=24))
-    sum(kd_losses(model, [picture(0)]).values()).backward()
+    sum(kd_losses(model, [image_dict(0)]).values()).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.heads["MKD"].adapters.parameters())
 
 

@@ -13,9 +13,9 @@ from tests.support.networks import (
     PAFPN,
     distill_opts,
     distilled,
+    image_dict,
     kd_losses,
     outspoken_model,
-    picture,
     tiny_cfg,
     tiny_model,
 )
@@ -41,7 +41,7 @@ def student_outputs(model, batch):
 @pytest.mark.parametrize("family", ["faster", "mask", "cascade", "retinanet"])
 def test_every_level_that_has_a_shallow_map_has_both_losses(family):
     model = mssd_model(family)
-    found = kd_losses(model, [picture(0), picture(1, 96, 64, objects=0)])
+    found = kd_losses(model, [image_dict(0), image_dict(1, 96, 64, objects=0)])
     assert set(found) == {f"loss_mssd/{k}/{t}" for k in LEVELS for t in ("distill", "mask")}
     assert all(v > 0 for v in found.values())  # the finest level's, too: it is not its own teacher
     sum(found.values()).backward()
@@ -49,7 +49,7 @@ def test_every_level_that_has_a_shallow_map_has_both_losses(family):
 
 
 def test_losses_are_those_of_the_equations():
-    found, outputs = student_outputs(mssd_model(GAMMA=0.1, MASK_WEIGHT=3.0), [picture(0)])
+    found, outputs = student_outputs(mssd_model(GAMMA=0.1, MASK_WEIGHT=3.0), [image_dict(0)])
     for level in LEVELS:
         deep, shallow = outputs.features[level], outputs.shallow[level]
         factor = 0.1 if level == "p2" else 1.0
@@ -60,7 +60,7 @@ def test_losses_are_those_of_the_equations():
 @pytest.mark.parametrize("mask, binary", [("gaussian", False), ("binary", True)])
 def test_mask_loss_is_of_the_adapted_mask(mask, binary):
     model = mssd_model(MASK=mask, SIGMA2=4.0)
-    found, outputs = student_outputs(model, [picture(0)])
+    found, outputs = student_outputs(model, [image_dict(0)])
     for level, stride in zip(LEVELS, (4, 8, 16, 32)):
         deep = outputs.features[level]
         m = losses.gaussian_mask(
@@ -76,13 +76,13 @@ def test_mask_loss_is_of_the_adapted_mask(mask, binary):
 @pytest.mark.parametrize("off, left", [("MASK", "distill"), ("DISTILL", "mask")])
 def test_a_loss_is_switched_off(off, left):
     model = mssd_model(**{f"{off}_WEIGHT": 0.0})
-    assert set(kd_losses(model, [picture(0)])) == {f"loss_mssd/{k}/{left}" for k in LEVELS}
+    assert set(kd_losses(model, [image_dict(0)])) == {f"loss_mssd/{k}/{left}" for k in LEVELS}
     assert bool(list(model.heads.parameters())) == (left == "mask")
 
 
 def test_shallow_maps_are_taught_by_nobody():
     model = mssd_model(MASK_WEIGHT=0.0)
-    _, outputs = student_outputs(model, [picture(0)])
+    _, outputs = student_outputs(model, [image_dict(0)])
     shallow = [outputs.shallow[k] for k in LEVELS]
     # Only through the bottom-up pathway, which reads them, does a gradient reach them.
     neck = model.student.backbone
@@ -110,7 +110,7 @@ def test_a_teacher_beside_it_is_asked_for_the_others_needs_alone(tmp_path):
     opts = distill_opts("faster", ["MSSD", "ROIKD"])
     model = build_model(tiny_cfg("faster", *opts, *PAFPN, *teacher)).train()
     assert model.active_needs(of_teacher=True) == {"rois"}
-    found = kd_losses(model, [picture(0)])
+    found = kd_losses(model, [image_dict(0)])
     assert {k.split("/")[0] for k in found} == {"loss_mssd", "loss_roikd"}
 
 
@@ -137,4 +137,4 @@ def test_other_heads_compare_the_deep_maps_alone():
     model = distilled("faster", ["FitNet"], student=student, teacher=tiny_model("faster"))
     assert [x.student for x in model.heads["FitNet"].levels] == [*LEVELS, "p6"]
     same = distilled("faster", ["FitNet"], student=student, teacher=copy.deepcopy(student))
-    assert all(v == 0 for v in kd_losses(same, [picture(0)]).values())
+    assert all(v == 0 for v in kd_losses(same, [image_dict(0)]).values())

@@ -19,6 +19,7 @@ from distill.nets.gfl import GFL
 from distill.nets.reppoints import RepPoints
 from distill.section import AUTO, POSITIVE, Key, Presets, Section, at_least
 from distill.structures import NetworkInfo
+from tests.support.cases import for_each
 from tests.support.networks import built_head, distill_opts, network_info, tiny_cfg, tiny_model
 
 HEADS = dict(iter(DISTILL_HEAD_REGISTRY))
@@ -192,7 +193,7 @@ def test_values_of_the_config_reach_the_heads():
 # ---- Declarations
 
 
-@pytest.mark.parametrize("name, key", declared_keys().items(), ids=declared_keys())
+@for_each("name, key", declared_keys().items())
 def test_every_key_has_a_meaning_and_a_range_that_contains_its_values(name, key):
     assert len(key.meaning.split()) > 1 and not key.meaning.endswith(".")
     assert key.rule.text

@@ -15,14 +15,14 @@ from distill.structures import Batch, DenseOutputs, NetworkOutputs
 from tests.reference import literal
 from tests.support.networks import (
     distilled,
+    image_dict,
     kd_losses,
     outspoken_model,
-    picture,
     tiny_fcos,
     tiny_model,
 )
 
-PICTURES = {"two sizes": ((64, 96, 3), (96, 64, 2)), "nothing on one": ((64, 64, 4), (64, 64, 0))}
+IMAGES = {"two sizes": ((64, 96, 3), (96, 64, 2)), "nothing on one": ((64, 64, 4), (64, 64, 0))}
 
 
 def tid_model(family, *args, teacher=None, **keys):
@@ -31,7 +31,7 @@ def tid_model(family, *args, teacher=None, **keys):
 
 
 def batch(sizes):
-    return [picture(i, h, w, objects=n) for i, (h, w, n) in enumerate(sizes)]
+    return [image_dict(i, h, w, objects=n) for i, (h, w, n) in enumerate(sizes)]
 
 
 def heard(model, inputs):
@@ -127,7 +127,7 @@ def literal_losses(model, student, teacher):
     return {f"p{k + 2}": value / max(mass, 1e-6) for k, value in enumerate(sums)}
 
 
-@pytest.mark.parametrize("sizes", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("sizes", IMAGES.values(), ids=IMAGES)
 @pytest.mark.parametrize("family", ["faster", "retinanet"])
 def test_it_is_the_papers_loss(family, sizes):
     model = tid_model(family)
@@ -137,15 +137,15 @@ def test_it_is_the_papers_loss(family, sizes):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_a_picture_without_objects_adds_nothing():
-    alone, _, _ = heard(tid_model("retinanet"), [picture(0)])
-    both, _, _ = heard(tid_model("retinanet"), [picture(0), picture(1, objects=0)])
+def test_an_image_without_objects_adds_nothing():
+    alone, _, _ = heard(tid_model("retinanet"), [image_dict(0)])
+    both, _, _ = heard(tid_model("retinanet"), [image_dict(0), image_dict(1, objects=0)])
     assert both == pytest.approx(alone, rel=1e-5)
 
 
 def test_no_object_at_all_is_a_connected_zero():
     model = tid_model("faster", teacher=outspoken_model("faster", seed=1, fpn=24))
-    found = kd_losses(model, [picture(0, objects=0)])
+    found = kd_losses(model, [image_dict(0, objects=0)])
     assert all(v == 0 for v in found.values())
     sum(found.values()).backward()
     assert all(p.grad is not None for p in model.heads.parameters())
@@ -153,14 +153,14 @@ def test_no_object_at_all_is_a_connected_zero():
 
 @pytest.mark.parametrize("sets", [{"ALPHA_HIGH": 2.0, "ALPHA_MED": 2.0, "ALPHA_LOW": 2.0}])
 def test_alphas_scale_the_loss_and_not_its_normaliser(sets):
-    one, _, _ = heard(tid_model("faster"), [picture(0)])
-    two, _, _ = heard(tid_model("faster", **sets), [picture(0)])
+    one, _, _ = heard(tid_model("faster"), [image_dict(0)])
+    two, _, _ = heard(tid_model("faster", **sets), [image_dict(0)])
     assert two == pytest.approx({k: 2 * v for k, v in one.items()})
 
 
 def test_each_alpha_has_its_area():
-    one, student, teacher = heard(model := tid_model("retinanet"), [picture(0)])
-    off, _, _ = heard(tid_model("retinanet", ALPHA_MED=0.0), [picture(0)])
+    one, student, teacher = heard(model := tid_model("retinanet"), [image_dict(0)])
+    off, _, _ = heard(tid_model("retinanet", ALPHA_MED=0.0), [image_dict(0)])
     values = model.heads["TID"].values(student, teacher)
     mass = sum(losses.tid_mask(v).sum() for v in values)
     for level, v in zip(model.heads["TID"].levels, values):
@@ -196,7 +196,7 @@ def test_a_switch_reaches_its_function(switch, monkeypatch):
 
     for name in ("tid_score", "tid_value"):
         monkeypatch.setattr(f"distill.heads.tid.{name}", spy(name))
-    kd_losses(tid_model("retinanet", NMS_IOU=0.7, **switch), [picture(0)])
+    kd_losses(tid_model("retinanet", NMS_IOU=0.7, **switch), [image_dict(0)])
     name = {"SCORE": "parts", "RAW_IOU": "raw_iou", "AREA": "area"}
     for key, value in switch.items():
         key = name.get(key, key.lower())
@@ -207,7 +207,7 @@ def test_a_switch_reaches_its_function(switch, monkeypatch):
 
 def test_classes_are_matched_by_name():
     """A teacher that lists the same classes in another order gives the same values."""
-    inputs = [picture(0, objects=3), picture(4, objects=3)]
+    inputs = [image_dict(0, objects=3), image_dict(4, objects=3)]
     teacher = outspoken_model("retinanet", seed=1)
     model = distilled("retinanet", ["TID"], teacher=teacher)
     found, _, _ = heard(model, inputs)
@@ -226,7 +226,7 @@ def test_classes_are_matched_by_name():
 def test_a_class_that_the_teacher_does_not_know_has_no_probability(caplog):
     model = distilled("retinanet", ["TID"], teacher_classes=("circle", "square", "x"))
     assert "TID skips classes unknown to the teacher: star" in caplog.text
-    inputs = picture(0, objects=3)
+    inputs = image_dict(0, objects=3)
     inputs["instances"].gt_classes[:] = 2  # star
     _, student, teacher = heard(model, [inputs])
     head = model.heads["TID"]
@@ -268,7 +268,7 @@ def test_anchors_may_differ():
     """Points are compared, not anchors."""
     one = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]])
     teacher = outspoken_model("faster", *one, seed=1)
-    found, _, _ = heard(tid_model("faster", teacher=teacher), [picture(0)])
+    found, _, _ = heard(tid_model("faster", teacher=teacher), [image_dict(0)])
     assert sum(found.values()) > 0
 
 
@@ -276,7 +276,7 @@ def test_points_of_an_fcos_have_one_box():
     """No anchors, no matcher: RetinaNet's thresholds, and boxes by its own decoding."""
     model = distilled("retinanet", ["TID"], student=tiny_fcos(0), teacher=tiny_fcos(1))
     assert model.heads["TID"].thresholds == ((0.4, 0.5), (0.4, 0.5))
-    found, student, _ = heard(model, [picture(0, objects=3), picture(1, objects=0)])
+    found, student, _ = heard(model, [image_dict(0, objects=3), image_dict(1, objects=0)])
     assert sum(found.values()) > 0.1
     for level, (boxes, size) in enumerate(zip(student.dense_boxes, student.dense.sizes)):
         assert boxes.shape == (2, size[0] * size[1], 4)
@@ -310,7 +310,7 @@ def test_levels_are_those_of_the_dense_head():
 
 def test_values_carry_no_gradient_and_lie_on_the_levels():
     model = tid_model("retinanet")
-    _, student, teacher = heard(model, [picture(0), picture(1)])
+    _, student, teacher = heard(model, [image_dict(0), image_dict(1)])
     values = model.heads["TID"].values(student, teacher)
     assert [v.shape for v in values] == [(2, *size) for size in student.dense.sizes]
     assert not any(v.requires_grad for v in values)

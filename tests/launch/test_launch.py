@@ -632,7 +632,7 @@ def test_what_every_rank_finds_is_said_once(runs: Runs) -> None:
 @needs_loopback
 def test_what_one_rank_finds_ends_all(runs: Runs, shapes: tuple[str, str, str]) -> None:
     """One image of six is broken; the process that reads it first reports it."""
-    folder = runs.folder / "pictures"
+    folder = runs.folder / "images"
     folder.mkdir()
     names = sorted(os.listdir(shapes[2]))
     for name in names:

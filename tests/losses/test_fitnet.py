@@ -35,7 +35,7 @@ def test_equal_maps_give_exactly_zero():
     assert fitnet(x, x.clone()) == 0
 
 
-def test_value_does_not_depend_on_the_size_of_the_picture():
+def test_value_does_not_depend_on_the_size_of_the_image():
     student, teacher = torch.randn(2, 1, 3, 4, 4)
     tiled = fitnet(student.repeat(1, 1, 2, 3), teacher.repeat(1, 1, 2, 3))
     torch.testing.assert_close(tiled, fitnet(student, teacher))

@@ -67,7 +67,7 @@ def test_it_equals_the_literal_form(shape, seed):
     np.testing.assert_allclose(found, literal_ifvd(student, teacher, labels), rtol=1e-5, atol=1e-12)
 
 
-def test_prototypes_are_those_of_a_picture():
+def test_prototypes_are_those_of_an_image():
     student, teacher = maps((2, 3, 4, 5), seed=1)
     labels = draw_labels(student.shape, 1)
     found = ifvd(student, teacher, labels, CLASSES)

@@ -47,7 +47,7 @@ def test_kd_is_the_mean_over_rows():
     torch.testing.assert_close(kd(student, teacher), torch.tensor(2 * row / 3))
 
 
-def test_pixel_kd_is_the_mean_over_the_pixels_of_all_pictures():
+def test_pixel_kd_is_the_mean_over_the_pixels_of_all_images():
     # Two images of 1 x 3 pixels differ at one pixel: (3/4, 1/4) against (1/2, 1/2).
     student, teacher = torch.zeros(2, 2, 2, 1, 3)
     teacher[1, 0, 0, 2] = math.log(3)

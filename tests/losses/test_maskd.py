@@ -43,9 +43,9 @@ def literal_maskd(student, teacher, masks, weights):
 def literal_dice(masks):
     found = [
         2 * (a * b).sum() / ((a * a).sum() + (b * b).sum())
-        for picture in masks
-        for i, a in enumerate(picture)
-        for j, b in enumerate(picture)
+        for image_dict in masks
+        for i, a in enumerate(image_dict)
+        for j, b in enumerate(image_dict)
         if i != j
     ]
     return np.mean(found)

@@ -330,7 +330,7 @@ def test_an_empty_batch_trains() -> None:
     assert total == 0
 
 
-def test_fgfi_masks_of_several_levels_and_pictures() -> None:
+def test_fgfi_masks_of_several_levels_and_images() -> None:
     """Several levels give the same masks as one level with all cells side by side."""
     case = Case(5)
     fine, coarse = case.some_boxes(24).reshape(2, 4, 3, 4), case.some_boxes(6).reshape(2, 1, 3, 4)

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from distill import DistillModel
-from tests.support.networks import PAFPN, distilled, kd_losses, outspoken_model, picture
+from tests.support.networks import PAFPN, distilled, image_dict, kd_losses, outspoken_model
 from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 
 pytestmark = needs_loopback
@@ -66,27 +66,27 @@ def fixed_samples(proposals: list[Instances], targets: list[Instances]) -> list[
     return samples
 
 
-def distillation_gradients(case: str, pictures: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Of the distillation losses alone, summed, with respect to student and adapters."""
+def distillation_gradients(case: str, image_dicts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return gradients of the distillation losses alone, for the student and the adapters."""
     family, heads, opts = CASES[case]
     opts = (*opts, "MODEL.DISTILL.IMA.MASK_RATIO", 0.0)
     model = distilled(family, heads, *opts, teacher=outspoken_model(family, seed=1, fpn=24))
     if hasattr(model.student, "roi_heads"):
         model.student.roi_heads.label_and_sample_proposals = fixed_samples
-    sum(kd_losses(model, pictures).values()).backward()
+    sum(kd_losses(model, image_dicts).values()).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def pictures(objects: tuple[int, int]) -> list[dict[str, Any]]:
-    """Of one size: a joint batch of several sizes has a larger canvas than its parts."""
-    return [picture(seed, objects=n, semantic=True) for seed, n in zip((5, 6), objects)]
+def image_dicts(objects: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return images of one size; with several, a joint batch has a larger canvas than its parts."""
+    return [image_dict(seed, objects=n, semantic=True) for seed, n in zip((5, 6), objects)]
 
 
 def write_gradients(rank: int, folder: Path) -> None:
     results: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, objects in OBJECTS.items():
         for case in CASES:
-            mine = distillation_gradients(case, [pictures(objects)[rank]])
+            mine = distillation_gradients(case, [image_dicts(objects)[rank]])
             gathered = comm.all_gather(mine)
             results[case, name] = {
                 n: sum(x[n] for x in gathered if n in x) / WORLD
@@ -110,14 +110,14 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 def test_two_processes_have_the_gradients_of_the_joint_batch(
     case: str, objects: str, averaged: dict[tuple[str, str], dict[str, Tensor]]
 ) -> None:
-    joint = distillation_gradients(case, pictures(OBJECTS[objects]))
+    joint = distillation_gradients(case, image_dicts(OBJECTS[objects]))
     divided = averaged[case, objects]
     assert joint.keys() == divided.keys()
     largest = max(float(x.abs().max()) for x in joint.values())
     idle = objects == "none at all" and case in NEED_OBJECTS
     assert 1e-6 < largest < 100 or (idle and largest == 0)
     gaps = {name: float((divided[name] - x).abs().max()) for name, x in joint.items()}
-    rounding = 1e-4 if case == "SKD" else 1e-5  # SKD: of differences between similar cosines
+    rounding = 1e-4 if case == "SKD" else 1e-5  # SKD: differences of similar cosines
     assert max(gaps.values()) <= rounding * largest, gaps
 
 
@@ -141,7 +141,7 @@ def train(rank: int, folder: Path) -> None:
     distillation = []
     for step in range(3):
         with EventStorage(step):
-            losses = ddp([picture(10 * step + rank, 64, 64 + 16 * rank, objects=2 - 2 * rank)])
+            losses = ddp([image_dict(10 * step + rank, 64, 64 + 16 * rank, objects=2 - 2 * rank)])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -306,7 +306,7 @@ def test_losses_against_loops(family: str) -> None:
             assert scene.losses[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (number, name)
 
 
-def test_a_picture_without_positives_counts_one_in_gfl() -> None:
+def test_an_image_without_positives_counts_one_in_gfl() -> None:
     """As in the authors' code, the normalizer of the classes of the joint batch is larger by 1."""
     model = decided_model("gfl")
     full, empty = Scene(model, 2), Scene(model, 0)
@@ -397,13 +397,13 @@ def test_what_is_assigned_is_found(family: str) -> None:
     output = [
         [x.T.reshape(1, -1, *size) for x, size in zip(part.split(cells), sizes)] for part in rows
     ]
-    (found,) = model.forward_inference(model.preprocess_image(pictures()), features, output)
+    (found,) = model.forward_inference(model.preprocess_image(image_dicts()), features, output)
     best = [found[found.pred_classes == k][0] for k in (2, 0, 1)]
     torch.testing.assert_close(torch.cat([x.pred_boxes.tensor for x in best]), gt, atol=0.2, rtol=0)
     assert float(found.scores.max()) > 0.9 and len(found) == len(gt)
 
 
-def pictures() -> list[dict[str, Any]]:
+def image_dicts() -> list[dict[str, Any]]:
     return [{"image": torch.zeros(3, SIZE, SIZE)}]
 
 

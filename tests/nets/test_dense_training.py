@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.engine import Trainer
 from distill.nets import add_nets_config
-from tests.support.networks import DENSE, distill_opts, distilled, outspoken_model, picture
+from tests.support.networks import DENSE, distill_opts, distilled, image_dict, outspoken_model
 from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 from tests.support.trainings import trainable_cfg, write_teacher
 
@@ -50,7 +50,7 @@ def test_a_stock_checkpoint(
     assert name == cfg.MODEL.META_ARCHITECTURE
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    inputs = [{k: v for k, v in picture(i, 64, 96).items() if k != "instances"} for i in (0, 1)]
+    inputs = [{k: v for k, v in image_dict(i, 64, 96).items() if k != "instances"} for i in (0, 1)]
     with torch.no_grad():
         both = zip(trainer.student.eval()(inputs), model(inputs))
     for ours, theirs in both:
@@ -67,18 +67,18 @@ JOINT = [family for family in DENSE if family != "fcos"]
 OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # objects per rank
 
 
-def gradients(family: str, pictures: list[dict[str, Any]]) -> dict[str, Tensor]:
+def gradients(family: str, image_dicts: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Return the gradients of the network's own losses."""
     model: Any = outspoken_model(family)
     # At the start, the sum of GFL's weights is below its minimum of 1 in each process.
     torch.nn.init.zeros_(model.head.cls_score.bias)
     with EventStorage():
-        sum(model(pictures).values()).backward()
+        sum(model(image_dicts).values()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def batch(objects: str) -> list[dict[str, Any]]:
-    return [picture(seed, objects=n) for seed, n in zip((5, 6), OBJECTS[objects])]
+    return [image_dict(seed, objects=n) for seed, n in zip((5, 6), OBJECTS[objects])]
 
 
 def write_gradients(rank: int, folder: Path) -> None:
@@ -111,7 +111,7 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DENSE)
 def test_a_compiled_backbone_keeps_the_losses(family: str) -> None:
-    inputs = [picture(0, 64, 64)]
+    inputs = [image_dict(0, 64, 64)]
     losses = []
     for compiled in (False, True):
         model = distilled(family, ("IMA", "TID", "DenseKD"))

@@ -7,7 +7,14 @@ from detectron2.modeling import BACKBONE_REGISTRY, RetinaNet
 from detectron2.utils.events import EventStorage
 
 from distill.nets import PAFPN
-from tests.support.networks import STOCK_P3_P7, distilled, picture, tiny_cfg, tiny_fcos, tiny_model
+from tests.support.networks import (
+    STOCK_P3_P7,
+    distilled,
+    image_dict,
+    tiny_cfg,
+    tiny_fcos,
+    tiny_model,
+)
 
 BUILDERS = {
     "build_shallow_resnet_pafpn_backbone": ((), 6, range(2, 6)),
@@ -89,7 +96,7 @@ def test_padding_is_the_fpns():
 def test_detectors_read_the_deep_maps(family):
     model = tiny_model(family, "MODEL.BACKBONE.NAME", "build_shallow_resnet_pafpn_backbone")
     with EventStorage():
-        sum(model([picture(0)]).values()).backward()
+        sum(model([image_dict(0)]).values()).backward()
     grads = [m.weight.grad for m in model.backbone.output_convs.values()]
     assert all(g is not None and g.abs().sum() > 0 for g in grads)
     if isinstance(model, RetinaNet):
@@ -100,6 +107,6 @@ def test_an_fcos_teaches_itself():
     student = tiny_fcos(backbone="build_shallow_resnet_pafpn_backbone")
     model = distilled("retinanet", ["MSSD"], student=student)
     with EventStorage():
-        losses = model([picture(0), picture(1)])
+        losses = model([image_dict(0), image_dict(1)])
     assert sum(k.startswith("loss_mssd") for k in losses) == 8
     sum(losses.values()).backward()

@@ -7,7 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 
 from distill.config import building
 from distill.errors import ConfigError
-from tests.support.networks import picture, tiny_cfg
+from tests.support.networks import image_dict, tiny_cfg
 
 DEPTHS = (18, 34, 50, 101)
 DILATIONS = {32: (1, 1), 16: (1, 2), 8: (2, 4)}  # output stride -> dilations of res4, res5
@@ -117,12 +117,12 @@ def test_what_it_does_not_have_is_one_sentence(opts, words):
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
 
 
-def test_pictures_of_odd_sizes_are_padded_to_cells():
+def test_images_of_odd_sizes_are_padded_to_cells():
     opts = ("MODEL.BACKBONE.NAME", OURS, "MODEL.SEM_SEG_HEAD.NAME", "PSPHead")
     opts += ("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res5"])
     model = build_model(config(10, 8, *opts)).eval()
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.no_grad():
-        (result,) = model([picture(0, 57, 83)])
+        (result,) = model([image_dict(0, 57, 83)])
     assert seen == [(1, 3, 64, 88)] and result["sem_seg"].shape[1:] == (57, 83)

@@ -23,9 +23,9 @@ from distill.structures import NetworkOutputs
 from tests.support.networks import (
     distilled,
     distilled_from_itself,
+    image_dict,
     kd_losses,
     outspoken_model,
-    picture,
     tiny_cfg,
     tiny_model,
     write_config,
@@ -53,8 +53,8 @@ OUTPUT_STRIDE_16 = (RESNET + "RES4_DILATION", 1, RESNET + "RES5_DILATION", 2)
 
 
 @pytest.fixture
-def pictures():
-    return [picture(0, 64, 80, semantic=True), picture(1, 57, 64, objects=0, semantic=True)]
+def image_dicts():
+    return [image_dict(0, 64, 80, semantic=True), image_dict(1, 57, 64, objects=0, semantic=True)]
 
 
 def train_step(model, inputs):
@@ -142,26 +142,26 @@ def test_outputs_are_as_the_contract_says(name):
 
 @pytest.mark.parametrize("opts", [(), OUTPUT_STRIDE_16, (RESNET + "DEPTH", 18)], ids=str)
 @pytest.mark.parametrize("name", OURS)
-def test_predictions_have_the_size_of_the_picture(name, opts):
+def test_predictions_have_the_size_of_the_image(name, opts):
     model = tiny_model("semantic", *OPTS[name], *opts, training=False)
     with torch.no_grad():
-        (result,) = model([picture(0, 57, 83)])
+        (result,) = model([image_dict(0, 57, 83)])
     assert result["sem_seg"].shape == (4, 57, 83)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_gradient_reaches_every_parameter(name, pictures):
+def test_a_gradient_reaches_every_parameter(name, image_dicts):
     model = tiny_model("semantic", *OPTS[name], norm="BN")
-    sum(model(pictures).values()).backward()
+    sum(model(image_dicts).values()).backward()
     for key, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, key
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_without_weight_there_is_no_auxiliary_head(name, pictures):
+def test_without_weight_there_is_no_auxiliary_head(name, image_dicts):
     model = tiny_model("semantic", *OPTS[name], HEAD + "AUX_WEIGHT", 0.0)
     assert not any("aux" in key for key in model.state_dict())
-    assert set(model(pictures)) == {"loss_sem_seg"}
+    assert set(model(image_dicts)) == {"loss_sem_seg"}
 
 
 def test_the_auxiliary_head_is_a_quarter_as_wide_and_silent_in_evaluation():
@@ -181,9 +181,9 @@ def test_predictors_start_near_zero():
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_one_picture_trains_with_a_batch_norm(name):
+def test_one_image_trains_with_a_batch_norm(name):
     model = tiny_model("semantic", *OPTS[name], HEAD + "NORM", "BN", norm="BN")
-    train_step(model, [picture(0, semantic=True)])
+    train_step(model, [image_dict(0, semantic=True)])
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -191,17 +191,17 @@ def test_a_synchronised_norm_is_built(name):
     model = tiny_model("semantic", *OPTS[name], HEAD + "NORM", "SyncBN", norm="SyncBN")
     names = [k for k, m in model.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
     assert any(k.startswith("sem_seg_head.aux_head") for k in names)
-    train_step(model, [picture(0, semantic=True)])  # in one process it is a batch norm
-    assert model.eval()([picture(0)])[0]["sem_seg"].isfinite().all()
+    train_step(model, [image_dict(0, semantic=True)])  # in one process it is a batch norm
+    assert model.eval()([image_dict(0)])[0]["sem_seg"].isfinite().all()
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_it_can_be_copied_and_pickled(name):
     model = tiny_model("semantic", *OPTS[name], training=False)
     with torch.no_grad():
-        expected = model([picture(0)])[0]["sem_seg"]
+        expected = model([image_dict(0)])[0]["sem_seg"]
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(twin([picture(0)])[0]["sem_seg"], expected)
+            assert torch.equal(twin([image_dict(0)])[0]["sem_seg"], expected)
 
 
 # ---- Losses.
@@ -218,11 +218,11 @@ def test_the_mean_is_over_the_labelled_pixels():
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "hard_pixel_mining"])
 @pytest.mark.parametrize("name", OURS)
-def test_without_a_label_the_loss_is_a_connected_zero(name, kind, pictures):
+def test_without_a_label_the_loss_is_a_connected_zero(name, kind, image_dicts):
     model = tiny_model("semantic", *OPTS[name], HEAD + "LOSS_TYPE", kind)
-    for entry in pictures:
+    for entry in image_dicts:
         entry["sem_seg"].fill_(255)
-    losses = model(pictures)
+    losses = model(image_dicts)
     assert [v.item() for v in losses.values()] == [0, 0]
     sum(losses.values()).backward()
     for key, p in model.named_parameters():
@@ -230,28 +230,28 @@ def test_without_a_label_the_loss_is_a_connected_zero(name, kind, pictures):
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "hard_pixel_mining"])
-def test_weights_scale_the_losses(kind, pictures):
+def test_weights_scale_the_losses(kind, image_dicts):
     opts = (*OPTS["PSPHead"], HEAD + "LOSS_TYPE", kind, HEAD + "ASPP_DROPOUT", 0.0)
-    once = tiny_model("semantic", *opts)(pictures)
+    once = tiny_model("semantic", *opts)(image_dicts)
     twice = tiny_model("semantic", *opts, HEAD + "LOSS_WEIGHT", 2.0, HEAD + "AUX_WEIGHT", 0.1)
-    twice = twice(pictures)
+    twice = twice(image_dicts)
     assert twice["loss_sem_seg"].item() == pytest.approx(2 * once["loss_sem_seg"].item())
     assert twice["loss_sem_seg_aux"].item() == pytest.approx(once["loss_sem_seg_aux"].item() / 2)
 
 
-def test_the_hardest_pixels_have_the_larger_loss(pictures):
+def test_the_hardest_pixels_have_the_larger_loss(image_dicts):
     losses = {}
     for kind in ("cross_entropy", "hard_pixel_mining"):
         model = tiny_model("semantic", *OPTS["PSPHead"], HEAD + "LOSS_TYPE", kind)
-        losses[kind] = model(pictures[:1])["loss_sem_seg"].item()
+        losses[kind] = model(image_dicts[:1])["loss_sem_seg"].item()
     assert losses["hard_pixel_mining"] > losses["cross_entropy"]
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_losses_are_computed_in_single_precision(name, pictures):
+def test_losses_are_computed_in_single_precision(name, image_dicts):
     model = tiny_model("semantic", *OPTS[name])
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model(pictures)
+        losses = model(image_dicts)
     assert all(v.dtype is torch.float32 and v.isfinite() for v in losses.values())
 
 
@@ -260,16 +260,16 @@ def test_losses_are_computed_in_single_precision(name, pictures):
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "hard_pixel_mining"])
 @pytest.mark.parametrize("name", OPTS)
-def test_a_step_of_training(name, kind, pictures):
+def test_a_step_of_training(name, kind, image_dicts):
     model = tiny_model("semantic", *OPTS[name], HEAD + "LOSS_TYPE", kind)
-    losses = train_step(model, pictures)
+    losses = train_step(model, image_dicts)
     assert losses["loss_sem_seg"] > 0
     assert ("loss_sem_seg_aux" in losses) == (name in OURS)
 
 
 @pytest.mark.parametrize("teacher", OPTS)
 @pytest.mark.parametrize("student", OPTS)
-def test_a_step_of_distillation_from_another_output_stride(student, teacher, pictures):
+def test_a_step_of_distillation_from_another_output_stride(student, teacher, image_dicts):
     opts = (*OPTS[teacher], *OUTPUT_STRIDE_16)
     if teacher == "DeepLabV3Head":
         opts += (HEAD + "COMMON_STRIDE", 16)
@@ -279,14 +279,14 @@ def test_a_step_of_distillation_from_another_output_stride(student, teacher, pic
         student=outspoken_model("semantic", *OPTS[student]),
         teacher=outspoken_model("semantic", *opts, seed=1),
     )
-    losses = train_step(model, pictures)
+    losses = train_step(model, image_dicts)
     assert any(v > 0 for k, v in losses.items() if k.startswith("loss_ima"))
     assert not any(k.startswith("teacher") for k in model.state_dict())
 
 
 @pytest.mark.parametrize("name", OPTS)
-def test_a_copy_teaches_nothing(name, pictures):
-    losses = kd_losses(distilled_from_itself("semantic", ["FitNet"], *OPTS[name]), pictures)
+def test_a_copy_teaches_nothing(name, image_dicts):
+    losses = kd_losses(distilled_from_itself("semantic", ["FitNet"], *OPTS[name]), image_dicts)
     assert set(losses) == {"loss_fitnet/res2", "loss_fitnet/res4", "loss_fitnet/res5"}
     assert all(v.item() == 0 for v in losses.values())
 

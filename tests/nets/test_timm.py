@@ -127,7 +127,7 @@ def test_a_name_with_the_tag_of_its_weights() -> None:
     assert built(config("resnet18.a1_in1k")).bottom_up.output_shape()["res5"].stride == 32
 
 
-def test_pictures_of_one_channel(tmp_path: Path) -> None:
+def test_images_of_one_channel(tmp_path: Path) -> None:
     """timm adapts the first convolution. Other missing weights are still found."""
     path = str(tmp_path / "weights.pth")
     state = timm.create_model("resnet18").state_dict()
@@ -142,7 +142,7 @@ def test_pictures_of_one_channel(tmp_path: Path) -> None:
         build_timm_backbone(cfg, ShapeSpec(channels=1))
 
 
-def test_a_model_for_pictures_of_one_size() -> None:
+def test_a_model_for_images_of_one_size() -> None:
     with pytest.raises(
         ConfigError, match=r"swin_tiny.* accepts only images of one size \(Input height"
     ):

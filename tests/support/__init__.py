@@ -1,7 +1,7 @@
 """Networks, trainings and processes that the tests of several modules use.
 
-With it, detectron2 starts a run sooner: it looks a key up by writing the whole config as YAML and
-reading it again, four times a start, which takes longer than a short training.
+With it, detectron2 starts a run sooner. By default, it looks a key up by writing the whole config
+as YAML and reading it again, four times a start. This takes longer than a short training.
 """
 
 from typing import Any

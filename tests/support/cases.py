@@ -11,7 +11,7 @@ def for_each(names: str, values: Iterable[Any]) -> Callable[..., Callable[..., N
 
     Args:
         names: arguments of the test, separated by commas.
-        values: of the argument; tuples if there are several.
+        values: one per case; tuples if there are several arguments.
     """
     keys, cases = [x.strip() for x in names.split(",")], list(values)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.heads.fpn import Level
 from distill.structures import NetworkOutputs
-from tests.support.networks import outputs, picture
+from tests.support.networks import image_dict, outputs
 
 PADDED_SIZE = (64, 80)  # the second image is smaller
 SIZES = {"p3": (8, 10), "p4": (4, 5)}
@@ -94,4 +94,4 @@ def batch_norm(norm: nn.BatchNorm2d, x: np.ndarray) -> np.ndarray:
 
 def semantic_images(count: int = 2, height: int = 64, width: int = 64) -> list[dict[str, Any]]:
     """Return random inputs of a network that have semantic labels too."""
-    return [picture(k, height, width, semantic=True) for k in range(count)]
+    return [image_dict(k, height, width, semantic=True) for k in range(count)]

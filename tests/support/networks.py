@@ -205,7 +205,7 @@ def tiny_fcos(seed: int = 0, backbone: str = "build_shallow_resnet_fpn_backbone"
 
 
 def network_info(name: str, model: nn.Module, classes: Sequence[str] = CLASSES) -> NetworkInfo:
-    """What heads may know of a network."""
+    """Return the part of a network that heads may know."""
     family, classes = build_family(model), tuple(classes)
     return family.info(name, classes, (*classes, "background") if family.sem_seg_shape else ())
 
@@ -223,7 +223,7 @@ def distilled(
     """A distilled student without any file; both networks default to :func:`outspoken_model`.
 
     Args:
-        student: of ``family``; ``opts`` and ``kw`` then describe the heads only.
+        student: network of ``family``; ``opts`` and ``kw`` then describe the heads only.
         teacher: by default of the same config and another seed; none if no head needs one.
     """
     cfg = tiny_cfg(family, "MODEL.DISTILL.HEADS", tuple(heads), *opts, **kw)
@@ -267,16 +267,16 @@ def outputs(
 
 
 def kd_losses(
-    model: nn.Module, pictures: list[dict[str, Any]], iteration: int = 0
+    model: nn.Module, image_dicts: list[dict[str, Any]], iteration: int = 0
 ) -> dict[str, Tensor]:
     """The distillation losses of one training forward."""
     prefixes = tuple(f"loss_{name.lower()}" for name in model.heads)
     with EventStorage(iteration):
-        losses = model(pictures)
+        losses = model(image_dicts)
     return {k: v for k, v in losses.items() if k.split("/")[0] in prefixes}
 
 
-def picture(
+def image_dict(
     seed: int, height: int = 64, width: int = 64, objects: int = 2, semantic: bool = False
 ) -> dict[str, Any]:
     """One random ``batched_inputs`` entry with boxes, classes and masks that lack a corner."""

@@ -36,7 +36,7 @@ def start(function: Callable[..., int | None], *args: Any, out: Path, err: Path)
 
     Args:
         function: returns the exit code.
-        args: of the function.
+        args: arguments of the function.
         out: file to which stdout is appended.
         err: likewise, of stderr.
     """
@@ -60,7 +60,7 @@ def call(function: Callable[..., int | None], *args: Any, folder: Path) -> Compl
 
     Args:
         function: returns the exit code.
-        args: of the function.
+        args: arguments of the function.
         folder: for the files that keep what it writes.
     """
     out, err = folder / "stdout", folder / "stderr"

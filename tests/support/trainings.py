@@ -19,8 +19,8 @@ from distill.launch.main import main
 from tests.support.networks import (
     DENSE,
     distill_opts,
+    image_dict,
     outspoken_model,
-    picture,
     tiny_cfg,
     write_config,
 )
@@ -32,25 +32,34 @@ Shared = Callable[[str, Callable[[Path], object]], Path]
 """Fixture that returns the folder of a name, filled once by a function of its path."""
 
 
-def semantic_pictures(patch: pytest.MonkeyPatch) -> None:
-    """Pictures with semantic labels, which the shapes in COCO format lack."""
+def semantic_images(patch: pytest.MonkeyPatch) -> None:
+    """Images with semantic labels, which the shapes in COCO format lack."""
 
-    def pictures(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
+    def image_dicts(self: TrainLoader) -> Iterator[list[dict[str, Any]]]:
         for k in count(self.batches.start):
-            batch = [picture(2 * k + i, 64, 80, semantic=True) for i in range(2)]
+            batch = [image_dict(2 * k + i, 64, 80, semantic=True) for i in range(2)]
             yield [{**x, "file_name": f"{k}-{i}.jpg"} for i, x in enumerate(batch)]
 
-    patch.setattr(TrainLoader, "__iter__", pictures)
+    patch.setattr(TrainLoader, "__iter__", image_dicts)
     patch.setattr("distill.engine.trainer.check_labels", lambda cfg, dicts: None)
+
+
+_TEACHER_FILES = "teacher.yaml", "teacher.pth"
+_TEACHERS: dict[str, dict[str, bytes]] = {}  # contents of the files, by teacher
 
 
 def write_teacher(folder: Path, family: str, *opts: Any, **kw: Any) -> list[Any]:
     """Write a teacher's yaml and checkpoint; returns the overrides that name them."""
-    cfg = tiny_cfg(family, *opts, **kw)
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(student_config(cfg), folder / "teacher.yaml")
-    model = outspoken_model(family, *opts, seed=1, **kw)
-    torch.save({"model": model.state_dict()}, folder / "teacher.pth")
+    key = repr((family, opts, sorted(kw.items())))
+    if key not in _TEACHERS:
+        cfg = tiny_cfg(family, *opts, **kw)
+        write_config(student_config(cfg), folder / "teacher.yaml")
+        model = outspoken_model(family, *opts, seed=1, **kw)
+        torch.save({"model": model.state_dict()}, folder / "teacher.pth")
+        _TEACHERS[key] = {name: (folder / name).read_bytes() for name in _TEACHER_FILES}
+    for name, content in _TEACHERS[key].items():
+        (folder / name).write_bytes(content)
     return [
         *("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(folder / "teacher.yaml")),
         *("MODEL.DISTILL.TEACHER.WEIGHTS", str(folder / "teacher.pth")),
@@ -109,7 +118,7 @@ class Run:
     """A distillation that would train, to be spoilt by overrides or by files.
 
     Args:
-        folder: of the config, the teacher and the output.
+        folder: place of the config, the teacher and the output.
         shapes: ``DATASETS.COCO_FORMAT`` triple.
         capsys: captures what the user sees.
     """

@@ -193,7 +193,7 @@ def as_report(
     return {
         "data": {
             "name": args.dataset or args.annotations,
-            "pictures": len(data.truth.imgs),
+            "images": len(data.truth.imgs),
             "objects": len(objects),
             "classes": [x["name"] for x in classes],
             "supercategories": sorted({str(x.get("supercategory") or "") for x in classes} - {""}),
@@ -201,8 +201,8 @@ def as_report(
         "max_detections": args.max_detections,
         "min_score": args.min_score,
         "models": {x.name: model_report(x) for x in analyses},
-        "pictures_chosen_by": rule,
-        "pictures": [
+        "images_chosen_by": rule,
+        "images": [
             {
                 "file_name": data.truth.imgs[image]["file_name"],
                 "id": data.truth.imgs[image]["id"],
@@ -298,7 +298,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=100,
         help="detections of a class in an image; COCO's are 100",
     )
-    parser.add_argument("--pictures", type=at_least(0), default=8, help="number of images to show")
+    parser.add_argument("--num-images", type=at_least(0), default=8, help="images to show")
     parser.add_argument("--min-score", type=float, default=0.5, help="score of the boxes to show")
     parser.add_argument(
         "--size",
@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> int:
             with naming(name):
                 model = analyze_model(name, path, sources.pop(name), data, args, progress)
             analyses.append(model)
-        chosen = most_different(analyses, args.pictures)
+        chosen = most_different(analyses, args.num_images)
         content = as_report(analyses, chosen, data, args)
         numbers = args.out.with_suffix(".json")
         with writing(numbers):

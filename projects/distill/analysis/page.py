@@ -45,11 +45,11 @@ def render(report: Mapping[str, Any], curves: bytes, images: Sequence[bytes]) ->
     Args:
         report: content of the JSON file.
         curves: PNG.
-        images: JPEGs of ``report["pictures"]``.
+        images: JPEGs of ``report["images"]``.
     """
     data, models = report["data"], report["models"]
     facts = (
-        f"{data['pictures']} images with {data['objects']} objects (crowds not counted) of "
+        f"{data['images']} images with {data['objects']} objects (crowds not counted) of "
         f"{len(data['classes'])} classes. Boxes, at most {report['max_detections']} of a class "
         "in an image. All measures are in percent; - where there are no objects."
     )
@@ -121,7 +121,7 @@ def errors(models: Mapping[str, Any], data: Mapping[str, Any], figure: str) -> l
 
 def differences(report: Mapping[str, Any], images: Sequence[bytes]) -> list[str]:
     if not images:
-        return [paragraph(f"{report['pictures_chosen_by']} There is no such image.")]
+        return [paragraph(f"{report['images_chosen_by']} There is no such image.")]
     key = "".join(
         f'<span class="key" style="color: {color}">{kind}{", dashed" * (line == "dashed")}</span> '
         for kind, (color, line) in STYLES.items()
@@ -129,9 +129,9 @@ def differences(report: Mapping[str, Any], images: Sequence[bytes]) -> list[str]
     figures = [
         f"<figure>{image(data, 'jpeg', entry['file_name'])}"
         f"<figcaption>{escape(entry['file_name'])}</figcaption></figure>"
-        for entry, data in zip(report["pictures"], images)
+        for entry, data in zip(report["images"], images)
     ]
-    return [paragraph(report["pictures_chosen_by"]), f"<p>{key}</p>", *figures]
+    return [paragraph(report["images_chosen_by"]), f"<p>{key}</p>", *figures]
 
 
 def heading(text: str) -> str:

@@ -76,7 +76,7 @@ def scale_schedule(
     training gains from its high learning rate (He et al., Rethinking ImageNet Pre-training).
 
     Args:
-        max_iter, steps: of the 1x schedule.
+        max_iter, steps: values of the 1x schedule.
         schedule: one of :data:`.defaults.SCHEDULES`.
     """
     factor = SCHEDULES.index(schedule) + 1

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 # Predictors with one output per class, of detectron2's heads and of this package's.
 _OF_CLASSES = re.compile(r"cls_score\.|box_predictor(\.\d+)?\.bbox_pred\.|\.predictor\.")
-_BOTTOM_UP = ("backbone.bottom_up.", "backbone.fpn.bottom_up.")  # of detectron2's FPN, of PAFPN
+_BOTTOM_UP = ("backbone.bottom_up.", "backbone.fpn.bottom_up.")  # FPN, PAFPN
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def init_from_teacher(
     """Copy the teacher's weights and statistics into the student where name and shape agree.
 
     The neck is the backbone without its bottom-up network; the head is everything outside the
-    backbone. A tensor that does not fit, such as a lateral convolution of another backbone or a
-    predictor of other classes, keeps the student's own values and is logged.
+    backbone. A tensor that does not fit keeps the student's own values and is logged. This
+    happens to lateral convolutions of another backbone and to predictors of other classes.
 
     Args:
         student, teacher: detectron2 networks.
@@ -46,9 +46,9 @@ def init_from_teacher(
         fits = [name for name in comparable if _fits(own[name], source.get(name))]
         if not fits:
             raise ConfigError(
-                f"MODEL.DISTILL.INHERIT: none of the {len(own)} tensors of the student's {part} "
-                f"has the name and shape of a tensor of the teacher; remove '{part}', or choose a "
-                "teacher of the same kind."
+                f"MODEL.DISTILL.INHERIT: no tensor of the student's {part} ({len(own)} tensors) "
+                f"has the name and shape of one of the teacher; remove '{part}', or choose "
+                "another teacher."
             )
         for name in fits:
             own[name].copy_(source[name])
