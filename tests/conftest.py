@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from filelock import FileLock
 
-# torch and detectron2 are imported where they are used: pytest-xdist's first process, which only
-# hands out the tests, would load them before it starts the others.
+# torch and detectron2 are imported where they are used. The first process of pytest-xdist only
+# hands out the tests; it would load them before it starts the others.
 if TYPE_CHECKING:
     from detectron2.utils.events import EventStorage
 
