@@ -1,6 +1,11 @@
 """Packages `projects/distill` as the distribution `distill`."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+INIT = Path(__file__).parent / "projects" / "distill" / "__init__.py"
 
 # detectron2 is needed too, but is not on PyPI under its own name: see tools/install_detectron2.py.
 # Besides this project's own imports the list has what detectron2 imports.
@@ -36,7 +41,7 @@ REQUIREMENTS = [
 
 setup(
     name="distill",
-    version="0.2.0",
+    version=re.search(r'__version__ = "(.+)"', INIT.read_text("utf-8"))[1],
     description="Knowledge distillation for detectron2",
     license="Apache-2.0",
     package_dir={"": "projects", "distill.configs": "configs"},

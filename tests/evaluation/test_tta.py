@@ -128,12 +128,12 @@ def test_comparisons_have_it_too(shapes: Shapes, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
-    "dense detector": ("retinanet", (), "only for GeneralizedRCNN; set it False"),
+    "dense detector": ("retinanet", (), "only for GeneralizedRCNN; set it to False"),
     "distilled dense detector": (
-        *("fcos", tuple(distill_opts("fcos", ())), "only for GeneralizedRCNN; set it False"),
+        *("fcos", tuple(distill_opts("fcos", ())), "only for GeneralizedRCNN; set it to False"),
     ),
-    "panoptic": ("panoptic", (), "only for GeneralizedRCNN; set it False"),
-    "semantic": ("semantic", (), "only for GeneralizedRCNN; set it False"),
+    "panoptic": ("panoptic", (), "only for GeneralizedRCNN; set it to False"),
+    "semantic": ("semantic", (), "only for GeneralizedRCNN; set it to False"),
     "keypoints": ("faster", ("MODEL.KEYPOINT_ON", True), "has no keypoints; set it or MODEL.KEY"),
 }
 

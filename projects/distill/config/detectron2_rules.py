@@ -208,8 +208,8 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
             or c.MODEL.MASK_ON
             or not c.MODEL.PANOPTIC_FPN.COMBINE.ENABLED
         ),
-        "MODEL.MASK_ON is False, but PanopticFPN combines masks; set it True, or "
-        "MODEL.PANOPTIC_FPN.COMBINE.ENABLED False.",
+        "MODEL.MASK_ON is False, but PanopticFPN combines masks; set it to "
+        "True, or MODEL.PANOPTIC_FPN.COMBINE.ENABLED to False.",
     ),
     (
         lambda c: c.MODEL.RESNETS.RES4_DILATION == 1 or c.MODEL.RESNETS.RES5_DILATION == 4,

@@ -73,19 +73,19 @@ def _validate_test_modes(cfg: CfgNode) -> None:
     if cfg.TEST.SLIDING_WINDOW.ENABLED and not issubclass(student, SemanticSegmentor):
         raise ConfigError(
             "TEST.SLIDING_WINDOW.ENABLED is True, which is only for SemanticSegmentor; set it "
-            "False."
+            "to False."
         )
     if not cfg.TEST.AUG.ENABLED:
         return
     if not issubclass(student, GeneralizedRCNN) or issubclass(student, PanopticFPN):
         raise ConfigError(
             "TEST.AUG.ENABLED is True, but detectron2 has test-time augmentation only for "
-            "GeneralizedRCNN; set it False."
+            "GeneralizedRCNN; set it to False."
         )
     if cfg.MODEL.KEYPOINT_ON:
         raise ConfigError(
             "TEST.AUG.ENABLED is True, but detectron2's test-time augmentation has no keypoints; "
-            "set it or MODEL.KEYPOINT_ON False."
+            "set it or MODEL.KEYPOINT_ON to False."
         )
 
 
