@@ -23,6 +23,7 @@ ALLOWED = {
     ".families": "* .losses.boxes .structures .errors .utils.training",
     ".checkpoint": "",
     ".checkpoint.unpickler": "*",
+    ".checkpoint.compare": "torch .errors .utils",
     ".checkpoint.load": "* .errors .utils .checkpoint.unpickler",
     ".checkpoint.save": "* .errors .checkpoint .utils",
     ".config": "* .errors .section .heads .families .nets .utils",
@@ -30,7 +31,7 @@ ALLOWED = {
     ".evaluation": "* .errors .data .utils",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",
     ".solver": "* .errors .config .checkpoint",
-    ".engine": "* .errors .config .checkpoint .utils .data .evaluation .heads .families"
+    ".engine": "* .errors .section .config .checkpoint .utils .data .evaluation .heads .families"
     " .structures .modeling .solver",
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",

@@ -18,9 +18,10 @@ import torchvision
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from distill.checkpoint.load import SafeCheckpointer, file_hash, load_strictly, readable
+from distill.checkpoint.load import SafeCheckpointer, load_strictly, readable
 from distill.config import get_distill_cfg, merge_from_file, student_config
 from distill.errors import CheckpointError, WeightsError
+from distill.utils.io import file_hash
 from tests.support.pickles import CALLS, PICKLES, Call, touch, toy, zipped
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -177,6 +177,7 @@ def test_a_scaled_schedule_goes_on_where_it_was(
     path = tmp_path / "model_0000003.pth"
     saved = torch.load(path, weights_only=True)
     saved["trainer"]["world_size"] = 2  # as if two processes had written it
+    saved["trainer"]["config"]["SOLVER.REFERENCE_WORLD_SIZE"] = 2
     torch.save(saved, path)
     (tmp_path / "model_0000003.pth.sha256").unlink()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 2

@@ -11,7 +11,6 @@ The hash of a file of the catalogue is checked before the file is read:
   is kept next to it in detectron2's cache, as ``<file>.pkl.sha256``. Later files must have it.
 """
 
-import hashlib
 import logging
 import os
 import pickle
@@ -28,7 +27,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..errors import DistillError, WeightsError
-from ..utils.text import first_sentence
+from ..utils.io import file_hash
+from ..utils.text import first_sentence, shortened
 from .unpickler import read_pickle, require_dict
 
 logger = logging.getLogger(__name__)
@@ -44,15 +44,6 @@ _MD5_IN_NAME = re.compile(r"model_final_([0-9a-f]{6})\.pkl$")
 
 
 # ---- Hashes.
-
-
-def file_hash(path: str, algorithm: str = "sha256") -> str:
-    """Return the hash of a file in hexadecimal digits."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _pin(path: str) -> str:
@@ -262,7 +253,7 @@ def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool =
     problems += [f"{k} is missing" for k in found.missing_keys if k not in misfits]
     problems += [f"{k} is unexpected" for k in found.unexpected_keys if k not in ONCE_SAVED]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
         raise WeightsError(
-            f"{key}: '{path}' does not fit the {type(model).__name__} of its config: {shown}."
+            f"{key}: '{path}' does not fit the {type(model).__name__} of its config: "
+            f"{shortened(problems, 5, '; ')}."
         )

@@ -7,19 +7,21 @@ and tensors only, so that ``torch.load(..., weights_only=True)`` reads it.
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, WeightsError
-from ..utils.io import replacing
+from ..utils.io import file_hash, replacing
 from ..utils.old_names import HEADS, with_renamed_keys
 from ..utils.text import first_sentence
-from .load import SafeCheckpointer, file_hash, read_torch
+from .compare import tensor_misfits
+from .load import SafeCheckpointer, read_torch
 
+T = TypeVar("T")
 PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of periodic checkpoints
 
 
@@ -39,10 +41,32 @@ class StudentCheckpointer(SafeCheckpointer):
     ):
         super().__init__(*args, **kwargs)
         self.weights_in_place = weights_in_place
+        self._check: Callable[[dict[str, Any]], None] | None = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         nothing: dict[str, Any] = {key: {} for key in self.checkpointables}
-        return {**nothing, **super()._load_file(filename)}  # fvcore skips what a file lacks
+        content = {**nothing, **super()._load_file(filename)}  # fvcore skips what a file lacks
+        if self._check:
+            self._check(content)
+        return content
+
+    def resume(self, path: str, check: Callable[[str, dict[str, Any]], T]) -> T:
+        """Load everything of a checkpoint, after a check of its content.
+
+        Args:
+            path: file that :meth:`save` has written.
+            check: function of the path and the content. It raises an error if they do not fit.
+
+        Returns:
+            The result of ``check``.
+        """
+        checked: list[T] = []
+        self._check = lambda content: checked.append(check(path, content))
+        try:
+            self.load(path)
+        finally:
+            self._check = None
+        return checked[0]
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``save_dir/<name>.pth`` and its checksum, and tag it as the last checkpoint.
@@ -172,16 +196,24 @@ class HeadState:
     def state_dict(self) -> dict[str, Any]:
         return self.heads.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of every head, also under the name that it had in an earlier version.
+    def misfits(self, state: dict[str, Any]) -> Iterator[str]:
+        """Yield how the tensors of a checkpoint differ from those of the heads.
 
         Raises:
             WeightsError: a state belongs to no head, or a head has none.
         """
-        state = with_renamed_keys(state, HEADS, "The checkpoint")
-        saved, own = ({name.split(".")[0] for name in x} for x in (state, self.state_dict()))
+        state, tensors = self._renamed(state), self.state_dict()
+        saved, own = ({name.split(".")[0] for name in x} for x in (state, tensors))
         check_states("head", saved, own, own, "set MODEL.DISTILL.HEADS as it was")
-        self.heads.load_state_dict(state)
+        yield from tensor_misfits(state, tensors)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of every head, also under the name that it had in an earlier version."""
+        self.heads.load_state_dict(self._renamed(state))
+
+    @staticmethod
+    def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+        return with_renamed_keys(state, HEADS, "The checkpoint")
 
 
 def check_states(

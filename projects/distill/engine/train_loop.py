@@ -108,7 +108,11 @@ class TrainLoop(SimpleTrainer):
         return {**super().state_dict(), **ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        saved, own = state_dict["optimizer"], self.optimizer.state_dict()["param_groups"]
+        # The groups have the values of this training's config. Schedules change the learning rate.
+        groups = [{**new, "lr": old["lr"]} for new, old in zip(own, saved["param_groups"])]
+        optimizer = {**saved, "param_groups": groups}
+        super().load_state_dict({**state_dict, "optimizer": optimizer})
         if state_dict.get("grad_scaler"):  # absent if the saved run did not scale
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.guard.skips = state_dict.get("skips", 0)

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 
-from ..checkpoint.load import load_strictly, readable
+from ..checkpoint.compare import optimizer_misfits, refuse_misfits, tensor_misfits
+from ..checkpoint.load import ONCE_SAVED, load_strictly, readable
 from ..checkpoint.save import HeadState, StudentCheckpointer, StudentState, check_states
 from ..config import student_class, student_config
+from ..config.resume import training_values
 from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
 from ..data.kitti import IgnoredRegionsMapper
@@ -52,6 +55,7 @@ from .hooks import (
     TelemetryHook,
 )
 from .nonfinite import FiniteGuard
+from .resume import Changes, checked_changes, log_changes, schedule_misfits
 from .setup import be_deterministic, check_batch_size, scale_to_workers
 from .telemetry import drop_torn_row, rename_losses
 from .train_loop import TrainLoop
@@ -78,7 +82,7 @@ class Trainer(DefaultTrainer):
         self.iter: int
         if cfg.DETERMINISTIC:
             be_deterministic()
-        cfg = scale_to_workers(cfg)
+        given, cfg = cfg, scale_to_workers(cfg)
         check_batch_size(cfg)
         self.sets = load_training_sets(cfg)
         check_test_sets(cfg)
@@ -90,6 +94,7 @@ class Trainer(DefaultTrainer):
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teacher: Teacher | None = getattr(model, "teacher", None)
+        self.values = training_values(given, self.teacher.weights_hash() if self.teacher else "")
         # Not the local rank, as in detectron2: SLURM may show each task its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
@@ -106,6 +111,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
+        self.head_state = HeadState(self.heads)
         # The trainer's state comes last: it has the iteration to which everything else belongs.
         self.checkpointer = StudentCheckpointer(
             self.student,
@@ -113,7 +119,7 @@ class Trainer(DefaultTrainer):
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
             weights_in_place=self.averaged,
             student_state=StudentState(self.student),
-            distill=HeadState(self.heads),
+            distill=self.head_state,
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -183,7 +189,8 @@ class Trainer(DefaultTrainer):
                 parts that ``MODEL.DISTILL.INHERIT`` names from the teacher.
 
         Raises:
-            WeightsError: the file is missing or unreadable, or every checkpoint is damaged.
+            WeightsError: the file is missing or unreadable; or every checkpoint is damaged, or the
+                newest is of another training.
         """
         last = self.checkpointer.newest_intact() if resume and comm.is_main_process() else None
         last = comm.all_gather(last)[0]
@@ -195,8 +202,11 @@ class Trainer(DefaultTrainer):
                 self._init_from(self.teacher)
             return
         with readable(last, "--resume"):
-            self.checkpointer.load(last)
+            changes = self.checkpointer.resume(last, self._check_resume)
         self.start_iter = self.iter + 1
+        log_changes(changes, self.start_iter)
+        if any(key.startswith("SOLVER.") for key in changes):
+            self._renew_learning_rates()
         self._trainer.seed = self._trainer.guard.seed = self.seed
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
@@ -213,23 +223,48 @@ class Trainer(DefaultTrainer):
             self._trainer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
+        own = {"seed": self.seed, "world_size": comm.get_world_size(), "config": self.values}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         place = {key: state_dict.get(key) for key in ("iteration", "seed")}
         if not all(isinstance(x, int) and x >= 0 for x in place.values()):
             raise ValueError(f"it was written at {place}, which must be whole numbers from 0")
-        checked = self._checked_hooks(state_dict.get("hooks", {}))
-        super().load_state_dict({**state_dict, "hooks": checked})
+        hooks = self._checked_hooks(state_dict.get("hooks", {}))
+        super().load_state_dict({**state_dict, "hooks": hooks})
         self.seed = state_dict["seed"]
         world = comm.get_world_size()
         if self.cfg.SOLVER.REFERENCE_WORLD_SIZE and state_dict["world_size"] != world:
             self._rescale(state_dict["world_size"] / world)
 
-    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
-        """States of hooks by the names of today; detectron2 only warns of those that it ignores.
+    def _check_resume(self, path: str, checkpoint: dict[str, Any]) -> Changes:
+        """Compare a checkpoint, of which nothing is assigned yet, with this training.
 
-        The moving average may start without a state, from the weights of the checkpoint.
+        Returns:
+            The keys of the config whose new value takes effect.
+
+        Raises:
+            WeightsError: it has another config, or a tensor that does not fit.
+        """
+        state = checkpoint["trainer"]
+        changes = checked_changes(path, state, self.values)
+        hooks = self._checked_hooks(state.get("hooks", {}))
+        names = {x: name for name, x in self._trainer.model.named_parameters()}
+        misfits = chain(
+            tensor_misfits(checkpoint["model"], self.student.state_dict(), ONCE_SAVED),
+            self.head_state.misfits(checkpoint["distill"]),
+            self.ema.misfits(hooks["EMAHook"]) if self.ema and "EMAHook" in hooks else (),
+            optimizer_misfits(state["_trainer"]["optimizer"], self.optimizer, names),
+            schedule_misfits(hooks.get("LRScheduler", {}), state["iteration"], self.scheduler),
+        )
+        refuse_misfits(path, misfits, f"; changed: {', '.join(changes)}" if changes else "")
+        return changes
+
+    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
+        """Return states of hooks by the names of today, each of which has its hook.
+
+        detectron2 only warns of a state that it ignores. The moving average may start without a
+        state, from the weights of the checkpoint.
         """
         states = with_renamed_keys(states, HOOKS, "The checkpoint")
         own = {type(hook).__qualname__: hook for hook in self._hooks}
@@ -247,9 +282,13 @@ class Trainer(DefaultTrainer):
         done = round((self.iter + 1) * factor)
         logger.warning("Iteration %d is now %d: the number of processes changed", self.iter, done)
         self.iter = done - 1
+        self._renew_learning_rates()
+
+    def _renew_learning_rates(self) -> None:
+        """Set the learning rates of the next iteration by the config of this training."""
         fresh = self.build_optimizer(self.cfg, self._trainer.model)
         rates = [group["lr"] for group in fresh.param_groups]
-        self.scheduler.base_lrs, self.scheduler.last_epoch = rates, done
+        self.scheduler.base_lrs, self.scheduler.last_epoch = rates, self.iter + 1
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["initial_lr"] = rate
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr()):

@@ -29,12 +29,12 @@ from detectron2.utils.env import seed_all_rng
 from rich.progress import TaskID
 from torch import nn
 
-from ..checkpoint.load import file_hash, load_strictly
+from ..checkpoint.load import load_strictly
 from ..config import student_config, teacher_config
 from ..config.detectron2_rules import leaves
 from ..engine import Trainer
 from ..evaluation.sliding_window import with_sliding_window
-from ..utils.io import write_json
+from ..utils.io import file_hash, write_json
 from ..utils.progress import Progress
 from ..utils.provenance import PACKAGE, versions
 

@@ -4,6 +4,7 @@ It is a plain object, not an ``nn.Module``. So it is absent from ``parameters()`
 ``state_dict()``, the optimizer, DistributedDataParallel and ``.train()``.
 """
 
+import hashlib
 import logging
 from typing import Any
 
@@ -64,6 +65,14 @@ class Teacher:
         if self.flip_channels:
             images = [x.flip(0) for x in images]
         return self.family.preprocess(images, batch.padded_size)
+
+    def weights_hash(self) -> str:
+        """Return the sha256 of the names and values of the weights, wherever they were read."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self  # a copy of the student (an average of its weights, say) shares the teacher

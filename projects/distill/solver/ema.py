@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
+
+from ..checkpoint.compare import tensor_misfits
 
 
 class EMAHook(HookBase):
@@ -76,6 +79,14 @@ class EMAHook(HookBase):
         """Return the trained weights; call it within :meth:`applied`, as every checkpoint does."""
         assert self.is_applied, "checkpoints are written with the averaged weights in place"
         return dict(self.kept)
+
+    def misfits(self, state: dict[str, Any]) -> Iterator[str]:
+        """Yield how the trained weights of a checkpoint differ from the network's tensors.
+
+        Args:
+            state: state of this hook in the checkpoint.
+        """
+        yield from tensor_misfits(state, self._state())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Use the network's weights as the average, and continue training with ``state``."""

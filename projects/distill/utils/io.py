@@ -1,5 +1,6 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and their hashes."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -41,3 +42,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write indented JSON; every number must be finite."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def file_hash(path: str, algorithm: str = "sha256") -> str:
+    """Return the hash of a file in hexadecimal digits."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

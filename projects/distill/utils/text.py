@@ -12,10 +12,10 @@ def choices(value: str, valid: Iterable[str]) -> str:
     return ", ".join(near + [n for n in names if n not in near])
 
 
-def shortened(names: Sequence[str], most: int) -> str:
+def shortened(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """Return the first ``most`` names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return separator.join(names[:most]) + more
 
 
 def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str]:

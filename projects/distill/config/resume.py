@@ -1,0 +1,110 @@
+"""Values on which a training depends: each checkpoint has them, and a resume compares them.
+
+Places of files are not compared, but their contents: data and a teacher may move.
+"""
+
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
+from ..utils.io import file_hash
+from .architecture import student_architecture
+from .defaults import declared_keys
+from .detectron2_rules import leaves
+from .resolve import teacher_config
+
+TEACHER = "MODEL.DISTILL.TEACHER"
+
+# Keys that change nothing of a training that goes on: evaluation, logs, places, starting weights.
+_IGNORED = (
+    *("CUDNN_BENCHMARK", "DETERMINISTIC", "FLOAT32_PRECISION", "GLOBAL.*", "OUTPUT_DIR", "VERSION"),
+    *("DATALOADER.NUM_WORKERS", "DATALOADER.TIMEOUT", "DATASETS.COCO_FORMAT", "DATASETS.TEST"),
+    *("INPUT.*_TEST", "MODEL.*_TEST", "MODEL.ALLOW_PICKLE", "MODEL.DEVICE", "MODEL.WEIGHTS"),
+    *("MODEL.DISTILL.COSINE_PERIOD", "MODEL.DISTILL.INHERIT", "MODEL.PANOPTIC_FPN.COMBINE.*"),
+    "MODEL.DISTILL.STUDENT_ARCHITECTURE",
+    *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
+    *("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
+    *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
+    *("TEST.[!P]*", "VIS_PERIOD"),  # not TEST.PRECISE_BN, which changes the student
+)
+# Keys whose new value takes effect from the next iteration on.
+_APPLIED = (
+    *("DATALOADER.ON_BAD_IMAGE", "SOLVER.AMP.ENABLED", "SOLVER.BASE_LR*", "SOLVER.BIAS_LR_FACTOR"),
+    *("SOLVER.CLIP_GRADIENTS.*", "SOLVER.EMA.*", "SOLVER.FLAT_FRACTION", "SOLVER.GAMMA"),
+    *("SOLVER.LR_SCHEDULER_NAME", "SOLVER.MAX_ITER", "SOLVER.MOMENTUM", "SOLVER.NESTEROV"),
+    *("SOLVER.NUM_DECAYS", "SOLVER.POLY_LR_*", "SOLVER.RESCALE_INTERVAL", "SOLVER.STEPS"),
+    *("SOLVER.WARMUP_*", "SOLVER.WEIGHT_DECAY*"),
+    *("MODEL.DISTILL.*WEIGHT", "MODEL.DISTILL.*_ITER", "MODEL.DISTILL.*_ITERS"),
+)
+_OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "DATASETS.TRAIN")  # keys of its config that it depends on
+
+
+def training_values(cfg: CfgNode, teacher: str = "") -> dict[str, Any]:
+    """Return the values on which a training depends, as plain types by dotted name.
+
+    Args:
+        cfg: the whole config.
+        teacher: hash of the teacher's weights, or "".
+    """
+    heads = {name.upper() for name in cfg.MODEL.DISTILL.HEADS}
+    others = {f"MODEL.DISTILL.{name.upper()}." for name, _ in DISTILL_HEAD_REGISTRY}
+    others -= {f"MODEL.DISTILL.{name}." for name in heads}
+    values = {
+        key: _plain(value)
+        for key, value in leaves(cfg)
+        if not _fits(key, _IGNORED) and not key.startswith(tuple(others))
+    }
+    # DistillRCNN and the student's own architecture are two names of one training.
+    values["MODEL.META_ARCHITECTURE"] = student_architecture(cfg)
+    for name, annotations, _ in cfg.DATASETS.COCO_FORMAT:
+        if name in cfg.DATASETS.TRAIN and os.path.isfile(annotations):
+            values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)
+    if teacher_needed(cfg):
+        values[f"{TEACHER}.WEIGHTS"] = teacher
+        values |= _teacher_values(teacher_config(cfg))
+    return values
+
+
+def _teacher_values(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        f"{TEACHER}.CONFIG_FILE ({key})": _plain(value)
+        for key, value in leaves(cfg)
+        if _fits(key, _OF_TEACHER)
+        and not _fits(key, _IGNORED)
+        and not key.startswith("MODEL.DISTILL.")
+    }
+
+
+def changed_values(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return old and new value of the keys that differ.
+
+    A key that one version of this package lacks has its default there.
+
+    Args:
+        saved: values of the checkpoint.
+        own: values of this training.
+    """
+    defaults = {name: _plain(key.initial) for name, key in declared_keys().items()}
+    pairs = {key: (saved.get(key, defaults.get(key)), own[key]) for key in own}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def takes_effect(key: str) -> bool:
+    """Return whether a training may go on with another value of a key.
+
+    The factors of the terms of a head's loss are such keys, too.
+    """
+    declared = declared_keys().get(key)
+    return _fits(key, _APPLIED) or (declared is not None and declared.term)
+
+
+def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
