@@ -16,7 +16,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
 
-from distill.engine import Trainer
+from distill.engine import Trainer, evaluate_finished
 from distill.engine.hooks import BestCheckpointHook, LossHealthHook, median_of_nonzero
 from distill.heads import DistillHead
 from tests.support.networks import distill_opts
@@ -129,6 +129,31 @@ def test_the_last_evaluation_counts(
     best, final = load(tmp_path / "model_best.pth"), load(tmp_path / "model_final.pth")
     assert (best["iteration"], best["bbox/AP"]) == (final["iteration"], 10.0)
     assert differences(best["model"], final["model"]) == []
+
+
+@pytest.mark.e2e
+def test_a_failing_last_evaluation_loses_nothing(
+    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume of the finished training evaluates, and keeps the results as the training does."""
+    cfg = evaluated(shapes, tmp_path / "a", "TEST.EVAL_PERIOD", 0)
+    train(cfg)
+    failing = evaluated(shapes, tmp_path / "b", "TEST.EVAL_PERIOD", 0)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Trainer, "test", lambda *args: (_ for _ in ()).throw(OSError("no image")))
+        train(failing)
+    assert names(tmp_path / "b")[-1] == "model_final.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.engine.trainer.evaluate", lambda *args: {"bbox": {"AP": 2.0}})
+        evaluate_finished(failing, str(tmp_path / "b" / "model_final.pth"))
+        written = (tmp_path / "b" / "model_best.pth").stat().st_mtime_ns
+        evaluate_finished(failing, str(tmp_path / "b" / "model_final.pth"))  # once more
+    for name in ("model_final.pth", "model_best.pth"):
+        assert differences(load(tmp_path / "a" / name), load(tmp_path / "b" / name)) == []
+    assert (tmp_path / "b" / "model_best.pth").stat().st_mtime_ns == written
+    rows = [json.loads(x) for x in (tmp_path / "b" / "metrics.json").read_text().splitlines()]
+    assert [row["bbox/AP"] for row in rows if "bbox/AP" in row] == [2.0]
+    assert rows[-1]["iteration"] == LAST - 1
 
 
 @pytest.mark.e2e

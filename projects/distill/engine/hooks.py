@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint.save import StudentCheckpointer
 from ..heads import DistillHead
+from ..utils.old_names import HOOKS, with_renamed_keys
 from .health import cosine_warning, dead_warning, ratio_warning
 from .telemetry import head_of
 
@@ -40,9 +41,9 @@ class KDRatioHook(HookBase):
 
 
 class EvalHook(hooks.EvalHook):
-    """detectron2's ``EvalHook``, with the last evaluation before the final checkpoint.
+    """detectron2's ``EvalHook``, with the last evaluation in the last iteration, not after it.
 
-    So a run that is killed after its final checkpoint has all its results.
+    So the hooks that follow know its results.
 
     Args:
         period: iterations between two evaluations; 0: only at the end.
@@ -70,7 +71,7 @@ class EvalHook(hooks.EvalHook):
 
 
 class CheckpointHook(HookBase):
-    """Save every ``period`` iterations and at the end, and keep the newest ``keep`` checkpoints.
+    """Save every ``period`` iterations, and keep the newest ``keep`` checkpoints.
 
     Args:
         checkpointer: writes in the main process only.
@@ -86,14 +87,28 @@ class CheckpointHook(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self.period == 0 and done < self.trainer.max_iter:
-            self._save(f"model_{self.trainer.iter:07d}")
-        elif done == self.trainer.max_iter:
-            self._save("model_final")
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            self.prune()
 
-    def _save(self, name: str) -> None:
-        self.checkpointer.save(name, iteration=self.trainer.iter)
+    def prune(self) -> None:
         if self.keep and self.checkpointer.save_to_disk:
             self.checkpointer.prune(self.keep)
+
+
+class FinalCheckpointHook(HookBase):
+    """Save ``model_final.pth`` in the last iteration.
+
+    Before the last evaluation, so that an evaluation that fails loses nothing of the training. And
+    a second time after it if hooks keep its results.
+    """
+
+    def __init__(self, periodic: CheckpointHook):
+        self.periodic = periodic
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            self.periodic.checkpointer.save("model_final", iteration=self.trainer.iter)
+            self.periodic.prune()
 
 
 class BestCheckpointHook(HookBase):
@@ -126,10 +141,32 @@ class BestCheckpointHook(HookBase):
         value = metrics.get(self.metric)
         if value is None:
             logger.warning("TEST.BEST_METRIC %s is not a metric of the evaluation", self.metric)
-        elif not math.isnan(value) and (self.best is None or value > self.best):
+        elif is_better(value, self.best):
             self.best = value
             logger.info("Best %s so far: %.4f", self.metric, value)
             self.checkpointer.save_best(self.trainer.iter, self.metric, value)
+
+    @classmethod
+    def completed(
+        cls, metric: str, checkpoint: dict[str, Any], metrics: Mapping[str, float]
+    ) -> dict[str, Any] | None:
+        """Add the results of the last evaluation to a final checkpoint, as this hook does.
+
+        Args:
+            metric: ``TEST.BEST_METRIC``.
+            checkpoint: content of the checkpoint, which is changed in place.
+            metrics: results of the evaluation.
+
+        Returns:
+            The content of the new ``model_best.pth``, or None if the results are not the best.
+        """
+        trainer = checkpoint.get("trainer", {})
+        hooks = with_renamed_keys(trainer.get("hooks", {}), HOOKS, "The checkpoint")
+        value = metrics.get(metric)
+        if value is None or not is_better(value, hooks.get(cls.__name__, {}).get("best")):
+            return None
+        trainer["hooks"] = {**hooks, cls.__name__: {"metric": metric, "best": value}}
+        return {key: checkpoint[key] for key in ("model", "iteration")} | {metric: value}
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.best is None else {"metric": self.metric, "best": self.best}
@@ -217,6 +254,11 @@ class LossHealthHook(HookBase):
         history = storage.histories().get(name)
         last = history.values()[-self.period :] if history else []
         return [value for value, iteration in last if iteration >= since]
+
+
+def is_better(value: float, best: float | None) -> bool:
+    """Return whether a metric is better than the best so far; NaN never is."""
+    return not math.isnan(value) and (best is None or value > best)
 
 
 def median_of_nonzero(values: Sequence[float]) -> float:

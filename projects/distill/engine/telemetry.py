@@ -1,8 +1,9 @@
 """Measurements of a training other than its losses."""
 
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ def drop_torn_row(path: str) -> None:
     if os.path.isfile(path):
         with open(path, "rb+") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> None:
+    """Add a row to a ``metrics.json`` unless it has the scalars of this iteration."""
+    rows: list[dict[str, float]] = []
+    if os.path.isfile(path):
+        drop_torn_row(path)
+        with open(path) as f:
+            rows = [json.loads(line) for line in f]
+    if not any(row["iteration"] == iteration and scalars.keys() <= row.keys() for row in rows):
+        with open(path, "a") as f:
+            f.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
 
 
 def rename_losses(path: str) -> None:

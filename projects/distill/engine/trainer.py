@@ -16,6 +16,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.hooks import PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor
 from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -25,7 +26,13 @@ from torch import nn
 
 from ..checkpoint.compare import optimizer_misfits, refuse_misfits, tensor_misfits
 from ..checkpoint.load import ONCE_SAVED, load_strictly, readable
-from ..checkpoint.save import HeadState, StudentCheckpointer, StudentState, check_states
+from ..checkpoint.save import (
+    HeadState,
+    StudentCheckpointer,
+    StudentState,
+    check_states,
+    write_checked,
+)
 from ..config import student_class, student_config
 from ..config.resume import training_values
 from ..data.cityscapes import SemanticMapper
@@ -50,6 +57,7 @@ from .hooks import (
     BestCheckpointHook,
     CheckpointHook,
     EvalHook,
+    FinalCheckpointHook,
     KDRatioHook,
     LossHealthHook,
     TelemetryHook,
@@ -57,7 +65,7 @@ from .hooks import (
 from .nonfinite import FiniteGuard
 from .resume import Changes, checked_changes, log_changes, schedule_misfits
 from .setup import be_deterministic, check_batch_size, scale_to_workers
-from .telemetry import drop_torn_row, rename_losses
+from .telemetry import add_row, drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
@@ -153,11 +161,16 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
-        before, writers = [], []
+        period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
+        periodic = CheckpointHook(self.checkpointer, period, keep)
+        final = FinalCheckpointHook(periodic)
+        before: list[HookBase] = []
+        writers: list[HookBase] = []
         for hook in super().build_hooks():
             if isinstance(hook, PeriodicWriter):
                 writers.append(hook)
             elif isinstance(hook, hooks.EvalHook):
+                before.append(final)
                 before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
                 if cfg.TEST.AUG.ENABLED:  # takes 18 forwards per image: only at the end
                     augmented = partial(self.test_with_TTA, cfg, self.student)
@@ -176,8 +189,7 @@ class Trainer(DefaultTrainer):
             best = BestCheckpointHook(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
             before.append(best)
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
-        period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
-        return [*before, *writers, CheckpointHook(self.checkpointer, period, keep)]
+        return [*before, *writers, periodic, *([final] if cfg.TEST.BEST_METRIC else [])]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint of ``OUTPUT_DIR``, or ``MODEL.WEIGHTS``.
@@ -384,6 +396,28 @@ def evaluate(
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer.test_with_TTA(cfg, student))
     return results
+
+
+def evaluate_finished(cfg: CfgNode, path: str, trainer: type[Trainer] = Trainer) -> None:
+    """Evaluate a training whose last evaluation may be missing, and keep the results.
+
+    They go where the training itself would have written them: to ``metrics.json``, and to
+    ``model_best.pth`` if they are the best.
+
+    Args:
+        cfg: config of the training.
+        path: its final checkpoint.
+        trainer: the class that evaluates.
+    """
+    results = flatten_results_dict(evaluate(cfg, path, trainer))
+    if not comm.is_main_process():
+        return
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    add_row(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), checkpoint["iteration"], results)
+    best = BestCheckpointHook.completed(cfg.TEST.BEST_METRIC, checkpoint, results)
+    if best:
+        write_checked(os.path.join(cfg.OUTPUT_DIR, "model_best.pth"), best)
+        write_checked(path, checkpoint)
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:

@@ -19,7 +19,7 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from ..checkpoint.load import readable
 from ..checkpoint.save import damage, resumable
 from ..config import find_config, load_config
-from ..engine import Trainer, evaluate, finish_config
+from ..engine import Trainer, evaluate, evaluate_finished, finish_config
 from ..errors import ConfigError, DistillError
 from ..utils.arguments import CommandParser, add_config_arguments, at_least
 from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
@@ -59,7 +59,7 @@ def train(cfg: CfgNode, args: Namespace, finished: str | None, trainer: type[Tra
         evaluate(cfg, trainer=trainer)
     elif finished:
         logger.info("%s is trained already; evaluating %s", cfg.OUTPUT_DIR, finished)
-        evaluate(cfg, finished, trainer)
+        evaluate_finished(cfg, finished, trainer)
     else:
         training = trainer(cfg)
         training.resume_or_load(resume=args.resume)
