@@ -580,9 +580,8 @@ def test_weights_of_another_network(
     torch.save({"model": {"other": torch.zeros(3)}}, tmp_path / "other.pth")
     opts = ("MODEL.WEIGHTS", str(tmp_path / "other.pth"))
     cfg = trainable_cfg("retinanet", shapes, tmp_path / "output", *opts)
-    out, line = failing(written(cfg, tmp_path), capsys)
-    assert "none of the student's" in line and "MODEL.WEIGHTS" in line
-    assert out.splitlines()[-1] == "1 error, 0 warnings"
+    _, line = failing(written(cfg, tmp_path), capsys)
+    assert "MODEL.WEIGHTS: " in line and "fills 0 of the network's" in line
 
 
 @pytest.mark.parametrize("damage", ["nan in the teacher", "no such file", "misspelt key"])

@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from ..errors import DistillError, WeightsError
 from ..utils.io import file_hash
 from ..utils.text import first_sentence, shortened
+from .formats import prefixes, unwrapped, without_prefix
 from .unpickler import read_pickle, require_dict
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ CATALOGUE = (
     "https://dl.fbaipublicfiles.com/detectron2/",
     "https://dl.fbaipublicfiles.com/detectron/",
 )
+BOTTOM_UP = ("backbone.bottom_up.", "backbone.fpn.bottom_up.")  # FPN, PAFPN
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 ONCE_SAVED = ("pixel_mean", "pixel_std")  # by earlier detectron2; from the config now
 _MD5_IN_NAME = re.compile(r"model_final_([0-9a-f]{6})\.pkl$")
 
@@ -90,6 +94,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         allow_pickle: also read a ``*.pkl`` from outside detectron2's catalogue.
         save_to_disk: write checkpoints; by default only the main process does.
         checkpointables: other objects to save and load, by key.
+
+    Attributes:
+        in_file: tensors of the last file by their names in the network.
+        incompatible: keys of the last file that did not fit, as fvcore returns them.
     """
 
     def __init__(
@@ -104,6 +112,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.allow_pickle = allow_pickle
         self.source = ""
+        self.in_file: dict[str, Any] = {}
+        self.incompatible: Any = None
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load from a file or URL, as detectron2 does.
@@ -144,16 +154,52 @@ class SafeCheckpointer(DetectionCheckpointer):
             if known:
                 _keep_hash(filename)
         elif filename.endswith(".pyth"):  # pycls
-            state = require_dict(self._torch_load(filename).get("model_state"))
+            state = require_dict(require_dict(read_torch(filename)).get("model_state"))
             state = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
             checkpoint = {"model": state, "__author__": "pycls", "matching_heuristics": True}
         else:
             checkpoint = super()._load_file(filename)
         _check_state(checkpoint["model"])
+        if not checkpoint.get("matching_heuristics"):
+            checkpoint["model"] = without_prefix(checkpoint["model"], self.model.state_dict())
+        self.in_file = dict(checkpoint["model"])
         return checkpoint
 
     def _torch_load(self, filename: str) -> dict[Any, Any]:
-        return require_dict(read_torch(filename))
+        if filename.endswith(".safetensors"):
+            return load_safetensors(filename)
+        return unwrapped(require_dict(read_torch(filename)))
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+    def check_filled(self) -> None:
+        """Check that the last file has filled the network, at least the greater part of its own.
+
+        Raises:
+            WeightsError: nothing fitted, or less than half of the file and of the network.
+        """
+        found = self.incompatible
+        misfits = {*found.missing_keys, *(name for name, *_ in found.incorrect_shapes)}
+        # A FrozenBatchNorm has statistics, missing or not.
+        own = [x for x in self.model.state_dict() if not x.endswith(STATISTICS)]
+        unfilled = [x for x in own if x in misfits]
+        filled = len(own) - len(unfilled)
+        if not filled or 2 * filled < min(len(own), len(self.in_file)):
+            raise WeightsError(
+                f"'{self.source}' fills {filled} of the network's {len(own)} tensors, not "
+                f"{shortened(unfilled, 2)}; names in the file begin with "
+                f"{prefixes(self.in_file)}. Name weights of this backbone or of the whole network."
+            )
+        inside = [x for x in own if x.startswith(BOTTOM_UP)]
+        without = [x for x in unfilled if x.startswith(BOTTOM_UP)]
+        if 0 < len(without) < len(inside):
+            logger.warning(
+                "'%s' fills %d of the %d tensors of the network's backbone; others, such as %s, "
+                "start from random values: is it of another backbone?",
+                *(self.source, len(inside) - len(without), len(inside), without[0]),
+            )
 
 
 def read_torch(path: str) -> Any:
@@ -189,16 +235,6 @@ def _check_state(state: Any) -> None:
             plain = isinstance(value, np.ndarray)
         if not (plain and isinstance(name, str)):
             raise pickle.UnpicklingError(f"{name!r:.80} of its model is not an ordinary tensor")
-
-
-class _StrictCheckpointer(SafeCheckpointer):
-    """Checkpointer that keeps the list of keys that do not fit, instead of logging it."""
-
-    incompatible: Any = None
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
 
 
 @contextmanager
@@ -244,7 +280,7 @@ def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool =
     """
     if not path:
         raise WeightsError(f"{key} is empty; name a checkpoint file or URL.")
-    checkpointer = _StrictCheckpointer(model, allow_pickle=allow_pickle)
+    checkpointer = SafeCheckpointer(model, allow_pickle=allow_pickle)
     with readable(path, key):
         checkpointer.load(path)
     found = checkpointer.incompatible

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ..checkpoint.load import STATISTICS
 from ..checkpoint.save import StudentState
 from ..engine.trainer import Trainer
 from ..families import Family
@@ -25,7 +26,6 @@ LATE = 10**9  # an iteration after all schedules of the heads
 
 Inputs = list[dict[str, Any]]
 UNFILLED = -77777.0  # no weight has this value, so it marks tensors that a file does not have
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass

@@ -113,11 +113,6 @@ def introduction(dry_run: DryRun) -> DoctorReport:
         weights=weights,
         notes=remarks(dry_run),
     )
-    if weights.file and not weights.filled:
-        report.errors.append(
-            f"MODEL.WEIGHTS '{weights.file}' has none of the student's {weights.total} tensors; "
-            "set it to weights of the backbone or of the whole student."
-        )
     if student and teacher:
         report.teacher = teacher.kind
         report.teacher_weights = teacher_config(cfg).MODEL.WEIGHTS

@@ -208,8 +208,10 @@ class Trainer(DefaultTrainer):
         last = comm.all_gather(last)[0]
         if last is None:
             weights = self.cfg.MODEL.WEIGHTS
-            with readable(weights, "MODEL.WEIGHTS") if weights else contextlib.nullcontext():
-                self.checkpointer.load(weights, checkpointables=[])
+            if weights:
+                with readable(weights, "MODEL.WEIGHTS"):
+                    self.checkpointer.load(weights, checkpointables=[])
+                    self.checkpointer.check_filled()
             if self.teacher and self.cfg.MODEL.DISTILL.INHERIT:
                 self._init_from(self.teacher)
             return

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.load import BOTTOM_UP
 from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 # Predictors with one output per class, of detectron2's heads and of this package's.
 _OF_CLASSES = re.compile(r"cls_score\.|box_predictor(\.\d+)?\.bbox_pred\.|\.predictor\.")
-_BOTTOM_UP = ("backbone.bottom_up.", "backbone.fpn.bottom_up.")  # FPN, PAFPN
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def _tensors(model: nn.Module, part: str) -> dict[str, Tensor]:
     state = model.state_dict()
     if part == "head":
         return {name: x for name, x in state.items() if not name.startswith("backbone.")}
-    if not any(name.startswith(_BOTTOM_UP) for name in state):
+    if not any(name.startswith(BOTTOM_UP) for name in state):
         return {}
     inside = {name: x for name, x in state.items() if name.startswith("backbone.")}
-    return {name: x for name, x in inside.items() if not name.startswith(_BOTTOM_UP)}
+    return {name: x for name, x in inside.items() if not name.startswith(BOTTOM_UP)}
 
 
 def _fits(x: Tensor, other: Tensor | None) -> bool:
