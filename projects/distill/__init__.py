@@ -35,6 +35,7 @@ __all__ = [
     "SemSegDistillHead",
     "add_distill_config",
     "get_distill_cfg",
+    "get_student_cfg",
     "validate_config",
 ]
 

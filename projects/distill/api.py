@@ -4,6 +4,7 @@
 
 from . import nets  # registers backbones, detectors and semantic heads
 from .config import add_distill_config, get_distill_cfg, validate_config
+from .config.student import get_student_cfg
 from .data import (
     cityscapes,  # replaces the loaders of detectron2's Cityscapes sets
     kitti,  # registers kitti_train, kitti_val

@@ -25,12 +25,14 @@ def load_config(
 ) -> CfgNode:
     """Return the defaults of detectron2 and this package, a yaml file and overrides, merged.
 
-    Two keys are resolved:
+    Three keys are resolved:
 
     - ``SOLVER.SCHEDULE`` scales the file's ``SOLVER.MAX_ITER`` and ``SOLVER.STEPS``, see
       :func:`scale_schedule`, and becomes 1x. Overrides of these two keys are not scaled.
     - An ``OUTPUT_DIR`` that neither the file, its ``_BASE_`` nor an override sets is derived from
       the file's path, see :func:`default_output_dir`.
+    - ``MODEL.WEIGHTS`` of the file that is not there any more is the file of that name beside the
+      config file, if there is one: a ``student.yaml`` moves with its checkpoint.
 
     Args:
         config_file: path or name, see :func:`find_config`; "" for the defaults.
@@ -45,6 +47,7 @@ def load_config(
     if config_file:
         config_file = find_config(config_file)
         merge_from_file(cfg, config_file)
+        cfg.MODEL.WEIGHTS = _moved_weights(cfg.MODEL.WEIGHTS, config_file)
     of_file = cfg.SOLVER.clone()
     merge_from_list(cfg, list(opts), source)
     schedule = cfg.SOLVER.SCHEDULE
@@ -53,6 +56,13 @@ def load_config(
         other = schedule if schedule != of_file.SCHEDULE else ""
         cfg.OUTPUT_DIR = default_output_dir(config_file, other)
     return cfg
+
+
+def _moved_weights(weights: str, config_file: str) -> str:
+    folder, name = os.path.split(weights)
+    beside = os.path.join(os.path.dirname(config_file), name)
+    moved = folder and "://" not in weights and not os.path.isfile(weights)
+    return beside if moved and os.path.isfile(beside) else weights
 
 
 def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> None:

@@ -33,8 +33,9 @@ from ..checkpoint.save import (
     check_states,
     write_checked,
 )
-from ..config import student_class, student_config
+from ..config import student_class
 from ..config.resume import training_values
+from ..config.student import write_student
 from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
 from ..data.kitti import IgnoredRegionsMapper
@@ -75,7 +76,7 @@ class Trainer(DefaultTrainer):
     """Trainer of a plain detectron2 network, or of a distilled student if the config names heads.
 
     The data are checked before any weight is loaded. Checkpoints are stock checkpoints of the
-    student; ``OUTPUT_DIR/student.yaml`` is its plain detectron2 config.
+    student; ``student.yaml`` beside them is its plain detectron2 config.
 
     Args:
         cfg: as :func:`distill.engine.setup_config` returns it.
@@ -132,7 +133,7 @@ class Trainer(DefaultTrainer):
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
         if comm.is_main_process():
-            write_student_yaml(cfg)
+            write_student(cfg)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the student has the weights that are evaluated and saved."""
@@ -371,15 +372,6 @@ def train_mapper(cfg: CfgNode) -> DatasetMapper:
         return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
-
-
-def write_student_yaml(cfg: CfgNode) -> None:
-    """Write the student's plain detectron2 config to ``OUTPUT_DIR/student.yaml``."""
-    student = student_config(cfg)
-    student.MODEL.WEIGHTS = os.path.join(os.path.abspath(cfg.OUTPUT_DIR), "model_final.pth")
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w") as f:
-        f.write(student.dump())
 
 
 def evaluate(
