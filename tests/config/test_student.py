@@ -46,7 +46,7 @@ def test_a_moved_students_config_finds_the_checkpoint_beside_it(student: Path) -
     assert beside == load_config(config).MODEL.WEIGHTS
     assert load_config(config, ["MODEL.WEIGHTS", "other.pth"]).MODEL.WEIGHTS == "other.pth"
     (student / "model_final.pth").unlink()
-    assert beside.replace("moved", "trained") == load_config(config).MODEL.WEIGHTS
+    assert beside.replace("/moved/", "/trained/") == load_config(config).MODEL.WEIGHTS
 
 
 def test_without_class_names_the_config_is_read_alone(student: Path) -> None:

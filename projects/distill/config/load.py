@@ -31,8 +31,8 @@ def load_config(
       :func:`scale_schedule`, and becomes 1x. Overrides of these two keys are not scaled.
     - An ``OUTPUT_DIR`` that neither the file, its ``_BASE_`` nor an override sets is derived from
       the file's path, see :func:`default_output_dir`.
-    - ``MODEL.WEIGHTS`` of the file that is not there any more is the file of that name beside the
-      config file, if there is one: a ``student.yaml`` moves with its checkpoint.
+    - ``MODEL.WEIGHTS`` of the file may have moved with it, as the checkpoint of a ``student.yaml``
+      does. If it is not at its place, a file of its name beside the config file replaces it.
 
     Args:
         config_file: path or name, see :func:`find_config`; "" for the defaults.

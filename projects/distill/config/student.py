@@ -39,7 +39,7 @@ def get_student_cfg(path: str) -> CfgNode:
     """
     cfg = load_config(path)
     classes = os.path.join(os.path.dirname(path), CLASSES)
-    if not os.path.isfile(classes):  # of a training before version 0.3
+    if not os.path.isfile(classes):  # earlier versions wrote none
         return cfg
     try:
         with open(classes) as f:
