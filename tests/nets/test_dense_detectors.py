@@ -317,6 +317,19 @@ def test_an_image_without_positives_counts_one_in_gfl() -> None:
     assert number and joint == pytest.approx(both / (number + 1), rel=1e-4)
 
 
+def test_class_probabilities_weigh_gfls_boxes_without_a_gradient() -> None:
+    model = decided_model("gfl")
+    scene = Scene(model, 2)
+    with EventStorage():
+        losses = model(scene.inputs)
+    for name in ("loss_box_reg", "loss_dfl"):
+        (gradient,) = torch.autograd.grad(
+            losses[name], model.head.cls_score.weight, retain_graph=True, allow_unused=True
+        )
+        assert gradient is None
+    assert torch.autograd.grad(losses["loss_qfl"], model.head.cls_score.weight)[0].any()
+
+
 def test_an_object_that_no_box_meets_takes_no_points() -> None:
     """RepPoints predicts its boxes: there may be none near an object."""
     model = decided_model("reppoints")
@@ -470,6 +483,11 @@ def test_how_much_of_the_gradient_passes() -> None:
     classes = head.cls_conv(head.cls_subnet(x), offset - head.kernel)
     head.cls_score(F.relu(classes)).sum().backward()
     torch.testing.assert_close(gradient, 0.1 * offset.grad)
+
+    nn.init.zeros_(head.refine_points.weight)  # the refined points are the first ones
+    head.init_points.zero_grad()
+    head([x])[1][0].sum().backward()
+    assert not head.init_points.weight.grad.any()
 
     points = torch.randn(1, 18, 1, 1)
     head.moment.grad = None
