@@ -64,7 +64,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.ALLOW_PICKLE": Key(
         False,
-        "read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types)",
+        "read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types); "
+        "it counts only on the command line",
         SWITCH,
     ),
     "DATASETS.COCO_FORMAT": Key(
