@@ -30,7 +30,7 @@ ALLOWED = {
     ".evaluation": "* .errors .data .utils",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",
     ".solver": "* .errors .config .checkpoint",
-    ".engine": "* .errors .config .checkpoint .utils .data .evaluation .heads .families"
+    ".engine": "* .errors .section .config .checkpoint .utils .data .evaluation .heads .families"
     " .structures .modeling .solver",
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint.save import StudentCheckpointer
@@ -99,43 +100,79 @@ class CheckpointHook(HookBase):
 class BestCheckpointHook(HookBase):
     """Save the student with the highest metric so far as ``model_best.pth``.
 
+    If ``patience`` evaluations in a row are not better, this iteration becomes the last one of the
+    training. The hooks after this one then do what they do at the end.
+
     The best value is part of the training state, so a resumed run saves the same student as an
-    uninterrupted one. A run cannot resume from ``model_best.pth``.
+    uninterrupted one. It ends at the same iteration, too. A run cannot resume from
+    ``model_best.pth``.
 
     Args:
         checkpointer: writes in the main process only.
         period: iterations between two evaluations; 0: only at the end.
         metric: name in the evaluation's log, such as "bbox/AP".
+        patience: number of evaluations that are not better; 0: never end early.
     """
 
-    def __init__(self, checkpointer: StudentCheckpointer, period: int, metric: str):
+    def __init__(
+        self, checkpointer: StudentCheckpointer, period: int, metric: str, patience: int = 0
+    ):
         self.checkpointer = checkpointer
         self.period = period
         self.metric = metric
+        self.patience = patience
         self.best: float | None = None
+        self.best_iteration: int | None = None
+        self.waited = 0  # evaluations since the best one
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period and done % self.period == 0):
             self._compare()
+            # Only the main process has metrics.
+            if self.patience and comm.all_gather(self.waited)[0] >= self.patience:
+                self._end_training()
+
+    @staticmethod
+    def ran_out(state: dict[str, Any], patience: int, metric: str) -> bool:
+        """Return whether the patience ended a training whose checkpoint has this state."""
+        return 0 < patience <= state.get("waited", 0) and state["metric"] == metric
+
+    def _end_training(self) -> None:
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            return
+        since = "there was no value"
+        if self.best is not None:
+            since = f"the best is {self.best:.4f} of iteration {self.best_iteration}"
+        logger.info(
+            "Iteration %d: the training ends, as %d evaluations had no better %s; %s",
+            *(self.trainer.iter, self.waited, self.metric, since),
+        )
+        self.trainer.max_iter = self.trainer.iter + 1
 
     def _compare(self) -> None:
         if not self.checkpointer.save_to_disk:
             return
+        self.waited += 1
         metrics = current_scalars(get_event_storage())
         value = metrics.get(self.metric)
         if value is None:
             logger.warning("TEST.BEST_METRIC %s is not a metric of the evaluation", self.metric)
         elif not math.isnan(value) and (self.best is None or value > self.best):
-            self.best = value
+            self.best, self.best_iteration, self.waited = value, self.trainer.iter, 0
             logger.info("Best %s so far: %.4f", self.metric, value)
             self.checkpointer.save_best(self.trainer.iter, self.metric, value)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.best is None else {"metric": self.metric, "best": self.best}
+        counted = {"best_iteration": self.best_iteration, "waited": self.waited}
+        if self.best is None and not (self.patience and self.waited):
+            return {}
+        return {"metric": self.metric, "best": self.best, **(counted if self.patience else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state.get("best") if state.get("metric") == self.metric else None
+        state = state if state.get("metric") == self.metric else {}
+        self.best, self.best_iteration = state.get("best"), state.get("best_iteration")
+        self.waited = state.get("waited", 0)
 
 
 class TelemetryHook(HookBase):

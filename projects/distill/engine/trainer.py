@@ -4,8 +4,8 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
 from ..utils.old_names import HOOKS, with_renamed_keys
-from .evaluators import build_evaluators, check_test_sets
+from .evaluators import build_evaluators, check_metric_names, check_results, check_test_sets
 from .hooks import (
     BestCheckpointHook,
     CheckpointHook,
@@ -57,6 +57,10 @@ from .telemetry import drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
+
+
+class EndOfTraining(BaseException):
+    """End of a training before ``SOLVER.MAX_ITER``; no Exception, so detectron2 logs no failure."""
 
 
 class Trainer(DefaultTrainer):
@@ -81,7 +85,7 @@ class Trainer(DefaultTrainer):
         cfg = scale_to_workers(cfg)
         check_batch_size(cfg)
         self.sets = load_training_sets(cfg)
-        check_test_sets(cfg)
+        self.check_evaluation(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.cfg = cfg
@@ -152,10 +156,7 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, PeriodicWriter):
                 writers.append(hook)
             elif isinstance(hook, hooks.EvalHook):
-                before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
-                if cfg.TEST.AUG.ENABLED:  # takes 18 forwards per image: only at the end
-                    augmented = partial(self.test_with_TTA, cfg, self.student)
-                    before.append(EvalHook(0, augmented, self.averaged))
+                before += self._evaluation_hooks(hook._func)
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -166,12 +167,29 @@ class Trainer(DefaultTrainer):
         if self.ema:
             before.insert(0, self.ema)
         before.append(LossHealthHook(self.heads))
-        if cfg.TEST.BEST_METRIC:
-            best = BestCheckpointHook(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
-            before.append(best)
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
         period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
         return [*before, *writers, CheckpointHook(self.checkpointer, period, keep)]
+
+    def _evaluation_hooks(self, evaluate: Callable[[], Any]) -> list[HookBase]:
+        """Return the evaluation, and what depends on its results.
+
+        Test-time augmentation, which takes 18 forwards per image, comes only at the end. The best
+        checkpoint's hook stands before it, because it may end the training.
+        """
+        test, period = self.cfg.TEST, self.cfg.TEST.EVAL_PERIOD
+        found: list[HookBase] = [EvalHook(period, evaluate, self.averaged)]
+        if test.BEST_METRIC:
+            patience = self.cfg.SOLVER.PATIENCE
+            found.append(BestCheckpointHook(self.checkpointer, period, test.BEST_METRIC, patience))
+        if test.AUG.ENABLED:
+            found.append(EvalHook(0, self._test_augmented, self.averaged))
+        return found
+
+    def _test_augmented(self) -> Any:
+        results = self.test_with_TTA(self.cfg, self.student)
+        self._last_eval_results.update(results)
+        return results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint of ``OUTPUT_DIR``, or ``MODEL.WEIGHTS``.
@@ -207,10 +225,27 @@ class Trainer(DefaultTrainer):
         init_from_teacher(self.student, teacher.model, parts, own == taught)
 
     def train(self) -> Any:
+        """Train, and return the results of the last evaluation.
+
+        Raises:
+            ResultsError: they are not those of ``TEST.EXPECTED_RESULTS``.
+        """
+        self._last_eval_results: Any = None
         try:
-            return super().train()
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except EndOfTraining:
+            pass
         finally:
             self._trainer.close()
+        if self._last_eval_results is not None:
+            check_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self.iter + 1 == self.max_iter < self.cfg.SOLVER.MAX_ITER:  # a hook has lowered it
+            self.iter += 1  # as at the end of the schedule
+            raise EndOfTraining
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self.seed, "world_size": comm.get_world_size()}
@@ -289,6 +324,17 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(build_evaluators(cfg, dataset_name, folder))
 
     @classmethod
+    def check_evaluation(cls, cfg: CfgNode, *, training: bool = True) -> None:
+        """Raise an error before the training if the evaluation after it would fail.
+
+        The metrics of a subclass that evaluates in its own way are unknown, and are not checked.
+        """
+        check_test_sets(cfg)
+        own = ("build_evaluator", "test")
+        if all(getattr_static(cls, x) is getattr_static(Trainer, x) for x in own):
+            check_metric_names(cfg, training=training)
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
         return super().test(cfg, with_sliding_window(cfg, model), evaluators)
 
@@ -338,12 +384,16 @@ def evaluate(
         cfg: config of the training, or a plain one.
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
         trainer: the class that evaluates.
+
+    Raises:
+        ResultsError: the results are not those of ``TEST.EXPECTED_RESULTS``.
     """
-    check_test_sets(cfg)
+    trainer.check_evaluation(cfg, training=False)
     student = load_student(cfg, weights or cfg.MODEL.WEIGHTS)
     results: OrderedDict[str, Any] = trainer.test(cfg, student)
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer.test_with_TTA(cfg, student))
+    check_results(cfg, results)
     return results
 
 
