@@ -265,6 +265,19 @@ def test_a_longer_patience_continues(evaluation: Series, shapes: Shapes, tmp_pat
     assert differences(a, b) == []
 
 
+@pytest.mark.e2e
+def test_patience_that_is_set_at_a_resume(
+    evaluation: Series, shapes: Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It counts from there, because the checkpoint does not say when the best was."""
+    with pytest.raises(Interrupted):
+        train(evaluated(shapes, tmp_path), Interruption(2))
+    with caplog.at_level(logging.INFO):
+        train(evaluated(shapes, tmp_path, *WAITED), resume=True)
+    assert load(tmp_path / FINAL)["iteration"] == 3
+    assert caplog.text.count("the best is 9.0000\n") == 1
+
+
 ENDED: dict[str, tuple[tuple[Any, ...], bool]] = {
     "the same": ((), True),
     "a shorter patience": (("SOLVER.PATIENCE", 1), True),

@@ -131,24 +131,24 @@ class BestCheckpointHook(HookBase):
             self._compare()
             # Only the main process has metrics.
             if self.patience and comm.all_gather(self.waited)[0] >= self.patience:
-                self._end_training()
+                self._log_end(done)
+                self.trainer.max_iter = done
 
     @staticmethod
     def ran_out(state: dict[str, Any], patience: int, metric: str) -> bool:
         """Return whether the patience ended a training whose checkpoint has this state."""
         return 0 < patience <= state.get("waited", 0) and state["metric"] == metric
 
-    def _end_training(self) -> None:
-        if self.trainer.iter + 1 == self.trainer.max_iter:
+    def _log_end(self, done: int) -> None:
+        if done == self.trainer.max_iter or not self.checkpointer.save_to_disk:
             return
-        since = "there was no value"
-        if self.best is not None:
-            since = f"the best is {self.best:.4f} of iteration {self.best_iteration}"
+        best = "there was no value" if self.best is None else f"the best is {self.best:.4f}"
+        if self.best_iteration is not None:  # unknown if SOLVER.PATIENCE was set at a resume
+            best = f"{best} of iteration {self.best_iteration}"
         logger.info(
             "Iteration %d: the training ends, as %d evaluations had no better %s; %s",
-            *(self.trainer.iter, self.waited, self.metric, since),
+            *(self.trainer.iter, self.waited, self.metric, best),
         )
-        self.trainer.max_iter = self.trainer.iter + 1
 
     def _compare(self) -> None:
         if not self.checkpointer.save_to_disk:
