@@ -153,12 +153,42 @@ def test_a_config_is_no_program(teachers: bool, run: Run, marker: Path) -> None:
     """detectron2's lazy configs are Python files."""
     program = run.folder / "config.py"
     program.write_text(f"open({str(marker)!r}, 'w')\n")
-    if teachers:
-        assert "config.py" in run.fails("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(program))
-    else:
-        run.config = program
-        assert "config.py" in run.fails()
+    opts = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", str(program)] if teachers else []
+    run.config = run.config if teachers else program
+    key = "MODEL.DISTILL.TEACHER.CONFIG_FILE" if teachers else "Config file"
+    line = f"error: {key} '{program}' is a Python LazyConfig, which is not read because it runs "
+    assert run.fails(*opts) == f"{line}code; name a yaml of the same model."
     assert not marker.exists()
+
+
+def test_a_lazy_config_of_the_zoo(run: Run) -> None:
+    """detectron2's model zoo has some, which are found by their names."""
+    name = "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"
+    line = run.fails("MODEL.DISTILL.TEACHER.CONFIG_FILE", name)
+    assert f"MODEL.DISTILL.TEACHER.CONFIG_FILE '{name}' is a Python LazyConfig" in line
+
+
+@pytest.mark.parametrize("place", ["config", *PLACES])
+def test_a_file_gives_no_permission(place: str, run: Run) -> None:
+    """A stranger's file must not decide what this machine reads."""
+    teachers = "teacher" in place
+    file = run.folder / "teacher.yaml" if teachers else run.config
+    values = yaml.safe_load(file.read_text())
+    base = run.folder / "base.yaml"
+    base.write_text("MODEL: {ALLOW_PICKLE: True}")
+    if "base" in place:
+        values["_BASE_"] = str(base)
+    else:
+        values["MODEL"]["ALLOW_PICKLE"] = True
+    file.write_text(yaml.safe_dump(values))
+    line = run.fails("MODEL.WEIGHTS", str(run.folder / "missing.pkl"))
+    assert line == (
+        f"error: MODEL.ALLOW_PICKLE is True in {file}, but it counts only on the command line; "
+        "remove it there, or add 'MODEL.ALLOW_PICKLE True' to the command."
+    )
+    # The user may still give it, for example to repeat a run with its own config.yaml.
+    missing = run.fails("MODEL.WEIGHTS", str(run.folder / "missing.pkl"), *ALLOWED)
+    assert "there is no file" in missing
 
 
 VALUES = {

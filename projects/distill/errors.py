@@ -30,6 +30,10 @@ class NumericalError(DistillError):
     """A loss or gradient that is not finite."""
 
 
+class ResultsError(DistillError):
+    """Results of an evaluation that are not those of TEST.EXPECTED_RESULTS."""
+
+
 class RecorderError(DistillError, RuntimeError):
     """A module whose output should be recorded, but which does not exist or did not run."""
 

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from detectron2.config import CfgNode
 
-from distill.config import get_distill_cfg, load_config, teacher_config, validate_config
+from distill.config import (
+    get_distill_cfg,
+    load_config,
+    merge_from_file,
+    student_config,
+    teacher_config,
+    validate_config,
+)
 from distill.config.load import scale_schedule
 from distill.engine import setup_config
 from distill.errors import ConfigError
@@ -179,6 +186,49 @@ def test_the_words_about_a_teacher_win_in_order(tmp_path: Path) -> None:
     assert teacher.MODEL.WEIGHTS == "of_opts.pth" and teacher.SOLVER.MAX_ITER == 80_000
     teacher = teacher_config(with_teacher(tmp_path, OPTS=opts, WEIGHTS="given.pth"))
     assert teacher.MODEL.WEIGHTS == "given.pth"
+
+
+# ---- Permissions.
+
+
+@pytest.mark.parametrize("value", ["True", "'True'", "1 > 0"])
+def test_a_permission_of_a_file(value: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", f"MODEL: {{ALLOW_PICKLE: {value}}}")
+    with pytest.raises(ConfigError, match=r"ALLOW_PICKLE"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"ALLOW_PICKLE"):
+        merge_from_file(get_distill_cfg(), path)
+
+
+def test_a_permission_of_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "MODEL: {ALLOW_PICKLE: False}")
+    assert load_config(path, ["MODEL.ALLOW_PICKLE", "True"]).MODEL.ALLOW_PICKLE
+    dumped = write(tmp_path / "config.yaml", "MODEL: {ALLOW_PICKLE: True}")
+    assert not load_config(dumped, ["MODEL.ALLOW_PICKLE", "False"]).MODEL.ALLOW_PICKLE
+    cfg = get_distill_cfg()
+    cfg.MODEL.ALLOW_PICKLE = True  # by a Python caller
+    merge_from_file(cfg, dumped)
+    assert "ALLOW_PICKLE" not in student_config(cfg).MODEL
+
+
+def test_a_later_permission_has_the_same_rule(tmp_path: Path) -> None:
+    cfg = get_distill_cfg()
+    cfg.DATASETS.ALLOW_LINKS = False
+    with pytest.raises(ConfigError, match=r"DATASETS\.ALLOW_LINKS is True in .*c\.yaml"):
+        merge_from_file(cfg, write(tmp_path / "c.yaml", "DATASETS: {ALLOW_LINKS: True}"))
+
+
+def test_a_teacher_has_the_permissions_of_the_command_line(tmp_path: Path) -> None:
+    """Its weights are read with the student's, so its overrides would not count either."""
+    cfg = with_teacher(tmp_path, OPTS=["MODEL.ALLOW_PICKLE", True])
+    with pytest.raises(ConfigError, match=r"ALLOW_PICKLE is True in MODEL\.DISTILL\.TEACHER\.OPTS"):
+        teacher_config(cfg)
+    write(tmp_path / "teacher.yaml", "MODEL: {ALLOW_PICKLE: True}")
+    cfg.MODEL.DISTILL.TEACHER.OPTS = []
+    with pytest.raises(ConfigError, match=r"ALLOW_PICKLE is True in .*teacher\.yaml"):
+        teacher_config(cfg)
+    cfg.MODEL.ALLOW_PICKLE = True
+    assert teacher_config(cfg).MODEL.ALLOW_PICKLE
 
 
 # ---- A start.

@@ -19,7 +19,9 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from distill.engine import Trainer, evaluate_finished
 from distill.engine.hooks import BestCheckpointHook, LossHealthHook, median_of_nonzero
 from distill.heads import DistillHead
-from tests.support.networks import distill_opts
+from distill.launch.main import finished_checkpoint, main
+from tests.support.networks import distill_opts, write_config
+from tests.support.processes import call, needs_loopback, starts_processes, with_forks
 from tests.support.trainings import (
     Interrupted,
     Interruption,
@@ -89,12 +91,20 @@ SERIES = {1: 3.0, 2: 9.0, 3: math.nan, 4: 5.0, 5: 9.0, 6: 2.0}  # by finished it
 LAST = len(SERIES)
 
 
+class Series(dict[int, float]):
+    """Values by number of finished iterations, and the iterations at which they were asked for."""
+
+    at: list[int]
+
+
 @pytest.fixture
-def evaluation(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Replace the evaluations by a series of values, by number of finished iterations."""
-    series = dict(SERIES)
+def evaluation(monkeypatch: pytest.MonkeyPatch) -> Series:
+    """Replace the evaluations by a series of values."""
+    series = Series(SERIES)
+    series.at = []
 
     def test(cfg: CfgNode, model: Any) -> dict[str, dict[str, float]]:
+        series.at.append(get_event_storage().iter)
         return {"bbox": {"AP": series[min(get_event_storage().iter + 1, LAST)], "AP50": 1.0}}
 
     monkeypatch.setattr(Trainer, "test", staticmethod(test))
@@ -104,11 +114,12 @@ def evaluation(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
 def evaluated(shapes: Shapes, output: Path, *opts: Any) -> CfgNode:
     best = ("TEST.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", 1)
     schedule = ("SOLVER.MAX_ITER", LAST, "SOLVER.CHECKPOINT_PERIOD", 2)
-    return config(shapes, output, *best, *schedule, *opts)
+    sets = ("DATASETS.TEST", (shapes[0],))
+    return config(shapes, output, *best, *schedule, *sets, *opts)
 
 
 @pytest.mark.e2e
-def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_path: Path) -> None:
+def test_the_best_checkpoint(evaluation: Series, shapes: Shapes, tmp_path: Path) -> None:
     """The first of equal values is the best. NaN, COCO's AP without predictions, does not count."""
     every = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.KEEP_CHECKPOINTS", 5)
     train(evaluated(shapes, tmp_path, *every))
@@ -121,9 +132,7 @@ def test_the_best_checkpoint(evaluation: dict[int, float], shapes: Shapes, tmp_p
 
 
 @pytest.mark.e2e
-def test_the_last_evaluation_counts(
-    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
-) -> None:
+def test_the_last_evaluation_counts(evaluation: Series, shapes: Shapes, tmp_path: Path) -> None:
     evaluation[LAST] = 10.0
     train(evaluated(shapes, tmp_path))
     best, final = load(tmp_path / "model_best.pth"), load(tmp_path / "model_final.pth")
@@ -158,7 +167,7 @@ def test_a_failing_last_evaluation_loses_nothing(
 
 @pytest.mark.e2e
 def test_without_a_period_the_end_is_evaluated(
-    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
+    evaluation: Series, shapes: Shapes, tmp_path: Path
 ) -> None:
     train(evaluated(shapes, tmp_path, "TEST.EVAL_PERIOD", 0))
     assert load(tmp_path / "model_best.pth")["bbox/AP"] == SERIES[LAST]
@@ -170,7 +179,7 @@ def test_without_a_period_the_end_is_evaluated(
 def test_a_resumed_run_has_the_same_best(
     crash: int,
     series: dict[int, float],
-    evaluation: dict[int, float],
+    evaluation: Series,
     shapes: Shapes,
     tmp_path: Path,
 ) -> None:
@@ -191,7 +200,7 @@ def test_a_resumed_run_has_the_same_best(
 
 @pytest.mark.e2e
 def test_an_interrupted_run_does_not_compare_again(
-    evaluation: dict[int, float], shapes: Shapes, tmp_path: Path
+    evaluation: Series, shapes: Shapes, tmp_path: Path
 ) -> None:
     """detectron2 evaluates even if the last iteration fails."""
     evaluation[LAST] = 10.0
@@ -202,7 +211,7 @@ def test_an_interrupted_run_does_not_compare_again(
 
 @pytest.mark.e2e
 def test_an_unknown_metric_is_a_warning(
-    evaluation: dict[int, float],
+    evaluation: Series,
     shapes: Shapes,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -221,6 +230,150 @@ def test_the_best_of_another_metric_does_not_count() -> None:
     second = BestCheckpointHook(None, 1, "bbox/AP")  # type: ignore[arg-type]
     second.load_state_dict(first.state_dict())
     assert second.best == 50.0
+
+
+# ---- Early end.
+
+FINAL = "model_final.pth"
+# The best of SERIES is at 2 finished iterations, so a patience of 2 ends after the evaluation at 4.
+WAITED = ("SOLVER.PATIENCE", 2)
+
+
+@pytest.mark.e2e
+def test_a_training_ends_early(
+    evaluation: Series,
+    shapes: Shapes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer = train(evaluated(shapes, tmp_path, *WAITED))
+    assert (load(tmp_path / FINAL)["iteration"], trainer.iter) == (3, 4)
+    assert names(tmp_path) == ["model_0000001.pth", "model_best.pth", FINAL]
+    assert (tmp_path / "last_checkpoint").read_text() == FINAL
+    assert evaluation.at == [0, 1, 2, 3]
+    assert load(tmp_path / "model_best.pth")["iteration"] == 1
+    sentence = (
+        "Iteration 3: the training ends, as 2 evaluations had no better bbox/AP; the best is "
+        "9.0000 of iteration 1"
+    )
+    assert sentence in caplog.messages and "Exception during training" not in caplog.text
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("crash", [1, 3])
+def test_a_resumed_training_ends_early_too(
+    crash: int, evaluation: Series, shapes: Shapes, tmp_path: Path
+) -> None:
+    every = (*WAITED, "SOLVER.CHECKPOINT_PERIOD", 1)
+    train(evaluated(shapes, tmp_path / "a", *every))
+    with pytest.raises(Interrupted):
+        train(evaluated(shapes, tmp_path / "b", *every), Interruption(crash))
+    train(evaluated(shapes, tmp_path / "b", *every), resume=True)
+    assert differences(*(load(tmp_path / x / FINAL) for x in "ab")) == []
+
+
+@pytest.mark.e2e
+def test_a_longer_patience_continues(evaluation: Series, shapes: Shapes, tmp_path: Path) -> None:
+    """Patience is no part of the training itself, so the bits are those of a run without it."""
+    train(evaluated(shapes, tmp_path / "a"))
+    train(evaluated(shapes, tmp_path / "b", *WAITED))
+    longer = evaluated(shapes, tmp_path / "b", "SOLVER.PATIENCE", 5)
+    assert finished_checkpoint(longer) is None
+    evaluation.at.clear()
+    train(longer, resume=True)
+    assert evaluation.at == [4, 5]
+    a, b = (load(tmp_path / x / FINAL) for x in "ab")
+    found = b["trainer"]["hooks"].pop("BestCheckpointHook")
+    assert found == {"metric": "bbox/AP", "best": 9.0, "best_iteration": 1, "waited": 4}
+    assert a["trainer"]["hooks"].pop("BestCheckpointHook") == {"metric": "bbox/AP", "best": 9.0}
+    assert differences(a, b) == [".trainer.config.SOLVER.PATIENCE"]
+
+
+@pytest.mark.e2e
+def test_patience_that_is_set_at_a_resume(
+    evaluation: Series, shapes: Shapes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It counts from there, because the checkpoint does not say when the best was."""
+    with pytest.raises(Interrupted):
+        train(evaluated(shapes, tmp_path), Interruption(2))
+    with caplog.at_level(logging.INFO):
+        train(evaluated(shapes, tmp_path, *WAITED), resume=True)
+    assert load(tmp_path / FINAL)["iteration"] == 3
+    assert caplog.text.count("the best is 9.0000\n") == 1
+
+
+ENDED: dict[str, tuple[tuple[Any, ...], bool]] = {
+    "the same": ((), True),
+    "a shorter patience": (("SOLVER.PATIENCE", 1), True),
+    "a longer schedule": (("SOLVER.MAX_ITER", 2 * LAST), True),
+    "a longer patience": (("SOLVER.PATIENCE", 3), False),
+    "no patience": (("SOLVER.PATIENCE", 0), False),
+    "another metric": (("TEST.BEST_METRIC", "bbox/AP50"), False),
+}
+
+
+@pytest.mark.parametrize("case", ENDED)
+def test_a_training_that_ended_early_has_finished(
+    case: str, shapes: Shapes, tmp_path: Path
+) -> None:
+    state = {"metric": "bbox/AP", "best": 9.0, "best_iteration": 1, "waited": 2}
+    saved = {"iteration": 3, "trainer": {"hooks": {"BestCheckpointHook": state}}}
+    torch.save(saved, tmp_path / FINAL)
+    opts, finished = ENDED[case]
+    cfg = evaluated(shapes, tmp_path, *WAITED, *opts)
+    assert finished_checkpoint(cfg) == (str(tmp_path / FINAL) if finished else None)
+
+
+@pytest.mark.e2e
+def test_a_training_without_any_value_ends(
+    evaluation: Series,
+    shapes: Shapes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """COCO's AP without detections is no number."""
+    evaluation.update(dict.fromkeys(evaluation, math.nan))
+    cfg = evaluated(shapes, tmp_path, *WAITED, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with pytest.raises(Interrupted):
+        train(cfg, Interruption(1))
+    with caplog.at_level(logging.INFO):
+        train(cfg, resume=True)
+    assert load(tmp_path / FINAL)["iteration"] == 1
+    assert "as 2 evaluations had no better bbox/AP; there was no value" in caplog.text
+
+
+@pytest.mark.e2e
+def test_the_augmented_evaluation_comes_at_an_early_end(
+    evaluation: Series,
+    shapes: Shapes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at: list[int] = []
+
+    def augmented(cfg: CfgNode, model: Any) -> dict[str, dict[str, float]]:
+        at.append(get_event_storage().iter)
+        return {"bbox_TTA": {"AP": 1.0}}
+
+    monkeypatch.setattr(Trainer, "test_with_TTA", staticmethod(augmented))
+    train(evaluated(shapes, tmp_path, *WAITED, "TEST.AUG.ENABLED", True))
+    assert at == [3]
+
+
+@pytest.mark.slow
+@starts_processes
+@needs_loopback
+def test_all_processes_end_early_together(shapes: Shapes, tmp_path: Path) -> None:
+    """An untrained network detects nothing, so no evaluation has a value."""
+    strict = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
+    cfg = evaluated(shapes, tmp_path / "out", *WAITED, *strict)
+    config = write_config(cfg, tmp_path / "config.yaml")
+    command = ["--config-file", str(config), "--num-gpus", "2"]
+    for options in ([], ["--resume"]):
+        ended = call(with_forks, main, [*command, *options], folder=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    assert load(tmp_path / "out" / FINAL)["iteration"] == 1
 
 
 # ---- Warnings.

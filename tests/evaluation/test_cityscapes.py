@@ -23,6 +23,7 @@ from distill.engine import Trainer, evaluate
 from distill.errors import DataError
 from distill.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from tests.support.networks import tiny_cfg
+from tests.support.trainings import assert_declared
 
 K = 19
 needs_in1d = pytest.mark.skipif(not hasattr(np, "in1d"), reason="so do detectron2's evaluators")
@@ -312,7 +313,9 @@ def test_the_download_is_enough(windows: bool, tmp_path: Path) -> None:
     trainer = Trainer(cfg)
     trainer.train()
     logged = trainer.storage.latest()
-    again = evaluate(cfg, str(tmp_path / "out" / "model_final.pth"))["sem_seg"]
+    results = evaluate(cfg, str(tmp_path / "out" / "model_final.pth"))
+    assert_declared(cfg, results)
+    again = results["sem_seg"]
     assert again == pytest.approx({k: logged[f"sem_seg/{k}"][0] for k in again}, nan_ok=True)
     assert again["mIoU_present"] > 0
     predictions = tmp_path / "out" / "inference" / name / "predictions"

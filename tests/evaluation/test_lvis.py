@@ -15,6 +15,7 @@ from distill.engine import Trainer
 from distill.engine.evaluators import check_test_sets
 from distill.errors import DataError
 from tests.support.networks import tiny_cfg
+from tests.support.trainings import assert_declared
 
 BOXES = {1: [10, 10, 40, 30], 2: [50, 20, 30, 30]}  # x, y, width, height by category
 
@@ -72,6 +73,8 @@ def test_a_set_of_lvis(right: bool, lvis_set: str, tmp_path: Path) -> None:
     evaluator = Trainer.build_evaluator(cfg, lvis_set)
     evaluator.reset()
     evaluator.process([{"image_id": 1}], [{"instances": found}])
-    results = evaluator.evaluate()["bbox"]
+    found_metrics = evaluator.evaluate()
+    assert_declared(cfg, found_metrics)
+    results = found_metrics["bbox"]
     assert results["AP"] == pytest.approx(100 if right else 0)
     assert results["APf"] == results["AP"]

@@ -21,7 +21,7 @@ from distill.errors import ConfigError
 from distill.experiments.runner import Runner, Stage
 from distill.utils.progress import Progress
 from tests.support.networks import distill_opts, tiny_cfg
-from tests.support.trainings import trainable_cfg, write_teacher
+from tests.support.trainings import assert_declared, trainable_cfg, write_teacher
 
 Shapes = tuple[str, str, str]
 AUGMENTED = (
@@ -85,6 +85,7 @@ def test_results_of_a_training_and_of_its_student(
     trainer.train()
     results = evaluate(cfg, str(tmp_path / "out" / "model_final.pth"))
     assert results.keys() == tasks | {f"{task}_TTA" for task in tasks}
+    assert_declared(cfg, results)
     logged = {k: v for k, (v, _) in trainer.storage.latest().items()}
     for task, metrics in results.items():
         expected = {k: logged[f"{task}/{k}"] for k in metrics}
@@ -113,7 +114,9 @@ def test_several_sets_have_the_suffix_themselves(shapes: Shapes, tmp_path: Path)
     cfg = trainable_cfg("faster", shapes, tmp_path, *AUGMENTED, "DATASETS.TEST", sets)
     weights = tmp_path / "model.pth"
     torch.save({"model": Trainer.build_model(cfg).state_dict()}, weights)
-    assert [*evaluate(cfg, str(weights))] == [*sets, *(f"{name}_TTA" for name in sets)]
+    results = evaluate(cfg, str(weights))
+    assert [*results] == [*sets, *(f"{name}_TTA" for name in sets)]
+    assert_declared(cfg, results)
 
 
 def test_comparisons_have_it_too(shapes: Shapes, tmp_path: Path) -> None:

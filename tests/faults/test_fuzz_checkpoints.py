@@ -285,7 +285,7 @@ def tensors(content: Any) -> Iterator[tuple[Any, Any]]:
 def test_resuming_a_training_from_other_content(run: Run, change: Any, examples: int) -> None:
     """Another program may write such a file, which is not damaged.
 
-    The training takes a step after each resume: a fused optimizer on a CPU does not look at the
+    The training takes a step after each resume. A fused optimizer on a CPU does not look at the
     shapes of its state, and would write beyond its memory.
     """
     good = torch.load(run.output / "model_0000000.pth", weights_only=True)

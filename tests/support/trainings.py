@@ -9,12 +9,14 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.env import seed_all_rng
 
 from distill.config import merge_from_list, student_config
 from distill.data.datasets import register_coco_format
 from distill.data.loader import TrainLoader
 from distill.engine import Trainer
+from distill.engine.evaluators import metric_names
 from distill.launch.main import main
 from tests.support.networks import (
     DENSE,
@@ -112,6 +114,14 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
         assert len(a) == len(b), where
         return [x for k in range(len(a)) for x in differences(a[k], b[k], f"{where}.{k}")]
     return [] if a == b else [where]
+
+
+def assert_declared(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """The metrics of an evaluation are declared; the classes may be fewer than declared."""
+    found = {name for name in flatten_results_dict(results) if "_TTA/" not in name}
+    declared = {*(metric_names(cfg) or ())}
+    assert found <= declared
+    assert [name for name in declared - found if "-" not in name] == []
 
 
 class Run:

@@ -96,6 +96,7 @@ def config(shapes: Shapes, teacher: list[Any], output: Path, *opts: Any) -> CfgN
     schedule = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
     hooks = ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 0)
     hooks += ("TEST.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", 1)
+    hooks += ("DATASETS.TEST", (shapes[0],))
     opts = (*distill_opts("faster", ("FitNet",)), *teacher, *schedule, *hooks, *opts)
     return trainable_cfg("faster", shapes, output, *opts, norm="BN")
 

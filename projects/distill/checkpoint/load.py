@@ -1,7 +1,7 @@
 """Load weights strictly, in every format that detectron2 reads, without executing the file.
 
 Torch's formats are read with ``weights_only``. A ``*.pkl`` is read by the :mod:`.unpickler`, and
-only if it is in detectron2's catalogue or MODEL.ALLOW_PICKLE is True.
+only if it is in detectron2's catalogue or the command line has MODEL.ALLOW_PICKLE True.
 
 The hash of a file of the catalogue is checked before the file is read:
 
@@ -141,8 +141,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         pickled = path.partition("?")[0].endswith(".pkl")
         if pickled and not self.allow_pickle and not path.startswith(CATALOGUE):
             raise WeightsError(
-                f"'{path}' is a pickle that is not in detectron2's catalogue; set "
-                "MODEL.ALLOW_PICKLE True to read its arrays, or convert it to .pth."
+                f"'{path}' is a pickle that is not in detectron2's catalogue; add "
+                "'MODEL.ALLOW_PICKLE True' to the command to read its arrays, or convert it to "
+                ".pth."
             )
 
     def _load_file(self, filename: str) -> dict[str, Any]:

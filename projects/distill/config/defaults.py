@@ -64,7 +64,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.ALLOW_PICKLE": Key(
         False,
-        "read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types)",
+        "read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types); "
+        "it counts only on the command line",
         SWITCH,
     ),
     "DATASETS.COCO_FORMAT": Key(
@@ -117,6 +118,12 @@ KEYS: dict[str, Key] = {
         "model_best are always kept",
         at_least(0),
     ),
+    "SOLVER.PATIENCE": Key(
+        0,
+        "number of evaluations without a better TEST.BEST_METRIC after which the training ends; 0: "
+        "never",
+        at_least(0),
+    ),
     "SOLVER.ON_NONFINITE": Key(
         "stop",
         "action for a loss or gradient that is not finite: stop, or skip the iteration; both save "
@@ -127,7 +134,10 @@ KEYS: dict[str, Key] = {
         10, "skipped iterations of a run after which it stops nevertheless", at_least(0)
     ),
     "TEST.BEST_METRIC": Key(
-        "", "metric, such as bbox/AP, by which model_best.pth is kept; empty: no such file", TEXT
+        "",
+        "metric, such as bbox/AP, by which model_best.pth is kept; with several test sets, the "
+        "set's name stands before it; empty: no such file",
+        TEXT,
     ),
     "TEST.SLIDING_WINDOW.ENABLED": Key(
         False,

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from ..errors import ConfigError
 from ..section import (
@@ -95,6 +95,9 @@ _RULES: dict[str, Rule] = {
     "MODEL.ANCHOR_GENERATOR.SIZES": _ANCHORS,
     "MODEL.PIXEL_MEAN": list_of(FINITE),
     "MODEL.PIXEL_STD": list_of(POSITIVE),
+    "MODEL.PROPOSAL_GENERATOR.NAME": Rule(
+        lambda x: x != "PrecomputedProposals", "a network such as RPN: no proposals are read"
+    ),
     "MODEL.RESNETS.NUM_GROUPS": at_least(1),
     "MODEL.RESNETS.RES4_DILATION": Rule(lambda x: x in (1, 2), "1 or 2"),
     "MODEL.RESNETS.RES5_DILATION": Rule(lambda x: x in (1, 2, 4), "1, 2 or 4"),
@@ -144,8 +147,19 @@ _RULES: dict[str, Rule] = {
         lambda x: all(TEXTS.holds(k[:2]) and list_of(FINITE, 2, 2).holds(k[2:]) for k in x),
         "a list of [task, metric, value, tolerance]",
     ),
+    "TEST.KEYPOINT_OKS_SIGMAS": list_of(POSITIVE, 0),
     "TEST.PRECISE_BN.NUM_ITER": at_least(1),
     "VIS_PERIOD": at_least(0),
+}
+# Keys that nothing in this trainer reads: the reason, and what to use instead.
+_PROPOSALS = "detectron2 reads proposals from pickles, which can run any code; use an RPN"
+UNREAD: dict[str, str] = {
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _PROPOSALS,
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": _PROPOSALS,
+    "DATASETS.PROPOSAL_FILES_TEST": _PROPOSALS,
+    "DATASETS.PROPOSAL_FILES_TRAIN": _PROPOSALS,
+    "MODEL.LOAD_PROPOSALS": _PROPOSALS,
+    "VERSION": "old names of keys are not upgraded; use detectron2.config.upgrade_config",
 }
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the infinity norm is the largest entry
 # Conditions on several keys, and what to say if one does not hold.
@@ -159,6 +173,15 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         lambda c: c.SOLVER.IMS_PER_BATCH % max(c.SOLVER.REFERENCE_WORLD_SIZE, 1) == 0,
         "SOLVER.IMS_PER_BATCH is {c.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
         "SOLVER.REFERENCE_WORLD_SIZE {c.SOLVER.REFERENCE_WORLD_SIZE}.",
+    ),
+    (
+        lambda c: not c.SOLVER.PATIENCE or (c.TEST.BEST_METRIC and c.TEST.EVAL_PERIOD),
+        "SOLVER.PATIENCE is {c.SOLVER.PATIENCE}, but TEST.BEST_METRIC is '{c.TEST.BEST_METRIC}' "
+        "and TEST.EVAL_PERIOD {c.TEST.EVAL_PERIOD}; it needs both: set them, or PATIENCE to 0.",
+    ),
+    (
+        lambda c: not (c.CUDNN_BENCHMARK and c.DETERMINISTIC),
+        "CUDNN_BENCHMARK is True, which DETERMINISTIC True switches off; set one of them to False.",
     ),
     (
         lambda c: not (c.TEST.PRECISE_BN.ENABLED and c.SOLVER.EMA.DECAY),
@@ -277,6 +300,17 @@ def check_together(cfg: CfgNode) -> None:
     for fit, sentence in _TOGETHER:
         if not fit(cfg):
             raise ConfigError(sentence.format(c=cfg))
+
+
+def check_read(cfg: CfgNode) -> None:
+    """Raise ConfigError if a key that nothing reads does not have its default."""
+    defaults = dict(leaves(get_cfg()))
+    for key, value in leaves(cfg):
+        if key in UNREAD and value != defaults[key]:
+            raise ConfigError(
+                f"{key} is {value!r:.200}, but it is not read: {UNREAD[key]}, and leave this key "
+                f"at {defaults[key]!r}."
+            )
 
 
 def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

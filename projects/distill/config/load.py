@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from .detectron2_rules import leaves
 
 
 def load_config(
-    config_file: str, opts: Sequence[Any] = (), source: str = "the command line"
+    config_file: str,
+    opts: Sequence[Any] = (),
+    source: str = "the command line",
+    allowed: Collection[str] = (),
 ) -> CfgNode:
     """Return the defaults of detectron2 and this package, a yaml file and overrides, merged.
 
@@ -38,20 +41,22 @@ def load_config(
         config_file: path or name, see :func:`find_config`; "" for the defaults.
         opts: KEY VALUE overrides.
         source: where the overrides come from, for messages.
+        allowed: keys named ``ALLOW_...`` that the file may set, besides those of the overrides.
 
     Raises:
         ConfigError: the file or an override cannot be merged.
     """
     cfg = get_distill_cfg()
     cfg.OUTPUT_DIR = ""
+    overridden = {str(key) for key in opts[0::2]}
     if config_file:
         config_file = find_config(config_file)
-        merge_from_file(cfg, config_file)
+        merge_from_file(cfg, config_file, {*overridden, *allowed})
         cfg.MODEL.WEIGHTS = _moved_weights(cfg.MODEL.WEIGHTS, config_file)
     of_file = cfg.SOLVER.clone()
     merge_from_list(cfg, list(opts), source)
     schedule = cfg.SOLVER.SCHEDULE
-    _apply_schedule(cfg.SOLVER, of_file, overridden={str(key) for key in opts[0::2]})
+    _apply_schedule(cfg.SOLVER, of_file, overridden)
     if not cfg.OUTPUT_DIR:
         other = schedule if schedule != of_file.SCHEDULE else ""
         cfg.OUTPUT_DIR = default_output_dir(config_file, other)
@@ -173,13 +178,21 @@ def find_config(name: str) -> str:
     return packaged[short]
 
 
-def merge_from_file(cfg: CfgNode, filename: str) -> None:
+def merge_from_file(cfg: CfgNode, filename: str, allowed: Collection[str] = ()) -> None:
     """Merge a yaml file and its ``_BASE_`` chain into ``cfg``.
 
+    Args:
+        cfg: config with all keys.
+        filename: path or name, see :func:`find_config`.
+        allowed: keys named ``ALLOW_...`` that the file may set, because the command line does.
+
     Raises:
-        ConfigError: the file is missing, is no valid or safe yaml, or has an unknown key.
+        ConfigError: the file is missing, is no valid or safe yaml, has an unknown key, or sets a
+            key named ``ALLOW_...``.
     """
     filename = find_config(filename)
+    refuse_python("Config file", filename)
+    allowed = {*permissions(cfg), *allowed}
     try:
         _merge(cfg, _read_yaml(filename), filename)
     except RecursionError as e:
@@ -187,6 +200,44 @@ def merge_from_file(cfg: CfgNode, filename: str) -> None:
             f"The _BASE_ of config file '{filename}' leads back to itself, or its values hold "
             "themselves."
         ) from e
+    refuse_permissions(cfg, filename, allowed)
+
+
+def permissions(cfg: CfgNode) -> list[str]:
+    """Return the keys named ``ALLOW_...`` that are True."""
+    return [key for key, on in leaves(cfg) if on and key.split(".")[-1].startswith("ALLOW_")]
+
+
+def refuse_permissions(cfg: CfgNode, source: str, allowed: Collection[str]) -> None:
+    """Raise ConfigError if a key named ``ALLOW_...`` is True that the user did not set.
+
+    A yaml may come from a stranger. Only the user decides what is read on this machine.
+
+    Args:
+        cfg: config after ``source`` was merged into it.
+        source: origin of the values, for the message.
+        allowed: keys that may be True, because the command line sets them.
+    """
+    for key in permissions(cfg):
+        if key not in allowed:
+            raise ConfigError(
+                f"{key} is True in {source}, but it counts only on the command line; remove it "
+                f"there, or add '{key} True' to the command."
+            )
+
+
+def refuse_python(key: str, name: str) -> None:
+    """Raise ConfigError if a config is one of detectron2's Python files.
+
+    Args:
+        key: where the name comes from, for the message.
+        name: path or name of a config.
+    """
+    if name.endswith(".py"):
+        raise ConfigError(
+            f"{key} '{name}' is a Python LazyConfig, which is not read because it runs code; name "
+            "a yaml of the same model."
+        )
 
 
 def _read_yaml(filename: str) -> CfgNode:

@@ -2,13 +2,14 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
 from ..errors import ConfigError
 from ..nets import add_config_read_by
 from .architecture import student_architecture
-from .load import find_config, load_config
+from .load import find_config, load_config, permissions, refuse_permissions, refuse_python
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # it warns of its own use of pkg_resources
@@ -49,23 +50,26 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
             the weights from which their training started.
 
     Raises:
-        ConfigError: no config file is given, or it is neither a file nor in the model zoo.
+        ConfigError: no config file is given, or it is neither a file nor in the model zoo; or it
+            cannot be read.
     """
     node = cfg.MODEL.DISTILL.TEACHER
     # Among the marks of yacs, such as "frozen": they are copied with the node and never dumped.
     known: dict[str, CfgNode] = vars(node).setdefault("__teachers__", {})
-    described = repr((node.CONFIG_FILE, list(node.OPTS), node.WEIGHTS, trained))
+    allowed = permissions(cfg)
+    described = repr((node.CONFIG_FILE, list(node.OPTS), node.WEIGHTS, trained, allowed))
     if described not in known:
-        known[described] = _read_teacher(node, trained)
+        known[described] = _read_teacher(node, trained, allowed)
     return known[described]
 
 
-def _read_teacher(node: CfgNode, trained: bool) -> CfgNode:
+def _read_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNode:
     if not node.CONFIG_FILE:
         raise ConfigError(
             "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; name the teacher's yaml, or a model-zoo "
             "config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml."
         )
+    refuse_python("MODEL.DISTILL.TEACHER.CONFIG_FILE", node.CONFIG_FILE)
     # The zoo before this package: of the few names in both, the zoo has trained weights.
     zoo = None if os.path.isfile(node.CONFIG_FILE) else _zoo_file(node.CONFIG_FILE)
     try:
@@ -77,7 +81,8 @@ def _read_teacher(node: CfgNode, trained: bool) -> CfgNode:
     opts = list(node.OPTS)
     if trained and zoo and not node.WEIGHTS:
         opts = ["MODEL.WEIGHTS", model_zoo.get_checkpoint_url(node.CONFIG_FILE), *opts]
-    teacher = load_config(path, opts, "MODEL.DISTILL.TEACHER.OPTS")
+    teacher = load_config(path, opts, "MODEL.DISTILL.TEACHER.OPTS", allowed)
+    refuse_permissions(teacher, "MODEL.DISTILL.TEACHER.OPTS", allowed)
     if node.WEIGHTS:
         teacher.MODEL.WEIGHTS = node.WEIGHTS
     teacher.freeze()

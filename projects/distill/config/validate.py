@@ -8,6 +8,7 @@ from detectron2.modeling import (
     PanopticFPN,
     SemanticSegmentor,
 )
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
 from ..errors import ConfigError
 from ..families import FAMILIES
@@ -15,7 +16,7 @@ from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..section import check_choice
 from .architecture import distill_architectures, student_architecture, student_class
 from .defaults import declared_keys
-from .detectron2_rules import check_rules, check_together, leaves
+from .detectron2_rules import check_read, check_rules, check_together, leaves
 from .resolve import teacher_config
 
 INHERITED_PARTS = ("neck", "head")
@@ -38,11 +39,7 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
             f"SOLVER.SCHEDULE is {cfg.SOLVER.SCHEDULE}, but MAX_ITER and STEPS are not scaled yet; "
             "load the config with distill.config.load_config, or set it to 1x."
         )
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise ConfigError(
-            "MODEL.LOAD_PROPOSALS is True; detectron2 reads proposals from pickles, which can run "
-            "any code: set it to False."
-        )
+    check_read(cfg)
     architectures = [name for name, _ in META_ARCH_REGISTRY]
     check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
     _validate_data(cfg, training)
@@ -50,6 +47,7 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    _validate_drawing(cfg)
     _validate_test_modes(cfg)
 
 
@@ -65,6 +63,15 @@ def _validate_data(cfg: CfgNode, training: bool) -> None:
                 f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
                 "to False."
             )
+
+
+def _validate_drawing(cfg: CfgNode) -> None:
+    """Refuse to draw training images of a student whose class in detectron2 draws no images."""
+    if cfg.VIS_PERIOD and issubclass(student_class(cfg), DenseDetector | SemanticSegmentor):
+        raise ConfigError(
+            f"VIS_PERIOD is {cfg.VIS_PERIOD}, but only GeneralizedRCNN and PanopticFPN draw their "
+            "training images; set it to 0."
+        )
 
 
 def _validate_test_modes(cfg: CfgNode) -> None:

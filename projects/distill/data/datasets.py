@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import (
+    filter_images_with_few_keypoints,
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
@@ -171,7 +172,9 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
         raise DataError(f"DATASETS.TRAIN {names} mixes sets with and without instances.")
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         sets = [(name, filter_images_with_only_crowd_annotations(x)) for name, x in sets]
-        dicts = [image for _, images in sets for image in images]
+    if cfg.MODEL.KEYPOINT_ON:
+        sets = _with_keypoints(sets, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
+    dicts = [image for _, images in sets for image in images]
     if not dicts:
         raise DataError(
             f"No image of DATASETS.TRAIN {names} has an annotation; set "
@@ -184,6 +187,19 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
     except ValueError as e:  # its message names the data sets and classes
         raise DataError(f"DATASETS.TRAIN: {clause(e)}.") from e
     return sets
+
+
+def _with_keypoints(
+    sets: list[tuple[str, list[dict[str, Any]]]], least: int
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the data sets without the images that have fewer keypoints."""
+    kept = [(name, filter_images_with_few_keypoints(x, least)) for name, x in sets]
+    if any(x for _, x in sets) and not any(x for _, x in kept):
+        raise DataError(
+            f"No image of DATASETS.TRAIN {tuple(name for name, _ in sets)} has {least} keypoints; "
+            "lower MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE."
+        )
+    return kept
 
 
 def check_labels(cfg: CfgNode, dicts: Sequence[dict[str, Any]]) -> None:

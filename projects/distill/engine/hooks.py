@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint.save import StudentCheckpointer
@@ -114,25 +115,55 @@ class FinalCheckpointHook(HookBase):
 class BestCheckpointHook(HookBase):
     """Save the student with the highest metric so far as ``model_best.pth``.
 
+    If ``patience`` evaluations in a row are not better, this iteration becomes the last one of the
+    training. The hooks after this one then do what they do at the end.
+
     The best value is part of the training state, so a resumed run saves the same student as an
-    uninterrupted one. A run cannot resume from ``model_best.pth``.
+    uninterrupted one. It ends at the same iteration, too. A run cannot resume from
+    ``model_best.pth``.
 
     Args:
         checkpointer: writes in the main process only.
         period: iterations between two evaluations; 0: only at the end.
         metric: name in the evaluation's log, such as "bbox/AP".
+        patience: number of evaluations that are not better; 0: never end early.
     """
 
-    def __init__(self, checkpointer: StudentCheckpointer, period: int, metric: str):
+    def __init__(
+        self, checkpointer: StudentCheckpointer, period: int, metric: str, patience: int = 0
+    ):
         self.checkpointer = checkpointer
         self.period = period
         self.metric = metric
+        self.patience = patience
         self.best: float | None = None
+        self.best_iteration: int | None = None
+        self.waited = 0  # evaluations since the best one
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period and done % self.period == 0):
             self._compare()
+            # Only the main process has metrics.
+            if self.patience and comm.all_gather(self.waited)[0] >= self.patience:
+                self._log_end(done)
+                self.trainer.max_iter = done
+
+    @staticmethod
+    def ran_out(state: dict[str, Any], patience: int, metric: str) -> bool:
+        """Return whether the patience ended a training whose checkpoint has this state."""
+        return 0 < patience <= state.get("waited", 0) and state["metric"] == metric
+
+    def _log_end(self, done: int) -> None:
+        if done == self.trainer.max_iter or not self.checkpointer.save_to_disk:
+            return
+        best = "there was no value" if self.best is None else f"the best is {self.best:.4f}"
+        if self.best_iteration is not None:  # unknown if SOLVER.PATIENCE was set at a resume
+            best = f"{best} of iteration {self.best_iteration}"
+        logger.info(
+            "Iteration %d: the training ends, as %d evaluations had no better %s; %s",
+            *(self.trainer.iter, self.waited, self.metric, best),
+        )
 
     def _compare(self) -> None:
         if not self.checkpointer.save_to_disk:
@@ -140,39 +171,52 @@ class BestCheckpointHook(HookBase):
         metrics = current_scalars(get_event_storage())
         value = metrics.get(self.metric)
         if value is None:
+            self.waited += 1
             logger.warning("TEST.BEST_METRIC %s is not a metric of the evaluation", self.metric)
-        elif is_better(value, self.best):
-            self.best = value
+        elif self._count(value, self.trainer.iter):
             logger.info("Best %s so far: %.4f", self.metric, value)
             self.checkpointer.save_best(self.trainer.iter, self.metric, value)
 
-    @classmethod
-    def completed(
-        cls, metric: str, checkpoint: dict[str, Any], metrics: Mapping[str, float]
+    def _count(self, value: float, iteration: int) -> bool:
+        """Count the value of an evaluation, and return whether it is the best so far."""
+        self.waited += 1
+        if math.isnan(value) or not (self.best is None or value > self.best):
+            return False
+        self.best, self.best_iteration, self.waited = value, iteration, 0
+        return True
+
+    def complete(
+        self, checkpoint: dict[str, Any], metrics: Mapping[str, float]
     ) -> dict[str, Any] | None:
-        """Add the results of the last evaluation to a final checkpoint, as this hook does.
+        """Count the last evaluation of a training, whose final checkpoint lacks it.
 
         Args:
-            metric: ``TEST.BEST_METRIC``.
-            checkpoint: content of the checkpoint, which is changed in place.
+            checkpoint: content of the final checkpoint, which is changed in place.
             metrics: results of the evaluation.
 
         Returns:
             The content of the new ``model_best.pth``, or None if the results are not the best.
         """
-        trainer = checkpoint.get("trainer", {})
+        trainer = checkpoint.setdefault("trainer", {})
         hooks = with_renamed_keys(trainer.get("hooks", {}), HOOKS, "The checkpoint")
-        value = metrics.get(metric)
-        if value is None or not is_better(value, hooks.get(cls.__name__, {}).get("best")):
+        self.load_state_dict(hooks.get(type(self).__name__, {}))
+        value = metrics.get(self.metric)
+        is_best = value is not None and self._count(value, checkpoint["iteration"])
+        trainer["hooks"] = {**hooks, type(self).__name__: self.state_dict()}
+        if not is_best:
             return None
-        trainer["hooks"] = {**hooks, cls.__name__: {"metric": metric, "best": value}}
-        return {key: checkpoint[key] for key in ("model", "iteration")} | {metric: value}
+        return {key: checkpoint[key] for key in ("model", "iteration")} | {self.metric: value}
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.best is None else {"metric": self.metric, "best": self.best}
+        counted = {"best_iteration": self.best_iteration, "waited": self.waited}
+        if self.best is None and not (self.patience and self.waited):
+            return {}
+        return {"metric": self.metric, "best": self.best, **(counted if self.patience else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state.get("best") if state.get("metric") == self.metric else None
+        state = state if state.get("metric") == self.metric else {}
+        self.best, self.best_iteration = state.get("best"), state.get("best_iteration")
+        self.waited = state.get("waited", 0)
 
 
 class TelemetryHook(HookBase):
@@ -254,11 +298,6 @@ class LossHealthHook(HookBase):
         history = storage.histories().get(name)
         last = history.values()[-self.period :] if history else []
         return [value for value, iteration in last if iteration >= since]
-
-
-def is_better(value: float, best: float | None) -> bool:
-    """Return whether a metric is better than the best so far; NaN never is."""
-    return not math.isnan(value) and (best is None or value > best)
 
 
 def median_of_nonzero(values: Sequence[float]) -> float:

@@ -22,16 +22,22 @@ def drop_torn_row(path: str) -> None:
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
-def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> None:
-    """Add a row to a ``metrics.json`` unless it has the scalars of this iteration."""
+def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> bool:
+    """Add a row to a ``metrics.json`` unless it has the scalars of this iteration.
+
+    Returns:
+        True if the row is new.
+    """
     rows: list[dict[str, float]] = []
     if os.path.isfile(path):
         drop_torn_row(path)
         with open(path) as f:
             rows = [json.loads(line) for line in f]
-    if not any(row["iteration"] == iteration and scalars.keys() <= row.keys() for row in rows):
-        with open(path, "a") as f:
-            f.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
+    if any(row["iteration"] == iteration and scalars.keys() <= row.keys() for row in rows):
+        return False
+    with open(path, "a") as f:
+        f.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
+    return True
 
 
 def rename_losses(path: str) -> None:

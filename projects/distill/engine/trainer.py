@@ -4,8 +4,8 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from inspect import getattr_static
 from itertools import chain
 from typing import Any
 
@@ -53,7 +53,7 @@ from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
 from ..utils.old_names import HOOKS, with_renamed_keys
-from .evaluators import build_evaluators, check_test_sets
+from .evaluators import build_evaluators, check_metric_names, check_results, check_test_sets
 from .hooks import (
     BestCheckpointHook,
     CheckpointHook,
@@ -70,6 +70,10 @@ from .telemetry import add_row, drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
+
+
+class EndOfTraining(BaseException):
+    """End of a training before ``SOLVER.MAX_ITER``; no Exception, so detectron2 logs no failure."""
 
 
 class Trainer(DefaultTrainer):
@@ -94,7 +98,7 @@ class Trainer(DefaultTrainer):
         given, cfg = cfg, scale_to_workers(cfg)
         check_batch_size(cfg)
         self.sets = load_training_sets(cfg)
-        check_test_sets(cfg)
+        self.check_evaluation(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.cfg = cfg
@@ -172,10 +176,7 @@ class Trainer(DefaultTrainer):
                 writers.append(hook)
             elif isinstance(hook, hooks.EvalHook):
                 before.append(final)
-                before.append(EvalHook(cfg.TEST.EVAL_PERIOD, hook._func, self.averaged))
-                if cfg.TEST.AUG.ENABLED:  # takes 18 forwards per image: only at the end
-                    augmented = partial(self.test_with_TTA, cfg, self.student)
-                    before.append(EvalHook(0, augmented, self.averaged))
+                before += self._evaluation_hooks(hook._func)
             elif not isinstance(hook, PeriodicCheckpointer):
                 before.append(hook)
         loop = self._trainer
@@ -186,11 +187,28 @@ class Trainer(DefaultTrainer):
         if self.ema:
             before.insert(0, self.ema)
         before.append(LossHealthHook(self.heads))
-        if cfg.TEST.BEST_METRIC:
-            best = BestCheckpointHook(self.checkpointer, cfg.TEST.EVAL_PERIOD, cfg.TEST.BEST_METRIC)
-            before.append(best)
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
         return [*before, *writers, periodic, *([final] if cfg.TEST.BEST_METRIC else [])]
+
+    def _evaluation_hooks(self, evaluate: Callable[[], Any]) -> list[HookBase]:
+        """Return the evaluation, and what depends on its results.
+
+        Test-time augmentation, which takes 18 forwards per image, comes only at the end. The best
+        checkpoint's hook stands before it, because it may end the training.
+        """
+        test, period = self.cfg.TEST, self.cfg.TEST.EVAL_PERIOD
+        found: list[HookBase] = [EvalHook(period, evaluate, self.averaged)]
+        if test.BEST_METRIC:
+            patience = self.cfg.SOLVER.PATIENCE
+            found.append(BestCheckpointHook(self.checkpointer, period, test.BEST_METRIC, patience))
+        if test.AUG.ENABLED:
+            found.append(EvalHook(0, self._test_augmented, self.averaged))
+        return found
+
+    def _test_augmented(self) -> Any:
+        results = self.test_with_TTA(self.cfg, self.student)
+        self._last_eval_results.update(results)
+        return results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint of ``OUTPUT_DIR``, or ``MODEL.WEIGHTS``.
@@ -232,10 +250,27 @@ class Trainer(DefaultTrainer):
         init_from_teacher(self.student, teacher.model, parts, own == taught)
 
     def train(self) -> Any:
+        """Train, and return the results of the last evaluation.
+
+        Raises:
+            ResultsError: they are not those of ``TEST.EXPECTED_RESULTS``.
+        """
+        self._last_eval_results: Any = None
         try:
-            return super().train()
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except EndOfTraining:
+            pass
         finally:
             self._trainer.close()
+        if self._last_eval_results is not None:
+            check_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self.iter + 1 == self.max_iter < self.cfg.SOLVER.MAX_ITER:  # a hook has lowered it
+            self.iter += 1  # as at the end of the schedule
+            raise EndOfTraining
 
     def state_dict(self) -> dict[str, Any]:
         own = {"seed": self.seed, "world_size": comm.get_world_size(), "config": self.values}
@@ -343,6 +378,17 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(build_evaluators(cfg, dataset_name, folder))
 
     @classmethod
+    def check_evaluation(cls, cfg: CfgNode, *, training: bool = True) -> None:
+        """Raise an error before the training if the evaluation after it would fail.
+
+        The metrics of a subclass that evaluates in its own way are unknown, and are not checked.
+        """
+        check_test_sets(cfg)
+        own = ("build_evaluator", "test")
+        if all(getattr_static(cls, x) is getattr_static(Trainer, x) for x in own):
+            check_metric_names(cfg, training=training)
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
         return super().test(cfg, with_sliding_window(cfg, model), evaluators)
 
@@ -383,12 +429,16 @@ def evaluate(
         cfg: config of the training, or a plain one.
         weights: checkpoint; defaults to ``cfg.MODEL.WEIGHTS``.
         trainer: the class that evaluates.
+
+    Raises:
+        ResultsError: the results are not those of ``TEST.EXPECTED_RESULTS``.
     """
-    check_test_sets(cfg)
+    trainer.check_evaluation(cfg, training=False)
     student = load_student(cfg, weights or cfg.MODEL.WEIGHTS)
     results: OrderedDict[str, Any] = trainer.test(cfg, student)
     if cfg.TEST.AUG.ENABLED:
         results.update(trainer.test_with_TTA(cfg, student))
+    check_results(cfg, results)
     return results
 
 
@@ -403,15 +453,20 @@ def evaluate_finished(cfg: CfgNode, path: str, trainer: type[Trainer] = Trainer)
         path: its final checkpoint.
         trainer: the class that evaluates.
     """
-    results = flatten_results_dict(evaluate(cfg, path, trainer))
+    metrics = flatten_results_dict(evaluate(cfg, path, trainer))
     if not comm.is_main_process():
         return
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    add_row(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), checkpoint["iteration"], results)
-    best = BestCheckpointHook.completed(cfg.TEST.BEST_METRIC, checkpoint, results)
-    if best:
+    counted = not add_row(
+        os.path.join(cfg.OUTPUT_DIR, "metrics.json"), checkpoint["iteration"], metrics
+    )
+    if counted or not cfg.TEST.BEST_METRIC:
+        return
+    checkpointer = StudentCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
+    hook = BestCheckpointHook(checkpointer, 0, cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
+    if best := hook.complete(checkpoint, metrics):
         write_checked(os.path.join(cfg.OUTPUT_DIR, "model_best.pth"), best)
-        write_checked(path, checkpoint)
+    write_checked(path, checkpoint)
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:

@@ -119,7 +119,8 @@ class Runner:
 
     def _train(self, stage: Stage) -> None:
         cfg = stage.cfg.clone()
-        cfg.DATASETS.TEST = ()
+        cfg.DATASETS.TEST = ()  # the runner evaluates
+        cfg.TEST.BEST_METRIC, cfg.TEST.EXPECTED_RESULTS, cfg.SOLVER.PATIENCE = "", [], 0
         gc.collect()  # frees an earlier run
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ from ..checkpoint.load import readable
 from ..checkpoint.save import damage, resumable
 from ..config import find_config, load_config
 from ..engine import Trainer, evaluate, evaluate_finished, finish_config
+from ..engine.hooks import BestCheckpointHook
 from ..errors import ConfigError, DistillError
 from ..utils.arguments import CommandParser, add_config_arguments, at_least
 from .process_group import ProcessInfo, check_gpus, from_arguments, from_slurm, from_torchrun
@@ -85,6 +86,9 @@ def configure(args: Namespace) -> tuple[CfgNode, str | None]:
 def finished_checkpoint(cfg: CfgNode) -> str | None:
     """Return the final checkpoint of a finished run, which needs no teacher any more.
 
+    A run has finished at ``SOLVER.MAX_ITER``, or if its ``SOLVER.PATIENCE`` ran out. A higher value
+    of the one that ended it continues the training.
+
     Returns None if there is no such checkpoint or if it is corrupt. Training then continues from
     the one before it.
     """
@@ -93,7 +97,9 @@ def finished_checkpoint(cfg: CfgNode) -> str | None:
         return None
     with readable(path, "--resume"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return path if saved["iteration"] + 1 >= cfg.SOLVER.MAX_ITER else None
+        best = saved.get("trainer", {}).get("hooks", {}).get("BestCheckpointHook", {})
+        ended = BestCheckpointHook.ran_out(best, cfg.SOLVER.PATIENCE, cfg.TEST.BEST_METRIC)
+        return path if ended or saved["iteration"] + 1 >= cfg.SOLVER.MAX_ITER else None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
