@@ -309,7 +309,7 @@ def test_data_that_cannot_be_evaluated(run: Run) -> None:
     for change, message in (
         (lambda c: c["annotations"].clear(), "no objects to find"),
         (lambda c: [x.update(image_id=9_999) for x in c["annotations"]], "has no objects to find"),
-        (lambda c: c["annotations"][0].pop("iscrowd"), "iscrowd is None"),
+        (lambda c: c["annotations"][0].update(iscrowd=None), "iscrowd is None"),
         (lambda c: c["images"][0].update(file_name="../../x.jpg"), "out of the folder"),
     ):
         content = json.loads(Path(run.shapes[1]).read_text())

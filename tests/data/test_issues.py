@@ -363,7 +363,7 @@ def test_an_object_that_the_evaluation_never_finds(tmp_path: Path) -> None:
     content["annotations"][0]["id"] = 0
     file = coco_file(tmp_path, content)
     (issue,) = [x for x in file.evaluation_issues(masks=False) if x.kind == NOT_EVALUABLE]
-    assert not issue.fatal and "number them from 1" in issue.detail and "0)" in issue.where
+    assert issue.fatal and "number them from 1" in issue.detail and "0)" in issue.where
 
 
 @pytest.mark.parametrize("case", EVALUATION)

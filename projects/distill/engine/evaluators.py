@@ -11,11 +11,12 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.registry import Registry
 
-from ..data.datasets import check_test_set, is_own_set
+from ..data.datasets import check_test_set, class_indices, coco_file, is_own_set
 from ..errors import ConfigError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 from ..evaluation.lvis import LVISEvaluator
+from ..evaluation.own_coco import OwnCOCOEvaluator
 from ..utils.text import nearest
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
@@ -60,8 +61,19 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 @EVALUATOR_REGISTRY.register()
 def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
-    most = _max_dets(cfg, dataset_name)
-    return [COCOEvaluator(dataset_name, output_dir=folder, max_dets_per_image=most)]
+    file = coco_file(dataset_name)
+    if file is None or not is_own_set(cfg, dataset_name):
+        return [COCOEvaluator(dataset_name, output_dir=folder)]
+    return [
+        OwnCOCOEvaluator(
+            dataset_name,
+            file,
+            class_indices(cfg, dataset_name),
+            output_dir=folder,
+            # An image of a user's own data set may have more objects than COCO's 100.
+            max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
+        )
+    ]
 
 
 @EVALUATOR_REGISTRY.register()
@@ -101,12 +113,3 @@ def pascal_voc(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 @EVALUATOR_REGISTRY.register()
 def sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
     return [SemSegEvaluator(dataset_name, output_dir=folder)]
-
-
-def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
-    """Return the number of detections per image that COCO's metrics count; None: COCO's 100.
-
-    An image of a user's own data set may have more objects.
-    """
-    own = is_own_set(cfg, dataset_name)
-    return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None

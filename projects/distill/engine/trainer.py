@@ -27,7 +27,7 @@ from ..checkpoint.save import HeadState, StudentCheckpointer, StudentState, chec
 from ..config import student_class, student_config
 from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
-from ..data.kitti import IgnoredRegionsMapper
+from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
