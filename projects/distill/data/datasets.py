@@ -40,7 +40,7 @@ from .checks.issues import (
 )
 from .cityscapes import check_ground_truth
 from .class_order import class_issues, in_one_order, indices_by_name
-from .normalise import Rules, leave_out_groups
+from .normalise import GROUPS, Rules, leave_out_groups
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ _TRAINED_ON = (
     ("annotations", "objects", (GeneralizedRCNN, DenseDetector, ProposalNetwork)),
     ("sem_seg_file_name", "semantic labels", _SEMANTIC),
 )
+_WITH_GROUPS = ", or DATASETS.KEEP_GROUP_CATEGORIES True if it was trained with its group category"
 _SAMPLE = 100  # number of images of which one must exist, if bad images are dropped
 
 
@@ -144,8 +145,8 @@ def model_classes(cfg: CfgNode) -> tuple[str, ...] | None:
     """Return the class names of the model's outputs, or None if they are unknown.
 
     They are those of the first training set. If that is a data set of ``DATASETS.COCO_FORMAT``, the
-    model may have fewer or more classes. Otherwise another number means that the model was trained
-    on another set: the config of an evaluation may still name the training set of its ``_BASE_``.
+    model may have fewer or more classes. Otherwise another number means that the names are not its
+    own: the config of an evaluation may still have the training set of its ``_BASE_``.
     """
     _, predicted = number_of_classes(cfg)
     try:
@@ -326,8 +327,18 @@ def _issues_on_disk(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[
     metadata = MetadataCatalog.get(name)
     if metadata.get("dirname") and metadata.get("split"):
         yield from voc_issues(metadata.dirname, metadata.split)
-    if file:
-        yield from file.issues(cfg.MODEL.MASK_ON)
+    if not file:
+        return
+    yield from file.issues(cfg.MODEL.MASK_ON)
+    key, predicted = number_of_classes(cfg)
+    left = _has_groups(file) and len(file.content["categories"])
+    if left and predicted is not None and predicted > left and name in cfg.DATASETS.TRAIN:
+        detail = f"the model predicts {predicted} classes, but the data set has {left}; "
+        yield Issue(GROUPS, file.path, f"{detail}set {key} to {left}{_WITH_GROUPS}", True)
+
+
+def _has_groups(file: CocoFile) -> bool:
+    return any(issue.kind == GROUPS for issue in file.remarks)
 
 
 def _issues_as_read(
@@ -448,11 +459,13 @@ def _evaluation_issues(
     if file is None:
         return
     if predicted is not None:
-        yield from _class_issues(cfg, name, key, predicted)
+        yield from _class_issues(cfg, name, key, predicted, file)
     yield from file.evaluation_issues(cfg.MODEL.MASK_ON)
 
 
-def _class_issues(cfg: CfgNode, name: str, key: str, predicted: int) -> Iterator[Issue]:
+def _class_issues(
+    cfg: CfgNode, name: str, key: str, predicted: int, file: CocoFile
+) -> Iterator[Issue]:
     """Yield the differences between the classes of the model and those of a test set."""
     own = tuple(MetadataCatalog.get(name).thing_classes)
     known = model_classes(cfg) if is_own_set(cfg, name) else None
@@ -460,6 +473,7 @@ def _class_issues(cfg: CfgNode, name: str, key: str, predicted: int) -> Iterator
     if known is not None:
         if predicted > len(known):
             detail += f", but DATASETS.TRAIN has {len(known)}; set {key} to {len(known)}"
+            detail += _WITH_GROUPS * _has_groups(file)
             yield Issue(kind, name, detail, True)
         yield from class_issues(known, own, name)
     elif predicted > len(own):

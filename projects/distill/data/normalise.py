@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from ..utils.text import shortened
 from .checks.issues import BOX_TOLERANCE, Issue, image_size, is_box, is_id, is_number
 
+GROUPS = "group categories"
 MOST_OUTSIDE = 0.5  # share of a box's area outside its image from which the box is wrong
 
 Entries = list[dict[str, Any]]
@@ -55,7 +56,7 @@ def normalise(content: dict[str, Any], path: str, image_root: str, rules: Rules)
         "annotations without area or iscrowd": _fill_in(annotations),
     }
     if not rules.keep_groups:
-        changes["group categories"] = leave_out_groups(content)
+        changes[GROUPS] = leave_out_groups(content)
     if rules.clip_boxes:
         changes["boxes partly outside their image"] = _clip_boxes(images, annotations)
     if crowds := sum(x.get("iscrowd") == 1 for x in annotations):
