@@ -16,13 +16,22 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from distill import cli
+from distill.analysis.visualize import find_image
 from distill.data.checks import images as image_checks
-from distill.data.datasets import find_issues, load_training_sets, register_coco_format
+from distill.data.datasets import (
+    class_names,
+    find_issues,
+    load_training_sets,
+    register_coco_format,
+)
 from distill.engine.evaluators import build_evaluators, check_test_sets
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
 from distill.evaluation.coco_format import load_truth
-from tests.support.networks import tiny_cfg
+from distill.launch.main import main
+from tests.support.networks import tiny_cfg, write_config
+from tests.support.trainings import trainable_cfg
 
 WIDTH, HEIGHT = 64, 48
 CLASSES = ("circle", "square", "star")
@@ -228,6 +237,41 @@ def test_exports_train_and_evaluate(
     assert sum(not x.get("iscrowd") for image in dicts for x in image["annotations"]) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_one_export_trains_and_another_evaluates(
+    sets: Sets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Detections have the same names in training, in an evaluation, and for a plain test set."""
+    exports = {"train": roboflow(), "test": label_studio(), "plain": content()}
+    names = {name: sets.add(name, export) for name, export in exports.items()}
+    cfg = trainable_cfg("faster", sets.triples[0], tmp_path / "out", KEY, 3)
+    cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TEST = tuple(sets.triples), (names["test"],)
+    cfg.SOLVER.MAX_ITER, cfg.INPUT.MIN_SIZE_TRAIN = 4, (HEIGHT,)
+    config = str(write_config(cfg, tmp_path / "config.yaml"))
+
+    def detections(export: str, *options: str) -> list[Any]:
+        """Return the class, image and box of all detections."""
+        test = ("DATASETS.TEST", f"('{names[export]}',)")
+        assert main(["--config-file", config, *options, *test]) == 0
+        files, classes = (
+            {x["id"]: x[key].rpartition("\\")[2] for x in exports[export][entries]}
+            for entries, key in (("images", "file_name"), ("categories", "name"))
+        )
+        path = tmp_path / "out" / "inference" / "coco_instances_results.json"
+        found = json.loads(path.read_text())
+        return sorted((classes[x["category_id"]], files[x["image_id"]], x["bbox"]) for x in found)
+
+    trained = detections("test")
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "out" / "model_final.pth"))
+    assert {name for name, *_ in trained} == {*CLASSES}
+    assert trained == detections("test", "--eval-only", *weights)
+    assert trained == detections("plain", "--eval-only", *weights)
+    capsys.readouterr()
+    assert cli.main(["check-data", "--config-file", config, "--workers", "0"]) == 0
+    assert "0 fatal issues, 7 remarks" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------- classes
 
 
@@ -322,6 +366,15 @@ def test_no_advice_about_classes_is_circular(sets: Sets) -> None:
     check_test_sets(sets.config([train], [test]))
 
 
+@pytest.mark.parametrize("place", ["train", "test"])
+def test_visualized_objects_have_the_names_of_the_model(place: str, sets: Sets) -> None:
+    first, other = sets.add("a", content()), sets.add("b", content(("star", "circle", "square")))
+    train, test = ([first, other], []) if place == "train" else ([first], [other])
+    cfg = sets.config(train, test)
+    entry = find_image(cfg, str(Path(sets.triples[1][2], "0.png")))
+    assert [class_names(cfg)[x["category_id"]] for x in entry["annotations"]] == ["square", "star"]
+
+
 # ------------------------------------------------------------------------- categories and crowds
 
 
@@ -359,7 +412,7 @@ def test_ordinary_classes_without_objects_stay(
 def test_a_set_of_crowds_is_refused_with_the_reason(empty: bool, sets: Sets) -> None:
     name = sets.add("own", content(iscrowd=1))
     cfg = sets.config([name], [], "DATALOADER.FILTER_EMPTY_ANNOTATIONS", not empty)
-    with pytest.raises(DataError, match="all 5 objects are crowds .* set iscrowd to 0"):
+    with pytest.raises(DataError, match=r"all 5 objects are crowds .* set iscrowd to 0"):
         load_training_sets(cfg)
     assert "no object but crowds" in {x.kind for x in find_issues(cfg, name)[0] if x.fatal}
 

@@ -7,19 +7,12 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 
 from ..errors import DataError
-from ..utils.text import shortened
+from ..utils.text import quoted
 from .checks.issues import Issue
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 10  # number of names in a message
-
 Sets = list[tuple[str, list[dict[str, Any]]]]
-
-
-def quoted(names: Sequence[str]) -> str:
-    """Return names for a message."""
-    return shortened([f"'{name}'" for name in names], _SHOWN)
 
 
 def indices_by_name(classes: Sequence[str], others: Sequence[str]) -> list[int]:
@@ -61,16 +54,22 @@ def _ordered(
         "name",
         *(name, first),
     )
-    index = indices_by_name(own, classes)
-    return name, [
-        {
-            **image,
-            "annotations": [
-                {**x, "category_id": index[x["category_id"]]} for x in image["annotations"]
-            ],
-        }
-        for image in dicts
-    ]
+    return name, relabelled(dicts, indices_by_name(own, classes))
+
+
+def relabelled(dicts: list[dict[str, Any]], index: Sequence[int]) -> list[dict[str, Any]]:
+    """Return dataset dicts with other class indices.
+
+    Args:
+        dicts: dataset dicts with annotations.
+        index: the new index of each class; objects of a class with -1 are left out.
+    """
+
+    def objects(image: dict[str, Any]) -> list[dict[str, Any]]:
+        new = ({**x, "category_id": index[x["category_id"]]} for x in image["annotations"])
+        return [x for x in new if x["category_id"] >= 0]
+
+    return [{**image, "annotations": objects(image)} for image in dicts]
 
 
 def class_issues(classes: Sequence[str], own: Sequence[str], name: str) -> Iterator[Issue]:

@@ -39,7 +39,7 @@ from .checks.issues import (
     voc_issues,
 )
 from .cityscapes import check_ground_truth
-from .class_order import class_issues, in_one_order, indices_by_name
+from .class_order import class_issues, in_one_order, indices_by_name, relabelled
 from .normalise import GROUPS, Rules, leave_out_groups
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,18 @@ def class_indices(cfg: CfgNode, name: str) -> list[int] | None:
     """
     known, own = predicted_classes(cfg, name), tuple(MetadataCatalog.get(name).thing_classes)
     return None if known == own else indices_by_name(known, own)
+
+
+def in_model_order(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return dataset dicts with the class indices of the model, without objects of other classes.
+
+    Args:
+        cfg: the whole config.
+        name: name of the data set.
+        dicts: its dataset dicts, with its own class indices.
+    """
+    known, own = predicted_classes(cfg, name), MetadataCatalog.get(name).get("thing_classes") or ()
+    return dicts if known == tuple(own) else relabelled(dicts, indices_by_name(own, known))
 
 
 def _load(name: str, file: CocoFile | None = None) -> list[dict[str, Any]]:

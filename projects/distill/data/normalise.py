@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 
-from ..utils.text import shortened
+from ..utils.text import quoted
 from .checks.issues import BOX_TOLERANCE, Issue, image_size, is_box, is_id, is_number
 
 GROUPS = "group categories"
@@ -136,10 +136,9 @@ def leave_out_groups(content: dict[str, Any]) -> str:
     if not groups:
         return ""
     content["categories"] = [x for x in content["categories"] if x not in groups]
-    names = shortened([f"'{x['name']}'" for x in groups], 10)
     return (
-        f"left out {names} without objects, the supercategory of others; "
-        "DATASETS.KEEP_GROUP_CATEGORIES True makes it a class"
+        f"left out {quoted([x['name'] for x in groups])} without objects, the supercategory of "
+        "others; DATASETS.KEEP_GROUP_CATEGORIES True makes it a class"
     )
 
 

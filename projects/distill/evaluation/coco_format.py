@@ -36,7 +36,7 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
     metadata = MetadataCatalog.get(name)
     file = None
     if metadata.get("json_file"):
-        rules = metadata.get("rules") or Rules(keep_groups=True)
+        rules = metadata.get("rules") or Rules(clip_boxes=False, keep_groups=True)
         file = CocoFile(metadata.json_file, metadata.get("image_root") or "", rules)
         issues = [*file.issues(masks=False), *file.evaluation_issues(masks=False)]
     else:
