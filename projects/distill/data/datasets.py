@@ -52,7 +52,7 @@ _TRAINED_ON = (
     ("annotations", "objects", (GeneralizedRCNN, DenseDetector, ProposalNetwork)),
     ("sem_seg_file_name", "semantic labels", _SEMANTIC),
 )
-_WITH_GROUPS = ", or DATASETS.KEEP_GROUP_CATEGORIES True if it was trained with its group category"
+MORE_PREDICTED = "more classes predicted than known"
 _SAMPLE = 100  # number of images of which one must exist, if bad images are dropped
 
 
@@ -339,18 +339,35 @@ def _issues_on_disk(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[
     metadata = MetadataCatalog.get(name)
     if metadata.get("dirname") and metadata.get("split"):
         yield from voc_issues(metadata.dirname, metadata.split)
-    if not file:
-        return
-    yield from file.issues(cfg.MODEL.MASK_ON)
-    key, predicted = number_of_classes(cfg)
-    left = _has_groups(file) and len(file.content["categories"])
-    if left and predicted is not None and predicted > left and name in cfg.DATASETS.TRAIN:
-        detail = f"the model predicts {predicted} classes, but the data set has {left}; "
-        yield Issue(GROUPS, file.path, f"{detail}set {key} to {left}{_WITH_GROUPS}", True)
+    if file:
+        yield from file.issues(cfg.MODEL.MASK_ON)
+        if name in cfg.DATASETS.TRAIN and _has_groups(file):
+            yield from _too_many_classes(cfg, name, len(file.content["categories"]), file)
 
 
 def _has_groups(file: CocoFile) -> bool:
+    """Return True if the file has group categories, which are left out."""
     return any(issue.kind == GROUPS for issue in file.remarks)
+
+
+def _too_many_classes(cfg: CfgNode, name: str, known: int, file: CocoFile) -> Iterator[Issue]:
+    """Yield an issue if the model predicts more classes than the training set has.
+
+    Args:
+        cfg: the whole config.
+        name: name of a training or test set, whose annotation file is ``file``.
+        known: number of classes of the training set.
+        file: an annotation file.
+    """
+    key, predicted = number_of_classes(cfg)
+    if predicted is not None and predicted > known:
+        detail = (
+            f"the model predicts {predicted} classes, but DATASETS.TRAIN has {known}; set {key} to "
+            f"{known}"
+        )
+        if _has_groups(file):
+            detail += ", or DATASETS.KEEP_GROUP_CATEGORIES True for a model with a group category"
+        yield Issue(MORE_PREDICTED, name, detail, True)
 
 
 def _issues_as_read(
@@ -459,41 +476,33 @@ def _evaluation_issues(
     cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]], file: CocoFile | None
 ) -> Iterator[Issue]:
     """Yield the issues of a readable data set that would stop or spoil its evaluation."""
-    (key, predicted), limit = number_of_classes(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
-    most = max(object_counts(dicts), default=0)
-    if predicted is not None and most > limit:
-        more = sum(number > limit for number in object_counts(dicts))
+    (_, predicted), limit = number_of_classes(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
+    more = [number for number in object_counts(dicts) if number > limit]
+    if predicted is not None and more:
         detail = (
-            f"images with more objects than TEST.DETECTIONS_PER_IMAGE, which is {limit}: {more}; "
-            f"set it to {most} or more to find all"
+            f"images with more objects than TEST.DETECTIONS_PER_IMAGE, which is {limit}: "
+            f"{len(more)}; set it to {max(more)} or more to find all"
         )
         yield Issue("more objects than detections", name, detail, False)
-    if file is None:
-        return
-    if predicted is not None:
-        yield from _class_issues(cfg, name, key, predicted, file)
-    yield from file.evaluation_issues(cfg.MODEL.MASK_ON)
+    if file:
+        yield from _class_issues(cfg, name, file)
+        yield from file.evaluation_issues(cfg.MODEL.MASK_ON)
 
 
-def _class_issues(
-    cfg: CfgNode, name: str, key: str, predicted: int, file: CocoFile
-) -> Iterator[Issue]:
+def _class_issues(cfg: CfgNode, name: str, file: CocoFile) -> Iterator[Issue]:
     """Yield the differences between the classes of the model and those of a test set."""
     own = tuple(MetadataCatalog.get(name).thing_classes)
     known = model_classes(cfg) if is_own_set(cfg, name) else None
-    kind, detail = "more classes predicted than known", f"the model predicts {predicted} classes"
+    key, predicted = number_of_classes(cfg)
     if known is not None:
-        if predicted > len(known):
-            detail += f", but DATASETS.TRAIN has {len(known)}; set {key} to {len(known)}"
-            detail += _WITH_GROUPS * _has_groups(file)
-            yield Issue(kind, name, detail, True)
+        yield from _too_many_classes(cfg, name, len(known), file)
         yield from class_issues(known, own, name)
-    elif predicted > len(own):
-        detail += (
-            f", but the data set has {len(own)}; list the classes of the training in it, in the "
-            f"same order, and set {key} to their number"
+    elif predicted is not None and predicted > len(own):
+        detail = (
+            f"the model predicts {predicted} classes, but the data set has {len(own)}; list the "
+            f"classes of the training in it, in the same order, and set {key} to their number"
         )
-        yield Issue(kind, name, detail, True)
+        yield Issue(MORE_PREDICTED, name, detail, True)
 
 
 def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, Any]]]:
