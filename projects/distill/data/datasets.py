@@ -171,7 +171,10 @@ def class_indices(cfg: CfgNode, name: str) -> list[int] | None:
     None: the classes of the test set are those of the model, or these are unknown.
     """
     known, own = predicted_classes(cfg, name), tuple(MetadataCatalog.get(name).thing_classes)
-    return None if known == own else indices_by_name(known, own)
+    if known == own:
+        return None
+    nameless = (number_of_classes(cfg)[1] or 0) - len(known)
+    return [*indices_by_name(known, own), *[-1] * nameless]
 
 
 def in_model_order(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:

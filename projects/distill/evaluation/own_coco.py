@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
 
 from ..data.checks.coco_file import CocoFile
 from ..data.normalise import in_place_of_files
@@ -30,16 +31,28 @@ class OwnCOCOEvaluator(COCOEvaluator):
     ):
         with in_place_of_files({"info": {}, **file.content}):
             super().__init__(dataset_name, **options)
-        self.class_indices = None if class_indices is None else torch.tensor(class_indices)
+        self.class_indices = class_indices
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        super().process(inputs, [self._renamed(output) for output in outputs])
+        renamed = [
+            {**x, "instances": with_classes(x["instances"].to("cpu"), self.class_indices)}
+            if "instances" in x
+            else x
+            for x in outputs
+        ]
+        super().process(inputs, renamed)
 
-    def _renamed(self, output: dict[str, Any]) -> dict[str, Any]:
-        if self.class_indices is None or "instances" not in output:
-            return output
-        instances = output["instances"].to("cpu")
-        classes = self.class_indices[instances.pred_classes]
-        kept = instances[classes >= 0]
-        kept.pred_classes = classes[classes >= 0]
-        return {**output, "instances": kept}
+
+def with_classes(instances: Instances, class_indices: Sequence[int] | None) -> Instances:
+    """Return detections with the class indices of a data set.
+
+    Args:
+        instances: detections on the CPU.
+        class_indices: see :class:`OwnCOCOEvaluator`.
+    """
+    if class_indices is None:
+        return instances
+    classes = torch.tensor(class_indices)[instances.pred_classes]
+    kept = instances[classes >= 0]
+    kept.pred_classes = classes[classes >= 0]
+    return kept
