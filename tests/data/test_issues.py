@@ -616,7 +616,7 @@ def test_broken_annotations_of_voc(text: str, tmp_path: Path) -> None:
 
 def test_test_sets_stay_inside_too(tmp_path: Path) -> None:
     cfg = register_coco_in_python(tmp_path, lambda content: None)
-    with pytest.raises(DataError, match="the model predicts 3 classes, but the data set has 1"):
+    with pytest.raises(DataError, match=rf"{KEY} is 3, but the data set has 1 classes"):
         check_test_set(cfg, "own_python")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     check_test_set(cfg, "own_python")

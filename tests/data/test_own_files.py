@@ -352,8 +352,11 @@ def test_no_advice_about_classes_is_circular(sets: Sets) -> None:
     train, test = sets.add("train", content()), sets.add("test", content(("star",), only_star))
     other = sets.add("other", content(("a", "b", "c"), [(0, "a", [1, 1, 9, 9])]))
     cases = [
-        (sets.config([train], [test], classes=5), f"DATASETS.TRAIN has 3; set {KEY} to 3"),
-        (sets.config([], [test]), "list the classes of the training in it"),
+        (
+            sets.config([train], [test], classes=5),
+            f"{KEY} is 5, but DATASETS.TRAIN has 3 classes; set it to 3",
+        ),
+        (sets.config([], [test]), "list all classes of the training there"),
         (
             sets.config([train], [other]),
             "none of the classes of DATASETS.TRAIN, 'circle', 'square'",
@@ -380,7 +383,9 @@ def test_visualized_objects_have_the_names_of_the_model(place: str, sets: Sets) 
 
 def test_group_categories_can_be_kept(sets: Sets) -> None:
     name = sets.add("own", roboflow())
-    with pytest.raises(DataError, match=rf"set {KEY} to 3, or DATASETS.KEEP_GROUP_CATEGORIES True"):
+    with pytest.raises(
+        DataError, match=rf"{KEY} is 4, .* set it to 3, or DATASETS.KEEP_GROUP_CATEGORIES True"
+    ):
         load_training_sets(sets.config([name], classes=4))
     load_training_sets(sets.config([name], [], "DATASETS.KEEP_GROUP_CATEGORIES", True, classes=4))
     assert MetadataCatalog.get(name).thing_classes == ["shapes-x3kq", *CLASSES]

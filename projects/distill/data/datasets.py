@@ -364,10 +364,7 @@ def _too_many_classes(cfg: CfgNode, name: str, known: int, file: CocoFile) -> It
     """
     key, predicted = number_of_classes(cfg)
     if predicted is not None and predicted > known:
-        detail = (
-            f"the model predicts {predicted} classes, but DATASETS.TRAIN has {known}; set {key} to "
-            f"{known}"
-        )
+        detail = f"{key} is {predicted}, but DATASETS.TRAIN has {known} classes; set it to {known}"
         if _has_groups(file):
             detail += ", or DATASETS.KEEP_GROUP_CATEGORIES True for a model with a group category"
         yield Issue(MORE_PREDICTED, name, detail, True)
@@ -502,8 +499,8 @@ def _class_issues(cfg: CfgNode, name: str, file: CocoFile) -> Iterator[Issue]:
         yield from class_issues(known, own, name)
     elif predicted is not None and predicted > len(own):
         detail = (
-            f"the model predicts {predicted} classes, but the data set has {len(own)}; list the "
-            f"classes of the training in it, in the same order, and set {key} to their number"
+            f"{key} is {predicted}, but the data set has {len(own)} classes; correct it, or list "
+            "all classes of the training there, in their order"
         )
         yield Issue(MORE_PREDICTED, name, detail, True)
 
