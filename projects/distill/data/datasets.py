@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -132,6 +133,15 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
 
 def _coco_names(annotations: str, keep_groups: bool) -> tuple[str, ...] | None:
     """Return the category names in detectron2's order, by id, or None if they cannot be read."""
+    try:
+        return _read_names(annotations, keep_groups, os.stat(annotations).st_mtime_ns)
+    except OSError:
+        return None
+
+
+@cache
+def _read_names(annotations: str, keep_groups: bool, changed: int) -> tuple[str, ...] | None:
+    """Read the category names of a file once, as several test sets need those of the training."""
     content = CocoFile(annotations, "").content
     try:
         if not keep_groups:

@@ -90,7 +90,7 @@ def _replace_backslashes(images: Entries, image_root: str) -> str:
 
 def _existing(image_root: str, name: str) -> str:
     """Return the longest end of a path that is a file below ``image_root``, or ""."""
-    parts = name.replace("\\", "/").split("/")
+    parts = name.replace("\\", "/").lstrip("/").split("/")
     ends = ("/".join(parts[k:]) for k in range(len(parts)) if ".." not in parts[k:])
     return next((x for x in ends if os.path.isfile(os.path.join(image_root, x))), "")
 
