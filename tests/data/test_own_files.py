@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from pycocotools.coco import COCO
 
 from distill import cli
 from distill.analysis.visualize import find_image
@@ -25,6 +26,7 @@ from distill.data.datasets import (
     load_training_sets,
     register_coco_format,
 )
+from distill.data.normalise import in_place_of_files
 from distill.engine.evaluators import build_evaluators, check_test_sets
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
@@ -235,6 +237,15 @@ def test_exports_train_and_evaluate(
     assert sorted(classes) == sorted(CLASSES)
     assert ap(cfg, plain, classes)["AP"] == pytest.approx(100)
     assert sum(not x.get("iscrowd") for image in dicts for x in image["annotations"]) == 5
+
+
+def test_other_files_are_read_from_the_disk(sets: Sets) -> None:
+    """A content in place of a file is forgotten after an error, too."""
+    sets.add("own", content())
+    with pytest.raises(ZeroDivisionError), in_place_of_files({"images": []}):
+        assert not COCO("nowhere.json").imgs and not COCO().dataset
+        raise ZeroDivisionError
+    assert len(COCO(sets.triples[0][1]).imgs) == 3
 
 
 @pytest.mark.slow
