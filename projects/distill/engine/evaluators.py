@@ -61,8 +61,8 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 @EVALUATOR_REGISTRY.register()
 def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
-    file = coco_file(dataset_name)
-    if file is None or not is_own_set(cfg, dataset_name):
+    file = coco_file(dataset_name) if is_own_set(cfg, dataset_name) else None
+    if file is None:
         return [COCOEvaluator(dataset_name, output_dir=folder)]
     return [
         OwnCOCOEvaluator(
