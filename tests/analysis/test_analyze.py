@@ -285,6 +285,32 @@ def test_one_sentence_says_what_is_wrong(run: Run) -> None:
     assert "cannot be written" in line and file.read_text() == ""
 
 
+@pytest.mark.slow
+def test_the_classes_of_a_training_are_matched_by_name(run: Run, no_drawing: None) -> None:
+    """The same detections give the same results if the file has its classes in another order."""
+    option, cfg = run.training("trained")
+    write_config(cfg, run.folder / "trained" / "config.yaml")
+    assert run(*option) == 0
+    expected = run.report()[0]["models"]["trained"]["metrics"]
+    reverse = {x["id"]: 9 - x["id"] for x in run.content["categories"]}
+    content = json.loads(json.dumps(run.content))
+    for entries, key in (("categories", "id"), ("annotations", "category_id")):
+        for entry in content[entries]:
+            entry[key] = reverse[entry[key]]
+    path = run.folder / "reversed.json"
+    path.write_text(json.dumps(content))
+    data = ["--annotations", str(path), "--images", run.shapes[2]]
+    assert run(*option, data=data) == 0
+    assert run.report()[0]["models"]["trained"]["metrics"] == expected
+    assert expected["AR100"] > 0
+    for category in content["categories"]:
+        category["name"] += "s"
+    data[1] = str(run.folder / "other.json")  # names of classes are kept for the whole process
+    Path(data[1]).write_text(json.dumps(content))
+    run.out = run.folder / "other" / "report.html"
+    assert "none of the classes of the training, 'circle'" in run.fails(*option, data=data)
+
+
 def test_networks_that_do_not_fit(run: Run) -> None:
     option, _ = run.training("trained")
     path = write_config(tiny_cfg("faster", *NINE), run.folder / "trained" / "student.yaml")
@@ -309,7 +335,7 @@ def test_data_that_cannot_be_evaluated(run: Run) -> None:
     for change, message in (
         (lambda c: c["annotations"].clear(), "no objects to find"),
         (lambda c: [x.update(image_id=9_999) for x in c["annotations"]], "has no objects to find"),
-        (lambda c: c["annotations"][0].pop("iscrowd"), "iscrowd is None"),
+        (lambda c: c["annotations"][0].update(iscrowd=None), "iscrowd is None"),
         (lambda c: c["images"][0].update(file_name="../../x.jpg"), "out of the folder"),
     ):
         content = json.loads(Path(run.shapes[1]).read_text())

@@ -363,7 +363,7 @@ def test_an_object_that_the_evaluation_never_finds(tmp_path: Path) -> None:
     content["annotations"][0]["id"] = 0
     file = coco_file(tmp_path, content)
     (issue,) = [x for x in file.evaluation_issues(masks=False) if x.kind == NOT_EVALUABLE]
-    assert not issue.fatal and "number them from 1" in issue.detail and "0)" in issue.where
+    assert issue.fatal and "number them from 1" in issue.detail and "0)" in issue.where
 
 
 @pytest.mark.parametrize("case", EVALUATION)
@@ -616,7 +616,7 @@ def test_broken_annotations_of_voc(text: str, tmp_path: Path) -> None:
 
 def test_test_sets_stay_inside_too(tmp_path: Path) -> None:
     cfg = register_coco_in_python(tmp_path, lambda content: None)
-    with pytest.raises(DataError, match="the model predicts 3 classes, but the data set has 1"):
+    with pytest.raises(DataError, match=rf"{KEY} is 3, but the data set has 1 classes"):
         check_test_set(cfg, "own_python")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     check_test_set(cfg, "own_python")

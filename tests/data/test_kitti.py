@@ -14,9 +14,9 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from distill.data.datasets import load_training_set
+from distill.data.ignored_regions import IgnoredRegionsMapper
 from distill.data.kitti import (
     KITTI_CLASSES,
-    IgnoredRegionsMapper,
     load_kitti,
     register_kitti,
     split_ids,

@@ -496,7 +496,8 @@ def test_ap_of_a_semantic_teacher(tmp_path: Path, shapes: Shapes) -> None:
 def test_ap_that_cannot_be_measured(tmp_path: Path, shapes: Shapes) -> None:
     name = "shapes_tiny_doctor_voc"
     if name not in DatasetCatalog.list():
-        DatasetCatalog.register(name, lambda: [{"file_name": "never read"}])
+        image = next(Path(shapes[2]).iterdir())
+        DatasetCatalog.register(name, lambda: [{"file_name": str(image)}])
         MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
     for tests, word in (((), "DATASETS.TEST is empty"), ((name,), "needs the whole data set")):
         cfg = distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], "DATASETS.TEST", tests)

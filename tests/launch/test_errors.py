@@ -322,7 +322,7 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str], list[st
         [],
         ["outside", ".jpg (annotation 1)", "[50, 50", "DATALOADER.ON_BAD_IMAGE drop"],
     ),
-    "box left of the image": (of_first(bbox=[-9, 0, 20, 20]), [], ["outside", ".jpg"]),
+    "box left of the image": (of_first(bbox=[-11, 0, 20, 20]), [], ["outside", ".jpg"]),
     "box of negative size": (of_first(bbox=[20, 20, -9, 9]), [], ["negative size", ".jpg"]),
     "box of infinite size": (of_first(bbox=[2, 2, float("inf"), 9]), [], ["not finite", ".jpg"]),
     "box that is no number": (of_first(bbox=[2, 2, float("nan"), 9]), [], ["not finite", ".jpg"]),
@@ -402,7 +402,7 @@ def test_a_test_set_without_images(run: Run, shapes: Shapes, spoilt: Shapes) -> 
     file = Path(spoilt[1])
     file.write_text(json.dumps({**json.loads(file.read_text()), "images": [], "annotations": []}))
     line = run.fails(*sets(shapes, spoilt))
-    assert f"'{spoilt[0]}' of DATASETS.TEST has no images" in line
+    assert f"'{spoilt[0]}', {spoilt[1]}: it has no images" in line
 
 
 def test_the_image_folder_is_missing(run: Run, spoilt: Shapes) -> None:
@@ -422,7 +422,7 @@ def test_training_sets_of_other_classes(run: Run, shapes: Shapes, spoilt: Shapes
     opts = sets(shapes, spoilt)
     opts[3] = str((shapes[0], spoilt[0]))
     line = run.fails(*opts)
-    assert "DATASETS.TRAIN" in line and "thing_classes" in line
+    assert f"DATASETS.TRAIN '{spoilt[0]}' lacks 'circle' and also has 'hexagon'" in line
 
 
 def test_a_batch_that_the_processes_cannot_share(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 from torch.nn.functional import interpolate
 
-from ..data.datasets import number_of_classes
+from ..config import load_config
+from ..data.datasets import class_indices, number_of_classes, predicted_classes
 from ..engine import Trainer, load_student, setup_config
 from ..errors import ConfigError
+from ..evaluation.own_coco import with_classes
 from ..utils.progress import Progress
+from ..utils.text import quoted
 from ..utils.timing import seconds
 
 CONFIGS = ("student.yaml", "config.yaml")  # written by a training, the plain one first
@@ -53,7 +57,8 @@ def detect(
     measured = efficiency(model, next(iter(loader))[0], size)
     task = progress.add_task(title, total=len(loader))
     advance = {"after_inference": partial(progress.advance, task)}
-    return inference_on_dataset(model, loader, Collector(name), advance), measured
+    collector = Collector(name, class_indices(cfg, name))
+    return inference_on_dataset(model, loader, collector, advance), measured
 
 
 def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
@@ -71,18 +76,28 @@ def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
             "a file of predictions."
         )
     own = ["DATASETS.COCO_FORMAT", triples, "DATASETS.TEST", (name,)]
+    if (folder / CONFIGS[-1]).is_file():  # the plain config does not have the names of the classes
+        trained = load_config(str(folder / CONFIGS[-1])).DATASETS
+        own[1] = (*(x for x in trained.COCO_FORMAT if x[0] != name), *triples)
+        own += ["DATASETS.KEEP_GROUP_CATEGORIES", trained.KEEP_GROUP_CATEGORIES]
     return setup_config(str(config), own, training=False)
 
 
 def check_classes(cfg: CfgNode, name: str) -> None:
-    """Refuse a network that detects no objects, or more classes than the data set has."""
+    """Refuse a network that detects no objects, or whose classes the data set does not have."""
     (key, predicted), known = number_of_classes(cfg), len(MetadataCatalog.get(name).thing_classes)
     if predicted is None:
         raise ConfigError(f"{cfg.MODEL.META_ARCHITECTURE} detects no boxes; name a detector.")
-    if predicted > known:
+    indices = class_indices(cfg, name)
+    if indices is None and predicted > known:
         raise ConfigError(
             f"{key} of the training is {predicted}, but data set '{name}' has {known} classes; "
             "choose another of the two."
+        )
+    if indices is not None and max(indices) < 0:
+        raise ConfigError(
+            f"Data set '{name}' has none of the classes of the training, "
+            f"{quoted(predicted_classes(cfg, name))}; use the same names in the categories of both."
         )
 
 
@@ -130,9 +145,15 @@ def efficiency(
 
 
 class Collector(DatasetEvaluator):
-    """Keeps detected boxes as COCO's results, with the categories of the data set."""
+    """Keeps detected boxes as COCO's results, with the categories of the data set.
 
-    def __init__(self, dataset_name: str):
+    Args:
+        dataset_name: name of the data set.
+        class_indices: see :class:`distill.evaluation.own_coco.OwnCOCOEvaluator`.
+    """
+
+    def __init__(self, dataset_name: str, class_indices: Sequence[int] | None = None):
+        self.class_indices = class_indices
         known = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id", {})
         self.categories = {index: category for category, index in known.items()}
         self.reset()
@@ -142,7 +163,7 @@ class Collector(DatasetEvaluator):
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for entry, output in zip(inputs, outputs):
-            instances = output["instances"].to("cpu")
+            instances = with_classes(output["instances"].to("cpu"), self.class_indices)
             for other in ("pred_masks", "pred_keypoints"):
                 if instances.has(other):
                     instances.remove(other)

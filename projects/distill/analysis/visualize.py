@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..checkpoint.load import load_strictly, readable
 from ..config import teacher_config
-from ..data.datasets import class_names, load_training_set
+from ..data.datasets import class_names, in_model_order, load_training_set
 from ..engine import setup_config
 from ..engine.trainer import train_mapper
 from ..errors import ConfigError, DataError, WeightsError
@@ -247,7 +247,7 @@ def find_image(cfg: CfgNode, image: str, needs: str = "") -> dict[str, Any]:
         single = cfg.clone()
         single.defrost()
         single.DATASETS.TRAIN, single.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), False
-        entries = load_training_set(single)
+        entries = in_model_order(cfg, name, load_training_set(single))
         for index, entry in enumerate(entries, count):
             own = entry["file_name"]
             named = Path(own).parts[-len(parts) :] == parts or os.path.abspath(own) == path

@@ -73,6 +73,12 @@ KEYS: dict[str, Key] = {
         "custom data without Python: (name, annotations.json, image folder) triples in COCO format",
         LIST,
     ),
+    "DATASETS.KEEP_GROUP_CATEGORIES": Key(
+        False,
+        "in DATASETS.COCO_FORMAT, a category without objects that is the supercategory of others "
+        "is a class, too",
+        SWITCH,
+    ),
     "DATASETS.TRAIN_REPEAT_FACTOR": Key(
         (),
         "(data set, factor) pairs, by which detectron2's WeightedTrainingSampler and "
@@ -89,6 +95,12 @@ KEYS: dict[str, Key] = {
         "stop",
         "action for an image that cannot be read or is wrongly annotated; drop logs the number",
         one_of("stop", "drop"),
+    ),
+    "DATALOADER.CLIP_BOXES": Key(
+        True,
+        "in DATASETS.COCO_FORMAT, clip boxes that are at most half outside their image; False: "
+        "such an image is wrongly annotated, see ON_BAD_IMAGE",
+        SWITCH,
     ),
     "DATALOADER.TIMEOUT": Key(
         600, "seconds to wait for a data worker; 0: without limit", at_least(0)

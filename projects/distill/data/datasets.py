@@ -1,11 +1,10 @@
 """Registration of data sets by the config, and their checks before a training."""
 
-import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -15,8 +14,6 @@ from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
-from detectron2.data.datasets import register_coco_instances
-from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.modeling import (
     GeneralizedRCNN,
     PanopticFPN,
@@ -30,17 +27,22 @@ from ..config import student_class
 from ..errors import DataError
 from ..utils.text import clause
 from .checks.coco_file import CocoFile
+from .checks.images import inspect_headers
 from .checks.issues import (
     ESCAPE,
     Issue,
     config_issues,
+    crowd_issues,
     entry_issues,
     metadata_roots,
     name_of,
+    object_counts,
     path_issues,
     voc_issues,
 )
 from .cityscapes import check_ground_truth
+from .class_order import class_issues, in_one_order, indices_by_name, relabelled
+from .normalise import GROUPS, Rules, leave_out_groups
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ _TRAINED_ON = (
     ("annotations", "objects", (GeneralizedRCNN, DenseDetector, ProposalNetwork)),
     ("sem_seg_file_name", "semantic labels", _SEMANTIC),
 )
+MORE_PREDICTED = "more classes predicted than known"
 _SAMPLE = 100  # number of images of which one must exist, if bad images are dropped
 
 
@@ -80,15 +83,29 @@ def register_coco_format(cfg: CfgNode, names: Sequence[str] | None = None) -> No
             raise DataError(f"DATASETS.COCO_FORMAT '{name}': there is no file '{annotations}'.")
         if not os.path.isdir(images):
             raise DataError(f"DATASETS.COCO_FORMAT '{name}': there is no folder '{images}'.")
-        if name in DatasetCatalog.list():
-            metadata = MetadataCatalog.get(name)
-            if (metadata.get("json_file"), metadata.get("image_root")) == (annotations, images):
-                continue
+        _register(name, annotations, images, Rules.from_config(cfg))
+
+
+def _register(name: str, annotations: str, images: str, rules: Rules) -> None:
+    if name in DatasetCatalog.list():
+        metadata = MetadataCatalog.get(name)
+        if (metadata.get("json_file"), metadata.get("image_root")) != (annotations, images):
             raise DataError(
                 f"DATASETS.COCO_FORMAT: the name '{name}' is already registered for other files; "
                 "choose another."
             )
-        register_coco_instances(name, {}, annotations, images)
+        if metadata.get("rules") == rules:
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: CocoFile(annotations, images, rules).dataset_dicts(name))
+    MetadataCatalog.get(name).set(
+        json_file=annotations,
+        image_root=images,
+        evaluator_type="coco",
+        ignored_regions=True,
+        rules=rules,
+    )
 
 
 def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
@@ -105,7 +122,8 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     registered = name in DatasetCatalog.list()
     metadata = MetadataCatalog.get(name) if registered else None
     if annotations and (metadata is None or metadata.get("json_file") != annotations):
-        return _coco_names(annotations)  # a teacher's data set, which is not registered here
+        # It is a teacher's data set, or that of an earlier training, which is not registered here.
+        return _coco_names(annotations, cfg.DATASETS.KEEP_GROUP_CATEGORIES)
     if metadata is None:
         return None
     if metadata.get(key) is None and metadata.get("evaluator_type") == "coco":
@@ -114,20 +132,83 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
-def _coco_names(annotations: str) -> tuple[str, ...] | None:
+def _coco_names(annotations: str, keep_groups: bool) -> tuple[str, ...] | None:
     """Return the category names in detectron2's order, by id, or None if they cannot be read."""
     try:
-        with open(annotations) as f:
-            categories = json.load(f)["categories"]
-        return tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _read_names(annotations, keep_groups, os.stat(annotations).st_mtime_ns)
+    except OSError:
         return None
 
 
-def _load(name: str) -> list[dict[str, Any]]:
-    """Return the dataset dicts of a data set; every error of its reader becomes a DataError."""
+@cache
+def _read_names(annotations: str, keep_groups: bool, changed: int) -> tuple[str, ...] | None:
+    """Read the category names of a file once, as several test sets need those of the training."""
+    content = CocoFile(annotations, "").content
     try:
-        return DatasetCatalog.get(name)
+        if not keep_groups:
+            leave_out_groups(content)
+        return tuple(c["name"] for c in sorted(content["categories"], key=lambda c: c["id"]))
+    except (KeyError, TypeError):
+        return None
+
+
+def model_classes(cfg: CfgNode) -> tuple[str, ...] | None:
+    """Return the class names of the model's outputs, or None if they are unknown.
+
+    They are those of the first training set. If that is a data set of ``DATASETS.COCO_FORMAT``, the
+    model may have fewer or more classes. Otherwise another number means that the names are not its
+    own: the config of an evaluation may still have the training set of its ``_BASE_``.
+    """
+    _, predicted = number_of_classes(cfg)
+    try:
+        names = class_names(cfg)
+    except DataError:  # an evaluation does not need the training set
+        return None
+    if names is None or predicted is None:
+        return None
+    own = is_own_set(cfg, cfg.DATASETS.TRAIN[0])
+    return names[:predicted] if own or len(names) == predicted else None
+
+
+def predicted_classes(cfg: CfgNode, name: str) -> tuple[str, ...]:
+    """Return the class names by which a test set's evaluator understands a model's outputs."""
+    known = model_classes(cfg) if is_own_set(cfg, name) else None
+    return known or tuple(MetadataCatalog.get(name).get("thing_classes") or ())
+
+
+def class_indices(cfg: CfgNode, name: str) -> list[int] | None:
+    """Return for each class of the model its index in a test set, -1 for one that the set lacks.
+
+    None: the classes of the test set are those of the model, or these are unknown.
+    """
+    known, own = predicted_classes(cfg, name), tuple(MetadataCatalog.get(name).thing_classes)
+    if known == own:
+        return None
+    nameless = (number_of_classes(cfg)[1] or 0) - len(known)
+    return [*indices_by_name(known, own), *[-1] * nameless]
+
+
+def in_model_order(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return dataset dicts with the class indices of the model, without objects of other classes.
+
+    Args:
+        cfg: the whole config.
+        name: name of the data set.
+        dicts: its dataset dicts, with its own class indices.
+    """
+    known, own = predicted_classes(cfg, name), MetadataCatalog.get(name).get("thing_classes") or ()
+    return dicts if known == tuple(own) else relabelled(dicts, indices_by_name(own, known))
+
+
+def _load(name: str, file: CocoFile | None = None) -> list[dict[str, Any]]:
+    """Return the dataset dicts of a data set; every error of its reader becomes a DataError.
+
+    Args:
+        name: name of the data set.
+        file: its annotation file if that has been read and normalised.
+    """
+    try:
+        return file.dataset_dicts(name) if file and file.rules else DatasetCatalog.get(name)
     except DataError:
         raise
     except ModuleNotFoundError as e:
@@ -160,8 +241,9 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
 
     Raises:
         DataError: a data set is unreadable, empty or does not fit the config; or a path leads out
-            of its folder. Different classes of the data sets, and a missing first image, are errors
-            too. A wrong annotation is an error if ``DATALOADER.ON_BAD_IMAGE`` is stop.
+            of its folder. Different classes of the data sets, no object but crowds, and a missing
+            first image are errors too. A wrong annotation is an error if
+            ``DATALOADER.ON_BAD_IMAGE`` is stop.
     """
     names = tuple(cfg.DATASETS.TRAIN)
     sets = [(name, _checked_set(cfg, name)) for name in names]
@@ -170,6 +252,7 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
         return sets
     if not all("annotations" in image for image in dicts):
         raise DataError(f"DATASETS.TRAIN {names} mixes sets with and without instances.")
+    sets = in_one_order(sets)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         sets = [(name, filter_images_with_only_crowd_annotations(x)) for name, x in sets]
     if cfg.MODEL.KEYPOINT_ON:
@@ -180,12 +263,9 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
             f"No image of DATASETS.TRAIN {names} has an annotation; set "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on images without annotations."
         )
-    try:
-        with suppress(AttributeError):  # if the class names are unknown
-            check_metadata_consistency("thing_classes", names)
-            print_instances_class_histogram(dicts, MetadataCatalog.get(names[0]).thing_classes)
-    except ValueError as e:  # its message names the data sets and classes
-        raise DataError(f"DATASETS.TRAIN: {clause(e)}.") from e
+    classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
+    if all(classes):
+        print_instances_class_histogram(dicts, classes[0])
     return sets
 
 
@@ -237,16 +317,17 @@ def is_own_set(cfg: CfgNode, name: str) -> bool:
 
 
 def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
-    own = is_own_set(cfg, name)
     # The files of detectron2's own data sets are not checked: they are large and correct.
-    on_disk = _issues_on_disk(cfg, name, _coco_file(name) if own else None)
-    fatal = [issue for issue in on_disk if issue.fatal]
+    file = coco_file(name) if is_own_set(cfg, name) else None
+    fatal = [issue for issue in _issues_on_disk(cfg, name, file) if issue.fatal]
     if any(map(_unavoidable, fatal)):
         raise _error(name, [issue for issue in fatal if _unavoidable(issue)])
-    dicts = _load(name)
+    dicts = _load(name, file)
     if not dicts:
         raise DataError(f"Data set '{name}' of DATASETS.TRAIN has no images.")
-    fatal += [issue for issue in _issues_as_read(cfg, name, dicts, own) if issue.fatal]
+    if file:
+        _log_remarks(name, file.remarks)
+    fatal += [x for x in _issues_as_read(cfg, name, dicts, file is not None) if x.fatal]
     drop = cfg.DATALOADER.ON_BAD_IMAGE == "drop"
     if drop and not any(map(_unavoidable, fatal)):
         dicts = _drop_images(name, dicts, fatal)
@@ -254,11 +335,19 @@ def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
         raise _error(name, fatal)
     # One image is enough to detect a wrong folder; a check of all images would take long.
     if not any(PathManager.isfile(x["file_name"]) for x in dicts[: _SAMPLE if drop else 1]):
+        first = dicts[0]["file_name"]
+        windows = ", or file_name, whose backslashes are no separators here" * ("\\" in first)
         raise DataError(
-            f"There is no image {dicts[0]['file_name']}, which data set '{name}' of "
-            "DATASETS.TRAIN lists; correct the image folder."
+            f"There is no image {first}, which data set '{name}' of DATASETS.TRAIN lists; correct "
+            f"the image folder{windows}."
         )
     return dicts
+
+
+def _log_remarks(name: str, issues: Sequence[Issue]) -> None:
+    for issue in issues:
+        if not issue.fatal:
+            logger.warning("Data set '%s': %s", name, issue.detail)
 
 
 def _unavoidable(issue: Issue) -> bool:
@@ -266,11 +355,12 @@ def _unavoidable(issue: Issue) -> bool:
     return issue.fatal and not issue.image
 
 
-def _coco_file(name: str) -> CocoFile | None:
+def coco_file(name: str) -> CocoFile | None:
+    """Read the annotation file of a data set in COCO's format; None for another format."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
         return None
-    return CocoFile(metadata.json_file, metadata.get("image_root") or "")
+    return CocoFile(metadata.json_file, metadata.get("image_root") or "", metadata.get("rules"))
 
 
 def _issues_on_disk(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[Issue]:
@@ -280,6 +370,30 @@ def _issues_on_disk(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[
         yield from voc_issues(metadata.dirname, metadata.split)
     if file:
         yield from file.issues(cfg.MODEL.MASK_ON)
+        if name in cfg.DATASETS.TRAIN and _has_groups(file):
+            yield from _too_many_classes(cfg, name, len(file.content["categories"]), file)
+
+
+def _has_groups(file: CocoFile) -> bool:
+    """Return True if the file has group categories, which are left out."""
+    return any(issue.kind == GROUPS for issue in file.remarks)
+
+
+def _too_many_classes(cfg: CfgNode, name: str, known: int, file: CocoFile) -> Iterator[Issue]:
+    """Yield an issue if the model predicts more classes than the training set has.
+
+    Args:
+        cfg: the whole config.
+        name: name of a training or test set, whose annotation file is ``file``.
+        known: number of classes of the training set.
+        file: an annotation file.
+    """
+    key, predicted = number_of_classes(cfg)
+    if predicted is not None and predicted > known:
+        detail = f"{key} is {predicted}, but DATASETS.TRAIN has {known} classes; set it to {known}"
+        if _has_groups(file):
+            detail += ", or DATASETS.KEEP_GROUP_CATEGORIES True for a model with a group category"
+        yield Issue(MORE_PREDICTED, name, detail, True)
 
 
 def _issues_as_read(
@@ -303,18 +417,21 @@ def _issues_as_read(
             yield from entry_issues(entry, roots, known, cfg.MODEL.MASK_ON)
         if name in cfg.DATASETS.TRAIN:
             yield from config_issues(entry, predicted, key, mask_format)
+    if name in cfg.DATASETS.TRAIN and predicted is not None:
+        yield from crowd_issues(dicts, name)
 
 
-def _error(name: str, issues: Sequence[Issue]) -> DataError:
+def _error(name: str, issues: Sequence[Issue], hint: str = "") -> DataError:
     first = min(issues, key=lambda issue: not _unavoidable(issue))
-    more = hint = ""
+    more = ""
     if len(issues) > 1:
         more = (
             f" (the first of {len(issues)} issues; `distill check-data --config-file F` shows all)"
         )
     if all(issue.image for issue in issues):
         hint = "; correct it, or set DATALOADER.ON_BAD_IMAGE drop to train without such images"
-    return DataError(f"Data set '{name}', {first.where}: {first.detail}{more}{hint}.")
+    where = f", {first.where}" if first.where != name else ""
+    return DataError(f"Data set '{name}'{where}: {first.detail}{more}{hint}.")
 
 
 def _drop_images(
@@ -349,35 +466,69 @@ def check_test_set(cfg: CfgNode, name: str) -> None:
             folder. Annotations that are not sufficient for COCO's evaluation are errors, too.
     """
     metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") in _CITYSCAPES:
-        if metadata.evaluator_type == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
+    kind = metadata.get("evaluator_type")
+    if kind in _CITYSCAPES:
+        if kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
             raise DataError(f"Data set '{name}' evaluates masks; set MODEL.MASK_ON True.")
         check_ground_truth(name)
-    if metadata.get("evaluator_type") not in _LISTED:
+    if kind not in _LISTED:
         return
-    issues = []
-    if metadata.get("dirname"):
-        issues = list(voc_issues(metadata.dirname, metadata.split))
-    if not issues:
-        dicts = _load(name)
-        if not dicts:
-            raise DataError(f"Data set '{name}' of DATASETS.TEST has no images.")
-        roots = metadata_roots(metadata)
-        issues = [issue for entry in dicts for issue in path_issues(entry, roots)]
-        issues += _evaluation_issues(cfg, name, _coco_file(name))
-    if issues:
-        raise _error(name, [issue._replace(image="") for issue in issues])
+    file = coco_file(name)
+    own = file if file and file.rules else None
+    _raise_first(name, filter(_unavoidable, _issues_on_disk(cfg, name, own)))
+    dicts = _load(name, file)
+    if not dicts:
+        raise DataError(f"Data set '{name}' of DATASETS.TEST has no images.")
+    roots = metadata_roots(metadata)
+    issues = [issue for entry in dicts for issue in path_issues(entry, roots)]
+    issues += _evaluation_issues(cfg, name, dicts, file)
+    _raise_first(name, issues)
+    if kind != "kitti":  # its reader has opened all images
+        remedy = "; correct it or leave it out: an evaluation needs all images of DATASETS.TEST"
+        _raise_first(name, inspect_headers(dicts, f"check the images of {name}"), remedy)
+    _log_remarks(name, issues)
+    if own and name not in cfg.DATASETS.TRAIN:
+        _log_remarks(name, own.remarks)
 
 
-def _evaluation_issues(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[Issue]:
-    """Yield the issues that would stop COCO's evaluation of a readable data set."""
-    if file is None:
-        return
-    (key, predicted), known = number_of_classes(cfg), len(MetadataCatalog.get(name).thing_classes)
-    if predicted is not None and predicted > known:
-        detail = f"the model predicts {predicted} classes, but the data set has {known}; set {key}"
-        yield Issue("more classes predicted than known", name, detail, True)
-    yield from file.evaluation_issues(cfg.MODEL.MASK_ON)
+def _raise_first(name: str, issues: Iterable[Issue], remedy: str = "") -> None:
+    """Raise a DataError that names the first fatal issue; an evaluation drops no image."""
+    fatal = [issue._replace(image="") for issue in issues if issue.fatal]
+    if fatal:
+        raise _error(name, fatal, remedy)
+
+
+def _evaluation_issues(
+    cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]], file: CocoFile | None
+) -> Iterator[Issue]:
+    """Yield the issues of a readable data set that would stop or spoil its evaluation."""
+    (_, predicted), limit = number_of_classes(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
+    more = [number for number in object_counts(dicts) if number > limit]
+    if predicted is not None and more:
+        detail = (
+            f"images with more objects than TEST.DETECTIONS_PER_IMAGE, which is {limit}: "
+            f"{len(more)}; set it to {max(more)} or more to find all"
+        )
+        yield Issue("more objects than detections", name, detail, False)
+    if file:
+        yield from _class_issues(cfg, name, file)
+        yield from file.evaluation_issues(cfg.MODEL.MASK_ON)
+
+
+def _class_issues(cfg: CfgNode, name: str, file: CocoFile) -> Iterator[Issue]:
+    """Yield the differences between the classes of the model and those of a test set."""
+    own = tuple(MetadataCatalog.get(name).thing_classes)
+    known = model_classes(cfg) if is_own_set(cfg, name) else None
+    key, predicted = number_of_classes(cfg)
+    if known is not None:
+        yield from _too_many_classes(cfg, name, len(known), file)
+        yield from class_issues(known, own, name)
+    elif predicted is not None and predicted > len(own):
+        detail = (
+            f"{key} is {predicted}, but the data set has {len(own)} classes; correct it, or list "
+            "all classes of the training there, in their order"
+        )
+        yield Issue(MORE_PREDICTED, name, detail, True)
 
 
 def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, Any]]]:
@@ -391,12 +542,12 @@ def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, An
         The issues, and the dataset dicts of the images that may be opened, as far as they can be
         read.
     """
-    file = _coco_file(name)
+    file = coco_file(name)
     issues = list(_issues_on_disk(cfg, name, file))
     if file is None and issues:  # the reader would open files outside the folder
         return issues, []
     try:
-        dicts = _load(name)
+        dicts = _load(name, file)
         reason = "" if dicts else "it has no images"
     except DataError as e:
         dicts, reason = [], str(e).rstrip(".")
@@ -406,7 +557,7 @@ def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, An
         return issues, file.images() if file else []
     issues += _issues_as_read(cfg, name, dicts, file is not None)
     if name in cfg.DATASETS.TEST:
-        issues += _evaluation_issues(cfg, name, file)
+        issues += _evaluation_issues(cfg, name, dicts, file)
     escaping = {issue.image for issue in issues if issue.kind == ESCAPE}
     return issues, [entry for entry in dicts if name_of(entry) not in escaping]
 

@@ -1,4 +1,4 @@
-"""KITTI's object detection benchmark: labels, splits, and regions that a training must ignore.
+"""KITTI's object detection benchmark: labels and splits.
 
 KITTI's archives unpack to ``training/image_2/<id>.png`` (left colour camera) and
 ``training/label_2/<id>.txt``. ``ImageSets/<split>.txt`` with one id per line is optional.
@@ -10,18 +10,12 @@ suite", CVPR 2012, and the readme of its development kit.
 import math
 import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ..errors import DataError
 from ..utils.text import choices
@@ -137,8 +131,8 @@ def load_kitti(root: str | os.PathLike[str], split: str) -> list[dict[str, Any]]
     Annotations are the objects of ``KITTI_CLASSES``; Truck, Tram and Misc are background. Regions
     to ignore are crowds, which stock detectron2 does not train on and COCO's evaluation ignores.
     These are DontCare regions once per class, Van as Car, and Person_sitting as Pedestrian. They
-    also have ``"ignored": True`` for :class:`IgnoredRegionsMapper`. Boxes are clipped to their
-    image. The key ``label_file`` is the path of the labels.
+    also have ``"ignored": True``, see :mod:`.ignored_regions`. Boxes are clipped to their image.
+    The key ``label_file`` is the path of the labels.
 
     Args:
         root: folder with ``training`` and, if it exists, ``ImageSets``.
@@ -193,74 +187,6 @@ def _annotations(label: Label, width: int, height: int, where: str) -> list[dict
     classes = KITTI_CLASSES if label.type == DONT_CARE else (NEIGHBOURS[label.type],)
     ids = (KITTI_CLASSES.index(name) for name in classes)
     return [{**box, "category_id": i, "iscrowd": 1, "ignored": True} for i in ids]
-
-
-class IgnoredRegionsMapper(DatasetMapper):
-    """detectron2's mapper, which paints over the regions that a training must ignore.
-
-    Annotations with ``"ignored": True`` mark these regions. DontCare regions of KITTI have
-    unlabelled objects, and a Van is not a wrong detection of Car. But detectron2 drops such
-    annotations, and the network would learn that the regions are background. Its networks have no
-    mask for the loss, and students run their own unmodified ``forward``.
-
-    So the pixels change instead of the labels. The regions get the mean colour, which is 0 after
-    normalisation and can be called background. Pixels inside a box of a trained class are kept. The
-    teacher gets the same image. Images without such annotations are not changed.
-
-    Args:
-        is_train: as in :class:`DatasetMapper`; nothing is painted in inference.
-        pixel_mean: one value per channel, in the order of ``image_format``.
-        options: other arguments of :class:`DatasetMapper`.
-    """
-
-    @configurable
-    def __init__(self, is_train: bool, *, pixel_mean: Sequence[float], **options: Any):
-        super().__init__(is_train, **options)
-        self.pixel_mean = torch.tensor(pixel_mean)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        return {**super().from_config(cfg, is_train), "pixel_mean": cfg.MODEL.PIXEL_MEAN}
-
-    def _transform_annotations(
-        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
-    ) -> None:
-        annotations = dataset_dict["annotations"]
-        ignored = [x for x in annotations if x.get("ignored")]
-        if ignored:
-            spared = [x for x in annotations if not x.get("iscrowd", 0)]
-            paint_regions(
-                dataset_dict["image"],
-                _moved_boxes(ignored, transforms),
-                _moved_boxes(spared, transforms),
-                self.pixel_mean,
-            )
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
-
-
-def _moved_boxes(annotations: list[dict[str, Any]], transforms: Any) -> NDArray[np.float64]:
-    """Return the boxes (N, 4) of annotations in the transformed image."""
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-    return transforms.apply_box(np.array(boxes, dtype=float).reshape(-1, 4))
-
-
-def paint_regions(
-    image: Tensor, regions: NDArray[np.float64], spared: NDArray[np.float64], colour: Tensor
-) -> None:
-    """Paint every pixel that a region touches, except those in ``spared``, in place.
-
-    Args:
-        image: (C, H, W), uint8 or float.
-        regions: (N, 4) boxes (left, top, right, bottom) in pixels, which may exceed the image.
-        spared: (M, 4) boxes of the same form, whose pixels are not painted.
-        colour: (C,).
-    """
-    mask = torch.zeros(image.shape[1:], dtype=torch.bool)
-    for boxes, painted in ((regions, True), (spared, False)):
-        touched = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1)
-        for left, top, right, bottom in touched.clip(min=0).astype(int).tolist():
-            mask[top:bottom, left:right] = painted
-    image[:, mask] = colour.round().to(image.dtype)[:, None]
 
 
 def register_kitti(name: str, root: str | os.PathLike[str], split: str) -> None:

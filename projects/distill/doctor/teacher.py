@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from ..config import teacher_config
-from ..data.datasets import class_names
+from ..data.datasets import class_names, predicted_classes
 from ..engine.evaluators import build_evaluators
 from ..errors import ConfigError
 from ..heads.classes import ClassMap
@@ -169,7 +169,7 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, info: NetworkInfo, images: int) -
             "and run `distill eval` with the teacher's config."
         )
     chosen = DatasetCatalog.get(name)[:images]
-    names = metadata.get("stuff_classes" if kind == "sem_seg" else "thing_classes")
+    names = metadata.get("stuff_classes") if kind == "sem_seg" else predicted_classes(cfg, name)
     classes = ClassMap(tuple(names or info.classes), info.classes)
     if not len(classes.in_student):
         raise ConfigError(

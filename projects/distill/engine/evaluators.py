@@ -19,11 +19,12 @@ from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 
 from ..config import student_class
-from ..data.datasets import check_test_set, is_own_set
+from ..data.datasets import check_test_set, class_indices, coco_file, is_own_set
 from ..errors import ConfigError, ResultsError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 from ..evaluation.lvis import LVISEvaluator
+from ..evaluation.own_coco import OwnCOCOEvaluator
 from ..families import FAMILIES
 from ..section import check_choice
 from ..utils.text import nearest
@@ -197,8 +198,21 @@ def check_results(cfg: CfgNode, results: Mapping[str, Any]) -> None:
 @EVALUATOR_REGISTRY.register()
 @returning(coco_metrics)
 def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
-    most = _max_dets(cfg, dataset_name)
-    return [_coco_evaluator(cfg, dataset_name, folder, max_dets_per_image=most)]
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+    file = coco_file(dataset_name) if is_own_set(cfg, dataset_name) else None
+    if file is None:
+        return [COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)]
+    return [
+        OwnCOCOEvaluator(
+            dataset_name,
+            file,
+            class_indices(cfg, dataset_name),
+            output_dir=folder,
+            # An image of a user's own data set may have more objects than COCO's 100.
+            max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
+            kpt_oks_sigmas=sigmas,
+        )
+    ]
 
 
 @EVALUATOR_REGISTRY.register()
@@ -206,7 +220,7 @@ def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
     return [
         SemSegEvaluator(dataset_name, output_dir=folder),
-        _coco_evaluator(cfg, dataset_name, folder),
+        COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS),
         COCOPanopticEvaluator(dataset_name, folder),
     ]
 
@@ -245,17 +259,3 @@ def pascal_voc(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 @returning(semantic_metrics)
 def sem_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
     return [SemSegEvaluator(dataset_name, output_dir=folder)]
-
-
-def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str, **options: Any) -> COCOEvaluator:
-    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    return COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas, **options)
-
-
-def _max_dets(cfg: CfgNode, dataset_name: str) -> int | None:
-    """Return the number of detections per image that COCO's metrics count; None: COCO's 100.
-
-    An image of a user's own data set may have more objects.
-    """
-    own = is_own_set(cfg, dataset_name)
-    return max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if own else None

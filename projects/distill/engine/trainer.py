@@ -38,7 +38,7 @@ from ..config.resume import training_values
 from ..config.student import write_student
 from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
-from ..data.kitti import IgnoredRegionsMapper
+from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from ..data.checks.coco_file import CocoFile
 from ..data.checks.issues import ESCAPE, is_number
 from ..data.datasets import find_issues
+from ..data.normalise import Rules
 from ..errors import DataError
 from ..utils.text import clause
 
@@ -23,7 +24,7 @@ _KEYS = ("image_id", "category_id", "bbox", "score")
 def load_truth(cfg: CfgNode, name: str) -> COCO:
     """Return a registered data set with boxes.
 
-    If the data set has a file in COCO's format, its content is returned unchanged.
+    If the data set has a file in COCO's format, its content is returned, normalised.
 
     Args:
         cfg: config of the program that uses the data set.
@@ -35,7 +36,8 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
     metadata = MetadataCatalog.get(name)
     file = None
     if metadata.get("json_file"):
-        file = CocoFile(metadata.json_file, metadata.get("image_root") or "")
+        rules = metadata.get("rules") or Rules(clip_boxes=False, keep_groups=True)
+        file = CocoFile(metadata.json_file, metadata.get("image_root") or "", rules)
         issues = [*file.issues(masks=False), *file.evaluation_issues(masks=False)]
     else:
         issues = find_issues(cfg, name)[0]
@@ -50,9 +52,7 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
     annotations = [x for x in content.get("annotations", ()) if x["image_id"] in images]
     if all(x["iscrowd"] for x in annotations):
         raise DataError(f"Data set '{name}' has no objects to find.")
-    # Ids start at 1: pycocotools treats a match with object 0 as no match.
-    numbered = [{**x, "id": k} for k, x in enumerate(annotations, 1)]
-    return _indexed({**content, "annotations": numbered})
+    return _indexed({**content, "annotations": annotations})
 
 
 def read_results(path: str) -> Any:

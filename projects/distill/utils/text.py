@@ -18,6 +18,11 @@ def shortened(names: Sequence[str], most: int, separator: str = ", ") -> str:
     return separator.join(names[:most]) + more
 
 
+def quoted(names: Sequence[str], most: int = 10) -> str:
+    """Return the first ``most`` names in quotes, and the number of the others."""
+    return shortened([f"'{name}'" for name in names], most)
+
+
 def similar(value: str, names: Sequence[str], likeness: float = 0.6) -> list[str]:
     """Return the names similar to ``value`` in any case, nearest first."""
     capitals: dict[str, list[str]] = {}

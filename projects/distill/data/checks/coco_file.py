@@ -6,10 +6,12 @@ import reprlib
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ...utils.text import clause
+from ..normalise import Rules, in_place_of_files, normalise
 from .issues import (
     WRONG_TYPE,
     Issue,
@@ -17,12 +19,15 @@ from .issues import (
     annotation_problems,
     as_root,
     image_size,
+    is_box,
     is_evaluable_mask,
+    is_id,
     is_number,
     path_issues,
 )
 
 NOT_EVALUABLE = "annotation that cannot be evaluated"
+FRACTIONS = "boxes in fractions of the image"
 
 
 class CocoFile:
@@ -31,17 +36,22 @@ class CocoFile:
     Args:
         path: path of the annotation file.
         image_root: folder of the images.
+        rules: how to normalise the content; None: leave it as it is.
 
     Attributes:
+        path, image_root, rules: as given.
         content: content of the file; empty if it cannot be read.
         problem: why the file cannot be read, or "".
+        remarks: changes by :func:`normalise`.
     """
 
-    def __init__(self, path: str, image_root: str):
+    def __init__(self, path: str, image_root: str, rules: Rules | None = None):
         self.path = path
         self.image_root = image_root
+        self.rules = rules
         self.content: dict[str, Any] = {}
         self.problem = self._read()
+        self.remarks = normalise(self.content, path, image_root, rules) if rules else []
 
     def _read(self) -> str:
         if not PathManager.isfile(self.path):
@@ -60,6 +70,21 @@ class CocoFile:
             return f"it holds a JSON {type(content).__name__}, not COCO's instances"
         self.content = content
         return ""
+
+    def dataset_dicts(self, name: str) -> list[dict[str, Any]]:
+        """Return detectron2's dataset dicts, whose crowds have ``"ignored": True``.
+
+        The names of the classes are set in the metadata. Any error is raised for a wrong content.
+
+        Args:
+            name: name of the data set.
+        """
+        with in_place_of_files(self.content):
+            dicts: list[dict[str, Any]] = load_coco_json(self.path, self.image_root, name)
+        for annotation in (x for entry in dicts for x in entry["annotations"]):
+            if annotation.get("iscrowd"):
+                annotation["ignored"] = True
+        return dicts
 
     def images(self) -> list[dict[str, Any]]:
         """Return the images that can be opened, as dataset dicts without annotations."""
@@ -89,6 +114,7 @@ class CocoFile:
         if self.problem:
             yield Issue("unreadable annotation file", self.path, self.problem, True)
             return
+        yield from self.remarks
         categories = yield from self._entries("categories", {"name": str})
         images = yield from self._entries(
             "images", {"file_name": str, "height": object, "width": object}
@@ -110,6 +136,13 @@ class CocoFile:
         images_by_id = {x["id"]: x for x in images}
         for annotation in annotations:
             yield from self._annotation_issues(annotation, images_by_id, known, masks)
+        boxes = [x["bbox"] for x in annotations if is_box(x.get("bbox"))]
+        if 0 < max((max(x + w, y + h) for x, y, w, h in boxes), default=0) <= 1:
+            detail = (
+                f"all boxes are within one pixel, such as {boxes[0]}; COCO's are in pixels, so "
+                "multiply fractions by the width and height of the image"
+            )
+            yield Issue(FRACTIONS, self.path, detail, True)
 
     def evaluation_issues(self, masks: bool) -> Iterator[Issue]:
         """Yield the issues that stop COCO's evaluation, whose rules differ from a training's.
@@ -166,7 +199,7 @@ class CocoFile:
         masks: bool,
     ) -> Iterator[Issue]:
         image_id, category_id = annotation["image_id"], annotation["category_id"]
-        if not (_is_id(image_id) and _is_id(category_id)):
+        if not (is_id(image_id) and is_id(category_id)):
             detail = f"image_id={image_id!r:.99} or category_id={category_id!r:.99} is not an id"
             yield Issue(WRONG_TYPE, self._place(self.path, annotation), detail, True)
             return
@@ -192,10 +225,6 @@ class CocoFile:
         return f"{path} (annotation {annotation['id']!r:.99})"
 
 
-def _is_id(x: Any) -> bool:
-    return type(x) in (int, str) or (type(x) is float and x.is_integer())
-
-
 def _malformed(entry: Any, needed: Mapping[str, type]) -> Problem | None:
     """Return the problem of an entry in one of COCO's lists that detectron2 could not read."""
     if not isinstance(entry, dict):
@@ -205,7 +234,7 @@ def _malformed(entry: Any, needed: Mapping[str, type]) -> Problem | None:
             return Problem("missing key", f"it has no {key}")
         if not isinstance(entry[key], kind):
             return Problem(WRONG_TYPE, f"{key} is {reprlib.repr(entry[key])}")
-    if not _is_id(entry.get("id")):
+    if not is_id(entry.get("id")):
         return Problem(WRONG_TYPE, f"its id is {reprlib.repr(entry.get('id'))}")
     return None
 
@@ -224,7 +253,7 @@ def _reader_problems(annotation: Mapping[str, Any]) -> Iterator[Problem]:
 def _evaluation_problems(annotation: Mapping[str, Any], masks: bool) -> Iterator[Problem]:
     """Yield the problems of an annotation that stop pycocotools' evaluation."""
     box, remedy = annotation.get("bbox"), "COCO's evaluation needs it"
-    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+    if not is_box(box):
         yield Problem(NOT_EVALUABLE, f"bbox is {reprlib.repr(box)}, not 4 numbers; {remedy}")
     if not is_number(annotation.get("area")):
         detail = f"area is {reprlib.repr(annotation.get('area'))}, not a number; {remedy}"
@@ -233,7 +262,7 @@ def _evaluation_problems(annotation: Mapping[str, Any], masks: bool) -> Iterator
         yield Problem(NOT_EVALUABLE, "its id is a string; COCO's evaluation needs numbers")
     elif annotation.get("id") == 0:
         detail = "its id is 0, so COCO's evaluation counts it as missed; number them from 1"
-        yield Problem(NOT_EVALUABLE, detail, False)
+        yield Problem(NOT_EVALUABLE, detail)
     if annotation.get("iscrowd") not in (0, 1):
         detail = f"iscrowd is {reprlib.repr(annotation.get('iscrowd'))}, not 0 or 1; {remedy}"
         yield Problem(NOT_EVALUABLE, detail)

@@ -2,23 +2,27 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
 from detectron2.data.detection_utils import read_image
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 
+from ...utils.progress import Progress
 from ...utils.text import clause
 from ..cityscapes import label_problem
 from .issues import Issue, Problem, Size, image_size, name_of
 
+_TRANSPOSING = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 _TOO_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _WINDOW = 256  # number of images that are checked one by one if one of them kills its process
+_READERS = 16  # threads that read headers, most of which wait for the disk
 
 
 def _files(entry: Mapping[str, Any]) -> list[tuple[str, bool]]:
@@ -36,16 +40,23 @@ def missing_files(entry: Mapping[str, Any]) -> Iterator[Issue]:
             yield Issue("missing file", path, detail, True, name_of(entry))
 
 
-def header_issues(entry: Mapping[str, Any]) -> Iterator[Issue]:
-    """Yield the fatal issues that the first bytes of an image's files show."""
-    yield from missing_files(entry)
-    for path, labels in _files(entry):
-        problem = _header_problem(path, labels)
+def header_issues(entry: Mapping[str, Any], sizes: bool = False) -> Iterator[Issue]:
+    """Yield the fatal issues that the first bytes of an image's files show.
+
+    Args:
+        entry: detectron2's dataset dict.
+        sizes: compare the size of the image with the annotated one, too.
+    """
+    missing = list(missing_files(entry))
+    yield from missing
+    for path, labels in [] if missing else _files(entry):
+        size = image_size(entry)[0] if sizes and not labels else None
+        problem = _header_problem(path, labels, size)
         if problem:
             yield problem.at(path, name_of(entry))
 
 
-def _header_problem(path: str, labels: bool) -> Problem | None:
+def _header_problem(path: str, labels: bool, size: Size | None = None) -> Problem | None:
     try:
         with PathManager.open(path, "rb") as f:
             if not f.read(1):
@@ -54,6 +65,9 @@ def _header_problem(path: str, labels: bool) -> Problem | None:
             image = Image.open(f)
             mode = image.mode
             palette = image.getpalette() if labels and mode == "P" else None
+            # Pillow decodes a whole PNG to look for EXIF after the pixels, where it hardly ever is.
+            look = size and (image.format != "PNG" or "exif" in image.info)
+            stored, orientation = image.size, _orientation(image) if look else 1
     except Exception as e:  # Pillow's readers may raise anything for damaged bytes
         return _unreadable(e)
     if mode in _TOO_DEEP:
@@ -61,7 +75,8 @@ def _header_problem(path: str, labels: bool) -> Problem | None:
     if palette and palette != [k // 3 for k in range(len(palette))]:
         detail = "its labels would be read as colours of its palette; store it as 8-bit greyscale"
         return Problem("coloured labels", detail)
-    return None
+    read = stored[::-1] if orientation in _TRANSPOSING else stored
+    return _size_problem(read, size, stored, orientation)
 
 
 def _unreadable(error: Exception) -> Problem:
@@ -110,11 +125,8 @@ def _decode(path: str, size: Size | None) -> tuple[Size | None, list[Problem]]:
     except Exception as e:  # Pillow's readers may raise anything for damaged bytes
         return None, [_unreadable(e)]
     problems = []
-    if size and size != (width, height):
-        detail = f"it has {width} x {height} pixels, but is annotated as {size[0]} x {size[1]}"
-        if stored == size:
-            detail += f", because its EXIF orientation {orientation} rotates it"
-        problems.append(Problem("size not as annotated", detail))
+    if problem := _size_problem((width, height), size, stored, orientation):
+        problems.append(problem)
     elif orientation in range(2, 9):
         detail = f"its EXIF orientation {orientation} rotates it; annotations must be rotated, too"
         problems.append(Problem("EXIF rotation", detail, fatal=False))
@@ -122,6 +134,23 @@ def _decode(path: str, size: Size | None) -> tuple[Size | None, list[Problem]]:
         detail = "its colours are converted without their profile"
         problems.append(Problem("CMYK", detail, fatal=False))
     return (width, height), problems
+
+
+def _size_problem(read: Size, size: Size | None, stored: Size, orientation: int) -> Problem | None:
+    """Return the problem if an image is not of the annotated size.
+
+    Args:
+        read: width and height that detectron2 reads.
+        size: annotated width and height; None if unknown.
+        stored: width and height in the file.
+        orientation: EXIF's orientation, by which detectron2 rotates the image.
+    """
+    if size is None or size == read:
+        return None
+    detail = f"it has {read[0]} x {read[1]} pixels, but is annotated as {size[0]} x {size[1]}"
+    if stored == size:
+        detail += f", because its EXIF orientation {orientation} rotates it"
+    return Problem("size not as annotated", detail)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -132,6 +161,21 @@ def _orientation(image: Image.Image) -> int:
 
 
 # --------------------------------------------------------------------------------- many images
+
+
+def inspect_headers(entries: Sequence[Mapping[str, Any]], title: str) -> list[Issue]:
+    """Return the :func:`header_issues` of many images, which the processes of a run share.
+
+    Args:
+        entries: detectron2's dataset dicts, the same in every process.
+        title: title of the bar that shows the progress on a terminal.
+    """
+    own = entries[comm.get_rank() :: comm.get_world_size()]
+    with ThreadPoolExecutor(_READERS) as pool, Progress(json=True, transient=True) as progress:
+        by_image = pool.map(lambda entry: list(header_issues(entry, sizes=True)), own)
+        tracked = progress.track(by_image, total=len(own), description=title)
+        found = [issue for issues in tracked for issue in issues]
+    return [issue for part in comm.all_gather(found) for issue in part]
 
 
 def inspect_images(entries: Iterable[Mapping[str, Any]], workers: int) -> Iterator[list[Issue]]:

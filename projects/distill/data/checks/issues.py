@@ -15,8 +15,8 @@ Paths are checked as they are written; symbolic links are not resolved.
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -133,6 +133,16 @@ def is_number(x: Any) -> bool:
     if type(x) is float or type(x) is int:
         return -_LARGEST < x < _LARGEST  # False for NaN
     return isinstance(x, (np.floating, np.integer)) and bool(np.isfinite(x))
+
+
+def is_id(x: Any) -> bool:
+    """Return True for an id in COCO's format: a whole number or a string."""
+    return type(x) in (int, str) or (type(x) is float and x.is_integer())
+
+
+def is_box(x: Any) -> TypeGuard[list[float]]:
+    """Return True for a list of four finite numbers."""
+    return isinstance(x, list) and len(x) == 4 and all(map(is_number, x))
 
 
 def image_size(entry: Mapping[str, Any]) -> tuple[Size | None, Problem | None]:
@@ -366,6 +376,28 @@ def entry_issues(
             problems.append(Problem("unknown category", detail))
         for problem in problems:
             yield problem.at(f"{image} (annotations[{index}])", image)
+
+
+def crowd_issues(entries: Iterable[Mapping[str, Any]], name: str) -> Iterator[Issue]:
+    """Yield an issue if all objects of a training set are crowds.
+
+    Args:
+        entries: detectron2's dataset dicts.
+        name: name of the data set.
+    """
+    crowds = [x.get("iscrowd", 0) == 1 for entry in entries for x in _annotations(entry)]
+    if crowds and all(crowds):
+        detail = (
+            f"all {len(crowds)} objects are crowds (iscrowd 1), regions that a training ignores; "
+            "set iscrowd to 0 for the objects to train on"
+        )
+        yield Issue("no object but crowds", name, detail, True)
+
+
+def object_counts(entries: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    """Yield the number of objects of each image, without crowds."""
+    for entry in entries:
+        yield sum(x.get("iscrowd", 0) == 0 for x in _annotations(entry))
 
 
 def config_issues(
