@@ -107,8 +107,11 @@ def test_a_bug_has_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 SLEEPING = """
-import sys, time
+import signal, sys, time
 from distill.launch.termination import run_command
+
+for number in signal.SIGINT, signal.SIGTERM:  # a job in the background inherits that it ignores one
+    signal.signal(number, signal.SIG_DFL)
 
 def run():
     print("ready", flush=True)
