@@ -663,7 +663,7 @@ def test_steps_leave_no_trace_in_the_networks(tmp_path: Path, shapes: Shapes) ->
     rates = [group["lr"] for group in dry_run.optimizer.param_groups]
     batches = [next(dry_run.batches) for _ in range(2)]
     with preserved(dry_run):
-        measure_cost(dry_run, batches, data_seconds=1.0, workers=2)
+        measure_cost(dry_run, batches, 1.0, cfg)
         changed = [
             k for k, v in dry_run.model.state_dict().items() if not torch.equal(v, before[k])
         ]

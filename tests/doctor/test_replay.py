@@ -108,6 +108,18 @@ def test_families(
 
 
 @pytest.mark.e2e
+def test_a_batch_in_parts(
+    shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "losses", FitNet, "p4", nan)
+    opts = ("SOLVER.ACCUMULATE", 2, "MODEL.DISTILL.IMA.MASK_RATIO", 0.5)
+    stopped(config("faster", shapes, teachers, tmp_path, *opts))
+    result = replay(str(reproducer(tmp_path)))
+    assert same(result.losses, result.saved_losses) and "loss_ima" in result.losses
+    assert result.sources[-1] == "loss loss_fitnet/p4"
+
+
+@pytest.mark.e2e
 def test_random_masks_are_those_of_the_step(
     shapes: Shapes,
     teachers: Teachers,

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "faster": ("faster", ()),
     "retinanet": ("retinanet", ()),
     "mixed precision": ("faster", ("SOLVER.AMP.ENABLED", True)),
+    "parts of a batch": ("faster", ("SOLVER.ACCUMULATE", 2)),
     "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
     "average": ("faster", ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 3)),
     "flat cosine": ("faster", ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR")),

@@ -13,7 +13,7 @@ from tests.support.networks import built_head, distilled, distilled_from_itself,
 
 def test_one_image_a_process_is_too_few_for_relations(caplog: Any) -> None:
     built_head(CIRKD, "semantic", "SOLVER.IMS_PER_BATCH", 1)
-    assert "each process has only one" in caplog.text
+    assert "there is only one" in caplog.text
 
 
 def test_without_a_label_only_images_are_compared() -> None:

@@ -111,6 +111,12 @@ KEYS: dict[str, Key] = {
         "reset to 1x, when the config is loaded",
         one_of(*SCHEDULES),
     ),
+    "SOLVER.ACCUMULATE": Key(
+        1,
+        "parts of the SOLVER.IMS_PER_BATCH images that are computed one after the other, to save "
+        "memory. An iteration is one step of the optimizer, with the mean of their gradients",
+        at_least(1),
+    ),
     "SOLVER.OPTIMIZER": Key("SGD", "optimizer; SGD is detectron2's", one_of("SGD", "ADAMW")),
     "SOLVER.EMA.DECAY": Key(
         0.0,

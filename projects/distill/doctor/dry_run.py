@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.load import STATISTICS
 from ..checkpoint.save import StudentState
+from ..engine.setup import check_batch_size
 from ..engine.trainer import Trainer
 from ..families import Family
 from ..heads import DistillHead
@@ -72,6 +73,10 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
     cfg.defrost()
     cfg.OUTPUT_DIR = folder
     cfg.SEED = max(cfg.SEED, 0)
+    # The parts of a batch are alike: one of them is examined.
+    check_batch_size(cfg)
+    cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE
+    cfg.SOLVER.ACCUMULATE = 1
     cfg.DATALOADER.NUM_WORKERS = 0  # starting workers takes longer than loading two batches
     cfg.freeze()
     seed_globally(cfg.SEED)

@@ -55,7 +55,7 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
         data_seconds = (time.perf_counter() - start) / BATCHES
         say("training steps")
         with preserved(dry_run):
-            report.cost = measure_cost(dry_run, batches, data_seconds, cfg.DATALOADER.NUM_WORKERS)
+            report.cost = measure_cost(dry_run, batches, data_seconds, cfg)
         say("outputs of the networks")
         with preserved(dry_run):
             add_outputs(report, dry_run, batches[0])
@@ -67,7 +67,9 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
     report.errors += errors
     report.warnings += outlasting_phases(cfg)
     report.warnings += loss_warnings(report.losses, dry_run.heads)
-    report.warnings += filter(None, [batch_norm_warning(dry_run, cfg.SOLVER.IMS_PER_BATCH)])
+    report.warnings += filter(
+        None, [batch_norm_warning(dry_run, cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE)]
+    )
     return report
 
 
@@ -159,7 +161,7 @@ def batch_norm_warning(dry_run: DryRun, total: int) -> str | None:
 
     Args:
         dry_run: the training.
-        total: images per batch over all processes, which synchronised layers see.
+        total: images over all processes that are computed together.
     """
     synchronised = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
     own = dry_run.cfg.SOLVER.IMS_PER_BATCH
@@ -216,10 +218,18 @@ def preprocessing(dry_run: DryRun, outputs: NetworkOutputs | None) -> list[Setti
 
 
 def measure_cost(
-    dry_run: DryRun, batches: Sequence[Inputs], data_seconds: float, workers: int
+    dry_run: DryRun, batches: Sequence[Inputs], data_seconds: float, cfg: CfgNode
 ) -> Cost:
-    """Measure the time and the memory of training steps with a learning rate of 0."""
-    cfg, device = dry_run.cfg, dry_run.cfg.MODEL.DEVICE
+    """Measure the time and the memory of training steps with a learning rate of 0.
+
+    Args:
+        dry_run: the training.
+        batches: batches of it, or parts of them with ``SOLVER.ACCUMULATE``.
+        data_seconds: time to load one of them in this process.
+        cfg: config of the training.
+    """
+    device, parts = dry_run.cfg.MODEL.DEVICE, cfg.SOLVER.ACCUMULATE
+    workers = cfg.DATALOADER.NUM_WORKERS
     cuda = device.startswith("cuda")
     finish = torch.cuda.synchronize if cuda else lambda: None
     if cuda:
@@ -230,12 +240,13 @@ def measure_cost(
     for batch in batches:
         step(dry_run, batch)
     finish()
-    seconds = (time.perf_counter() - start) / len(batches)
+    seconds = (time.perf_counter() - start) / len(batches) * parts
+    data_seconds *= parts
     # Workers load while the step runs; the slower of the two decides.
     iteration = max(seconds, data_seconds / workers) if workers else seconds + data_seconds
     return Cost(
         device=torch.cuda.get_device_name() if cuda else "cpu",
-        batch=len(batches[0]),
+        batch=len(batches[0]) * parts,
         memory_mb=memory_mb(),
         step_seconds=seconds,
         data_seconds=data_seconds,

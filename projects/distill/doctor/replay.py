@@ -28,7 +28,7 @@ from ..checkpoint.load import read_torch, readable
 from ..checkpoint.save import StudentState
 from ..engine.nonfinite import bad_gradients, from_plain, says_nonfinite
 from ..engine.setup import be_deterministic, setup_config
-from ..engine.train_loop import forward_context, seed_step
+from ..engine.train_loop import forward_context, mean_losses, micro_batches, seed_step
 from ..errors import DistillError, WeightsError
 from ..modeling.meta_arch import DistillModel, build_distill_model
 from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
@@ -103,12 +103,14 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         batch = from_plain(saved["batch"])
         named = with_renamed_keys(saved["losses"], LOSSES, f"'{path}'")
         saved_losses = {name: float(value) for name, value in named.items()}
-        seed_step(model, saved["seed"], saved["iteration"], saved["rank"])
+        step = (saved["seed"], saved["iteration"], saved["rank"])
+        seed_step(model, *step)
     result = Replay(saved["what"], {}, saved_losses)
     with EventStorage(saved["iteration"]):
         try:
             with forward_context(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
-                losses = _forward(model, batch, result.sources)
+                parts = micro_batches(batch, cfg.SOLVER.ACCUMULATE)
+                losses = _forward(model, parts, step, result.sources)
         except DistillError:
             raise
         except Exception as e:
@@ -125,15 +127,28 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
 
 
 def _forward(
-    model: nn.Module, batch: list[dict[str, Any]], sources: list[str]
+    model: nn.Module,
+    parts: Sequence[Sequence[dict[str, Any]]],
+    step: tuple[int, int, int],
+    sources: list[str],
 ) -> dict[str, Tensor]:
-    """Return the losses, and add everything that is not finite to ``sources``."""
+    """Return the losses, and add everything that is not finite to ``sources``.
+
+    Args:
+        parts: parts of the batch, see ``SOLVER.ACCUMULATE``.
+        step: seed of the run, iteration and rank.
+    """
     for prefix, network in _networks(model).items():
         weights = network.state_dict()
         sources += [f"weight {prefix}{name}" for name, x in weights.items() if _is_nonfinite(x)]
-    sources += [f"image {x.get('file_name')}" for x in batch if _is_nonfinite(x)]
+    images = (x for part in parts for x in part)
+    sources += [f"image {x.get('file_name')}" for x in images if _is_nonfinite(x)]
+    found: list[dict[str, Tensor]] = []
     with _watch_modules(model, sources):
-        losses: dict[str, Tensor] = model(batch)
+        for k, part in enumerate(parts):
+            seed_step(model, *step, part=k)
+            found.append(model(part))
+    losses = mean_losses(found)
     sources += [f"loss {name}" for name, x in losses.items() if _is_nonfinite(x.detach())]
     return losses
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
@@ -18,7 +19,7 @@ from ..checkpoint.save import StudentCheckpointer
 from ..heads import DistillHead
 from ..utils.old_names import HOOKS, with_renamed_keys
 from .health import cosine_warning, dead_warning, ratio_warning
-from .telemetry import head_of
+from .telemetry import RowWriter, head_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +98,25 @@ class CheckpointHook(HookBase):
 
 
 class FinalCheckpointHook(HookBase):
-    """Save ``model_final.pth`` in the last iteration.
+    """Save ``model_final.pth`` in the last iteration, after its row of ``metrics.json``.
 
     Before the last evaluation, so that an evaluation that fails loses nothing of the training. And
     a second time after it if hooks keep its results.
+
+    Args:
+        periodic: hook of the other checkpoints.
+        writers: hooks of the logs; empty except in the main process.
     """
 
-    def __init__(self, periodic: CheckpointHook):
+    def __init__(self, periodic: CheckpointHook, writers: Sequence[PeriodicWriter]):
         self.periodic = periodic
+        self.writers = writers
 
     def after_step(self) -> None:
         if self.trainer.iter + 1 == self.trainer.max_iter:
+            for writer in (x for hook in self.writers for x in hook._writers):
+                if isinstance(writer, RowWriter):
+                    writer.write()
             self.periodic.checkpointer.save("model_final", iteration=self.trainer.iter)
             self.periodic.prune()
 

@@ -78,10 +78,11 @@ def scale_to_workers(cfg: CfgNode) -> CfgNode:
 
 
 def check_batch_size(cfg: CfgNode) -> None:
-    """Raise ConfigError if the processes cannot share a batch evenly."""
-    world = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world:
+    """Raise ConfigError if processes and parts cannot share a batch evenly."""
+    world, parts = comm.get_world_size(), cfg.SOLVER.ACCUMULATE
+    if cfg.SOLVER.IMS_PER_BATCH % (world * parts):
+        of_parts = f", times SOLVER.ACCUMULATE {parts}" if parts > 1 else ""
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
-            f"{world} processes."
+            f"{world} processes{of_parts}."
         )

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
+from detectron2.utils.events import JSONWriter, get_event_storage
 from torch import Tensor
 
 from ..utils.io import replacing
@@ -20,6 +22,31 @@ def drop_torn_row(path: str) -> None:
     if os.path.isfile(path):
         with open(path, "rb+") as f:
             f.truncate(f.read().rfind(b"\n") + 1)
+
+
+class RowWriter(JSONWriter):
+    """detectron2's writer of ``metrics.json``, which writes a second row of an iteration if needed.
+
+    detectron2's own would lose the scalars that come after the first row, such as those of an
+    evaluation after the final checkpoint.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._written: dict[str, int] = {}  # last iteration of each scalar
+
+    def write(self) -> None:
+        rows: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        scalars = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        for name, (value, iteration) in scalars.items():
+            if iteration > self._written.get(name, -1):
+                self._written[name] = iteration
+                rows[iteration][name] = value
+        for iteration, row in rows.items():
+            text = json.dumps({**row, "iteration": iteration}, sort_keys=True)
+            self._file_handle.write(f"{text}\n")
+        self._file_handle.flush()
+        os.fsync(self._file_handle.fileno())
 
 
 def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> bool:

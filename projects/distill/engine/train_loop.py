@@ -1,8 +1,8 @@
 """Training step."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..heads.base import StepGenerator
 from ..utils.seeding import derived_seed, seed_globally
@@ -29,6 +30,7 @@ class TrainLoop(SimpleTrainer):
         guard: decides about steps that are not finite.
         heads: names of the distillation heads.
         cosine_period: iterations between two logs of the heads' gradient cosines; 0: never.
+        accumulate: number of parts of a batch, which are computed one after the other.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TrainLoop(SimpleTrainer):
         guard: FiniteGuard,
         heads: Sequence[str] = (),
         cosine_period: int = 0,
+        accumulate: int = 1,
     ):
         super().__init__(model, loader, optimizer)
         self.autocast = lambda: forward_context(device, amp)
@@ -51,26 +54,24 @@ class TrainLoop(SimpleTrainer):
         self.guard = guard
         self.heads = heads
         self.cosine_period = cosine_period
+        self.accumulate = accumulate
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.guard.before_step(data)
-        forward = partial(self._forward, data)
+        parts = micro_batches(data, self.accumulate)
+        self.optimizer.zero_grad()
         try:
-            losses = forward(self.model)
+            losses = mean_losses(self._backward(parts))
         except Exception as e:
             if not says_nonfinite(e):
                 raise
             return self.guard.failed(e)
-        self._write_cosines(losses)
-        self.optimizer.zero_grad()
-        total: Any = sum(losses.values())
-        self.scaler.scale(total).backward()
         self.after_backward()
         self.scaler.unscale_(self.optimizer)  # detectron2 clips inside the optimizer's step
-        if self.guard.allows(losses, self.scaler, partial(forward, self.guard.model)):
+        if self.guard.allows(losses, self.scaler, partial(self._repeated, parts)):
             self._write_metrics(losses, data_time)
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -85,13 +86,33 @@ class TrainLoop(SimpleTrainer):
         """
         self._data_loader_iter_obj = None
 
-    def _forward(self, data: Any, model: nn.Module) -> dict[str, Tensor]:
-        """Return the losses of this iteration, which are the same at every call.
+    def _backward(self, parts: Sequence[Any]) -> Iterator[dict[str, Tensor]]:
+        """Add the gradients of each part, and yield its losses.
+
+        Processes exchange their gradients once, in the backward of the last part.
+        """
+        for k, part in enumerate(parts):
+            last = k == len(parts) - 1
+            alone = isinstance(self.model, DistributedDataParallel) and not last
+            with self.model.no_sync() if alone else nullcontext():
+                losses = self._forward(part, k, self.model)
+                if k == 0:
+                    self._write_cosines(losses)
+                total: Any = sum(losses.values())
+                self.scaler.scale(total / len(parts)).backward()
+            yield {name: x.detach() for name, x in losses.items()}
+
+    def _repeated(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the losses of this iteration once more, with their graph."""
+        return mean_losses(self._forward(x, k, self.guard.model) for k, x in enumerate(parts))
+
+    def _forward(self, data: Any, part: int, model: nn.Module) -> dict[str, Tensor]:
+        """Return the losses of a part of a batch, which are the same at every call.
 
         Args:
             model: model to train, with or without DistributedDataParallel around it.
         """
-        seed_step(model, self.seed, self.iter)
+        seed_step(model, self.seed, self.iter, part=part)
         with self.autocast():
             losses: dict[str, Tensor] = model(data)
         return losses
@@ -137,13 +158,31 @@ def forward_context(device: str, amp: bool) -> Iterator[None]:
         yield
 
 
-def seed_step(model: nn.Module, seed: int, iteration: int, rank: int | None = None) -> None:
+def seed_step(
+    model: nn.Module, seed: int, iteration: int, rank: int | None = None, part: int = 0
+) -> None:
     """Seed all random numbers of a step by the run's seed, the iteration and the process.
 
     Args:
         rank: rank of the process; None: of this process.
+        part: number of the part of the batch.
     """
     step = (seed, iteration, comm.get_rank() if rank is None else rank)
-    seed_globally(*step, 0)  # four numbers, since three are the seed of a sample
+    later = (part,) if part else ()
+    seed_globally(*step, 0, *later)  # four numbers at least, since three are the seed of a sample
     for k, module in enumerate((m for m in model.modules() if isinstance(m, StepGenerator)), 1):
-        module.reseed(derived_seed(*step, k))
+        module.reseed(derived_seed(*step, k, *later))
+
+
+def micro_batches(batch: Sequence[Any], number: int) -> list[Sequence[Any]]:
+    """Split a batch into ``number`` parts of the same size."""
+    size = len(batch) // number
+    return [batch[k * size : (k + 1) * size] for k in range(number)]
+
+
+def mean_losses(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each loss over the parts of a batch."""
+    found = list(parts)
+    if len(found) == 1:
+        return found[0]
+    return {name: torch.stack([x[name] for x in found]).mean(0) for name in found[0]}

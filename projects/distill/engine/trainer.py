@@ -66,7 +66,7 @@ from .hooks import (
 from .nonfinite import FiniteGuard
 from .resume import Changes, checked_changes, log_changes, schedule_misfits
 from .setup import be_deterministic, check_batch_size, scale_to_workers
-from .telemetry import add_row, drop_torn_row, rename_losses
+from .telemetry import RowWriter, add_row, drop_torn_row, rename_losses
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class Trainer(DefaultTrainer):
             guard=FiniteGuard(cfg, model, self.student, self.seed),
             heads=tuple(self.heads),
             cosine_period=cfg.MODEL.DISTILL.COSINE_PERIOD,
+            accumulate=cfg.SOLVER.ACCUMULATE,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         ema = cfg.SOLVER.EMA
@@ -162,15 +163,17 @@ class Trainer(DefaultTrainer):
         log = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
         drop_torn_row(log)
         rename_losses(log)
-        return super().build_writers()
+        *others, rows, tensorboard = super().build_writers()
+        rows.close()
+        return [*others, RowWriter(log), tensorboard]
 
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
         period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.KEEP_CHECKPOINTS
         periodic = CheckpointHook(self.checkpointer, period, keep)
-        final = FinalCheckpointHook(periodic)
         before: list[HookBase] = []
-        writers: list[HookBase] = []
+        writers: list[PeriodicWriter] = []
+        final = FinalCheckpointHook(periodic, writers)
         for hook in super().build_hooks():
             if isinstance(hook, PeriodicWriter):
                 writers.append(hook)

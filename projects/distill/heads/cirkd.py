@@ -111,8 +111,8 @@ class CIRKD(RelationDistillHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         world = comm.get_world_size()
-        if cfg.SOLVER.IMS_PER_BATCH // world < 2:
-            logger.warning("CIRKD compares the images of a process, but each process has only one.")
+        if cfg.SOLVER.IMS_PER_BATCH // world // cfg.SOLVER.ACCUMULATE < 2:
+            logger.warning("CIRKD compares images that are computed together: there is only one.")
         ret = super().from_config(cfg, student, teacher)
         ret["part_weights"] = [ret.pop(f"{part}_weight") for part in cls.parts]
         return {
