@@ -27,7 +27,7 @@ class Level(NamedTuple):
     student: str
     teacher: str
     stride: int
-    teacher_stride: int
+    teacher_stride: float  # a fraction for some MODEL.DISTILL.TEACHER.SCALE
 
 
 def match_levels(
@@ -73,7 +73,10 @@ def match_levels(
 def _partner(name: str, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> str:
     """Return the teacher's level of the nearest stride, as deep as ``name`` among several."""
     stride = student[name].stride
-    nearest = min((s.stride for s in teacher.values()), key=lambda x: (abs(x / stride - 1), x))
+    nearest = min(
+        (s.stride for s in teacher.values()),
+        key=lambda x: (round(abs(x / stride - 1), 6), x),  # the finer of two at one distance
+    )
     partners = [n for n, s in teacher.items() if s.stride == nearest]
     siblings = [n for n, s in student.items() if s.stride == stride]
     from_deepest = len(siblings) - siblings.index(name)
@@ -173,7 +176,7 @@ class FPNDistillHead(DistillHead):
         raise NotImplementedError
 
 
-def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tensor:
+def on_grid(teacher: Tensor, student: Tensor, stride: float, batch: Batch) -> Tensor:
     """Return the teacher's map, resized to the student's cells.
 
     Args:
@@ -184,7 +187,7 @@ def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tens
         (N, C, H, W): C of the teacher, H and W of the student.
     """
     # Cells beyond the student's padded size are the teacher's own padding: cut, then resize.
-    height, width = (ceil(x / stride) for x in batch.padded_size)
+    height, width = (ceil(round(x / stride, 6)) for x in batch.padded_size)
     teacher = teacher[..., :height, :width]
     if teacher.shape[-2:] == student.shape[-2:]:
         return teacher

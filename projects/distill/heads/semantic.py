@@ -24,7 +24,7 @@ class SemSegDistillHead(PredictionDistillHead):
     needs = frozenset({"sem_seg"})
 
     @configurable
-    def __init__(self, *, teacher_stride: int, **kwargs: Any):
+    def __init__(self, *, teacher_stride: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.teacher_stride = teacher_stride
 
