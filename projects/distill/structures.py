@@ -195,7 +195,7 @@ class DenseLayout:
 
     objectness: bool
     levels: list[str]
-    strides: list[int]
+    strides: list[float]
     anchors: list[Tensor]
     offset: float
     thresholds: tuple[float, float]
@@ -222,7 +222,8 @@ class NetworkInfo:
     Attributes:
         name: "student" or "teacher", for messages.
         kinds: class names of the network and its bases, the network's own first.
-        features: channels and stride of each of ``NetworkOutputs.features``.
+        features: channels and stride of each of ``NetworkOutputs.features``. All strides and
+            anchors are in the student's pixels.
         outputs: names of the :class:`NetworkOutputs` fields that the family produces.
         classes: class names in the order of the network's outputs, without background.
         sem_seg: channels and stride of the semantic head's features; None without such a head.
@@ -238,6 +239,7 @@ class NetworkInfo:
         detector_levels: names of the features that ``detector_losses`` reads, finest first.
         detector_losses: function that returns the detector's own losses for other backbone maps,
             given by name, and does not change the detector. None if it learns no boxes.
+        scale: size of the network's images relative to the student's.
     """
 
     name: str
@@ -254,6 +256,7 @@ class NetworkInfo:
     use_sigmoid_ce: bool = False
     detector_levels: tuple[str, ...] = ()
     detector_losses: Callable[..., dict[str, Tensor]] | None = None
+    scale: float = 1.0
 
     @property
     def kind(self) -> str:

@@ -26,6 +26,7 @@ from distill.doctor.report import LossRow, TeacherCheck
 from distill.doctor.teacher import (
     OBJECTS,
     PIXELS,
+    as_asked,
     no_better_than_chance,
     objects_found,
     pixel_accuracy,
@@ -262,6 +263,33 @@ def test_preprocessing_side_by_side(tmp_path: Path, shapes: Shapes) -> None:
     assert settings["square padding"] == ("none", "none")
     padded_size, seen = settings["padded size of the first batch"]
     assert padded_size == seen and padded_size in ("64x64", "96x96")  # 64 or 80 pixels, padded
+
+
+def test_a_teacher_at_twice_the_size(tmp_path: Path, shapes: Shapes) -> None:
+    scale = ("MODEL.DISTILL.TEACHER.SCALE", 2.0)
+    cfg = distilled_cfg(tmp_path, shapes, "faster", ["FitNet", "ROIKD"], *scale)
+    report = examine_outputs(cfg)
+    settings = {x.name: (x.student, x.teacher) for x in report.preprocessing}
+    own, seen = settings["padded size of the first batch"]
+    assert seen and [2 * int(x) for x in own.split("x")] == [int(x) for x in seen.split("x")]
+    rows = {x.student.name: x for x in report.outputs if x.output == "features" and x.student}
+    p2 = rows["p2"].teacher
+    assert p2 and (p2.name, p2.stride) == ("p3", 4) and not rows["p6"].teacher
+    listed = {row.head: row.problem for row in examine_heads(cfg).registered_heads}
+    assert listed["ROIKD"] is None and "TEACHER.SCALE 2)" in str(listed["DenseKD"])
+
+
+def test_the_teacher_predicts_at_its_own_size(tmp_path: Path, shapes: Shapes) -> None:
+    """Its predictions are compared with the ground truth, in the student's pixels."""
+    opts = ("MODEL.DISTILL.TEACHER.SCALE", 2.0)
+    dry_run = build_dry_run(
+        distilled_cfg(tmp_path, shapes, "faster", ["FitNet"], *opts), str(tmp_path)
+    )
+    assert dry_run.teacher
+    image = torch.zeros(3, 40, 60)
+    (asked,) = as_asked(dry_run.teacher, [{"image": image}])
+    assert asked["image"].shape == (3, 80, 120)
+    assert (asked["height"], asked["width"]) == (40, 60)
 
 
 # ---- Heads, and plain networks.

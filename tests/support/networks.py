@@ -234,11 +234,12 @@ def distilled(
         built = build_heads(cfg, own, None)
         return architecture(student=student, teacher=None, heads=built).train()
     teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
-    return architecture(
-        student=student,
-        teacher=Teacher(build_family(teacher), input_format=teacher_format, student_format="BGR"),
-        heads=build_heads(cfg, own, network_info("teacher", teacher, teacher_classes)),
-    ).train()
+    family, named = build_family(teacher), tuple(teacher_classes)
+    scale = cfg.MODEL.DISTILL.TEACHER.SCALE
+    asked = Teacher(family, input_format=teacher_format, student_format="BGR", scale=scale)
+    taught = asked.info(named, (*named, "background") if family.sem_seg_shape else ())
+    heads_built = build_heads(cfg, own, taught)
+    return architecture(student=student, teacher=asked, heads=heads_built).train()
 
 
 def distilled_from_itself(family: str, heads: Sequence[str], *opts: Any, **kw: Any) -> DistillModel:

@@ -56,6 +56,12 @@ KEYS: dict[str, Key] = {
         "class names in the order of the teacher's outputs; empty: those of its DATASETS.TRAIN",
         TEXTS,
     ),
+    "MODEL.DISTILL.TEACHER.SCALE": Key(
+        1.0,
+        "size of the teacher's images relative to the student's; 2.0 suits a teacher that was "
+        "trained on images of twice the size",
+        Rule(lambda x: 0.25 <= x <= 4, "in [0.25, 4]"),
+    ),
     "MODEL.DISTILL.COSINE_PERIOD": Key(
         100,
         "iterations between two measurements of the cosine between task and distillation "

@@ -88,7 +88,7 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
     infos: tuple[NetworkInfo | None, NetworkInfo | None] = (None, None)
     if isinstance(model, DistillModel):
         family, teacher, heads = model.family, model.teacher, dict(model.heads.items())
-        infos = network_infos(cfg, family, teacher.family if teacher else None)
+        infos = network_infos(cfg, family, teacher)
     return DryRun(
         cfg=trainer.cfg,
         model=model,

@@ -94,7 +94,7 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
     say("building the networks")
     student = build_student(cfg)
     teacher = build_teacher(cfg) if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE else None
-    infos = network_infos(cfg, build_family(student), teacher.family if teacher else None)
+    infos = network_infos(cfg, build_family(student), teacher)
     return DoctorReport(
         student=type(student).__name__,
         teacher=type(teacher.model).__name__ if teacher else "",

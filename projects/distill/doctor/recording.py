@@ -77,7 +77,7 @@ def described(outputs: NetworkOutputs, net: NetworkInfo) -> dict[OutputKey, Tens
     """Describe every tensor of ``outputs``, by name for features and by index for all others."""
     found: dict[OutputKey, TensorInfo] = {}
 
-    def add(output: str, key: str, x: Tensor, name: str = "", stride: int | None = None) -> None:
+    def add(output: str, key: str, x: Tensor, name: str = "", stride: float | None = None) -> None:
         dtype = str(x.dtype).removeprefix("torch.")
         found[output, key] = TensorInfo(name or key, list(x.shape), stride, dtype)
 
@@ -156,7 +156,7 @@ def level_adapter(
     else:
         text = type(adapter).__name__
     if level.stride != level.teacher_stride:
-        return f"{text}, resized /{level.teacher_stride}→/{level.stride}"
+        return f"{text}, resized /{level.teacher_stride:g}→/{level.stride}"
     s, t = student["features", level.student], teacher["features", level.teacher]
     return text if s.shape[2:] == t.shape[2:] else f"{text}, cut to the padded size"
 

@@ -121,7 +121,7 @@ def output_table(rows: Sequence[OutputRow]) -> Table:
 def tensor_text(x: TensorInfo | None) -> str:
     if x is None:
         return "-"
-    stride = f" /{x.stride}" if x.stride else ""
+    stride = f" /{x.stride:g}" if x.stride else ""
     return f"{x.name} {'x'.join(map(str, x.shape))}{stride} {x.dtype}"
 
 

@@ -56,12 +56,12 @@ class TensorInfo:
     Attributes:
         name: level or stage.
         shape: shape for the first batch.
-        stride: pixels per cell; None for boxes.
+        stride: pixels of the student per cell; None for boxes.
     """
 
     name: str
     shape: list[int]
-    stride: int | None
+    stride: float | None
     dtype: str
 
 

@@ -85,8 +85,11 @@ def check_teacher(
 
 def as_asked(teacher: Teacher, batch: Inputs) -> Inputs:
     """Convert a batch of the student to inputs of the teacher's own inference."""
-    images = [x["image"].flip(0) if teacher.flip_channels else x["image"] for x in batch]
-    return [{"image": x, "height": x.shape[1], "width": x.shape[2]} for x in images]
+    return [
+        {"image": teacher.image(x["image"]), "height": height, "width": width}
+        for x in batch
+        for height, width in [x["image"].shape[1:]]
+    ]
 
 
 def objects_found(

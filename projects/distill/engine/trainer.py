@@ -247,7 +247,7 @@ class Trainer(DefaultTrainer):
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
     def _init_from(self, teacher: Teacher) -> None:
-        specs = network_infos(self.cfg, build_family(self.student), teacher.family)
+        specs = network_infos(self.cfg, build_family(self.student), teacher)
         own, taught = ((x.classes, x.sem_seg_classes) for x in specs if x)
         parts = self.cfg.MODEL.DISTILL.INHERIT
         init_from_teacher(self.student, teacher.model, parts, own == taught)

@@ -80,8 +80,9 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
         build_family(build_model(config)),
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
+        scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
     )
-    heads = build_heads(cfg, *network_infos(cfg, build_family(student), teacher.family))
+    heads = build_heads(cfg, *network_infos(cfg, build_family(student), teacher))
     return student, teacher, heads.to(cfg.MODEL.DEVICE)
 
 

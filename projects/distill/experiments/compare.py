@@ -70,7 +70,7 @@ class NetworkPair:
         student = build_student(cfg)
         teacher = build_teacher(cfg, trained=trained) if taught else None
         model = DistillModel(student=student, teacher=teacher, heads=nn.ModuleDict())
-        self.specs = network_infos(cfg, model.family, teacher.family if teacher else None)
+        self.specs = network_infos(cfg, model.family, teacher)
 
     def extra_parameters(self, cfg: CfgNode) -> int:
         """Number of parameters of the heads that ``cfg`` names.

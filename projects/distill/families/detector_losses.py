@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.meta_arch import PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList
@@ -66,9 +67,20 @@ def detection_losses(detector: Any, features: dict[str, Tensor], batch: Batch) -
     losses = {**losses, **detector.roi_heads(images, features, proposals, batch.instances)[1]}
     if isinstance(detector, PanopticFPN):
         head = detector.sem_seg_head
-        labels = batch.sem_seg.where(batch.sem_seg >= 0, head.ignore_value)
-        losses |= head(features, labels)[1]
+        losses |= head(features, _labels(detector, features, batch))[1]
     return losses
+
+
+def _labels(detector: PanopticFPN, features: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Return the semantic labels, padded to the pixels of the maps, which may have padding."""
+    head, labels = detector.sem_seg_head, batch.sem_seg
+    name = head.in_features[0]
+    stride = detector.backbone.output_shape()[name].stride
+    down, right = (
+        n * stride - size for n, size in zip(features[name].shape[-2:], labels.shape[-2:])
+    )
+    padded = F.pad(labels, (0, right, 0, down), value=-1)
+    return padded.where(padded >= 0, head.ignore_value)
 
 
 @contextmanager

@@ -29,7 +29,9 @@ def grid_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | None:
     if s.objectness != t.objectness:
         return "one network's dense head is an RPN (objectness), the other's predicts classes"
     if s.strides != t.strides:
-        return f"the dense heads' strides differ (student {s.strides}, teacher {t.strides})"
+        scaled = "" if teacher.scale == 1 else f" at MODEL.DISTILL.TEACHER.SCALE {teacher.scale:g}"
+        ours, theirs = (f"[{', '.join(f'{x:g}' for x in y.strides)}]" for y in (s, t))
+        return f"the dense heads' strides differ (student {ours}, teacher {theirs}{scaled})"
     return None
 
 

@@ -27,7 +27,7 @@ class Level(NamedTuple):
     student: str
     teacher: str
     stride: int
-    teacher_stride: int
+    teacher_stride: float  # a fraction for some MODEL.DISTILL.TEACHER.SCALE
 
 
 def match_levels(
@@ -73,7 +73,10 @@ def match_levels(
 def _partner(name: str, student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> str:
     """Return the teacher's level of the nearest stride, as deep as ``name`` among several."""
     stride = student[name].stride
-    nearest = min((s.stride for s in teacher.values()), key=lambda x: (abs(x / stride - 1), x))
+    nearest = min(
+        (s.stride for s in teacher.values()),
+        key=lambda x: (round(abs(x / stride - 1), 6), x),  # the finer of two at one distance
+    )
     partners = [n for n, s in teacher.items() if s.stride == nearest]
     siblings = [n for n, s in student.items() if s.stride == stride]
     from_deepest = len(siblings) - siblings.index(name)
@@ -148,7 +151,7 @@ class FPNDistillHead(DistillHead):
         pairs = []
         for level in self.levels:
             s, t = student.maps[level.student], teacher.maps[level.teacher]
-            t = on_grid(t, s, level.teacher_stride, student.batch)
+            t = on_grid(t, s, level.stride, level.teacher_stride, student.batch)
             pairs.append((self.adapters[level.student](s), t))
         return pairs
 
@@ -173,22 +176,39 @@ class FPNDistillHead(DistillHead):
         raise NotImplementedError
 
 
-def on_grid(teacher: Tensor, student: Tensor, stride: int, batch: Batch) -> Tensor:
+def on_grid(
+    teacher: Tensor, student: Tensor, stride: float, teacher_stride: float, batch: Batch
+) -> Tensor:
     """Return the teacher's map, resized to the student's cells.
 
     Args:
         teacher, student: (N, C, H, W), each of any C, H and W.
-        stride: size in pixels of a cell of the teacher's map.
+        stride, teacher_stride: size in pixels of a cell of the student's and the teacher's map.
 
     Returns:
         (N, C, H, W): C of the teacher, H and W of the student.
     """
     # Cells beyond the student's padded size are the teacher's own padding: cut, then resize.
-    height, width = (ceil(x / stride) for x in batch.padded_size)
+    height, width = (ceil(round(x / teacher_stride, 6)) for x in batch.padded_size)
     teacher = teacher[..., :height, :width]
+    if not float(teacher_stride).is_integer():
+        return _resampled(teacher, teacher_stride / stride, student.shape[-2:])
     if teacher.shape[-2:] == student.shape[-2:]:
         return teacher
     return F.interpolate(teacher, size=student.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _resampled(x: Tensor, ratio: float, size: tuple[int, ...]) -> Tensor:
+    """Resize (N, C, H, W) maps by exactly ``ratio``, and cut them to ``size``.
+
+    Cells of a fraction of pixels seldom end with the padded size. So a ratio of numbers of cells
+    would shift the far cells.
+    """
+    height, width = size
+    down, right = (max(ceil(n / ratio) + 1 - m, 0) for n, m in zip(size, x.shape[-2:]))
+    x = F.pad(x, (0, right, 0, down), mode="replicate")
+    x = F.interpolate(x, scale_factor=ratio, mode="bilinear", align_corners=False)
+    return x[..., :height, :width]
 
 
 class BatchNorm(nn.BatchNorm2d):

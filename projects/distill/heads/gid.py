@@ -56,7 +56,7 @@ class GID(DenseFPNHead):
     def __init__(
         self,
         *,
-        strides: list[int],
+        strides: list[float],
         grids: AnchorGrids,
         threshold: float,
         feature_weight: float,

@@ -18,14 +18,15 @@ class SemSegDistillHead(PredictionDistillHead):
     several parts.
 
     Args:
-        teacher_stride: stride of the teacher's logits in pixels.
+        stride, teacher_stride: strides of the student's and the teacher's logits in pixels.
     """
 
     needs = frozenset({"sem_seg"})
 
     @configurable
-    def __init__(self, *, teacher_stride: int, **kwargs: Any):
+    def __init__(self, *, stride: float, teacher_stride: float, **kwargs: Any):
         super().__init__(**kwargs)
+        self.stride = stride
         self.teacher_stride = teacher_stride
 
     @classmethod
@@ -33,7 +34,8 @@ class SemSegDistillHead(PredictionDistillHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
-        return {**ret, "teacher_stride": teacher.maps[SEM_SEG_HEAD].stride}
+        stride, theirs = (net.maps[SEM_SEG_HEAD].stride for net in (student, teacher))
+        return {**ret, "stride": stride, "teacher_stride": theirs}
 
     @classmethod
     def class_names(cls, net: NetworkInfo) -> tuple[str, ...]:
@@ -50,7 +52,8 @@ class SemSegDistillHead(PredictionDistillHead):
         """Return the (N, K', H, W) logits of student and teacher."""
         assert student.sem_seg is not None and teacher.sem_seg is not None
         s = student.sem_seg.logits
-        t = on_grid(teacher.sem_seg.logits, s, self.teacher_stride, student.batch)
+        strides = self.stride, self.teacher_stride
+        t = on_grid(teacher.sem_seg.logits, s, *strides, student.batch)
         s, t = self.classes.select(s.movedim(1, -1), t.movedim(1, -1))
         return s.movedim(-1, 1), t.movedim(-1, 1)
 

@@ -118,7 +118,7 @@ def box_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
     return ratio.prod(1).sqrt()
 
 
-def anchor_grid(anchors: Tensor, stride: int, offset: float, height: int, width: int) -> Tensor:
+def anchor_grid(anchors: Tensor, stride: float, offset: float, height: int, width: int) -> Tensor:
     """Return the anchors of one level, placed at each of its cells.
 
     detectron2's own generator makes them on the CPU and waits for the copy to the device.

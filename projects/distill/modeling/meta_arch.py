@@ -72,9 +72,7 @@ class DistillModel(nn.Module):
             with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
                 teacher = build_teacher(cfg) if teacher_needed(cfg) else None
-                specs = network_infos(
-                    cfg, build_family(student), teacher.family if teacher else None
-                )
+                specs = network_infos(cfg, build_family(student), teacher)
                 heads = build_heads(cfg, *specs)
         return {"student": student, "teacher": teacher, "heads": heads}
 
@@ -175,7 +173,7 @@ def _log_distillation(cfg: CfgNode) -> None:
 
 
 def network_infos(
-    cfg: CfgNode, student: Family, teacher: Family | None
+    cfg: CfgNode, student: Family, teacher: Teacher | None
 ) -> tuple[NetworkInfo, NetworkInfo | None]:
     """Describe student and teacher to the heads: levels, outputs and class names.
 
@@ -188,9 +186,10 @@ def network_infos(
     own = student.info("student", names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
-    taught = _teacher_classes(cfg, names, teacher)
-    semantic = _semantic_classes(teacher_config(cfg), teacher, taught, own.sem_seg_classes)
-    return own, teacher.info("teacher", taught, semantic)
+    family = teacher.family
+    taught = _teacher_classes(cfg, names, family)
+    semantic = _semantic_classes(teacher_config(cfg), family, taught, own.sem_seg_classes)
+    return own, teacher.info(taught, semantic)
 
 
 def _semantic_classes(

@@ -17,7 +17,8 @@ from ..checkpoint.load import load_strictly
 from ..config import student_config, teacher_config
 from ..errors import ConfigError, building
 from ..families import Family, build_family
-from ..structures import Batch, NetworkOutputs
+from ..structures import Batch, NetworkInfo, NetworkOutputs
+from .rescale import in_student_pixels, rescaled_boxes, rescaled_image, rescaled_padding
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,18 @@ class Teacher:
         family: the teacher's network in its family.
         input_format: channel order of the teacher's images ("BGR", "RGB", ...).
         student_format: channel order of the images in ``batched_inputs``.
+        scale: size of the teacher's images relative to the student's. Only this class and its
+            family see the teacher's pixels; all outputs are in the student's.
 
     Raises:
         ConfigError: one channel order cannot be converted to the other.
     """
 
-    def __init__(self, family: Family, *, input_format: str, student_format: str):
+    def __init__(
+        self, family: Family, *, input_format: str, student_format: str, scale: float = 1.0
+    ):
         self.family = family
+        self.scale = scale
         self.model = family.model.eval().requires_grad_(False)
         formats = {input_format, student_format}
         if len(formats) > 1 and formats != {"BGR", "RGB"}:
@@ -57,14 +63,29 @@ class Teacher:
         device = next(iter(student.features.values())).device
         if self.model.device != device:
             self.model.to(device)
-        return self.family.ask(self.preprocess(batch), student, needs)
+        images = self.preprocess(batch)
+        if self.scale == 1:
+            return self.family.ask(images, student, needs)
+        outputs = self.family.ask(images, rescaled_boxes(student, self.scale), needs)
+        return rescaled_boxes(outputs, 1 / self.scale)
+
+    def info(self, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()) -> NetworkInfo:
+        """Describe the teacher to the heads, with strides and anchors in the student's pixels."""
+        info = self.family.info("teacher", classes, sem_seg_classes)
+        return in_student_pixels(info, self.scale)
 
     def preprocess(self, batch: Batch) -> Tensor:
-        """Return the student's images in the teacher's channel order, mean, std and padding."""
-        images = [x["image"] for x in batch.inputs]
+        """Return the student's images in the teacher's order, size, mean, std and padding."""
+        images = [self.image(x["image"]) for x in batch.inputs]
+        return self.family.preprocess(images, rescaled_padding(batch.padded_size, self.scale))
+
+    def image(self, image: Tensor) -> Tensor:
+        """Return one of the student's (C, H, W) images in the teacher's channel order and size."""
         if self.flip_channels:
-            images = [x.flip(0) for x in images]
-        return self.family.preprocess(images, batch.padded_size)
+            image = image.flip(0)
+        if self.scale == 1:
+            return image
+        return rescaled_image(image.to(self.model.device), self.scale)
 
     def weights_hash(self) -> str:
         """Return the sha256 of the names and values of the weights, wherever they were read."""
@@ -104,4 +125,5 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
         build_family(model),
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
+        scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
     )
