@@ -147,6 +147,7 @@ class BestCheckpointHook(HookBase):
         self.patience = patience
         self.best: float | None = None
         self.best_iteration: int | None = None
+        self.counted: int | None = None  # iteration of the last evaluation that was compared
         self.waited = 0  # evaluations since the best one
 
     def after_step(self) -> None:
@@ -188,7 +189,7 @@ class BestCheckpointHook(HookBase):
 
     def _count(self, value: float, iteration: int) -> bool:
         """Count the value of an evaluation, and return whether it is the best so far."""
-        self.waited += 1
+        self.waited, self.counted = self.waited + 1, iteration
         if math.isnan(value) or not (self.best is None or value > self.best):
             return False
         self.best, self.best_iteration, self.waited = value, iteration, 0
@@ -209,15 +210,21 @@ class BestCheckpointHook(HookBase):
         trainer = checkpoint.setdefault("trainer", {})
         hooks = with_renamed_keys(trainer.get("hooks", {}), HOOKS, "The checkpoint")
         self.load_state_dict(hooks.get(type(self).__name__, {}))
-        value = metrics.get(self.metric)
-        is_best = value is not None and self._count(value, checkpoint["iteration"])
+        value, iteration = metrics.get(self.metric), checkpoint["iteration"]
+        if value is None or self.counted == iteration:
+            return None
+        is_best = self._count(value, iteration)
         trainer["hooks"] = {**hooks, type(self).__name__: self.state_dict()}
         if not is_best:
             return None
         return {key: checkpoint[key] for key in ("model", "iteration")} | {self.metric: value}
 
     def state_dict(self) -> dict[str, Any]:
-        counted = {"best_iteration": self.best_iteration, "waited": self.waited}
+        counted = {
+            "best_iteration": self.best_iteration,
+            "waited": self.waited,
+            "counted": self.counted,
+        }
         if self.best is None and not (self.patience and self.waited):
             return {}
         return {"metric": self.metric, "best": self.best, **(counted if self.patience else {})}
@@ -225,7 +232,7 @@ class BestCheckpointHook(HookBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = state if state.get("metric") == self.metric else {}
         self.best, self.best_iteration = state.get("best"), state.get("best_iteration")
-        self.waited = state.get("waited", 0)
+        self.waited, self.counted = state.get("waited", 0), state.get("counted")
 
 
 class TelemetryHook(HookBase):

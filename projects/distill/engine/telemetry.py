@@ -49,22 +49,16 @@ class RowWriter(JSONWriter):
         os.fsync(self._file_handle.fileno())
 
 
-def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> bool:
-    """Add a row to a ``metrics.json`` unless it has the scalars of this iteration.
-
-    Returns:
-        True if the row is new.
-    """
+def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> None:
+    """Add a row to a ``metrics.json`` unless it has the scalars of this iteration."""
     rows: list[dict[str, float]] = []
     if os.path.isfile(path):
         drop_torn_row(path)
         with open(path) as f:
             rows = [json.loads(line) for line in f]
-    if any(row["iteration"] == iteration and scalars.keys() <= row.keys() for row in rows):
-        return False
-    with open(path, "a") as f:
-        f.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
-    return True
+    if not any(row["iteration"] == iteration and scalars.keys() <= row.keys() for row in rows):
+        with open(path, "a") as f:
+            f.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
 
 
 def rename_losses(path: str) -> None:

@@ -460,16 +460,15 @@ def evaluate_finished(cfg: CfgNode, path: str, trainer: type[Trainer] = Trainer)
     if not comm.is_main_process():
         return
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    counted = not add_row(
-        os.path.join(cfg.OUTPUT_DIR, "metrics.json"), checkpoint["iteration"], metrics
-    )
-    if counted or not cfg.TEST.BEST_METRIC:
+    add_row(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), checkpoint["iteration"], metrics)
+    if not cfg.TEST.BEST_METRIC:
         return
     checkpointer = StudentCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
     hook = BestCheckpointHook(checkpointer, 0, cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE)
     if best := hook.complete(checkpoint, metrics):
         write_checked(os.path.join(cfg.OUTPUT_DIR, "model_best.pth"), best)
-    write_checked(path, checkpoint)
+    if best or cfg.SOLVER.PATIENCE or os.path.exists(f"{path}.tmp"):
+        write_checked(path, checkpoint)
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:
