@@ -16,10 +16,10 @@ from distill.data.datasets import (
     check_test_set,
     find_issues,
     load_training_set,
-    register_coco_format,
 )
 from distill.data.guarded_mapper import BadImage, GuardedMapper
 from distill.data.kitti import register_kitti
+from distill.data.registration import register_own_sets
 from distill.data.shapes import LAYOUTS, VOC_NAMES, SceneConfig
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
@@ -100,13 +100,13 @@ def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
         path.write_bytes(content)
 
         def run() -> None:
-            register_coco_format(cfg)
+            register_own_sets(cfg)
             use(cfg)
 
         trains = works("annotations", run)
 
         def look() -> None:
-            register_coco_format(cfg)
+            register_own_sets(cfg)
             issues, dicts = find_issues(cfg, "fuzzed")
             for more in inspect_images(dicts, workers=0):
                 issues += more
