@@ -350,12 +350,15 @@ def _unavoidable(issue: Issue) -> bool:
     return issue.fatal and not issue.image
 
 
-def coco_file(name: str) -> CocoFile | None:
-    """Read the annotation file of a data set in COCO's format; None for another format."""
+def _coco_file(name: str) -> CocoFile | None:
+    """Read the file of a data set in COCO's format that a program has registered; None for others.
+
+    Its content is not normalised.
+    """
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
         return None
-    return CocoFile(metadata.json_file, metadata.get("image_root") or "", metadata.get("rules"))
+    return CocoFile(metadata.json_file, metadata.get("image_root") or "")
 
 
 def _issues_on_disk(cfg: CfgNode, name: str, files: OwnFiles | None) -> Iterator[Issue]:
@@ -506,7 +509,7 @@ def check_test_set(cfg: CfgNode, name: str) -> None:
         raise DataError(f"Data set '{name}' of DATASETS.TEST has no images.")
     roots = metadata_roots(metadata)
     issues = [issue for entry in dicts for issue in path_issues(entry, roots)]
-    issues += _evaluation_issues(cfg, name, dicts, own or coco_file(name))
+    issues += _evaluation_issues(cfg, name, dicts, own or _coco_file(name))
     _raise_first(name, issues)
     if kind != "kitti":  # its reader has opened all images
         remedy = "; correct it or leave it out: an evaluation needs all images of DATASETS.TEST"
@@ -571,7 +574,7 @@ def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, An
         read.
     """
     own = own_files(name)
-    files = own or coco_file(name)
+    files = own or _coco_file(name)
     issues = list(_issues_on_disk(cfg, name, files))
     if files is None and issues:  # the reader would open files outside the folder
         return issues, []
