@@ -166,6 +166,7 @@ def test_wrong_classes(tmp_path: Path) -> None:
         ),
         (config(train, turned), r"'tree', .* DATASETS.TRAIN '.*' are 'road'.*the order must"),
         (config(train, family="faster"), r"without objects"),
+        (config(train, family="panoptic"), r"without objects"),
         (config(test=[test], family="faster"), r"which GeneralizedRCNN does not predict"),
     ]
     for cfg, message in cases:

@@ -1,6 +1,7 @@
 """Values on which a training depends: each checkpoint has them, and a resume compares them.
 
-Places of files are not compared, but their contents: data and a teacher may move.
+Places of files are not compared, but their contents: data and a teacher may move. Folders with many
+files are not read for this, so only the class names of such data are compared.
 """
 
 import os

@@ -238,7 +238,7 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _other_keypoints(cfg: CfgNode, name: str) -> Iterator[Issue]:
-    """Yield an issue if a data set has not the keypoints of the first training set, if known."""
+    """Yield an issue if the keypoints of a data set are not those of the first training set."""
     first = next(iter(cfg.DATASETS.TRAIN), name)
     own, known = (tuple(MetadataCatalog.get(x).get("keypoint_names") or ()) for x in (name, first))
     if own and known and own != known:
@@ -398,12 +398,11 @@ def _semantic_class_issues(cfg: CfgNode, name: str) -> Iterator[Issue]:
             f"{predicted}, to their number"
         )
         yield Issue("another number of semantic classes", name, detail, True)
-    known = class_names(cfg, semantic=True)
-    if known and known != own and is_own_set(cfg, cfg.DATASETS.TRAIN[0]):
+    first = own_set(cfg, next(iter(cfg.DATASETS.TRAIN), name))
+    if first and first.semantic and first.classes != own:
         detail = (
-            f"its classes are {quoted(own)}, but those of DATASETS.TRAIN "
-            f"'{cfg.DATASETS.TRAIN[0]}' are {quoted(known)}; labels are indices, so the order must "
-            "be the same"
+            f"its classes are {quoted(own)}, but those of DATASETS.TRAIN '{first.name}' are "
+            f"{quoted(first.classes)}; labels are indices, so the order must be the same"
         )
         yield Issue("other semantic classes", name, detail, True)
 
