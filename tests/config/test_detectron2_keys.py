@@ -1,6 +1,7 @@
 """Every key of detectron2 is read, refused or explained: none is accepted and then ignored."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -299,21 +300,32 @@ def test_no_image_with_enough_keypoints(people: str) -> None:
         load_training_sets(tiny_cfg("faster", *KEYPOINTS, *keys))
 
 
-def test_sigmas_reach_the_evaluator(shapes: Shapes, tmp_path: Path) -> None:
-    test = ("DATASETS.TEST", (shapes[0],), "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
-    cfg = trainable_cfg("faster", shapes, tmp_path, *KEYPOINTS, *test)
+@pytest.fixture
+def posed(shapes: Shapes, tmp_path: Path) -> Shapes:
+    """Return the shapes with two keypoints."""
+    content = json.loads(Path(shapes[1]).read_text())
+    for category in content["categories"]:
+        category["keypoints"] = ["left", "right"]
+    path = tmp_path / "posed.json"
+    path.write_text(json.dumps(content))
+    return f"posed_{tmp_path.name}", str(path), shapes[2]
+
+
+def test_sigmas_reach_the_evaluator(posed: Shapes, tmp_path: Path) -> None:
+    test = ("DATASETS.TEST", (posed[0],), "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
+    cfg = trainable_cfg("faster", posed, tmp_path, *KEYPOINTS, *test)
     check_test_sets(cfg)
-    (evaluator,) = Trainer.build_evaluator(cfg, shapes[0])._evaluators
+    (evaluator,) = Trainer.build_evaluator(cfg, posed[0])._evaluators
     assert evaluator._kpt_oks_sigmas == [0.1, 0.2]
 
 
 @pytest.mark.parametrize("sigmas, given", [([], "no sigma, so COCO uses 17"), ([0.1], "1")])
 def test_each_keypoint_needs_a_sigma(
-    sigmas: list[float], given: str, shapes: Shapes, tmp_path: Path
+    sigmas: list[float], given: str, posed: Shapes, tmp_path: Path
 ) -> None:
     """Otherwise the evaluation after the training fails."""
-    test = ("DATASETS.TEST", (shapes[0],), "TEST.KEYPOINT_OKS_SIGMAS", sigmas)
-    cfg = trainable_cfg("faster", shapes, tmp_path, *KEYPOINTS, *test)
+    test = ("DATASETS.TEST", (posed[0],), "TEST.KEYPOINT_OKS_SIGMAS", sigmas)
+    cfg = trainable_cfg("faster", posed, tmp_path, *KEYPOINTS, *test)
     with pytest.raises(ConfigError, match=rf"OKS_SIGMAS has {given}; .* the 2 of .*NUM_KEYPOINTS"):
         check_test_sets(cfg)
     cfg.MODEL.KEYPOINT_ON = False

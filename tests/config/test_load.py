@@ -255,7 +255,7 @@ def test_a_start_loads_and_validates_once(
 
     counted("distill.config.load", "_read_yaml", lambda file: Path(file).name)
     counted("distill.engine.setup", "validate_config", lambda cfg: "validated")
-    counted("distill.engine.setup", "register_coco_format", lambda cfg, names: "registered")
+    counted("distill.engine.setup", "register_own_sets", lambda cfg, names: "registered")
     assert main(["--config-file", path]) == 0
     assert calls == {"config.yaml": 1, "teacher.yaml": 1, "validated": 1, "registered": 1}
 

@@ -24,9 +24,9 @@ from distill.data.datasets import (
     class_names,
     find_issues,
     load_training_sets,
-    register_coco_format,
 )
 from distill.data.normalise import in_place_of_files
+from distill.data.registration import register_own_sets
 from distill.engine.evaluators import build_evaluators, check_test_sets
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
@@ -181,7 +181,7 @@ class Sets:
         sets = ("DATASETS.TRAIN", tuple(train), "DATASETS.TEST", tuple(test))
         cfg = tiny_cfg("faster", *sets, KEY, classes, *opts)
         cfg.DATASETS.COCO_FORMAT = tuple(self.triples)
-        register_coco_format(cfg, None if train else cfg.DATASETS.TEST)
+        register_own_sets(cfg, None if train else cfg.DATASETS.TEST)
         return cfg
 
 

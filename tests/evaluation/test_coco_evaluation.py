@@ -12,7 +12,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from distill.data.datasets import register_coco_format
+from distill.data.registration import register_own_sets
 from distill.engine import trainer
 from distill.engine.evaluators import build_evaluators
 from tests.support.networks import tiny_cfg
@@ -66,7 +66,7 @@ def test_own_sets_are_measured_with_as_many_detections_as_are_asked_for(
 ) -> None:
     cfg = tiny_cfg("faster")
     cfg.DATASETS.COCO_FORMAT = (crowded,)
-    register_coco_format(cfg)
+    register_own_sets(cfg)
     cfg.TEST.DETECTIONS_PER_IMAGE = 200
     assert evaluated(cfg, "crowded", str(tmp_path)) == pytest.approx(100)
     # With 100 of 144 objects, precision is 1 up to recall 0.69: at 70 of COCO's 101 recalls.

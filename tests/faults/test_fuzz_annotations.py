@@ -16,10 +16,10 @@ from distill.data.datasets import (
     check_test_set,
     find_issues,
     load_training_set,
-    register_coco_format,
 )
 from distill.data.guarded_mapper import BadImage, GuardedMapper
 from distill.data.kitti import register_kitti
+from distill.data.registration import register_own_sets
 from distill.data.shapes import LAYOUTS, VOC_NAMES, SceneConfig
 from distill.engine.trainer import train_mapper
 from distill.errors import DataError
@@ -88,10 +88,28 @@ def good(coco: Path) -> dict[str, Any]:
     return {**content, "annotations": content["annotations"][:4]}
 
 
-@pytest.mark.parametrize("mode", ["stop", "drop"])
+def with_keypoints(good: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with two keypoints, which the last annotation lacks."""
+    names = {"keypoints": ["left", "right"], "skeleton": [[1, 2]]}
+    points = {"keypoints": [9, 9, 2, 20, 20, 1], "num_keypoints": 2}
+    *most, last = good["annotations"]
+    return {
+        **good,
+        "annotations": [*({**x, **points} for x in most), last],
+        "categories": [{**x, **names} for x in good["categories"]],
+    }
+
+
+@pytest.mark.parametrize("mode", ["stop", "drop", "keypoints"])
 def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
     path = coco / f"{mode}.json"
-    cfg = config("DATALOADER.ON_BAD_IMAGE", mode, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    cfg = config("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
+    if mode == "keypoints":
+        good = with_keypoints(good)
+        cfg.MODEL.KEYPOINT_ON, node = True, cfg.MODEL.ROI_KEYPOINT_HEAD
+        node.NUM_KEYPOINTS, node.MIN_KEYPOINTS_PER_IMAGE = 2, 0
+    else:
+        cfg.DATALOADER.ON_BAD_IMAGE = mode
     cfg.DATASETS.COCO_FORMAT = (("fuzzed", str(path), str(coco / "images" / "train")),)
 
     @fuzz(250)
@@ -100,13 +118,13 @@ def test_coco(mode: str, coco: Path, good: dict[str, Any]) -> None:
         path.write_bytes(content)
 
         def run() -> None:
-            register_coco_format(cfg)
+            register_own_sets(cfg)
             use(cfg)
 
         trains = works("annotations", run)
 
         def look() -> None:
-            register_coco_format(cfg)
+            register_own_sets(cfg)
             issues, dicts = find_issues(cfg, "fuzzed")
             for more in inspect_images(dicts, workers=0):
                 issues += more
@@ -182,6 +200,14 @@ def test_voc(tmp_path: Path) -> None:
         register_pascal_voc("fuzzed", str(root), "train", 2007, class_names=VOC_NAMES)
 
     spoil_files(root, files, cfg, register)
+
+
+def test_own_voc(tmp_path: Path) -> None:
+    LAYOUTS["voc"](tmp_path, "train", 3, config=SCENE)
+    files = [*tmp_path.rglob("train.txt"), *(tmp_path / "Annotations").glob("*.xml")]
+    cfg = config("MODEL.MASK_ON", False)
+    cfg.DATASETS.VOC_FORMAT = (("fuzzed", str(tmp_path), "train", VOC_NAMES),)
+    spoil_files(tmp_path, files, cfg, lambda: register_own_sets(cfg))
 
 
 def test_kitti(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.env import seed_all_rng
 
 from distill.config import merge_from_list, student_config
-from distill.data.datasets import register_coco_format
 from distill.data.loader import TrainLoader
+from distill.data.registration import register_own_sets
 from distill.engine import Trainer
 from distill.engine.evaluators import metric_names
 from distill.launch.main import main
@@ -84,7 +84,7 @@ def trainable_cfg(family: str, shapes: Shapes, output: Path, *opts: Any, **kw: A
     cfg.SOLVER.WARMUP_ITERS = 0
     cfg.OUTPUT_DIR = str(output)
     merge_from_list(cfg, list(opts))
-    register_coco_format(cfg)
+    register_own_sets(cfg)
     return cfg
 
 

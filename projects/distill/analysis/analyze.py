@@ -27,7 +27,7 @@ from pycocotools.coco import COCO
 
 from ..config import get_distill_cfg
 from ..config.detectron2_rules import is_writable
-from ..data.datasets import register_coco_format
+from ..data.registration import register_own_sets
 from ..errors import ConfigError, DataError, DistillError
 from ..evaluation.coco_errors import (
     CURVES,
@@ -97,7 +97,7 @@ def open_data(args: argparse.Namespace) -> Data:
     if args.annotations:
         name = f"{args.annotations} with {args.images}"
         cfg.DATASETS.COCO_FORMAT = ((name, args.annotations, args.images),)
-        register_coco_format(cfg)
+        register_own_sets(cfg)
     elif name not in DatasetCatalog.list():
         raise ConfigError(
             f"--dataset '{name}' is not registered; give --annotations and --images, or one of: "

@@ -79,6 +79,7 @@ def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
     if (folder / CONFIGS[-1]).is_file():  # the plain config does not have the names of the classes
         trained = load_config(str(folder / CONFIGS[-1])).DATASETS
         own[1] = (*(x for x in trained.COCO_FORMAT if x[0] != name), *triples)
+        own += ["DATASETS.VOC_FORMAT", trained.VOC_FORMAT]
         own += ["DATASETS.KEEP_GROUP_CATEGORIES", trained.KEEP_GROUP_CATEGORIES]
     return setup_config(str(config), own, training=False)
 

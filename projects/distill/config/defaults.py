@@ -79,6 +79,18 @@ KEYS: dict[str, Key] = {
         "custom data without Python: (name, annotations.json, image folder) triples in COCO format",
         LIST,
     ),
+    "DATASETS.VOC_FORMAT": Key(
+        (),
+        "custom data in PASCAL VOC's layout: (name, folder, split, class names) entries, where "
+        "the folder has Annotations, JPEGImages and ImageSets/Main/<split>.txt",
+        LIST,
+    ),
+    "DATASETS.SEM_SEG_FORMAT": Key(
+        (),
+        "custom semantic labels: (name, image folder, label folder, class names) entries, where "
+        "the label of a.jpg is a.png, with class indices or MODEL.SEM_SEG_HEAD.IGNORE_VALUE",
+        LIST,
+    ),
     "DATASETS.KEEP_GROUP_CATEGORIES": Key(
         False,
         "in DATASETS.COCO_FORMAT, a category without objects that is the supercategory of others "

@@ -1,6 +1,7 @@
 """Values on which a training depends: each checkpoint has them, and a resume compares them.
 
-Places of files are not compared, but their contents: data and a teacher may move.
+Places of files are not compared, but their contents: data and a teacher may move. Folders with many
+files are not read for this, so only the class names of such data are compared.
 """
 
 import os
@@ -22,7 +23,7 @@ TEACHER = "MODEL.DISTILL.TEACHER"
 # Keys that change nothing of a training that goes on: evaluation, logs, places, starting weights.
 _IGNORED = (
     *("CUDNN_BENCHMARK", "DETERMINISTIC", "FLOAT32_PRECISION", "GLOBAL.*", "OUTPUT_DIR", "VERSION"),
-    *("DATALOADER.NUM_WORKERS", "DATALOADER.TIMEOUT", "DATASETS.COCO_FORMAT", "DATASETS.TEST"),
+    *("DATALOADER.NUM_WORKERS", "DATALOADER.TIMEOUT", "DATASETS.*_FORMAT", "DATASETS.TEST"),
     *("INPUT.*_TEST", "MODEL.*_TEST", "MODEL.ALLOW_PICKLE", "MODEL.DEVICE", "MODEL.WEIGHTS"),
     *("MODEL.DISTILL.COSINE_PERIOD", "MODEL.DISTILL.INHERIT", "MODEL.PANOPTIC_FPN.COMBINE.*"),
     "MODEL.DISTILL.STUDENT_ARCHITECTURE",
@@ -69,6 +70,10 @@ def training_values(cfg: CfgNode, teacher: str = "") -> dict[str, Any]:
     for name, annotations, _ in cfg.DATASETS.COCO_FORMAT:
         if name in cfg.DATASETS.TRAIN and os.path.isfile(annotations):
             values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)
+    for key in ("VOC_FORMAT", "SEM_SEG_FORMAT"):
+        for name, *_, classes in cfg.DATASETS[key]:
+            if name in cfg.DATASETS.TRAIN:
+                values[f"DATASETS.{key} '{name}'"] = _plain(classes)
     if teacher_needed(cfg):
         values[f"{TEACHER}.WEIGHTS"] = teacher
         values |= _teacher_values(teacher_config(cfg))

@@ -57,8 +57,9 @@ def _validate_data(cfg: CfgNode, training: bool) -> None:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
     if training and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set.")
+    in_files = [entry[0] for entry in cfg.DATASETS.COCO_FORMAT]  # the reader checks these
     for name in cfg.DATASETS.TRAIN if training and cfg.MODEL.KEYPOINT_ON else ():
-        if not MetadataCatalog.get(name).get("keypoint_names"):
+        if name not in in_files and not MetadataCatalog.get(name).get("keypoint_names"):
             raise ConfigError(
                 f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
                 "to False."

@@ -1,4 +1,4 @@
-"""Registration of data sets by the config, and their checks before a training."""
+"""Data sets as a config uses them, and their checks before a training."""
 
 import logging
 import os
@@ -25,9 +25,9 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import student_class
 from ..errors import DataError
-from ..utils.text import clause
+from ..utils.text import clause, quoted
 from .checks.coco_file import CocoFile
-from .checks.images import inspect_headers
+from .checks.images import LABEL_VALUES, inspect_headers
 from .checks.issues import (
     ESCAPE,
     Issue,
@@ -40,9 +40,12 @@ from .checks.issues import (
     path_issues,
     voc_issues,
 )
+from .checks.keypoints import keypoint_issues
+from .checks.voc_folder import VOCFolder
 from .cityscapes import check_ground_truth
 from .class_order import class_issues, in_one_order, indices_by_name, relabelled
-from .normalise import GROUPS, Rules, leave_out_groups
+from .normalise import GROUPS, leave_out_groups
+from .registration import OwnFiles, is_own_set, own_files, own_set
 
 logger = logging.getLogger(__name__)
 
@@ -55,57 +58,8 @@ _TRAINED_ON = (
     ("sem_seg_file_name", "semantic labels", _SEMANTIC),
 )
 MORE_PREDICTED = "more classes predicted than known"
+_DECODED = 8  # number of images whose semantic labels are decoded before a training
 _SAMPLE = 100  # number of images of which one must exist, if bad images are dropped
-
-
-def register_coco_format(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
-    """Register ``DATASETS.COCO_FORMAT``: (name, annotations.json, image folder) triples.
-
-    Args:
-        cfg: the whole config.
-        names: names of the data sets to register; None: all.
-
-    Raises:
-        DataError: a triple is malformed, a path is missing, or a name is registered for other
-            files.
-    """
-    for entry in cfg.DATASETS.COCO_FORMAT:
-        triple = isinstance(entry, (tuple, list)) and len(entry) == 3
-        if not triple or not all(isinstance(x, str) for x in entry):
-            raise DataError(
-                f"DATASETS.COCO_FORMAT: {entry!r} is not a (name, annotations.json, image folder) "
-                "triple."
-            )
-        name, annotations, images = entry
-        if names is not None and name not in names:
-            continue
-        if not os.path.isfile(annotations):
-            raise DataError(f"DATASETS.COCO_FORMAT '{name}': there is no file '{annotations}'.")
-        if not os.path.isdir(images):
-            raise DataError(f"DATASETS.COCO_FORMAT '{name}': there is no folder '{images}'.")
-        _register(name, annotations, images, Rules.from_config(cfg))
-
-
-def _register(name: str, annotations: str, images: str, rules: Rules) -> None:
-    if name in DatasetCatalog.list():
-        metadata = MetadataCatalog.get(name)
-        if (metadata.get("json_file"), metadata.get("image_root")) != (annotations, images):
-            raise DataError(
-                f"DATASETS.COCO_FORMAT: the name '{name}' is already registered for other files; "
-                "choose another."
-            )
-        if metadata.get("rules") == rules:
-            return
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: CocoFile(annotations, images, rules).dataset_dicts(name))
-    MetadataCatalog.get(name).set(
-        json_file=annotations,
-        image_root=images,
-        evaluator_type="coco",
-        ignored_regions=True,
-        rules=rules,
-    )
 
 
 def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
@@ -118,12 +72,14 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     if not cfg.DATASETS.TRAIN:
         return None
     name, key = cfg.DATASETS.TRAIN[0], "stuff_classes" if semantic else "thing_classes"
-    annotations = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_FORMAT}.get(name)
+    own = own_set(cfg, name)
+    if own and own.classes:
+        return own.classes if own.semantic == semantic else None
     registered = name in DatasetCatalog.list()
     metadata = MetadataCatalog.get(name) if registered else None
-    if annotations and (metadata is None or metadata.get("json_file") != annotations):
+    if own and (metadata is None or metadata.get("json_file") != own.places[0]):
         # It is a teacher's data set, or that of an earlier training, which is not registered here.
-        return _coco_names(annotations, cfg.DATASETS.KEEP_GROUP_CATEGORIES)
+        return _coco_names(own.places[0], cfg.DATASETS.KEEP_GROUP_CATEGORIES)
     if metadata is None:
         return None
     if metadata.get(key) is None and metadata.get("evaluator_type") == "coco":
@@ -155,8 +111,8 @@ def _read_names(annotations: str, keep_groups: bool, changed: int) -> tuple[str,
 def model_classes(cfg: CfgNode) -> tuple[str, ...] | None:
     """Return the class names of the model's outputs, or None if they are unknown.
 
-    They are those of the first training set. If that is a data set of ``DATASETS.COCO_FORMAT``, the
-    model may have fewer or more classes. Otherwise another number means that the names are not its
+    They are those of the first training set. If the config describes that data set, the model may
+    have fewer or more classes. Otherwise another number means that the names are not its
     own: the config of an evaluation may still have the training set of its ``_BASE_``.
     """
     _, predicted = number_of_classes(cfg)
@@ -200,15 +156,15 @@ def in_model_order(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list
     return dicts if known == tuple(own) else relabelled(dicts, indices_by_name(own, known))
 
 
-def _load(name: str, file: CocoFile | None = None) -> list[dict[str, Any]]:
+def _load(name: str, files: OwnFiles | None = None) -> list[dict[str, Any]]:
     """Return the dataset dicts of a data set; every error of its reader becomes a DataError.
 
     Args:
         name: name of the data set.
-        file: its annotation file if that has been read and normalised.
+        files: its files if the config describes it and they have been read.
     """
     try:
-        return file.dataset_dicts(name) if file and file.rules else DatasetCatalog.get(name)
+        return files.dataset_dicts(name) if files else DatasetCatalog.get(name)
     except DataError:
         raise
     except ModuleNotFoundError as e:
@@ -217,15 +173,25 @@ def _load(name: str, file: CocoFile | None = None) -> list[dict[str, Any]]:
             f"`pip install --no-deps {e.name}`."
         ) from e
     except Exception as e:
-        metadata = MetadataCatalog.get(name)
-        path = metadata.get("json_file")
-        reason = f"{type(e).__name__} {clause(e)}"
-        if path:
-            issues = CocoFile(path, metadata.get("image_root") or "").issues(masks=False)
-            reason = next((f.detail for f in issues if _unavoidable(f)), reason)
+        path, reason = MetadataCatalog.get(name).get("json_file"), f"{type(e).__name__} {clause(e)}"
+        if issue := _reason(name):
+            path, reason = (path or issue.where), issue.detail
         raise DataError(
             f"Data set '{name}' cannot be read from {path or 'its files'}: {reason}."
         ) from e
+
+
+def _reason(name: str) -> Issue | None:
+    """Return the first issue for which detectron2 cannot read a data set; None if unknown."""
+    metadata = MetadataCatalog.get(name)
+    files: OwnFiles | None = None
+    if metadata.get("json_file"):
+        files = CocoFile(metadata.json_file, metadata.get("image_root") or "")
+    elif metadata.get("dirname") and metadata.get("split"):
+        files = VOCFolder(metadata.dirname, metadata.split, metadata.get("thing_classes") or ())
+    issues = files.issues(masks=False) if files else ()
+    voc = isinstance(files, VOCFolder)  # detectron2's reader needs all annotations of VOC
+    return next((x for x in issues if _unavoidable(x) or (voc and x.fatal)), None)
 
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -256,6 +222,8 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         sets = [(name, filter_images_with_only_crowd_annotations(x)) for name, x in sets]
     if cfg.MODEL.KEYPOINT_ON:
+        for name in names:
+            _raise_first(name, _other_keypoints(cfg, name))
         sets = _with_keypoints(sets, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
     dicts = [image for _, images in sets for image in images]
     if not dicts:
@@ -267,6 +235,18 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
     if all(classes):
         print_instances_class_histogram(dicts, classes[0])
     return sets
+
+
+def _other_keypoints(cfg: CfgNode, name: str) -> Iterator[Issue]:
+    """Yield an issue if the keypoints of a data set are not those of the first training set."""
+    first = next(iter(cfg.DATASETS.TRAIN), name)
+    own, known = (tuple(MetadataCatalog.get(x).get("keypoint_names") or ()) for x in (name, first))
+    if own and known and own != known:
+        detail = (
+            f"it has the keypoints {quoted(own)}, unlike DATASETS.TRAIN '{first}', "
+            f"{quoted(known)}; name the same in the same order"
+        )
+        yield Issue("other keypoints", name, detail, True)
 
 
 def _with_keypoints(
@@ -311,23 +291,20 @@ def _check_semantic_classes(cfg: CfgNode) -> None:
             )
 
 
-def is_own_set(cfg: CfgNode, name: str) -> bool:
-    """Return True if ``DATASETS.COCO_FORMAT``, which a plain config lacks, has the data set."""
-    return name in {entry[0] for entry in cfg.DATASETS.get("COCO_FORMAT", ())}
-
-
 def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     # The files of detectron2's own data sets are not checked: they are large and correct.
-    file = coco_file(name) if is_own_set(cfg, name) else None
-    fatal = [issue for issue in _issues_on_disk(cfg, name, file) if issue.fatal]
+    files = own_files(name) if is_own_set(cfg, name) else None
+    fatal = [issue for issue in _issues_on_disk(cfg, name, files) if issue.fatal]
     if any(map(_unavoidable, fatal)):
         raise _error(name, [issue for issue in fatal if _unavoidable(issue)])
-    dicts = _load(name, file)
+    dicts = _load(name, files)
     if not dicts:
         raise DataError(f"Data set '{name}' of DATASETS.TRAIN has no images.")
-    if file:
-        _log_remarks(name, file.remarks)
-    fatal += [x for x in _issues_as_read(cfg, name, dicts, file is not None) if x.fatal]
+    if files:
+        _log_remarks(name, files.remarks)
+    fatal += [x for x in _issues_as_read(cfg, name, dicts, files is not None) if x.fatal]
+    if files and _is_semantic(name):
+        fatal += _header_issues(name, dicts)
     drop = cfg.DATALOADER.ON_BAD_IMAGE == "drop"
     if drop and not any(map(_unavoidable, fatal)):
         dicts = _drop_images(name, dicts, fatal)
@@ -344,6 +321,24 @@ def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     return dicts
 
 
+def _is_semantic(name: str) -> bool:
+    return bool(MetadataCatalog.get(name).get("evaluator_type") == "sem_seg")
+
+
+def _header_issues(name: str, dicts: Sequence[dict[str, Any]]) -> list[Issue]:
+    """Return the issues of all headers; the labels of the first few images are decoded, too."""
+    decoded = _with_label_values(name, dicts[:_DECODED])
+    return inspect_headers([*decoded, *dicts[_DECODED:]], f"check the images of {name}")
+
+
+def _with_label_values(name: str, dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("own_files") or not _is_semantic(name):
+        return [*dicts]
+    values = len(metadata.stuff_classes), metadata.ignore_label
+    return [{**x, LABEL_VALUES: values} for x in dicts]
+
+
 def _log_remarks(name: str, issues: Sequence[Issue]) -> None:
     for issue in issues:
         if not issue.fatal:
@@ -355,43 +350,76 @@ def _unavoidable(issue: Issue) -> bool:
     return issue.fatal and not issue.image
 
 
-def coco_file(name: str) -> CocoFile | None:
-    """Read the annotation file of a data set in COCO's format; None for another format."""
+def _coco_file(name: str) -> CocoFile | None:
+    """Read the file of a data set in COCO's format that a program has registered; None for others.
+
+    Its content is not normalised.
+    """
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
         return None
-    return CocoFile(metadata.json_file, metadata.get("image_root") or "", metadata.get("rules"))
+    return CocoFile(metadata.json_file, metadata.get("image_root") or "")
 
 
-def _issues_on_disk(cfg: CfgNode, name: str, file: CocoFile | None) -> Iterator[Issue]:
+def _issues_on_disk(cfg: CfgNode, name: str, files: OwnFiles | None) -> Iterator[Issue]:
     """Yield the issues that must be found before detectron2 reads a data set."""
     metadata = MetadataCatalog.get(name)
-    if metadata.get("dirname") and metadata.get("split"):
+    if files is None and metadata.get("dirname") and metadata.get("split"):
         yield from voc_issues(metadata.dirname, metadata.split)
-    if file:
-        yield from file.issues(cfg.MODEL.MASK_ON)
-        if name in cfg.DATASETS.TRAIN and _has_groups(file):
-            yield from _too_many_classes(cfg, name, len(file.content["categories"]), file)
+    if files:
+        yield from files.issues(cfg.MODEL.MASK_ON)
+    if isinstance(files, CocoFile):
+        if cfg.MODEL.KEYPOINT_ON and files.rules and not files.problem:
+            number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+            yield from keypoint_issues(files.content, files.path, number)
+        if name in cfg.DATASETS.TRAIN and _has_groups(files):
+            yield from _too_many_classes(cfg, name, len(files.content["categories"]), files)
+    elif files and _is_semantic(name):
+        yield from _semantic_class_issues(cfg, name)
 
 
-def _has_groups(file: CocoFile) -> bool:
-    """Return True if the file has group categories, which are left out."""
-    return any(issue.kind == GROUPS for issue in file.remarks)
+def _has_groups(files: OwnFiles) -> bool:
+    """Return True if an annotation file has group categories, which are left out."""
+    return any(issue.kind == GROUPS for issue in files.remarks)
 
 
-def _too_many_classes(cfg: CfgNode, name: str, known: int, file: CocoFile) -> Iterator[Issue]:
+def _semantic_class_issues(cfg: CfgNode, name: str) -> Iterator[Issue]:
+    """Yield the reasons why the class indices of labels are not those of the model."""
+    student, own = student_class(cfg), tuple(MetadataCatalog.get(name).stuff_classes)
+    if not issubclass(student, _SEMANTIC):
+        if name in cfg.DATASETS.TEST:
+            detail = f"it has semantic labels only, which {student.__name__} does not predict"
+            yield Issue("no semantic output", name, detail, True)
+        return
+    predicted = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if predicted != len(own):
+        detail = (
+            f"it has {len(own)} semantic classes; set MODEL.SEM_SEG_HEAD.NUM_CLASSES, which is "
+            f"{predicted}, to their number"
+        )
+        yield Issue("another number of semantic classes", name, detail, True)
+    first = own_set(cfg, next(iter(cfg.DATASETS.TRAIN), name))
+    if first and first.semantic and first.classes != own:
+        detail = (
+            f"its classes are {quoted(own)}, but those of DATASETS.TRAIN '{first.name}' are "
+            f"{quoted(first.classes)}; labels are indices, so the order must be the same"
+        )
+        yield Issue("other semantic classes", name, detail, True)
+
+
+def _too_many_classes(cfg: CfgNode, name: str, known: int, files: OwnFiles) -> Iterator[Issue]:
     """Yield an issue if the model predicts more classes than the training set has.
 
     Args:
         cfg: the whole config.
-        name: name of a training or test set, whose annotation file is ``file``.
+        name: name of a training or test set.
         known: number of classes of the training set.
-        file: an annotation file.
+        files: files of the data set ``name``.
     """
     key, predicted = number_of_classes(cfg)
     if predicted is not None and predicted > known:
         detail = f"{key} is {predicted}, but DATASETS.TRAIN has {known} classes; set it to {known}"
-        if _has_groups(file):
+        if _has_groups(files):
             detail += ", or DATASETS.KEEP_GROUP_CATEGORIES True for a model with a group category"
         yield Issue(MORE_PREDICTED, name, detail, True)
 
@@ -471,21 +499,20 @@ def check_test_set(cfg: CfgNode, name: str) -> None:
         if kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
             raise DataError(f"Data set '{name}' evaluates masks; set MODEL.MASK_ON True.")
         check_ground_truth(name)
-    if kind not in _LISTED:
+    own = own_files(name)
+    if kind not in _LISTED and own is None:
         return
-    file = coco_file(name)
-    own = file if file and file.rules else None
     _raise_first(name, filter(_unavoidable, _issues_on_disk(cfg, name, own)))
-    dicts = _load(name, file)
+    dicts = _load(name, own)
     if not dicts:
         raise DataError(f"Data set '{name}' of DATASETS.TEST has no images.")
     roots = metadata_roots(metadata)
     issues = [issue for entry in dicts for issue in path_issues(entry, roots)]
-    issues += _evaluation_issues(cfg, name, dicts, file)
+    issues += _evaluation_issues(cfg, name, dicts, own or _coco_file(name))
     _raise_first(name, issues)
     if kind != "kitti":  # its reader has opened all images
         remedy = "; correct it or leave it out: an evaluation needs all images of DATASETS.TEST"
-        _raise_first(name, inspect_headers(dicts, f"check the images of {name}"), remedy)
+        _raise_first(name, _header_issues(name, dicts), remedy)
     _log_remarks(name, issues)
     if own and name not in cfg.DATASETS.TRAIN:
         _log_remarks(name, own.remarks)
@@ -499,7 +526,7 @@ def _raise_first(name: str, issues: Iterable[Issue], remedy: str = "") -> None:
 
 
 def _evaluation_issues(
-    cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]], file: CocoFile | None
+    cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]], files: OwnFiles | None
 ) -> Iterator[Issue]:
     """Yield the issues of a readable data set that would stop or spoil its evaluation."""
     (_, predicted), limit = number_of_classes(cfg), cfg.TEST.DETECTIONS_PER_IMAGE
@@ -510,18 +537,21 @@ def _evaluation_issues(
             f"{len(more)}; set it to {max(more)} or more to find all"
         )
         yield Issue("more objects than detections", name, detail, False)
-    if file:
-        yield from _class_issues(cfg, name, file)
-        yield from file.evaluation_issues(cfg.MODEL.MASK_ON)
+    if cfg.MODEL.KEYPOINT_ON:
+        yield from _other_keypoints(cfg, name)
+    if files:
+        if not _is_semantic(name):
+            yield from _class_issues(cfg, name, files)
+        yield from files.evaluation_issues(cfg.MODEL.MASK_ON)
 
 
-def _class_issues(cfg: CfgNode, name: str, file: CocoFile) -> Iterator[Issue]:
+def _class_issues(cfg: CfgNode, name: str, files: OwnFiles) -> Iterator[Issue]:
     """Yield the differences between the classes of the model and those of a test set."""
     own = tuple(MetadataCatalog.get(name).thing_classes)
     known = model_classes(cfg) if is_own_set(cfg, name) else None
     key, predicted = number_of_classes(cfg)
     if known is not None:
-        yield from _too_many_classes(cfg, name, len(known), file)
+        yield from _too_many_classes(cfg, name, len(known), files)
         yield from class_issues(known, own, name)
     elif predicted is not None and predicted > len(own):
         detail = (
@@ -542,24 +572,26 @@ def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, An
         The issues, and the dataset dicts of the images that may be opened, as far as they can be
         read.
     """
-    file = coco_file(name)
-    issues = list(_issues_on_disk(cfg, name, file))
-    if file is None and issues:  # the reader would open files outside the folder
+    own = own_files(name)
+    files = own or _coco_file(name)
+    issues = list(_issues_on_disk(cfg, name, files))
+    if files is None and issues:  # the reader would open files outside the folder
         return issues, []
     try:
-        dicts = _load(name, file)
+        dicts = _load(name, own)
         reason = "" if dicts else "it has no images"
     except DataError as e:
         dicts, reason = [], str(e).rstrip(".")
     if not dicts:
         if not any(map(_unavoidable, issues)):
             issues.append(Issue("unreadable data set", name, reason, True))
-        return issues, file.images() if file else []
-    issues += _issues_as_read(cfg, name, dicts, file is not None)
+        return issues, files.images() if files else []
+    issues += _issues_as_read(cfg, name, dicts, files is not None)
     if name in cfg.DATASETS.TEST:
-        issues += _evaluation_issues(cfg, name, dicts, file)
+        issues += _evaluation_issues(cfg, name, dicts, files)
     escaping = {issue.image for issue in issues if issue.kind == ESCAPE}
-    return issues, [entry for entry in dicts if name_of(entry) not in escaping]
+    good = [entry for entry in dicts if name_of(entry) not in escaping]
+    return issues, _with_label_values(name, good)
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:

@@ -166,7 +166,7 @@ class EvaluationLoader:
     """
 
     def __init__(self, cfg: CfgNode, name: str):
-        mapper = GuardedMapper(DatasetMapper(cfg, is_train=False))
+        mapper = GuardedMapper(inference_mapper(cfg))
         self.loader = build_detection_test_loader(cfg, name, mapper=mapper)
         self.loader.worker_init_fn = _start_worker
 
@@ -179,6 +179,18 @@ class EvaluationLoader:
                 if isinstance(entry, BadImage):
                     raise _unusable(entry, "an evaluation needs all images of its data set")
             yield batch
+
+
+def inference_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Build detectron2's mapper for images without annotations.
+
+    It needs no keypoints, whose names detectron2 would take from ``DATASETS.TRAIN``. These sets may
+    be of another training, or gone.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.KEYPOINT_ON = False
+    return DatasetMapper(cfg, is_train=False)
 
 
 def _fetched(loader: Iterable[Any]) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from ..utils.text import quoted
 from .checks.issues import BOX_TOLERANCE, Issue, image_size, is_box, is_id, is_number
+from .checks.keypoints import keypoint_names
 
 GROUPS = "group categories"
 MOST_OUTSIDE = 0.5  # share of a box's area outside its image from which the box is wrong
@@ -27,14 +28,18 @@ class Rules(NamedTuple):
     Attributes:
         clip_boxes: ``DATALOADER.CLIP_BOXES``.
         keep_groups: ``DATASETS.KEEP_GROUP_CATEGORIES``.
+        keypoints: ``MODEL.KEYPOINT_ON``.
     """
 
     clip_boxes: bool = True
     keep_groups: bool = False
+    keypoints: bool = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "Rules":
-        return cls(cfg.DATALOADER.CLIP_BOXES, cfg.DATASETS.KEEP_GROUP_CATEGORIES)
+        return cls(
+            cfg.DATALOADER.CLIP_BOXES, cfg.DATASETS.KEEP_GROUP_CATEGORIES, cfg.MODEL.KEYPOINT_ON
+        )
 
 
 def normalise(content: dict[str, Any], path: str, image_root: str, rules: Rules) -> list[Issue]:
@@ -57,6 +62,8 @@ def normalise(content: dict[str, Any], path: str, image_root: str, rules: Rules)
     }
     if not rules.keep_groups:
         changes[GROUPS] = leave_out_groups(content)
+    if rules.keypoints:
+        changes["annotations without keypoints"] = _fill_in_keypoints(content, annotations)
     if rules.clip_boxes:
         changes["boxes partly outside their image"] = _clip_boxes(images, annotations)
     if crowds := sum(x.get("iscrowd") == 1 for x in annotations):
@@ -117,6 +124,19 @@ def _fill_in(annotations: Entries) -> str:
     if not number:
         return ""
     return f"annotations without area or iscrowd: {number}; area is that of the box, iscrowd is 0"
+
+
+def _fill_in_keypoints(content: dict[str, Any], annotations: Entries) -> str:
+    """Supply keypoints that are not visible, and their number, which COCO's evaluation needs."""
+    number, lacking = len(keypoint_names(content)), 0
+    for annotation in annotations if number else ():
+        if not annotation.get("keypoints"):
+            lacking += "keypoints" not in annotation
+            annotation["keypoints"] = [0, 0, 0] * number
+        points = annotation["keypoints"]
+        if isinstance(points, list) and all(map(is_number, points)):
+            annotation.setdefault("num_keypoints", sum(x > 0 for x in points[2::3]))
+    return f"annotations without keypoints: {lacking}; they get invisible ones" if lacking else ""
 
 
 def leave_out_groups(content: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
 )
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..config import teacher_config
 from ..data.datasets import class_names, predicted_classes
+from ..data.loader import inference_mapper
 from ..engine.evaluators import build_evaluators
 from ..errors import ConfigError
 from ..heads.classes import ClassMap
@@ -179,7 +179,7 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, info: NetworkInfo, images: int) -
             f"The teacher and '{name}' have no class name in common; set "
             "MODEL.DISTILL.TEACHER.CLASSES for --teacher-ap."
         )
-    mapper = DatasetMapper(teacher_config(cfg), is_train=False)
+    mapper = inference_mapper(teacher_config(cfg))
     evaluator = build_evaluators(cfg, name, cfg.OUTPUT_DIR)[0]
     evaluator.reset()
     teacher.model.to(cfg.MODEL.DEVICE)

@@ -19,12 +19,16 @@ from detectron2.utils import comm
 from detectron2.utils.registry import Registry
 
 from ..config import student_class
-from ..data.datasets import check_test_set, class_indices, coco_file, is_own_set
+from ..data.checks.coco_file import CocoFile
+from ..data.checks.voc_folder import VOCFolder
+from ..data.datasets import check_test_set, class_indices, predicted_classes
+from ..data.registration import is_own_set, own_files
 from ..errors import ConfigError, ResultsError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 from ..evaluation.lvis import LVISEvaluator
 from ..evaluation.own_coco import OwnCOCOEvaluator
+from ..evaluation.own_voc import OwnVOCEvaluator
 from ..families import FAMILIES
 from ..section import check_choice
 from ..utils.text import nearest
@@ -75,7 +79,7 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators
     """Build the evaluators of a data set, which read its annotations.
 
     Args:
-        cfg: config with ``DATASETS.COCO_FORMAT`` and ``TEST``.
+        cfg: the whole config.
         dataset_name: name of a registered data set.
         folder: folder for the files that evaluators write.
     """
@@ -111,7 +115,8 @@ def _check_sigmas(cfg: CfgNode) -> None:
     if (given or COCO_KEYPOINTS) != expected:
         raise ConfigError(
             f"TEST.KEYPOINT_OKS_SIGMAS has {given or f'no sigma, so COCO uses {COCO_KEYPOINTS}'}; "
-            f"give one for each of the {expected} of MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS."
+            f"give one for each of the {expected} of MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,"
+            f" such as {[0.05] * expected}; COCO's are 0.025 to 0.107."
         )
 
 
@@ -199,8 +204,8 @@ def check_results(cfg: CfgNode, results: Mapping[str, Any]) -> None:
 @returning(coco_metrics)
 def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    file = coco_file(dataset_name) if is_own_set(cfg, dataset_name) else None
-    if file is None:
+    file = own_files(dataset_name) if is_own_set(cfg, dataset_name) else None
+    if not isinstance(file, CocoFile):
         return [COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)]
     return [
         OwnCOCOEvaluator(
@@ -252,7 +257,10 @@ def lvis(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 @EVALUATOR_REGISTRY.register()
 @returning(voc_metrics)
 def pascal_voc(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
-    return [PascalVOCDetectionEvaluator(dataset_name)]
+    files = own_files(dataset_name) if is_own_set(cfg, dataset_name) else None
+    if not isinstance(files, VOCFolder):
+        return [PascalVOCDetectionEvaluator(dataset_name)]
+    return [OwnVOCEvaluator(dataset_name, files, predicted_classes(cfg, dataset_name))]
 
 
 @EVALUATOR_REGISTRY.register()

@@ -11,7 +11,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
 from ..config import load_config, validate_config
-from ..data.datasets import register_coco_format
+from ..data.registration import register_own_sets
 from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def finish_config(cfg: CfgNode, *, training: bool = True) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE.startswith("cuda:"):  # memory and kernels are then measured there, too
         torch.cuda.set_device(cfg.MODEL.DEVICE)
-    register_coco_format(cfg, None if training else cfg.DATASETS.TEST)
+    register_own_sets(cfg, None if training else cfg.DATASETS.TEST)
     validate_config(cfg, training=training)
     cfg.freeze()
     return cfg

@@ -33,6 +33,7 @@ from ..config import (
     teacher_config,
     validate_config,
 )
+from ..data.registration import FORMATS
 from ..engine import setup_config
 from ..engine.evaluators import check_test_sets
 from ..errors import ConfigError
@@ -254,7 +255,8 @@ class MethodComparison:
         if not any(DISTILL_HEAD_REGISTRY.get(head).needs_teacher for head in heads):
             return None
         node = self.cfg.MODEL.DISTILL.TEACHER
-        sets = [(f"DATASETS.{k}", self.cfg.DATASETS[k]) for k in ("TRAIN", "TEST", "COCO_FORMAT")]
+        keys = ("TRAIN", "TEST", *FORMATS)
+        sets = [(f"DATASETS.{k}", self.cfg.DATASETS[k]) for k in keys]
         node.WEIGHTS, node.OPTS = "", [*node.OPTS, *(x for pair in sets for x in pair)]
         stage = self.runner.describe("teacher", self.seeds[0], teachers_own_config(self.cfg))
         node.WEIGHTS = str(stage.weights)

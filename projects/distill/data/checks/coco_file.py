@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
@@ -25,6 +26,7 @@ from .issues import (
     is_number,
     path_issues,
 )
+from .keypoints import keypoint_metadata
 
 NOT_EVALUABLE = "annotation that cannot be evaluated"
 FRACTIONS = "boxes in fractions of the image"
@@ -74,13 +76,16 @@ class CocoFile:
     def dataset_dicts(self, name: str) -> list[dict[str, Any]]:
         """Return detectron2's dataset dicts, whose crowds have ``"ignored": True``.
 
-        The names of the classes are set in the metadata. Any error is raised for a wrong content.
+        The names of classes and keypoints are set in the metadata. Any error is raised for a wrong
+        content.
 
         Args:
             name: name of the data set.
         """
         with in_place_of_files(self.content):
             dicts: list[dict[str, Any]] = load_coco_json(self.path, self.image_root, name)
+        if self.rules and self.rules.keypoints:
+            MetadataCatalog.get(name).set(**keypoint_metadata(self.content))
         for annotation in (x for entry in dicts for x in entry["annotations"]):
             if annotation.get("iscrowd"):
                 annotation["ignored"] = True

@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -18,6 +19,9 @@ from ...utils.progress import Progress
 from ...utils.text import clause
 from ..cityscapes import label_problem
 from .issues import Issue, Problem, Size, image_size, name_of
+
+LABEL_VALUES = "label_values"
+"""Key of dataset dicts whose labels are decoded: number of classes, and value to ignore."""
 
 _TRANSPOSING = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 _TOO_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -44,39 +48,82 @@ def header_issues(entry: Mapping[str, Any], sizes: bool = False) -> Iterator[Iss
     """Yield the fatal issues that the first bytes of an image's files show.
 
     Args:
-        entry: detectron2's dataset dict.
-        sizes: compare the size of the image with the annotated one, too.
+        entry: detectron2's dataset dict. With :data:`LABEL_VALUES`, its labels are decoded.
+        sizes: compare the size of the image with the annotated one, and labels with the image.
     """
     missing = list(missing_files(entry))
     yield from missing
+    size, _ = image_size(entry)
     for path, labels in [] if missing else _files(entry):
-        size = image_size(entry)[0] if sizes and not labels else None
-        problem = _header_problem(path, labels, size)
+        values = entry.get(LABEL_VALUES) if labels else None
+        found, problem = _header(path, labels, sizes, size, values)
+        size = size or found
         if problem:
             yield problem.at(path, name_of(entry))
 
 
-def _header_problem(path: str, labels: bool, size: Size | None = None) -> Problem | None:
+def _header(
+    path: str,
+    labels: bool,
+    sizes: bool = False,
+    size: Size | None = None,
+    values: tuple[int, int] | None = None,
+) -> tuple[Size | None, Problem | None]:
+    """Return the width and height that detectron2 reads, if asked for, and a problem.
+
+    Args:
+        path: path of the file.
+        labels: True for semantic labels.
+        sizes: find the size, and compare it with ``size``.
+        size: annotated width and height, or those of the image; None if unknown.
+        values: see :data:`LABEL_VALUES`; None: do not decode the labels.
+    """
     try:
         with PathManager.open(path, "rb") as f:
             if not f.read(1):
-                return Problem("unreadable image", "it has 0 bytes")
+                return None, Problem("unreadable image", "it has 0 bytes")
             f.seek(0)
             image = Image.open(f)
-            mode = image.mode
-            palette = image.getpalette() if labels and mode == "P" else None
+            problem = _mode_problem(image, labels)
             # Pillow decodes a whole PNG to look for EXIF after the pixels, where it hardly ever is.
-            look = size and (image.format != "PNG" or "exif" in image.info)
+            look = sizes and (image.format != "PNG" or "exif" in image.info)
             stored, orientation = image.size, _orientation(image) if look else 1
+            if values and not problem:
+                problem = _values_problem(image, *values)
     except Exception as e:  # Pillow's readers may raise anything for damaged bytes
-        return _unreadable(e)
+        return None, _unreadable(e)
+    read = stored[::-1] if orientation in _TRANSPOSING else stored
+    if not problem and sizes:
+        problem = _size_problem(read, size, stored, orientation, labels)
+    return read if sizes else None, problem
+
+
+def _mode_problem(image: Image.Image, labels: bool) -> Problem | None:
+    """Return the problem if detectron2 reads other values than the file has."""
+    mode = image.mode
     if mode in _TOO_DEEP:
         return Problem("more than 8 bits", f"its values are of mode {mode}; convert it to 8 bits")
+    palette = image.getpalette() if labels and mode == "P" else None
     if palette and palette != [k // 3 for k in range(len(palette))]:
         detail = "its labels would be read as colours of its palette; store it as 8-bit greyscale"
         return Problem("coloured labels", detail)
-    read = stored[::-1] if orientation in _TRANSPOSING else stored
-    return _size_problem(read, size, stored, orientation)
+    return None
+
+
+def _values_problem(image: Image.Image, classes: int, ignored: int) -> Problem | None:
+    """Return the problem of the first value that is no class index and not to be ignored."""
+    if image.mode not in ("L", "P"):
+        detail = f"its labels are of mode {image.mode}; store class indices as 8-bit greyscale"
+        return Problem("coloured labels", detail)
+    found = np.flatnonzero(np.bincount(np.asarray(image.convert("L")).ravel())).tolist()
+    wrong = [x for x in found if x >= classes and x != ignored]
+    if not wrong:
+        return None
+    detail = (
+        f"the value {wrong[0]} is not one of the {classes} class indices from 0, nor "
+        f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE, which is {ignored}"
+    )
+    return Problem("unknown label", detail)
 
 
 def _unreadable(error: Exception) -> Problem:
@@ -99,7 +146,7 @@ def file_issues(entry: Mapping[str, Any]) -> Iterator[Issue]:
     missing = list(missing_files(entry))
     yield from missing
     for path, labels in [] if missing else _files(entry):
-        problem = _header_problem(path, labels)
+        _, problem = _header(path, labels, values=entry.get(LABEL_VALUES) if labels else None)
         if problem:
             yield problem.at(path, name_of(entry))
             continue
@@ -136,7 +183,9 @@ def _decode(path: str, size: Size | None) -> tuple[Size | None, list[Problem]]:
     return (width, height), problems
 
 
-def _size_problem(read: Size, size: Size | None, stored: Size, orientation: int) -> Problem | None:
+def _size_problem(
+    read: Size, size: Size | None, stored: Size, orientation: int, labels: bool = False
+) -> Problem | None:
     """Return the problem if an image is not of the annotated size.
 
     Args:
@@ -144,10 +193,12 @@ def _size_problem(read: Size, size: Size | None, stored: Size, orientation: int)
         size: annotated width and height; None if unknown.
         stored: width and height in the file.
         orientation: EXIF's orientation, by which detectron2 rotates the image.
+        labels: True for semantic labels, whose annotated size is that of their image.
     """
     if size is None or size == read:
         return None
-    detail = f"it has {read[0]} x {read[1]} pixels, but is annotated as {size[0]} x {size[1]}"
+    other = "its image has" if labels else "is annotated as"
+    detail = f"it has {read[0]} x {read[1]} pixels, but {other} {size[0]} x {size[1]}"
     if stored == size:
         detail += f", because its EXIF orientation {orientation} rotates it"
     return Problem("size not as annotated", detail)
@@ -185,7 +236,7 @@ def inspect_images(entries: Iterable[Mapping[str, Any]], workers: int) -> Iterat
         entries: detectron2's dataset dicts.
         workers: number of processes; 0: this process, which ends if a decoder crashes.
     """
-    keys = ("file_name", "sem_seg_file_name", "width", "height")
+    keys = ("file_name", "sem_seg_file_name", "width", "height", LABEL_VALUES)
     slim = ({k: entry[k] for k in keys if k in entry} for entry in entries)
     if not workers:
         yield from map(_inspect, slim)
