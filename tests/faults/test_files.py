@@ -12,6 +12,7 @@ from .runs import ITERATIONS, Child, Reference, Training, metrics
 
 FIRST: Place = ("open", "model_0000001.pth.tmp", 0)  # places of checkpoints
 FOURTH: Place = ("open", "model_0000007.pth.tmp", 0)
+LAST: Place = ("open", "model_final.pth.tmp", 0)
 WORKERS = (0, 2)
 
 
@@ -64,6 +65,28 @@ def test_image_that_is_needed(
         for image in (0, 2, 5)
     }
     ledger.inject("an image vanishes, ON_BAD_IMAGE stop", cases, tmp_path)
+
+
+def test_image_of_the_last_evaluation(
+    training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
+) -> None:
+    """The final checkpoint is there, and a resume only evaluates."""
+
+    def case(workers: int, folder: Path) -> None:
+        run, output = copies(training, folder), folder / "output"
+        opts = ("DATALOADER.NUM_WORKERS", workers)
+        act = partial(hide, run.images[2])
+        assert str(run.images[2]) in run.start(output, *opts, place=LAST, act=act).sentence()
+        reference.check_intact(output)
+        written = (output / "model_final.pth").stat().st_mtime_ns
+        assert str(run.images[2]) in run.start(output, *opts, resume=True).sentence()
+        assert (output / "model_final.pth").stat().st_mtime_ns == written
+        unhide(run.images[2])
+        run.finish(output, *opts, resume=True)
+        reference.check_recovered(output)
+
+    cases = {f"{workers} workers": partial(case, workers) for workers in WORKERS}
+    ledger.inject("the last evaluation fails", cases, tmp_path)
 
 
 DROP = ("DATALOADER.ON_BAD_IMAGE", "drop", "DATASETS.TEST", "()", "TEST.BEST_METRIC", "")
@@ -120,6 +143,34 @@ def test_inputs_before_a_resume(
         "teacher": partial(case, lambda run: run.teacher),
     }
     ledger.inject("an input is missing at the resume", cases, tmp_path)
+
+
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("SOLVER.OPTIMIZER", "ADAMW"),
+    "heads": ("MODEL.DISTILL.HEADS", "('IMA',)"),
+    "channels": ("MODEL.FPN.OUT_CHANNELS", 8, "MODEL.DISTILL.HEADS", "('IMA', 'ROIKD')"),
+    "groups of the decay": ("SOLVER.WEIGHT_DECAY_BIAS", 0.5),
+    "batch": ("SOLVER.IMS_PER_BATCH", 4),
+    "seed": ("SEED", 77),
+}
+
+
+def test_another_config_at_a_resume(
+    training: Training, reference: Reference, ledger: Ledger, tmp_path: Path
+) -> None:
+    """It is refused by name, and the old config continues."""
+
+    def case(opts: tuple[Any, ...], folder: Path) -> None:
+        run, output = copies(training, folder), folder / "output"
+        interrupted(run, reference, output)
+        sentence = run.start(output, *opts, resume=True).sentence()
+        assert "--resume: " in sentence and opts[0] in sentence, sentence
+        reference.check_intact(output)
+        run.finish(output, resume=True)
+        reference.check_recovered(output)
+
+    cases = {name: partial(case, opts) for name, opts in CHANGES.items()}
+    ledger.inject("another config at the resume", cases, tmp_path)
 
 
 def test_outputs_before_a_resume(

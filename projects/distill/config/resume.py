@@ -19,6 +19,7 @@ from .detectron2_rules import leaves
 from .resolve import teacher_config
 
 TEACHER = "MODEL.DISTILL.TEACHER"
+DIGITS = 16  # as many digits of a hash tell files apart, and fit into a message
 
 # Keys that change nothing of a training that goes on: evaluation, logs, places, starting weights.
 _IGNORED = (
@@ -69,13 +70,13 @@ def training_values(cfg: CfgNode, teacher: str = "") -> dict[str, Any]:
     values["MODEL.META_ARCHITECTURE"] = student_architecture(cfg)
     for name, annotations, _ in cfg.DATASETS.COCO_FORMAT:
         if name in cfg.DATASETS.TRAIN and os.path.isfile(annotations):
-            values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)
+            values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)[:DIGITS]
     for key in ("VOC_FORMAT", "SEM_SEG_FORMAT"):
         for name, *_, classes in cfg.DATASETS[key]:
             if name in cfg.DATASETS.TRAIN:
                 values[f"DATASETS.{key} '{name}'"] = _plain(classes)
     if teacher_needed(cfg):
-        values[f"{TEACHER}.WEIGHTS"] = teacher
+        values[f"{TEACHER}.WEIGHTS"] = teacher[:DIGITS]
         values |= _teacher_values(teacher_config(cfg))
     return values
 
