@@ -136,6 +136,18 @@ def storage() -> Iterator["EventStorage"]:
         yield events
 
 
+@pytest.fixture
+def catalogues() -> Iterator[None]:
+    """Remove the data sets that a test registers."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 @pytest.fixture(autouse=True)
 def _log_handlers() -> Iterator[None]:
     """Trainers add handlers on the stdout of their test, which the next test no longer has."""

@@ -36,14 +36,7 @@ Shapes = tuple[str, str, str]
 Content = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _catalogues() -> Iterator[None]:
-    """Remove the data sets that a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("catalogues")
 
 
 def found(issues: Any) -> list[tuple[str, bool, bool]]:

@@ -1,6 +1,5 @@
 """Test KITTI's labels, splits and ignored regions, and mistakes in its files."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,7 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def _catalogues() -> Iterator[None]:
-    """Remove the data sets that a test registers."""
-    yield
-    for name in [x for x in DatasetCatalog.list() if x.startswith("own_")]:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("catalogues")
 
 
 # ------------------------------------------------------------------------------- labels, splits

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,7 @@ OBJECTS = (
 Content = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _catalogues() -> Iterator[None]:
-    """Remove the data sets that a test registers."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("catalogues")
 
 
 # ---------------------------------------------------------------------------------------- exports

@@ -39,6 +39,7 @@ from tests.support.networks import (
     image_dict,
     kd_losses,
     outspoken_model,
+    record,
     tiny_cfg,
     tiny_model,
 )
@@ -85,19 +86,6 @@ def families_by_head() -> dict[tuple[str, str], list[str]]:
 def image_dicts() -> list[dict[str, Any]]:
     """Two sizes; the second has nothing on it."""
     return [image_dict(0, 64, 80, semantic=True), image_dict(1, 96, 64, objects=0, semantic=True)]
-
-
-def record(
-    model: DistillModel, inputs: list[dict[str, Any]]
-) -> tuple[Any, NetworkOutputs, NetworkOutputs]:
-    """The losses of a training forward, and what student and teacher said in it."""
-    heard: list[Any] = []
-    head = next(iter(model.heads.values()))
-    hook = head.register_forward_pre_hook(lambda _, args: heard.extend(args))
-    torch.manual_seed(0)
-    losses = kd_losses(model, inputs)
-    hook.remove()
-    return losses, heard[0], heard[1]
 
 
 # ---- A copy of the student has nothing to teach it.

@@ -11,7 +11,6 @@ from detectron2.modeling import Backbone
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from torch import Tensor, nn
 
-from distill import DistillModel
 from distill.config.resume import changed_values, takes_effect, training_values
 from distill.config.validate import check_values
 from distill.errors import ConfigError
@@ -37,6 +36,7 @@ from tests.support.networks import (
     kd_losses,
     network_info,
     outspoken_model,
+    record,
     tiny_cfg,
     tiny_model,
 )
@@ -49,19 +49,6 @@ DOUBLE = (*STOCK_P3_P7, "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256
 def image_dicts() -> list[dict[str, Any]]:
     """Two sizes; the second has no object."""
     return [image_dict(0, 64, 80, semantic=True), image_dict(1, 96, 64, objects=0, semantic=True)]
-
-
-def compared(
-    model: DistillModel, inputs: list[dict[str, Any]]
-) -> tuple[dict[str, Tensor], NetworkOutputs, NetworkOutputs]:
-    """Return the losses of a training forward, and the outputs of both networks in it."""
-    seen: list[Any] = []
-    head = next(iter(model.heads.values()))
-    hook = head.register_forward_pre_hook(lambda _, args: seen.extend(args))
-    torch.manual_seed(0)
-    losses = kd_losses(model, inputs)
-    hook.remove()
-    return losses, seen[0], seen[1]
 
 
 def info_at(scale: float, model: nn.Module) -> NetworkInfo:
@@ -108,9 +95,9 @@ def test_scale_1_is_a_training_without_the_key(family: str) -> None:
     batch = Batch(image_dicts(), (96, 96))
     expected = teacher.family.preprocess([x["image"] for x in batch.inputs], (96, 96))
     assert torch.equal(teacher.preprocess(batch), expected)
-    losses, _, _ = compared(model, image_dicts())
+    losses, _, _ = record(model, image_dicts())
     model.teacher = Teacher(teacher.family, input_format="BGR", student_format="BGR")
-    plain, _, _ = compared(model, image_dicts())
+    plain, _, _ = record(model, image_dicts())
     assert all(torch.equal(x, plain[k]) for k, x in losses.items())
 
 
@@ -216,7 +203,7 @@ def test_a_cell_is_compared_with_the_same_place_of_the_image(scale: float) -> No
 
 def test_boxes_of_an_rcnn_are_cropped_from_the_scaled_maps() -> None:
     model = distilled("mask", ["ROIKD", "MaskLogitKD"], SCALE, 2.0)
-    losses, s, t = compared(model, image_dicts())
+    losses, s, t = record(model, image_dicts())
     heads = model.teacher.model.roi_heads
     with torch.no_grad():
         features = model.teacher.model.backbone(model.teacher.preprocess(s.batch))
@@ -258,7 +245,7 @@ def test_dense_heads_work_where_the_grids_coincide() -> None:
     teacher = outspoken_model("retinanet", *DOUBLE, seed=1)
     heads = ("DenseKD", "CrossKD", "GID", "TID")
     model = distilled("retinanet", heads, SCALE, 2.0, teacher=teacher)
-    losses, s, t = compared(model, image_dicts())
+    losses, s, t = record(model, image_dicts())
     assert s.dense.sizes == t.dense.sizes
     assert [x.shape for x in s.dense_boxes] == [x.shape for x in t.dense_boxes]
     assert all(x.isfinite() for x in losses.values())
@@ -323,7 +310,7 @@ def test_the_truth_of_a_batch_keeps_ignored_labels_and_empty_images() -> None:
 def test_maskd_trains_its_tokens_on_the_scaled_ground_truth(family: str, scale: float) -> None:
     opts = ("MODEL.DISTILL.MASKD.TOKEN_ITERS", 5)
     model = distilled(family, ["MasKD"], *opts, SCALE, scale)
-    losses, s, t = compared(model, image_dicts())
+    losses, s, t = record(model, image_dicts())
     assert losses["loss_maskd/tokens"].isfinite()
     losses["loss_maskd/tokens"].backward()
     assert model.heads["MasKD"].drawn["p4"].tokens.grad.abs().sum() > 0
@@ -355,7 +342,7 @@ def test_a_training_step_of_every_family(family: str, scale: float) -> None:
     assert "FitNet" in working and ("ROIKD" in working) == ("rois" in own.outputs)
     model = distilled(family, working, SCALE, scale, student=student, teacher=teacher)
     before = copy.deepcopy(teacher.state_dict())
-    losses, _, _ = compared(model, image_dicts())
+    losses, _, _ = record(model, image_dicts())
     assert all(x.isfinite() for x in losses.values())
     total = sum(losses.values())
     assert float(total.detach()) > 0
@@ -376,7 +363,7 @@ def test_every_head_that_accepts_the_networks_trains(family: str, scale: float) 
         if DISTILL_HEAD_REGISTRY.get(name).problem(own, theirs):
             continue
         model = distilled(family, [name], SCALE, scale, student=student, teacher=teacher)
-        losses, _, _ = compared(model, image_dicts())
+        losses, _, _ = record(model, image_dicts())
         assert all(x.isfinite() for x in losses.values()), name
         sum(losses.values()).backward()
 
