@@ -18,6 +18,7 @@ SOURCES := projects tools tests docs setup.py
 .DELETE_ON_ERROR:
 
 help:
+	@echo "make installed                   install everything into .venv"
 	@echo "make demo [SEEDS=3] [CONTROL=1]  train a teacher, a student and its distillation; compare them"
 	@echo "make test [ARGS='-k name']       run the tests (5 minutes on two cores)"
 	@echo "make test-fast [ARGS=...]        without those that train or start processes (90 seconds)"

@@ -110,8 +110,8 @@ FRACTION = Rule(lambda x: 0 <= x <= 1, "in [0, 1]")
 BELOW_1 = Rule(lambda x: 0 <= x < 1, "in [0, 1)")
 SHARE = Rule(lambda x: 0 < x <= 1, "in (0, 1]")
 INSIDE_0_1 = Rule(lambda x: 0 < x < 1, "in (0, 1)")
-WHOLE = Rule(lambda x: isinstance(x, int) and x >= 0, "a whole number")
-WHOLES = Rule(lambda x: all(map(WHOLE.holds, x)), "whole numbers")
+WHOLE = Rule(lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
+WHOLES = Rule(lambda x: all(map(WHOLE.holds, x)), "whole numbers from 0")
 COUNTS = Rule(
     lambda x: len(x) > 0 and all(WHOLE.holds(k) and 0 < k < 2**31 for k in x),
     "whole numbers from 1",

@@ -267,3 +267,16 @@ def test_evaluation_reads_no_teacher(tmp_path: Path, shapes: tuple[str, str, str
     assert setup_config(path, training=False).is_frozen()
     with pytest.raises(ConfigError, match=r"gone\.yaml"):
         setup_config(path)
+
+
+def test_a_base_is_found_by_name(tmp_path: Path) -> None:
+    """As a path relative to the file first; a config of this package needs its folder."""
+    for name in ("configs/COCO-Detection/fcos_R_50_FPN.yaml", "COCO-Detection/fcos_R_50_FPN.yaml"):
+        (tmp_path / "own.yaml").write_text(f"_BASE_: [{name}, configs/Base-R-101.yaml]\n")
+        cfg = load_config(str(tmp_path / "own.yaml"))
+        assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RESNETS.DEPTH) == ("FCOS", 101)
+    (tmp_path / "own.yaml").write_text("_BASE_: Base-R-101.yaml\n")
+    with pytest.raises(ConfigError, match=r"no file .*Base-R-101\.yaml'. A _BASE_ is a path"):
+        load_config(str(tmp_path / "own.yaml"))
+    (tmp_path / "Base-R-101.yaml").write_text("SEED: 7\n")
+    assert load_config(str(tmp_path / "own.yaml")).SEED == 7

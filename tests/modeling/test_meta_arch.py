@@ -585,7 +585,7 @@ def test_refusal(case: str) -> None:
 
 
 def test_model_that_is_no_detector_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Linear cannot be distilled; it must be one of"):
+    with pytest.raises(ConfigError, match="Linear has no family; it must be a subclass of one of"):
         build_family(nn.Linear(1, 1))
 
 

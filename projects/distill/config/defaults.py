@@ -1,4 +1,7 @@
-"""The config keys of this package, and detectron2's default config with them."""
+"""The config keys of this package, and detectron2's default config with them.
+
+The keys of a head are in its class: ``section`` in ``heads/<method>.py``.
+"""
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -42,7 +45,10 @@ KEYS: dict[str, Key] = {
         TEXTS,
     ),
     "MODEL.DISTILL.TEACHER.CONFIG_FILE": Key(
-        "", "any detectron2 config: path of a yaml file, or a name in detectron2's model zoo", TEXT
+        "",
+        "any detectron2 config: path of a yaml file, or a name in detectron2's model zoo or this "
+        "package",
+        TEXT,
     ),
     "MODEL.DISTILL.TEACHER.OPTS": Key([], "KEY VALUE ... overrides of the teacher's config", LIST),
     "MODEL.DISTILL.TEACHER.WEIGHTS": Key(

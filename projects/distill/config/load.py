@@ -142,15 +142,41 @@ class _SafeCfgNode(FvcoreCfgNode):
         text.name = filename  # for the messages of yaml
         return text
 
+    @staticmethod
+    def _found(filename: str) -> str:
+        if "://" in filename or PathManager.isfile(filename):
+            return filename
+        packaged, parts = package_configs(), filename.split("/")
+        for name in ("/".join(parts[k:]) for k in range(len(parts) - 1)):  # with a folder
+            if (short := name.removeprefix("configs/")) in packaged:
+                return packaged[short]
+        raise OSError(
+            f"there is no file '{filename}'. A _BASE_ is a path relative to the file that names "
+            "it, or the name of a config of this package"
+        )
+
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """Load a file with today's names; those of a file go before those of its ``_BASE_``."""
+        """Load a file with today's names; those of a file go before those of its ``_BASE_``.
+
+        A ``_BASE_`` is a path relative to the file that names it, or the name of a config of this
+        package.
+        """
+        filename = cls._found(filename)
         loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=False)
         model = loaded.get("MODEL")
         section = model.get("DISTILL") if isinstance(model, dict) else None
         if isinstance(section, dict):
             rename_heads(section, f"Config file '{filename}'")
         return loaded
+
+
+def package_configs() -> dict[str, str]:
+    """Return the paths of this package's configs by name, such as ``Base-R-50.yaml``."""
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    if not configs.is_dir():  # not installed: they are at the top of the checkout
+        configs = configs.parents[2] / "configs"
+    return {x.relative_to(configs).as_posix(): str(x) for x in configs.rglob("*.yaml")}
 
 
 def find_config(name: str) -> str:
@@ -165,11 +191,7 @@ def find_config(name: str) -> str:
     """
     if PathManager.isfile(name):
         return name
-    configs = Path(__file__).resolve().parents[1] / "configs"
-    if not configs.is_dir():  # not installed: they are at the top of the checkout
-        configs = configs.parents[2] / "configs"
-    packaged = {x.relative_to(configs).as_posix(): str(x) for x in configs.rglob("*.yaml")}
-    short = name.removeprefix("configs/")
+    packaged, short = package_configs(), name.removeprefix("configs/")
     if short not in packaged:
         raise ConfigError(
             f"Config file '{name}' does not exist (seen from {os.getcwd()}), nor does this package "

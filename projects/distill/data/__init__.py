@@ -1,1 +1,4 @@
-"""Data sets: synthetic scenes, registration and mappers."""
+"""Data sets: synthetic scenes, registration, checks and mappers.
+
+To add a data set with a layout of its own, register it as :mod:`.kitti` does.
+"""

@@ -16,7 +16,7 @@ from ..config import teacher_config
 from ..engine.hooks import memory_mb
 from ..errors import ConfigError
 from ..families import build_family
-from ..heads import outlasting_phases
+from ..heads import unfinished_phases
 from ..heads.classes import ClassMap
 from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
@@ -65,7 +65,7 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
         say("the teacher's predictions")
         add_teacher(report, dry_run, batches, teacher_images)
     report.errors += errors
-    report.warnings += outlasting_phases(cfg)
+    report.warnings += unfinished_phases(cfg)
     report.warnings += loss_warnings(report.losses, dry_run.heads)
     report.warnings += filter(
         None, [batch_norm_warning(dry_run, cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE)]

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,10 +24,10 @@ def drop_torn_row(path: str) -> None:
 
 
 class RowWriter(JSONWriter):
-    """detectron2's writer of ``metrics.json``, which writes a second row of an iteration if needed.
+    """detectron2's writer of ``metrics.json``, which may write an iteration twice.
 
-    detectron2's own would lose the scalars that come after the first row, such as those of an
-    evaluation after the final checkpoint.
+    detectron2's own would lose the scalars that come after the row of their iteration, such as
+    those of an evaluation after the final checkpoint. Here the second row has all of them.
     """
 
     def __init__(self, path: str):
@@ -36,13 +35,14 @@ class RowWriter(JSONWriter):
         self._written: dict[str, int] = {}  # last iteration of each scalar
 
     def write(self) -> None:
-        rows: defaultdict[int, dict[str, float]] = defaultdict(dict)
         scalars = get_event_storage().latest_with_smoothing_hint(self._window_size)
-        for name, (value, iteration) in scalars.items():
-            if iteration > self._written.get(name, -1):
-                self._written[name] = iteration
-                rows[iteration][name] = value
-        for iteration, row in rows.items():
+        latest = {name: iteration for name, (_, iteration) in scalars.items()}
+        new = {
+            k: iteration for k, iteration in latest.items() if iteration > self._written.get(k, -1)
+        }
+        self._written |= new
+        for iteration in sorted(set(new.values())):
+            row = {name: value for name, (value, at) in scalars.items() if at == iteration}
             text = json.dumps({**row, "iteration": iteration}, sort_keys=True)
             self._file_handle.write(f"{text}\n")
         self._file_handle.flush()
@@ -56,9 +56,11 @@ def add_row(path: str, iteration: int, scalars: Mapping[str, float]) -> None:
         drop_torn_row(path)
         with open(path) as f:
             rows = [json.loads(line) for line in f]
-    if not any(row["iteration"] == iteration and scalars.keys() <= row.keys() for row in rows):
+    same = [row for row in rows if row["iteration"] == iteration]
+    if not any(scalars.keys() <= row.keys() for row in same):
+        row = {**(same[-1] if same else {"iteration": iteration}), **scalars}
         with open(path, "a") as f:
-            f.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
+            f.write(json.dumps(row, sort_keys=True) + "\n")
 
 
 def rename_losses(path: str) -> None:

@@ -108,7 +108,7 @@ class Trainer(DefaultTrainer):
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teacher: Teacher | None = getattr(model, "teacher", None)
         self.values = training_values(given, self.teacher.weights_hash() if self.teacher else "")
-        # Not the local rank, as in detectron2: SLURM may show each task its own GPU only.
+        # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
             create_ddp_model(model, broadcast_buffers=False, device_ids=devices),
@@ -247,10 +247,10 @@ class Trainer(DefaultTrainer):
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
     def _init_from(self, teacher: Teacher) -> None:
-        specs = network_infos(self.cfg, build_family(self.student), teacher)
-        own, taught = ((x.classes, x.sem_seg_classes) for x in specs if x)
+        infos = network_infos(self.cfg, build_family(self.student), teacher)
+        own, of_teacher = ((x.classes, x.sem_seg_classes) for x in infos if x)
         parts = self.cfg.MODEL.DISTILL.INHERIT
-        init_from_teacher(self.student, teacher.model, parts, own == taught)
+        init_from_teacher(self.student, teacher.model, parts, own == of_teacher)
 
     def train(self) -> Any:
         """Train, and return the results of the last evaluation.
@@ -280,9 +280,7 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        place = {key: state_dict.get(key) for key in ("iteration", "seed")}
-        if not all(isinstance(x, int) and x >= 0 for x in place.values()):
-            raise ValueError(f"it was written at {place}, which must be whole numbers from 0")
+        self._check_place(state_dict)
         hooks = self._checked_hooks(state_dict.get("hooks", {}))
         super().load_state_dict({**state_dict, "hooks": hooks})
         self.seed = state_dict["seed"]
@@ -300,6 +298,7 @@ class Trainer(DefaultTrainer):
             WeightsError: it has another config, or a tensor that does not fit.
         """
         state = checkpoint["trainer"]
+        self._check_place(state)
         changes = checked_changes(path, state, self.values)
         hooks = self._checked_hooks(state.get("hooks", {}))
         names = {x: name for name, x in self._trainer.model.named_parameters()}
@@ -313,11 +312,19 @@ class Trainer(DefaultTrainer):
         refuse_misfits(path, misfits, f"; changed: {', '.join(changes)}" if changes else "")
         return changes
 
-    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
-        """Return states of hooks by the names of today, each of which has its hook.
+    @staticmethod
+    def _check_place(state: dict[str, Any]) -> None:
+        place = {key: state.get(key) for key in ("iteration", "seed")}
+        if not all(isinstance(x, int) and x >= 0 for x in place.values()):
+            raise ValueError(
+                f"its iteration and seed are {place}; both must be whole numbers from 0"
+            )
 
-        detectron2 only warns of a state that it ignores. The moving average may start without a
-        state, from the weights of the checkpoint.
+    def _checked_hooks(self, states: dict[str, Any]) -> dict[str, Any]:
+        """Return the states of the hooks under their current names.
+
+        A state that fits no hook is an error, where detectron2 only warns. The moving average may
+        start without a state, from the weights of the checkpoint.
         """
         states = with_renamed_keys(states, HOOKS, "The checkpoint")
         own = {type(hook).__qualname__: hook for hook in self._hooks}

@@ -37,7 +37,7 @@ from ..data.registration import FORMATS
 from ..engine import setup_config
 from ..engine.evaluators import check_test_sets
 from ..errors import ConfigError
-from ..heads import DISTILL_HEAD_REGISTRY, build_heads, outlasting_phases, teacher_needed
+from ..heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed, unfinished_phases
 from ..launch.termination import RERUN, RESUME, user_error
 from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
@@ -230,7 +230,7 @@ class MethodComparison:
             except ConfigError as e:
                 refused[name] = str(e)
             else:
-                row.notes = outlasting_phases(self.configs[name])
+                row.notes = unfinished_phases(self.configs[name])
                 self.report.methods.append(row)
         reasons = [f"{name}: {why}" for name, why in refused.items()]
         if not self.report.methods:

@@ -1,4 +1,8 @@
-"""Families of networks: where each keeps the outputs that heads compare."""
+"""Families of networks: where each keeps the outputs that heads compare.
+
+A family is an adapter of one kind of architecture. The networks themselves are in
+:mod:`distill.nets` and in detectron2.
+"""
 
 from torch import nn
 
@@ -21,7 +25,9 @@ def build_family(model: nn.Module) -> Family:
         if isinstance(model, family.architecture):
             return family(model)
     families = ", ".join(x.architecture.__name__ for x in FAMILIES)
-    raise ConfigError(f"{type(model).__name__} cannot be distilled; it must be one of: {families}.")
+    raise ConfigError(
+        f"{type(model).__name__} has no family; it must be a subclass of one of: {families}."
+    )
 
 
 __all__ = ["DenseFamily", "Family", "RCNNFamily", "SemanticFamily", "build_family"]

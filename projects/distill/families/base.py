@@ -144,8 +144,8 @@ class Family:
         square = padding.get("square_size", 0)
         if 0 < square < max(padded_size):  # detectron2 would cut the image silently
             raise ConfigError(
-                f"The teacher pads to {square} x {square} pixels, but its input, the student's at "
-                f"MODEL.DISTILL.TEACHER.SCALE, has {padded_size[0]} x {padded_size[1]}; lower "
-                "SCALE or INPUT.MAX_SIZE_TRAIN, or take another teacher."
+                f"The teacher pads to {square} x {square} pixels, but its input has "
+                f"{padded_size[0]} x {padded_size[1]}; lower MODEL.DISTILL.TEACHER.SCALE or "
+                "INPUT.MAX_SIZE_TRAIN, or take another teacher."
             )
         return ImageList.from_tensors(images, model.backbone.size_divisibility, 0.0, padding).tensor

@@ -8,7 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, outlasting_phases, teacher_needed
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, teacher_needed, unfinished_phases
 from .dense import DenseDistillHead
 from .fpn import FPNDistillHead
 from .mask import InstanceMaskDistillHead
@@ -25,8 +25,8 @@ __all__ = [
     "RelationDistillHead",
     "SemSegDistillHead",
     "build_heads",
-    "outlasting_phases",
     "teacher_needed",
+    "unfinished_phases",
 ]
 
 for _module in iter_modules(__path__):

@@ -55,8 +55,8 @@ class DistillHead(nn.Module):
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
 
     parts: tuple[str, ...] = ("",)
-    """Names of the losses that :meth:`losses` returns, the same at every iteration: loggers would
-    go on showing the last value of a missing name."""
+    """Keys of the dict of :meth:`losses`; "" if there is only one loss. All are returned at every
+    iteration, because loggers would go on showing the last value of a missing one."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -157,7 +157,7 @@ class DistillHead(nn.Module):
 
 
 class NonModuleRef:
-    """Reference to a value that is no submodule of a head and that its copies share."""
+    """Holds a value without registering it as a submodule; copies of a head share it."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -216,13 +216,13 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
                 f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}{others}."
             )
         heads[name] = cls(cfg, student, teacher)
-    for sentence in outlasting_phases(cfg):
+    for sentence in unfinished_phases(cfg):
         logger.warning(sentence)
     return heads
 
 
-def outlasting_phases(cfg: CfgNode) -> list[str]:
-    """Return a warning for each first phase of a head (a key ``*_ITERS``) that never ends."""
+def unfinished_phases(cfg: CfgNode) -> list[str]:
+    """Return a warning for each first phase (a key ``*_ITERS``) that outlasts the training."""
     node, last = cfg.MODEL.DISTILL, cfg.SOLVER.MAX_ITER
     phases = {
         f"MODEL.DISTILL.{head.upper()}.{key}": value

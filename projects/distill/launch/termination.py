@@ -48,12 +48,13 @@ _SHARED = (
     f"DATALOADER.NUM_WORKERS, and {RESUME}"
 )
 _GPU_MEMORY = (
-    "the GPU is out of memory: raise SOLVER.ACCUMULATE, lower INPUT.MIN_SIZE_TRAIN or "
-    f"INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True, and {RESUME}"
+    "the GPU is out of memory: raise SOLVER.ACCUMULATE, lower SOLVER.IMS_PER_BATCH, "
+    "INPUT.MIN_SIZE_TRAIN or INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True, and "
+    f"{RESUME}"
 )
 _MEMORY = (
-    "the machine is out of memory: raise SOLVER.ACCUMULATE, lower INPUT.MIN_SIZE_TRAIN, "
-    f"INPUT.MAX_SIZE_TRAIN or DATALOADER.NUM_WORKERS and {RESUME}"
+    "the machine is out of memory: raise SOLVER.ACCUMULATE, lower SOLVER.IMS_PER_BATCH, "
+    f"INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN or DATALOADER.NUM_WORKERS and {RESUME}"
 )
 _DISK = f"there is no space left on the device{{0}}; free some and {RESUME}"
 _TEMPORARY = (

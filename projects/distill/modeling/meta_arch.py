@@ -28,8 +28,8 @@ class DistillModel(nn.Module):
     """A stock detectron2 student, a frozen teacher, and heads that compare them.
 
     In training the student runs its own ``forward``, whose outputs are recorded. The teacher
-    computes only the outputs that the heads need which are active at this iteration. In evaluation
-    the model is the student.
+    computes only the outputs that the heads active at this iteration need. In evaluation the model
+    is the student.
 
     Args:
         student: a plain detectron2 meta-architecture.
@@ -67,13 +67,13 @@ class DistillModel(nn.Module):
         student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
         teacher, heads = None, nn.ModuleDict()
         if cfg.MODEL.DISTILL.HEADS:
-            # Building them would shift torch's global random state, and so the student's training.
+            # Teacher and heads would shift torch's global random state, and the student's training.
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
                 teacher = build_teacher(cfg) if teacher_needed(cfg) else None
-                specs = network_infos(cfg, build_family(student), teacher)
-                heads = build_heads(cfg, *specs)
+                infos = network_infos(cfg, build_family(student), teacher)
+                heads = build_heads(cfg, *infos)
         return {"student": student, "teacher": teacher, "heads": heads}
 
     @property
@@ -84,13 +84,15 @@ class DistillModel(nn.Module):
         """Return losses in training and predictions in evaluation, as detectron2's networks do."""
         if not self.training or not self.heads:
             return self.student(batched_inputs)
-        needs = self.active_needs()
-        asked = self.active_needs(of_teacher=True)
-        with self.family.record(needs) as recorder:
+        student_needs = self.active_needs()
+        teacher_needs = self.active_needs(of_teacher=True)
+        with self.family.record(student_needs) as recorder:
             losses: dict[str, Tensor] = self.student(batched_inputs)
         batch = self.family.batch(recorder, batched_inputs)
-        student = self.family.read(recorder, batch, needs)
-        teacher = self.teacher.ask(student, asked) if self.teacher and asked else None
+        student = self.family.read(recorder, batch, student_needs)
+        teacher = None
+        if self.teacher and teacher_needs:
+            teacher = self.teacher.ask(student, teacher_needs)
         for head in self.heads.values():
             losses.update(head(student, teacher))
         return losses
@@ -157,7 +159,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
 
 
 def _log_distillation(cfg: CfgNode) -> None:
-    """Say whether ``cfg`` distils: a base file may have switched it on, or none."""
+    """Log whether ``cfg`` distils; the heads may come from a ``_BASE_``."""
     heads, teacher = cfg.MODEL.DISTILL.HEADS, cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
     if heads:
         logger.info(
@@ -167,7 +169,7 @@ def _log_distillation(cfg: CfgNode) -> None:
         )
     elif teacher:
         logger.warning(
-            "MODEL.DISTILL.HEADS is empty: the teacher %s is not used. Name a head to distil it.",
+            "MODEL.DISTILL.HEADS is empty: the teacher %s is not used. Name a head to learn from it.",
             teacher,
         )
 
@@ -180,16 +182,16 @@ def network_infos(
     Args:
         teacher: None if no head needs one.
     """
-    names = class_names(cfg, _semantic(student))
+    names = class_names(cfg, _is_semantic(student))
     if names is None or len(names) != student.num_classes:
         names = tuple(f"class {i}" for i in range(student.num_classes))
     own = student.info("student", names, _semantic_classes(cfg, student, names))
     if teacher is None:
         return own, None
     family = teacher.family
-    taught = _teacher_classes(cfg, names, family)
-    semantic = _semantic_classes(teacher_config(cfg), family, taught, own.sem_seg_classes)
-    return own, teacher.info(taught, semantic)
+    classes = _teacher_classes(cfg, names, family)
+    semantic = _semantic_classes(teacher_config(cfg), family, classes, own.sem_seg_classes)
+    return own, teacher.info(classes, semantic)
 
 
 def _semantic_classes(
@@ -202,8 +204,8 @@ def _semantic_classes(
         classes: class names of the network; a network without boxes has only semantic classes.
         student: names for a teacher whose own names are unknown.
     """
-    if family.sem_seg_shape is None or _semantic(family):
-        return classes if _semantic(family) else ()
+    if family.sem_seg_shape is None or _is_semantic(family):
+        return classes if _is_semantic(family) else ()
     number = family.model.sem_seg_head.predictor.out_channels
     named = class_names(cfg, semantic=True), student
     unknown = "unknown teacher class" if student else "class"
@@ -213,7 +215,7 @@ def _semantic_classes(
     )
 
 
-def _semantic(family: Family) -> bool:
+def _is_semantic(family: Family) -> bool:
     """Return whether the network predicts semantic classes only, without instances."""
     return "rois" not in family.outputs and "sem_seg" in family.outputs
 
@@ -227,7 +229,7 @@ def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) ->
             f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
             f"{number} classes."
         )
-    own = given or class_names(teacher_config(cfg), _semantic(teacher))
+    own = given or class_names(teacher_config(cfg), _is_semantic(teacher))
     if own and len(own) == number:
         return own
     if number == len(student):

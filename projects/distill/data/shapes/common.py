@@ -103,7 +103,7 @@ def staging(root: Path, job: Job, owned: Sequence[str], overwrite: bool) -> Iter
     if existing and record["complete"] and not overwrite:
         raise FileExistsError(
             f"{root} has a {job.layout} split {job.split!r} that was made with other settings "
-            "or lost files: choose another folder, or overwrite it"
+            "or lost files: choose another folder, or pass --overwrite"
         )
 
     marker.parent.mkdir(parents=True, exist_ok=True)
