@@ -169,7 +169,7 @@ def _log_distillation(cfg: CfgNode) -> None:
         )
     elif teacher:
         logger.warning(
-            "MODEL.DISTILL.HEADS is empty: the teacher %s is not used. Name a head to learn from it.",
+            "MODEL.DISTILL.HEADS is empty: the teacher %s is not used. Name a head to use it.",
             teacher,
         )
 
