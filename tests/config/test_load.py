@@ -280,3 +280,10 @@ def test_a_base_is_found_by_name(tmp_path: Path) -> None:
         load_config(str(tmp_path / "own.yaml"))
     (tmp_path / "Base-R-101.yaml").write_text("SEED: 7\n")
     assert load_config(str(tmp_path / "own.yaml")).SEED == 7
+
+
+@pytest.mark.parametrize("schedule", ["1x", "2x"])
+def test_steps_that_are_no_numbers(schedule: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("SOLVER: {STEPS: [null]}\n")
+    with pytest.raises(ConfigError, match=r"SOLVER\.STEPS is "):
+        validate_config(load_config(str(tmp_path / "own.yaml"), ["SOLVER.SCHEDULE", schedule]))

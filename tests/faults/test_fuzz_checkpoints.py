@@ -226,8 +226,9 @@ def test_reproducers(folder: Path) -> None:
 
 # With everything that a checkpoint may hold.
 TRAINED = [
-    *("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.EMA.DECAY", "0.9", "TEST.BEST_METRIC", "bbox/AP"),
-    *("SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1"),
+    *("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.EMA.DECAY", "0.9", "SOLVER.MAX_ITER", "2"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1", "DATASETS.TEST", "('shapes_tiny',)"),
+    *("TEST.BEST_METRIC", "bbox/AP"),
 ]
 
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..utils.old_names import rename_heads, renamed_option
 from ..utils.text import nearest
 from .defaults import KEYS, SCHEDULES, get_distill_cfg
-from .detectron2_rules import leaves
+from .detectron2_rules import check_rules, leaves
 
 
 def load_config(
@@ -72,6 +72,10 @@ def _moved_weights(weights: str, config_file: str) -> str:
 
 def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> None:
     KEYS["SOLVER.SCHEDULE"].check("SOLVER.SCHEDULE", solver.SCHEDULE)
+    if solver.SCHEDULE == "1x":
+        return
+    for key in ("MAX_ITER", "STEPS"):
+        check_rules(f"SOLVER.{key}", of_file[key])
     max_iter, steps = scale_schedule(of_file.MAX_ITER, of_file.STEPS, solver.SCHEDULE)
     if "SOLVER.MAX_ITER" not in overridden:
         solver.MAX_ITER = max_iter
