@@ -122,7 +122,9 @@ def test_a_square_that_is_smaller_than_the_scaled_image_is_refused() -> None:
     teacher = outspoken_model("faster")
     teacher.backbone = AveragePools(square=128)
     model = distilled("faster", ["FitNet"], SCALE, 2.0, teacher=teacher)
-    with pytest.raises(ConfigError, match=r"128 x 128.*TEACHER.SCALE, has 192 x 192; lower SCALE"):
+    with pytest.raises(
+        ConfigError, match=r"128 x 128.*has 192 x 192; lower MODEL\.DISTILL\.TEACHER\.SCALE"
+    ):
         kd_losses(model, image_dicts())
 
 
