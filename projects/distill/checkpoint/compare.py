@@ -37,7 +37,8 @@ def tensor_misfits(
                 yield f"{name} is missing"
         elif problem := _misfit(saved[name], tuple(x.shape), x.dtype):
             yield f"{name} {problem}"
-    yield from (f"{name} is unexpected" for name in saved if name not in (*own, *optional))
+    known = {*own, *optional}
+    yield from (f"{name} is unexpected" for name in saved if name not in known)
 
 
 def optimizer_misfits(
@@ -56,21 +57,18 @@ def optimizer_misfits(
         yield "the optimizer has groups of {} parameters where {} are needed".format(*sizes)
         return
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    kept = next((keys for kind, keys in _KEPT if isinstance(optimizer, kind)), None)
     for index, state in saved["state"].items():
         if not (isinstance(index, int) and 0 <= index < len(parameters)):
             yield f"the optimizer has no parameter {index!r:.40}"
-            continue
-        parameter = parameters[index]
-        for problem in _state_misfits(state, parameter, optimizer):
-            yield f"{problem} of {names.get(parameter, index)}"
+        elif kept is not None:
+            name = names.get(parameters[index], index)
+            yield from (f"{x} of {name}" for x in _state_misfits(state, parameters[index], kept))
 
 
 def _state_misfits(
-    state: Mapping[str, Any], parameter: Tensor, optimizer: torch.optim.Optimizer
+    state: Mapping[str, Any], parameter: Tensor, kept: frozenset[str]
 ) -> Iterator[str]:
-    kept = next((keys for kind, keys in _KEPT if isinstance(optimizer, kind)), None)
-    if kept is None:
-        return
     yield from (f"{key} is missing" for key in sorted(kept - {*state}) if len(kept) > 1)
     for key, value in state.items():
         if value is None and key == "momentum_buffer":  # before the first step with momentum

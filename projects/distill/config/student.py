@@ -1,7 +1,6 @@
 """The files with which a student leaves its training: its config and its class names."""
 
 import json
-import logging
 import os
 
 from detectron2.config import CfgNode
@@ -11,8 +10,6 @@ from ..errors import ConfigError
 from ..utils.io import write_json, write_text
 from .load import load_config
 from .resolve import student_config
-
-logger = logging.getLogger(__name__)
 
 CONFIG, CLASSES, WEIGHTS = "student.yaml", "classes.json", "model_final.pth"
 _KINDS = ("thing_classes", "stuff_classes")  # attributes of detectron2's metadata

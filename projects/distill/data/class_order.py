@@ -21,6 +21,11 @@ def indices_by_name(classes: Sequence[str], others: Sequence[str]) -> list[int]:
     return [index.get(name, -1) for name in classes]
 
 
+def _differences(classes: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the classes that a data set lacks, and those that only it has."""
+    return [x for x in classes if x not in own], [x for x in own if x not in classes]
+
+
 def in_one_order(sets: Sets) -> Sets:
     """Return training sets whose class indices are those of the first set.
 
@@ -41,7 +46,7 @@ def _ordered(
 ) -> tuple[str, list[dict[str, Any]]]:
     if own == classes:
         return name, dicts
-    lacking, unknown = ([x for x in a if x not in b] for a, b in ((classes, own), (own, classes)))
+    lacking, unknown = _differences(classes, own)
     if lacking or unknown or len(set(own)) < len(own) or len(own) != len(classes):
         parts = [("lacks", lacking), ("also has", unknown)]
         detail = " and ".join(f"{verb} {quoted(x)}" for verb, x in parts if x)
@@ -89,7 +94,7 @@ def class_issues(classes: Sequence[str], own: Sequence[str], name: str) -> Itera
         )
         yield Issue("classes of one name", name, detail, True)
         return
-    lacking, unknown = ([x for x in a if x not in b] for a, b in ((classes, own), (own, classes)))
+    lacking, unknown = _differences(classes, own)
     if len(unknown) == len(own):
         detail = (
             f"it has none of the classes of DATASETS.TRAIN, {quoted(classes)}, but "
