@@ -34,6 +34,7 @@ from distill.config import (
 from distill.data.shapes import SceneConfig, write_cityscapes, write_coco
 from distill.engine import Trainer, setup_config
 from distill.modeling.meta_arch import build_distill_model
+from tests.support.cases import for_each
 from tests.support.trainings import Shared
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -41,6 +42,7 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 BASES = [p for p in FILES if p.name.startswith("Base-")]
 DISTILLATIONS = [p for p in FILES if len(p.relative_to(CONFIGS).parts) == 3]
 NETWORKS = [p for p in FILES if p not in BASES + DISTILLATIONS]
+FIRST = {p.parts[-3:-1]: p for p in reversed(DISTILLATIONS)}.values()  # of a method on a data set
 SHAPES = [p for p in NETWORKS + DISTILLATIONS if p.relative_to(CONFIGS).parts[0][:6] == "Shapes"]
 DENSE = ("fcos", "atss", "gfl", "reppoints")
 
@@ -168,7 +170,7 @@ def loaded_safely(path: Path) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("path", BASES + NETWORKS, ids=name_of)
+@for_each("path", BASES + NETWORKS)
 def test_a_file_is_named_by_the_rule(path: Path) -> None:
     cfg = loaded_safely(path)
     assert not cfg.MODEL.DISTILL.HEADS
@@ -317,7 +319,13 @@ def meta_models() -> dict[str, torch.nn.Module]:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in NETWORKS + DISTILLATIONS if p not in SHAPES], ids=name_of
+    "path",
+    [
+        pytest.param(p, marks=[] if p in NETWORKS or p in FIRST else pytest.mark.slow)
+        for p in NETWORKS + DISTILLATIONS
+        if p not in SHAPES
+    ],
+    ids=name_of,
 )
 def test_a_network_is_built(
     path: Path, meta_models: dict[str, torch.nn.Module], monkeypatch: pytest.MonkeyPatch

@@ -260,7 +260,7 @@ def random_images(seed: int, num_images: int) -> tuple[list[list[Label]], list[l
     return labels, found
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2, 3))])
 def test_equals_the_rules_spelt_out(seed: int) -> None:
     labels, found = random_images(seed, 250)
     results = kitti_average_precision(labels, [detections(x) for x in found])

@@ -12,22 +12,19 @@ from distill.experiments import ablation, demo, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 
-VARIANTS = [
-    (study, variant) for study, x in ablation.STUDIES.items() for variant in ("full", *x.switches)
-]
 
-
-@pytest.mark.parametrize(("study", "variant"), VARIANTS)
-def test_a_variant_is_a_valid_config_that_changes_something(study: str, variant: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ablation.STUDIES)
+def test_a_variant_is_a_valid_config_that_changes_something(study: str) -> None:
     described = ablation.STUDIES[study]
-    cfg = get_distill_cfg()
-    merge_from_file(cfg, described.distilled)
-    full = cfg.dump()
-    merge_from_list(cfg, list(described.switches.get(variant, ())))
-    assert (cfg.dump() == full) == (variant == "full")
-    validate_config_of(cfg)
-    teacher = cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
-    assert teacher == described.teacher_config
+    full = get_distill_cfg()
+    merge_from_file(full, described.distilled)
+    for variant in ("full", *described.switches):
+        cfg = full.clone()
+        merge_from_list(cfg, list(described.switches.get(variant, ())))
+        assert (cfg.dump() == full.dump()) == (variant == "full"), variant
+        validate_config_of(cfg)
+        assert described.teacher_config == cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
 
 
 def validate_config_of(cfg: Any) -> None:

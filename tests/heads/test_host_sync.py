@@ -91,6 +91,7 @@ def test_the_guard_sees(reading: str) -> None:
         read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tokens"), [*((f, 0) for f in FAMILIES), ("faster", 5), ("retinanet", 5)]
 )

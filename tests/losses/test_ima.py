@@ -21,8 +21,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"standardize": a, "standardize_teacher": b, "deflate": c, "scale_on": d}
     for a, b, c, d in product(*[(True, False)] * 3, ("standardized", "raw"))
 ]
-every_option = pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values())
+every_option = for_each("options", OPTIONS)
+few_and_many_seeds = pytest.mark.parametrize(
+    "seeds", [range(4), pytest.param(range(4, 20), marks=pytest.mark.slow)], ids=["few", "many"]
 )
 PLAIN: dict[str, Any] = {"standardize": False, "deflate": False}
 
@@ -121,11 +122,12 @@ def both(student, teacher, masked, weighted, seed, dtype=torch.float64, **option
     return found, expected
 
 
+@few_and_many_seeds
 @every_option
 @for_each("masked, weighted", list(product([False, True], repeat=2)))
 @for_each("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
-def test_equals_the_literal_form(options, masked, weighted, kind):
-    for seed in range(20):
+def test_equals_the_literal_form(seeds, options, masked, weighted, kind):
+    for seed in seeds:
         floor = (0.0, 0.1, 0.5, 1.0)[seed % 4]
         student, teacher = maps(seed, kind)
         found, expected = both(
@@ -371,22 +373,24 @@ def both_classes(student, teacher, masked, seed, dtype=torch.float64, **options)
     return (total.item(), float(count)), (expected, len(scales))
 
 
+@few_and_many_seeds
 @every_option
 @for_each("masked", [False, True])
 @for_each("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
-def test_classes_equal_the_literal_form(options, masked, kind):
-    for seed in range(20):
+def test_classes_equal_the_literal_form(seeds, options, masked, kind):
+    for seed in seeds:
         floor = (0.0, 0.1, 0.5, 1.0)[seed % 4]
         student, teacher = maps(seed, kind)
         found, expected = both_classes(student, teacher, masked, seed, scale_floor=floor, **options)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12, err_msg=f"seed {seed}")
 
 
+@few_and_many_seeds
 @every_option
 @for_each("masked", [False, True])
 @for_each("kind, tolerance", [("ordinary", 1e-5), ("dead channels", 1e-5), ("large mean", 5e-3)])
-def test_classes_in_float32_are_as_good_as_their_input(options, masked, kind, tolerance):
-    for seed in range(20):
+def test_classes_in_float32_are_as_good_as_their_input(seeds, options, masked, kind, tolerance):
+    for seed in seeds:
         student, teacher = maps(seed, kind)
         found, expected = both_classes(
             student, teacher, masked, seed, dtype=torch.float32, **options

@@ -81,7 +81,7 @@ NO_LOSSES |= {"lgd_labels", "lgd_masks", "lgd_pooled", "lgd_rendered", "crosskd_
 # test_methods.py tests the losses of boxes, of rows, and of more than two tensors.
 NO_LOSSES |= {"crosskd_bins", "crosskd_boxes", "dkd_rows", "gid_response"}
 NO_LOSSES |= {"ClassQueues", "class_pixels", "class_regions", "dice_overlap", "receptive_masks"}
-every_loss = pytest.mark.parametrize("loss, shape", LOSSES.values(), ids=LOSSES)
+every_loss = for_each("loss, shape", LOSSES.values())
 
 
 def outputs(value):

@@ -330,7 +330,7 @@ def test_maskd_trains_its_tokens_on_the_scaled_ground_truth(family: str, scale: 
 # ---- Every family
 
 
-@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("scale", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_of_every_family(family: str, scale: float) -> None:
     student, teacher = outspoken_model(family), outspoken_model(family, seed=1)

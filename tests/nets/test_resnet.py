@@ -34,7 +34,7 @@ def backbone(cfg, name=OURS, training=False):
 
 @pytest.mark.parametrize("stem", ["basic", "deeplab"])
 @pytest.mark.parametrize("stride", DILATIONS)
-@pytest.mark.parametrize("depth", [10, *DEPTHS])
+@pytest.mark.parametrize("depth", [10, *(pytest.param(x, marks=pytest.mark.slow) for x in DEPTHS)])
 def test_outputs_are_as_announced(depth, stride, stem):
     net = backbone(config(depth, stride, "MODEL.RESNETS.STEM_TYPE", stem))
     assert net.size_divisibility == stride

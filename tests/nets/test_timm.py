@@ -35,6 +35,7 @@ def bottom_up_state(backbone: Any) -> dict[str, torch.Tensor]:
     return backbone.bottom_up.features.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_an_fpn_on_top(name: str) -> None:
     backbone = built(config(name)).eval()
