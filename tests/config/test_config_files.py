@@ -42,7 +42,7 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 BASES = [p for p in FILES if p.name.startswith("Base-")]
 DISTILLATIONS = [p for p in FILES if len(p.relative_to(CONFIGS).parts) == 3]
 NETWORKS = [p for p in FILES if p not in BASES + DISTILLATIONS]
-FIRST = {p.parts[-3:-1]: p for p in reversed(DISTILLATIONS)}.values()  # of a method on a data set
+FIRST = {p.parts[-3:-1]: p for p in reversed(DISTILLATIONS)}.values()  # one per method and data set
 SHAPES = [p for p in NETWORKS + DISTILLATIONS if p.relative_to(CONFIGS).parts[0][:6] == "Shapes"]
 DENSE = ("fcos", "atss", "gfl", "reppoints")
 
