@@ -184,7 +184,7 @@ def test_rows_are_paired_by_seed_and_ranked() -> None:
     never = Row("never", None, {}, {0: "No.", 1: "No."})
     alone = measured("baseline", s0=10.0, s1=20.0)
     bad.notes.append("Its warm-up never ends.")
-    report = MethodTable("bbox/AP", None, alone, [never, bad, good])
+    report = MethodTable("bbox/AP", None, alone, [never, bad, good], screening=[0, 1])
     assert [row.name for row in report.rows] == ["baseline", "good", "bad", "never"]
     assert report.costs(good) == {0: pytest.approx(1.2), 1: pytest.approx(1.2)}
     good.results[0]["threads"] = 8  # no other time of this seed is of 8
@@ -192,11 +192,14 @@ def test_rows_are_paired_by_seed_and_ranked() -> None:
     del good.results[0]["threads"]
     assert report.gains(good) == {0: 2.0, 1: 4.0} and report.gains(bad) == {1: -10.0}
     lines = report.markdown().splitlines()
-    assert lines[3] == "| good | 18.0 ± 8.5 | 3.0 ± 1.4 | 0.180 ± 0.085 | 1.20 ± 0.00 | 1,234 |  |"
+    verdict = "+3.0 [-9.7, 15.7] | 2 | open: 4 seeds would decide"
+    costs = "0.180 ± 0.085 | 1.20 ± 0.00 | 1,234"
+    assert lines[3] == f"| good | 18.0 ± 8.5 | {verdict} | {costs} |  |"
     assert lines[4].endswith(
-        "| -10.0 | 0.100 | 0.50 | 1,234 | Its warm-up never ends. Seed 0: It has no \\| memory. |"
+        "| -10.0 | 1 | open: one seed | 0.100 | 0.50 | 1,234 "
+        "| Its warm-up never ends. Seed 0: It has no \\| memory. |"
     )
-    assert lines[5] == "| never | - | - | - | - |  | No. |"
+    assert lines[5] == "| never | - | - |  |  | - | - |  | No. |"
     gain = report.raw()["good"]["summary"]["gain"]
     assert gain == {"mean": 3.0, "std": pytest.approx(2**0.5), "values": {0: 2.0, 1: 4.0}}
     alone.results[0]["peak_memory_mb"] = 512.0

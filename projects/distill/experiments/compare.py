@@ -3,9 +3,12 @@
     distill compare --config-file F --heads FitNet FGD MGD FGD+DKD --seeds 3 [KEY VALUE ...]
 
 Every seed trains the student without distillation and with each method. They start from the same
-weights and see the same images in the same order, so differences are paired. Without --heads, every
-registered head that works for the config's student and teacher takes part. The config's sections
-hold the values of the heads; --set changes one for one method.
+weights and see the same images in the same order, so differences are paired. Each has its 95 %
+interval and a verdict, which is corrected for the number of methods. --decide 5 trains methods that
+seem worse than the student alone with five fresh seeds, which then decide about them.
+
+Without --heads, every registered head that works for the config's student and teacher takes part.
+The config's sections hold the values of the heads; --set changes one for one method.
 
 The result is a table, raw values and a figure in --out. Finished runs are reused, an interrupted
 one continues from its checkpoint, and a method that fails is a row with its reason.
@@ -15,6 +18,7 @@ Exit code: 0; 1 if a method failed; 2 after one sentence if nothing can be compa
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +189,7 @@ class MethodComparison:
         self.data_seed, self.seeds = replicates(args.tune, args.seeds)
         data = self._render() if args.shapes else []
         self.cfg = configure(args.config_file, [*args.opts, *data, "OUTPUT_DIR", str(self.out)])
-        self.report = MethodTable()
+        self.report = MethodTable(screening=self.seeds)
         self.configs = {self.report.baseline.name: student_alone(self.cfg)}
         self.skipped: dict[str, str] = {}
 
@@ -201,16 +205,26 @@ class MethodComparison:
     def run(self) -> int:
         """Returns the exit code."""
         self._choose()
-        rows = [self.report.baseline, *self.report.methods]
-        for seed in self.seeds:
-            for row in rows:
-                if seed not in row.failures:
-                    self._attempt(row, seed)
-                    self._write()
+        self._train(self.report.methods, self.seeds)
+        if self.args.decide:
+            first = self.seeds[-1] + 1
+            self.report.fresh = list(range(first, first + self.args.decide))
+            flagged = self.report.flagged()
+            names = ", ".join(row.name for row in flagged) or "none"
+            print(f"worse than the baseline in the screening: {names}")
+            if flagged:
+                self._train(flagged, self.report.fresh)
         self.report.print()
         self.report.draw(self.out / "comparison.png")
         print(f"wrote {self.out}/comparison.md, .json and .png")
-        return int(any(row.failures for row in rows))
+        return int(any(x.failures for x in (self.report.baseline, *self.report.methods)))
+
+    def _train(self, methods: list[Row], seeds: Sequence[int]) -> None:
+        for seed in seeds:
+            for row in (self.report.baseline, *methods):
+                if seed not in row.failures:
+                    self._attempt(row, seed)
+                    self._write()
 
     def _choose(self) -> None:
         """Find the methods that work; then train the teacher if that is asked for."""
@@ -286,6 +300,7 @@ class MethodComparison:
         content = {
             "metric": self.report.metric,
             "seeds": self.seeds,
+            "fresh_seeds": list(self.report.fresh),
             "rows": self.report.raw(),
             "skipped": self.skipped,
             "data_seed": self.data_seed if self.args.shapes else None,
@@ -339,6 +354,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each a method; A+B: both at once; default: all that work",
     )
     parser.add_argument("--seeds", type=at_least(1), default=1, help="trainings of each method")
+    parser.add_argument(
+        "--decide",
+        type=at_least(2),
+        metavar="SEEDS",
+        help="further seeds for the methods that seem worse than the student alone. Only these "
+        "seeds decide about them",
+    )
     parser.add_argument("--metric", help="such as bbox/AP50; default: that of the task")
     parser.add_argument(
         "--set",

@@ -1,7 +1,7 @@
 """Report of a comparison of methods: a table, raw values, and a figure of gains over costs."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .runner import MEMORY, SECONDS, THREADS, Result
 from .summary import mean_std
+from .verdict import Gain, verdicts
 
 TABLE_WIDTH = 120  # characters; what a narrower terminal wraps is still whole
 Values = dict[int, float]
@@ -58,20 +59,27 @@ class Row:
 
 @dataclass(eq=False)
 class MethodTable:
-    """All rows, and the metric by which they are compared: "" until a run has finished."""
+    """All rows, and the metric by which they are compared: "" until a run has finished.
+
+    Args:
+        screening: seeds of all methods.
+        fresh: further seeds, of the baseline and the flagged methods, which decide about these.
+    """
 
     metric: str = ""
     teacher: Row | None = None
     baseline: Row = field(default_factory=lambda: Row("baseline"))
     methods: list[Row] = field(default_factory=list)
+    screening: Sequence[int] = ()
+    fresh: Sequence[int] = ()
 
     @property
     def rows(self) -> list[Row]:
         """The teacher, the baseline, and the methods from the best to the worst."""
-        gains = {row.name: list(self.gains(row).values()) for row in self.methods}
+        gains = {row.name: self.gain(row) for row in self.methods}
         best = sorted(
             self.methods,
-            key=lambda row: statistics.mean(gains[row.name] or [float("-inf")]),
+            key=lambda row: x.mean if (x := gains[row.name]) else float("-inf"),
             reverse=True,
         )
         return [*([self.teacher] if self.teacher else []), self.baseline, *best]
@@ -80,6 +88,38 @@ class MethodTable:
         """Return the differences of the metric to the baseline of the same seed."""
         alone = self.baseline.values(self.metric)
         return {s: x - alone[s] for s, x in row.values(self.metric).items() if s in alone}
+
+    def flagged(self) -> list[Row]:
+        """Return the methods whose mean gain over the screening seeds is below 0."""
+        return [
+            row for row in self.methods if (x := self._gain(row, self.screening)) and x.mean < 0
+        ]
+
+    def gain(self, row: Row) -> Gain | None:
+        """Return the gain that is reported: over fresh seeds, which did not choose the row, if any.
+
+        None: no seed has finished.
+        """
+        return self._gain(row, self.fresh) or self._gain(row, self.screening)
+
+    def _gain(self, row: Row, seeds: Sequence[int]) -> Gain | None:
+        values = tuple(x for seed, x in self.gains(row).items() if seed in seeds)
+        return Gain(values) if values else None
+
+    def verdicts(self) -> dict[str, str]:
+        """Return the verdict about each method that has a gain.
+
+        Methods that were decided with fresh seeds are corrected apart from the others.
+        """
+        found: dict[str, str] = {}
+        for decided in (True, False):
+            gains = {
+                row.name: gain
+                for row in self.methods
+                if (gain := self.gain(row)) and bool(self._gain(row, self.fresh)) == decided
+            }
+            found |= verdicts(gains)
+        return found
 
     def costs(self, row: Row) -> Values:
         """Return the time of a step relative to the baseline of the same seed and threads."""
@@ -90,11 +130,16 @@ class MethodTable:
 
     def columns(self) -> dict[str, list[str]]:
         """Return the cells of the table by column, without names and remarks."""
-        rows, distilled = self.rows, [row in self.methods for row in self.rows]
+        rows, verdict = self.rows, self.verdicts()
+        gains = [self.gain(row) if row in self.methods else None for row in rows]
         students = [row is not self.teacher for row in rows]
         columns = {
             self.metric or "metric": [cell(row.values(self.metric), 1) for row in rows],
-            "- baseline": [cell(self.gains(r), 1) if d else "" for r, d in zip(rows, distilled)],
+            "- baseline [95 %]": [
+                str(gain or "-") if row in self.methods else "" for row, gain in zip(rows, gains)
+            ],
+            "seeds": [str(len(gain.values)) if gain else "" for gain in gains],
+            "verdict": [verdict.get(row.name, "") for row in rows],
             "s/step": [cell(row.values(SECONDS), 3) for row in rows],
             "x baseline": [cell(self.costs(r), 2) if s else "" for r, s in zip(rows, students)],
             "GPU MiB": [cell(row.values(MEMORY), 0) for row in rows],
@@ -127,8 +172,13 @@ class MethodTable:
 
     def raw(self) -> dict[str, Any]:
         """Return all values by seed with their mean and deviation, for JSON."""
+        verdict, gains = self.verdicts(), {row.name: self.gain(row) for row in self.methods}
+        flagged = [row.name for row in self.flagged()]
         return {
             row.name: {
+                "verdict": verdict.get(row.name),
+                "flagged": row.name in flagged,
+                "gain": x.raw() if (x := gains.get(row.name)) else None,
                 "extra_parameters": row.extra_parameters,
                 "summary": {name: summary(values) for name, values in self._measured(row)},
                 "results": row.results,
