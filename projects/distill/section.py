@@ -165,14 +165,14 @@ class Key:
         default: the value, or the authors' values by detector.
         meaning: one line for the config reference, with the unit and the symbol in the paper.
         rule: the valid values.
-        term: the key is the factor of a term of a head's loss. A head is refused if all its terms
-            have the factor 0, because its adapters would get no gradient.
+        term: name of the term of a head's loss of which the key is the factor. A head is refused
+            if all its terms have the factor 0, because its adapters would get no gradient.
     """
 
     default: Any
     meaning: str
     rule: Rule
-    term: bool = False
+    term: str = ""
 
     def __post_init__(self) -> None:
         for value in self.presets.values() or (self.default,):
@@ -183,6 +183,10 @@ class Key:
     def presets(self) -> Presets:
         """The authors' values by detector; empty if the default is the same for all."""
         return self.default if isinstance(self.default, Presets) else Presets()
+
+    def for_kinds(self, kinds: Sequence[str]) -> Any:
+        """Return the authors' value for a detector, see :meth:`Presets.of`."""
+        return self.presets.of(kinds) if self.presets else self.default
 
     @property
     def initial(self) -> Any:
@@ -239,7 +243,7 @@ class Section(dict[str, Key]):
         values = node.clone()
         for name, key in self.items():
             if key.presets and values[name] == AUTO:
-                values[name] = key.presets.of(kinds)
+                values[name] = key.for_kinds(kinds)
         return values
 
 

@@ -1,7 +1,8 @@
 """Base class and registry of distillation heads."""
 
 import logging
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -17,6 +18,12 @@ from ..utils.text import choices
 from ..utils.training import current_iteration
 
 logger = logging.getLogger(__name__)
+
+Terms = dict[str, Tensor]
+"""Scalar losses by the name of the term."""
+
+Losses = Mapping[str, Tensor | Terms]
+"""Unweighted losses of a head by part, each a scalar or the sum of its terms."""
 
 DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
 DISTILL_HEAD_REGISTRY.__doc__ = """
@@ -120,6 +127,18 @@ class DistillHead(nn.Module):
         """
         return cls.missing_outputs(student, teacher)
 
+    @classmethod
+    def authors_weight(cls, student: NetworkInfo) -> float:
+        """Return the authors' value of ``WEIGHT`` for this student."""
+        return cls.section["WEIGHT"].for_kinds(student.kinds)
+
+    @classmethod
+    def term_strengths(cls, cfg: CfgNode, student: NetworkInfo) -> dict[str, float]:
+        """Return the factor of each term over the authors' factor; 1 if that is 0."""
+        values = cls.config_values(cfg, student)
+        authors = {k: cls.section[k].for_kinds(student.kinds) for k in cls.section.terms}
+        return {cls.section[k].term: values[k] / x if x else 1.0 for k, x in authors.items()}
+
     def factor(self) -> float:
         """Return the weight at the current iteration."""
         iteration = current_iteration()
@@ -129,8 +148,11 @@ class DistillHead(nn.Module):
             return self.weight * iteration / self.warmup_iters
         return self.weight
 
-    def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:
-        """Return unweighted scalar losses by the names in ``parts``, to be summed.
+    def losses(self, student: NetworkOutputs, teacher: Any) -> Losses:
+        """Return unweighted losses by the names in ``parts``, to be summed.
+
+        A loss is a scalar, or a dict of the terms of which it is the sum. The keys of the factors
+        of terms name these in ``Key(term=...)``.
 
         Args:
             student, teacher: :class:`NetworkOutputs`; a head without ``needs_teacher`` reads no
@@ -138,12 +160,18 @@ class DistillHead(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, student: NetworkOutputs, teacher: NetworkOutputs | None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        student: NetworkOutputs,
+        teacher: NetworkOutputs | None,
+        weigh: Callable[[Losses], dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
         """Return weighted losses, named ``loss_<head>[/<part>]``.
 
         Args:
             student: the student's outputs.
             teacher: the teacher's outputs; None while no active head needs them.
+            weigh: returns the weighted losses by part; None: they are weighted by :meth:`factor`.
         """
         head = f"loss_{type(self).__name__.lower()}"
         names = {part: f"{head}/{part}" if part else head for part in self.parts}
@@ -153,7 +181,16 @@ class DistillHead(nn.Module):
             zero = connected_zero(smallest, parameters=self.parameters())
             return dict.fromkeys(names.values(), zero)
         losses = self.losses(student, teacher)
-        return {name: losses[part] * factor for part, name in names.items()}
+        weighted = weigh(losses) if weigh else {k: x * factor for k, x in summed(losses).items()}
+        return {name: weighted[part] for part, name in names.items()}
+
+
+def summed(losses: Losses) -> dict[str, Tensor]:
+    """Return the losses by part, each the sum of its terms."""
+    return {
+        part: loss if isinstance(loss, Tensor) else cast(Tensor, sum(loss.values()))
+        for part, loss in losses.items()
+    }
 
 
 class NonModuleRef:

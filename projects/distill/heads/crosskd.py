@@ -44,13 +44,13 @@ class CrossKD(DistillHead):
 
     section = Section(
         CLASS_WEIGHT=Key(
-            Presets(DenseDetector=1.0, FCOS=0.4), "factor of the classes", at_least(0), term=True
+            Presets(DenseDetector=1.0, FCOS=0.4), "factor of the classes", at_least(0), term="cls"
         ),
         BOX_WEIGHT=Key(
             Presets(DenseDetector=1.0, GFL=4.0, FCOS=0.75),
             "factor of the boxes",
             at_least(0),
-            term=True,
+            term="box",
         ),
         REUSED_CONVS=Key(
             Presets(DenseDetector=1, FCOS=2),

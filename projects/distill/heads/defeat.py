@@ -3,12 +3,11 @@
 from typing import Any
 
 from detectron2.config import configurable
-from torch import Tensor
 
 from ..losses import defeat, defeat_masks
 from ..section import Key, Section, at_least
 from ..structures import NetworkOutputs
-from .base import DISTILL_HEAD_REGISTRY
+from .base import DISTILL_HEAD_REGISTRY, Losses
 from .fpn import BoxedFPNHead, small_convolution
 
 
@@ -24,9 +23,11 @@ class DeFeat(BoxedFPNHead):
     """
 
     section = Section(
-        FOREGROUND_WEIGHT=Key(3.0, "factor of the cells of objects", at_least(0), term=True),
+        FOREGROUND_WEIGHT=Key(
+            3.0, "factor of the cells of objects", at_least(0), term="foreground"
+        ),
         BACKGROUND_WEIGHT=Key(
-            12.0, "factor of the cells of the background", at_least(0), term=True
+            12.0, "factor of the cells of the background", at_least(0), term="background"
         ),
     )
     summed = False
@@ -38,7 +39,7 @@ class DeFeat(BoxedFPNHead):
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
 
-    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Losses:
         maps = self.maps(student, teacher)
         strides = [level.stride for level in self.levels]
         masks = defeat_masks(
@@ -47,6 +48,8 @@ class DeFeat(BoxedFPNHead):
         losses = {}
         for part, (s, t), mask in zip(self.parts, maps, masks):
             inside, outside = defeat(s, t, mask)
-            loss = self.foreground_weight * inside + self.background_weight * outside
-            losses[part] = loss / len(maps)
+            losses[part] = {
+                "foreground": self.foreground_weight * inside / len(maps),
+                "background": self.background_weight * outside / len(maps),
+            }
         return losses

@@ -21,8 +21,8 @@ class DKD(KD):
     """
 
     section = Section(
-        ALPHA=Key(1.0, "factor α of the label's class (TCKD)", at_least(0), term=True),
-        BETA=Key(0.25, "factor β of the other classes (NCKD)", at_least(0), term=True),
+        ALPHA=Key(1.0, "factor α of the label's class (TCKD)", at_least(0), term="target"),
+        BETA=Key(0.25, "factor β of the other classes (NCKD)", at_least(0), term="others"),
     )
 
     @configurable

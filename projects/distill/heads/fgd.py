@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..losses import fgd
 from ..section import POSITIVE, Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo
-from .base import DISTILL_HEAD_REGISTRY
+from .base import DISTILL_HEAD_REGISTRY, Terms
 from .fpn import BoxedFPNHead, Level
 
 
@@ -63,25 +63,25 @@ class FGD(BoxedFPNHead):
             Presets(DenseDetector=1e-3, RepPoints=1.6e-3, FCOS=1.6e-3, GeneralizedRCNN=5e-5),
             "factor α of the foreground",
             at_least(0),
-            term=True,
+            term="foreground",
         ),
         BETA=Key(
             Presets(DenseDetector=5e-4, RepPoints=8e-4, FCOS=8e-4, GeneralizedRCNN=2.5e-5),
             "factor β of the background",
             at_least(0),
-            term=True,
+            term="background",
         ),
         GAMMA=Key(
             Presets(DenseDetector=5e-4, RepPoints=8e-4, FCOS=8e-4, GeneralizedRCNN=5e-5),
             "factor γ of the attention",
             at_least(0),
-            term=True,
+            term="attention",
         ),
         LAMBDA=Key(
             Presets(DenseDetector=5e-6, RepPoints=8e-6, FCOS=8e-6, GeneralizedRCNN=5e-7),
             "factor λ of the global relation",
             at_least(0),
-            term=True,
+            term="relation",
         ),
         TEMPERATURE=Key(
             Presets(DenseDetector=0.5, FCOS=0.8, GeneralizedRCNN=0.5),
@@ -122,9 +122,11 @@ class FGD(BoxedFPNHead):
         ret["lambda_"] = ret.pop("lambda")  # a keyword of Python
         return ret
 
-    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        terms = fgd(student, teacher, batch.boxes, batch.padded_size, self.temperature)
-        focal: Tensor = sum(f * x for f, x in zip(self.factors, terms))  # type: ignore[assignment]
+    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Terms:
+        focal = fgd(student, teacher, batch.boxes, batch.padded_size, self.temperature)
         contexts: Any = self.contexts[level.student]
         gap = contexts[0](student).float() - contexts[1](teacher).float()
-        return focal + self.lambda_ * gap.square().sum() / max(len(student), 1)
+        return {
+            **{name: f * x for name, f, x in zip(focal._fields, self.factors, focal)},
+            "relation": self.lambda_ * gap.square().sum() / max(len(student), 1),
+        }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..losses import fkd, fkd_mask, length_of_gap
 from ..section import POSITIVE, Key, Presets, Section, at_least
 from ..structures import Batch
-from .base import DISTILL_HEAD_REGISTRY
+from .base import DISTILL_HEAD_REGISTRY, Terms
 from .fpn import BatchNorm, FPNDistillHead, Level
 
 
@@ -78,19 +78,19 @@ class FKD(FPNDistillHead):
             Presets(DenseDetector=4e-4, GeneralizedRCNN=7e-5),
             "factor of the attended maps",
             at_least(0),
-            term=True,
+            term="attention",
         ),
         POOLED_WEIGHT=Key(
             Presets(DenseDetector=2e-2, GeneralizedRCNN=4e-3),
             "factor of the maps' means over cells and over channels",
             at_least(0),
-            term=True,
+            term="pooled",
         ),
         RELATION_WEIGHT=Key(
             Presets(DenseDetector=4e-4, GeneralizedRCNN=7e-5),
             "factor of the non-local relation",
             at_least(0),
-            term=True,
+            term="relation",
         ),
         TEMPERATURE=Key(0.5, "temperature 𝒯 of the attention", POSITIVE),
     )
@@ -118,7 +118,7 @@ class FKD(FPNDistillHead):
             stride = max(32 // level.stride, 2)  # the authors': 8, 4, 2, 2, 2 from P2 on
             self.compared[level.student] = FKDAdapters(s, t, 64 if fine else 128, stride)
 
-    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Terms:
         compared: Any = self.compared[level.student]
         mask = fkd_mask(student, teacher, self.temperature)
         attended = fkd(compared.map(student), teacher, mask)
@@ -127,8 +127,8 @@ class FKD(FPNDistillHead):
             compared.cells(student.mean(1, keepdim=True)), teacher.mean(1, keepdim=True)
         )
         related = compared.relation(compared.of_student(student)), compared.of_teacher(teacher)
-        return (
-            self.attention_weight * attended
-            + self.pooled_weight * (channels + cells)
-            + self.relation_weight * length_of_gap(*related)
-        )
+        return {
+            "attention": self.attention_weight * attended,
+            "pooled": self.pooled_weight * (channels + cells),
+            "relation": self.relation_weight * length_of_gap(*related),
+        }

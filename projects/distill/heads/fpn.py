@@ -14,7 +14,7 @@ from ..losses import frequency_mask
 from ..section import TEXTS, Key, Section
 from ..structures import SEM_SEG_HEAD, Batch, NetworkInfo, NetworkOutputs
 from ..utils.text import choices
-from .base import DistillHead, StepGenerator
+from .base import DistillHead, Losses, StepGenerator, Terms
 from .classes import ClassMap, class_map, no_shared_class
 from .dense import anchor_problem, dense_classes, grid_problem, layout_of
 
@@ -155,16 +155,22 @@ class FPNDistillHead(DistillHead):
             pairs.append((self.adapters[level.student](s), t))
         return pairs
 
-    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Losses:
         maps = self.maps(student, teacher)
         share = 1 if self.summed else 1 / len(maps)
-        return {
-            level.student: self.level_loss(level, s, t, student.batch) * share
-            for level, (s, t) in zip(self.levels, maps)
-        }
+        losses: dict[str, Tensor | Terms] = {}
+        for level, (s, t) in zip(self.levels, maps):
+            loss = self.level_loss(level, s, t, student.batch)
+            if isinstance(loss, Tensor):
+                losses[level.student] = loss * share
+            else:
+                losses[level.student] = {term: x * share for term, x in loss.items()}
+        return losses
 
-    def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """Return the scalar loss of one level; both maps are (N, C, H, W)."""
+    def level_loss(
+        self, level: Level, student: Tensor, teacher: Tensor, batch: Batch
+    ) -> Tensor | Terms:
+        """Return the scalar loss of one level, or its terms; both maps are (N, C, H, W)."""
         return self.loss(student, teacher, level.stride, batch)
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:

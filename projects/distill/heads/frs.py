@@ -28,13 +28,13 @@ class FRS(DenseFPNHead):
             Presets(DenseDetector=0.005, FCOS=0.01, GFL=0.1, GeneralizedRCNN=0.002),
             "factor of the features",
             at_least(0),
-            term=True,
+            term="feature",
         ),
         CLASS_WEIGHT=Key(
             Presets(DenseDetector=0.02, FCOS=0.05, GFL=0.05, GeneralizedRCNN=0.1),
             "factor of the class logits",
             at_least(0),
-            term=True,
+            term="class",
         ),
     )
 

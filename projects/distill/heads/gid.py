@@ -39,10 +39,10 @@ class GID(DenseFPNHead):
     """
 
     section = Section(
-        FEATURE_WEIGHT=Key(5e-4, "factor of the features", at_least(0), term=True),
-        RELATION_WEIGHT=Key(40.0, "factor of the relations", at_least(0), term=True),
-        CLASS_WEIGHT=Key(0.1, "factor of the class logits", at_least(0), term=True),
-        BOX_WEIGHT=Key(1.0, "factor of the box deltas", at_least(0), term=True),
+        FEATURE_WEIGHT=Key(5e-4, "factor of the features", at_least(0), term="feature"),
+        RELATION_WEIGHT=Key(40.0, "factor of the relations", at_least(0), term="relation"),
+        CLASS_WEIGHT=Key(0.1, "factor of the class logits", at_least(0), term="cls"),
+        BOX_WEIGHT=Key(1.0, "factor of the box deltas", at_least(0), term="box"),
         SHARED_ADAPTER=Key(
             True,
             "a 3x3 convolution of the student's maps that all levels share, as in the paper; "

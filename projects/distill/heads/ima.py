@@ -15,7 +15,7 @@ from ..losses.reduce import class_members, connected_zero, same_shape
 from ..section import BELOW_1, FRACTION, SWITCH, Key, Section, one_of
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
-from .base import DISTILL_HEAD_REGISTRY
+from .base import DISTILL_HEAD_REGISTRY, Losses
 from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
 
 IMA_SCOPES = ("auto", "image", "box", "mask", "class")
@@ -149,7 +149,7 @@ class IMA(FPNDistillHead):
                 return scope
         return "class" if "sem_seg" in student.outputs else "image"
 
-    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Losses:
         if self.scope not in CROPPED:
             return super().losses(student, teacher)
         maps = self.maps(student, teacher)

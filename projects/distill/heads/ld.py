@@ -33,11 +33,14 @@ class LD(DenseDistillHead):
 
     section = Section(
         TEMPERATURE=Key(10.0, "temperature T of the distributions of box sides", POSITIVE),
-        BOX_WEIGHT=Key(0.25, "factor of the positives' sides", at_least(0), term=True),
+        BOX_WEIGHT=Key(0.25, "factor of the positives' sides", at_least(0), term="box"),
         REGION_WEIGHT=Key(
-            0.25, "factor of the sides in the valuable localization region", at_least(0), term=True
+            0.25,
+            "factor of the sides in the valuable localization region",
+            at_least(0),
+            term="region",
         ),
-        CLASS_WEIGHT=Key(10.0, "factor of the positives' classes", at_least(0), term=True),
+        CLASS_WEIGHT=Key(10.0, "factor of the positives' classes", at_least(0), term="cls"),
         CLASS_TEMPERATURE=Key(2.0, "temperature T of the classes", POSITIVE),
         RELEASED_REGION=Key(False, "the larger region of the authors' code", SWITCH),
     )

@@ -16,7 +16,7 @@ from ..section import Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from ..utils.training import current_iteration
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, NonModuleRef
+from .base import DISTILL_HEAD_REGISTRY, DistillHead, Losses, NonModuleRef
 from .fpn import BoxedFPNHead, Level, cell_labels
 from .semantic import SemSegDistillHead
 
@@ -156,7 +156,7 @@ class MasKD(BoxedFPNHead):
             return f"the teacher's task, by which the masks are learned, has {more}, too"
         return None
 
-    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
+    def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> Losses:
         none = connected_zero(*student.features.values(), parameters=self.parameters())
         passed = current_iteration() - self.token_iters
         if passed < 0:

@@ -28,10 +28,12 @@ class MKD(FPNDistillHead):
     """
 
     section = Section(  # WEIGHT is α (Eq. 6)
-        FEA_WEIGHT=Key(1.0, "factor of L_fea; 0 leaves a term out", at_least(0), term=True),
-        MULTISCALE_WEIGHT=Key(1.0, "factor of L_Multiscale (Eq. 1)", at_least(0), term=True),
-        FDMD_WEIGHT=Key(1.0, "factor of L_FDMD (Eq. 2-4)", at_least(0), term=True),
-        FAD_WEIGHT=Key(1.0, "factor of L_FAD (Eq. 5)", at_least(0), term=True),
+        FEA_WEIGHT=Key(1.0, "factor of L_fea; 0 leaves a term out", at_least(0), term="fea"),
+        MULTISCALE_WEIGHT=Key(
+            1.0, "factor of L_Multiscale (Eq. 1)", at_least(0), term="multiscale"
+        ),
+        FDMD_WEIGHT=Key(1.0, "factor of L_FDMD (Eq. 2-4)", at_least(0), term="fdmd"),
+        FAD_WEIGHT=Key(1.0, "factor of L_FAD (Eq. 5)", at_least(0), term="fad"),
         SCALES=Key((1, 2, 4), "pooling kernels of L_Multiscale in cells (paper silent)", COUNTS),
         MASK_RATIO=Key(0.15, "ζ of L_FDMD: share of removed frequencies (paper silent)", BELOW_1),
         TEMPERATURE=Key(1.0, "temperature 𝒯 of L_FAD (paper silent)", POSITIVE),

@@ -40,8 +40,8 @@ class MSSD(DistillHead):
     """
 
     section = Section(
-        DISTILL_WEIGHT=Key(1.0, "factor of L_distill (Eq. 4)", at_least(0), term=True),
-        MASK_WEIGHT=Key(1.0, "factor of L_mask (Eq. 6)", at_least(0), term=True),
+        DISTILL_WEIGHT=Key(1.0, "factor of L_distill (Eq. 4)", at_least(0), term="distill"),
+        MASK_WEIGHT=Key(1.0, "factor of L_mask (Eq. 6)", at_least(0), term="mask"),
         GAMMA=Key(0.05, "γ: factor of the finest level (Eq. 3; the best of Table 5)", SHARE),
         MASK=Key(
             "gaussian", "kind of the masks (Eq. 5); binary: σ² = ∞", one_of("gaussian", "binary")

@@ -68,9 +68,9 @@ class TID(FPNDistillHead):
         ),
         AREA=Key("both", "areas that have a value", one_of(*TID_AREAS)),
         NMS_IOU=Key(0.6, "IoU of the NMS of the weak area's boxes (paper silent)", FRACTION),
-        ALPHA_HIGH=Key(1.0, "α_high: factor of the loss where V >= 1", at_least(0), term=True),
-        ALPHA_MED=Key(1.0, "α_med: factor where 0.01 <= V < 1", at_least(0), term=True),
-        ALPHA_LOW=Key(1.0, "α_low: factor where V < 0.01", at_least(0), term=True),
+        ALPHA_HIGH=Key(1.0, "α_high: factor of the loss where V >= 1", at_least(0), term="high"),
+        ALPHA_MED=Key(1.0, "α_med: factor where 0.01 <= V < 1", at_least(0), term="medium"),
+        ALPHA_LOW=Key(1.0, "α_low: factor where V < 0.01", at_least(0), term="low"),
     )
     needs = frozenset({"features", "dense", "dense_boxes"})
 
