@@ -30,7 +30,7 @@ ALLOWED = {
     ".config": "* .errors .section .heads .families .nets .utils",
     ".data": "* .errors .config .nets .utils",
     ".evaluation": "* .errors .data .utils",
-    ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures",
+    ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures .utils",
     ".solver": "* .errors .config .checkpoint",
     ".engine": "* .errors .section .config .checkpoint .utils .data .evaluation .heads .families"
     " .structures .modeling .solver",

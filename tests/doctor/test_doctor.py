@@ -180,6 +180,35 @@ def test_losses_gradients_and_cosines_are_those_of_the_training(
 
 
 @pytest.mark.slow
+def test_the_factors_of_a_balance_are_predicted(
+    tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are those of a training whose weights stay as they are."""
+    opts = ("MODEL.DISTILL.BALANCE.MODE", "gradient", "MODEL.DISTILL.BALANCE.FADE", 0.5)
+    heads = ["FitNet", "DenseKD"]
+    cfg = distilled_cfg(tmp_path, shapes, "retinanet", heads, *opts, "SOLVER.BASE_LR", 0.0)
+    assert cli.main(["doctor", *written(cfg, tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not [x for x in report["warnings"] if "of the task" in x]
+    seed_globally(cfg.SEED)
+    trainer = Trainer(cfg)
+    loop, balance = trainer._trainer, trainer.balance
+    assert balance is not None
+    with EventStorage():
+        for loop.iter in range(2):
+            loop.run_step()
+    found = {(row["head"], row["tensor"]): row["factor"] for row in report["balance"]}
+    assert {head for head, _ in found} == set(heads)
+    for (head, tensor), factor in found.items():
+        assert factor == pytest.approx(balance.factor(tensor, head), rel=1e-3)
+    (task, *rows) = report["losses"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["gradient"] / task["gradient"])
+    assert cli.main(["doctor", *written(cfg, tmp_path)]) == 0
+    assert "tensor of the student" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_schedule_of_a_head_does_not_matter(tmp_path: Path, shapes: Shapes) -> None:
     found = []
     for schedule in ((), ("WARMUP_ITERS", 100), ("STOP_ITER", 1)):

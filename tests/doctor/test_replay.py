@@ -120,6 +120,21 @@ def test_a_batch_in_parts(
 
 
 @pytest.mark.e2e
+def test_the_balance_is_that_of_the_step(
+    shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors of the run are in the file; without them the gradient would be 0."""
+    spoil(monkeypatch, "losses", FitNet, "p4", lambda x: x * 1e30)
+    opts = ("MODEL.DISTILL.BALANCE.MODE", "gradient", "MODEL.DISTILL.BALANCE.RATIO", 1e30)
+    trainer, _ = stopped(config("faster", shapes, teachers, tmp_path, *opts))
+    saved = torch.load(reproducer(tmp_path), weights_only=True)
+    state = trainer._trainer.guard.model.balance.get_extra_state()
+    assert saved["model"]["balance._extra_state"] == state
+    assert state["measured"]["backbone.p4"]["FitNet"]
+    assert replay(str(reproducer(tmp_path))).reproduced
+
+
+@pytest.mark.e2e
 def test_random_masks_are_those_of_the_step(
     shapes: Shapes,
     teachers: Teachers,

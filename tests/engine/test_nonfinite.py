@@ -215,6 +215,24 @@ def test_a_skipped_step_leaves_no_trace(
 
 
 @pytest.mark.e2e
+def test_a_skipped_step_leaves_no_trace_in_the_balance(
+    shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "losses", FitNet, "p3", BadGradient.apply)
+    opts = (*SKIP, "MODEL.DISTILL.BALANCE.MODE", "gradient")
+    ends = []
+    for name in ("skipped", "omitted"):
+        if name == "omitted":
+            omit_step(monkeypatch)
+        seed_all_rng(3)
+        Trainer(config("faster", shapes, teachers, tmp_path / name, *opts)).train()
+        ends.append(torch.load(tmp_path / name / "model_final.pth", weights_only=True))
+    assert differences(*ends) == [".trainer._trainer.skips"]
+    (state,) = ends[0]["balance"].values()
+    assert state["measured"]["backbone.p3"].keys() == {"FitNet"}
+
+
+@pytest.mark.e2e
 @first_step_skipped
 def test_skips_are_bounded_and_counted_over_a_resume(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

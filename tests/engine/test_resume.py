@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "retinanet": ("retinanet", ()),
     "mixed precision": ("faster", ("SOLVER.AMP.ENABLED", True)),
     "parts of a batch": ("faster", ("SOLVER.ACCUMULATE", 2)),
+    "balance": ("faster", ("MODEL.DISTILL.BALANCE.MODE", "gradient")),
     "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
     "average": ("faster", ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 3)),
     "flat cosine": ("faster", ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR")),

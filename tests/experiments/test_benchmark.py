@@ -41,6 +41,16 @@ def test_heads_with_a_teacher(
         assert row["ratio"] == pytest.approx(time / reference)
 
 
+def test_the_cost_of_a_balance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opts = [*distill_opts("faster", ("FitNet", "TID")), *write_teacher(tmp_path, "faster")]
+    opts += ["MODEL.DISTILL.BALANCE.MODE", "gradient"]
+    assert cli.main(arguments(tmp_path, *opts)) == 0
+    medians = json.loads(capsys.readouterr().out)["medians"]
+    assert set(medians) == {"FitNet", "TID", "all"}
+    for row in medians.values():
+        assert row["overhead"] == pytest.approx(row["balanced"] / row["distilled"])
+
+
 def test_self_distillation_has_no_teacher(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from distill.config import get_distill_cfg, merge_from_list
 from distill.families import build_family
 from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed
 from distill.heads.fpn import Level
+from distill.modeling.meta_arch import build_balance
 from distill.modeling.teacher import Teacher
 from distill.structures import Batch, NetworkInfo, NetworkOutputs
 
@@ -231,15 +232,15 @@ def distilled(
     own = network_info("student", student)
     architecture = META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))
     if not teacher_needed(cfg):
-        built = build_heads(cfg, own, None)
-        return architecture(student=student, teacher=None, heads=built).train()
+        parts = {"heads": build_heads(cfg, own, None), "balance": build_balance(cfg, own)}
+        return architecture(student=student, teacher=None, **parts).train()
     teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
     family, named = build_family(teacher), tuple(teacher_classes)
     scale = cfg.MODEL.DISTILL.TEACHER.SCALE
     asked = Teacher(family, input_format=teacher_format, student_format="BGR", scale=scale)
     taught = asked.info(named, (*named, "background") if family.sem_seg_shape else ())
-    heads_built = build_heads(cfg, own, taught)
-    return architecture(student=student, teacher=asked, heads=heads_built).train()
+    parts = {"heads": build_heads(cfg, own, taught), "balance": build_balance(cfg, own)}
+    return architecture(student=student, teacher=asked, **parts).train()
 
 
 def distilled_from_itself(family: str, heads: Sequence[str], *opts: Any, **kw: Any) -> DistillModel:

@@ -9,8 +9,10 @@ from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets.config import NETS_KEYS, add_nets_config
 from ..section import (
     BELOW_1,
+    FRACTION,
     HEIGHT_WIDTH,
     LIST,
+    POSITIVE,
     SHARE,
     SWITCH,
     TEXT,
@@ -67,6 +69,21 @@ KEYS: dict[str, Key] = {
         "size of the teacher's images relative to the student's; 2.0 suits a teacher that was "
         "trained on images of twice the size",
         Rule(lambda x: 0.25 <= x <= 4, "in [0.25, 4]"),
+    ),
+    "MODEL.DISTILL.BALANCE.MODE": Key(
+        "none",
+        "gradient: the heads' weights set themselves, by the gradients of heads and task; none: "
+        "they are the heads' WEIGHT",
+        one_of("none", "gradient"),
+    ),
+    "MODEL.DISTILL.BALANCE.RATIO": Key(
+        3.0,
+        "norm of the gradient of all heads over that of the task, at each tensor of the student "
+        "that heads compare. A head's WEIGHT over its default multiplies it",
+        POSITIVE,
+    ),
+    "MODEL.DISTILL.BALANCE.FADE": Key(
+        0.0, "share of SOLVER.MAX_ITER, at its end, in which RATIO falls linearly to 0", FRACTION
     ),
     "MODEL.DISTILL.COSINE_PERIOD": Key(
         100,

@@ -42,6 +42,7 @@ _APPLIED = (
     *("SOLVER.NUM_DECAYS", "SOLVER.POLY_LR_*", "SOLVER.RESCALE_INTERVAL", "SOLVER.STEPS"),
     *("SOLVER.PATIENCE", "SOLVER.WARMUP_*", "SOLVER.WEIGHT_DECAY*"),
     *("MODEL.DISTILL.*WEIGHT", "MODEL.DISTILL.*_ITER", "MODEL.DISTILL.*_ITERS"),
+    *("MODEL.DISTILL.BALANCE.RATIO", "MODEL.DISTILL.BALANCE.FADE"),
 )
 _OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "DATASETS.TRAIN")  # keys of its config that it depends on
 
@@ -106,7 +107,7 @@ def takes_effect(key: str) -> bool:
     The factors of the terms of a head's loss are such keys, too.
     """
     declared = declared_keys().get(key)
-    return _fits(key, _APPLIED) or (declared is not None and declared.term)
+    return _fits(key, _APPLIED) or (declared is not None and bool(declared.term))
 
 
 def _fits(key: str, patterns: tuple[str, ...]) -> bool:

@@ -17,6 +17,7 @@ from ..engine.setup import check_batch_size
 from ..engine.trainer import Trainer
 from ..families import Family
 from ..heads import DistillHead
+from ..modeling.balance import GradientBalance
 from ..modeling.meta_arch import DistillModel, network_infos
 from ..modeling.teacher import Teacher
 from ..structures import NetworkInfo
@@ -44,6 +45,7 @@ class DryRun:
         teacher: None if no head needs one.
         heads: heads by name; empty without distillation.
         infos: descriptions of student and teacher; None if there is no such network.
+        balance: sets the heads' weights; None if they are fixed.
     """
 
     cfg: CfgNode
@@ -57,6 +59,7 @@ class DryRun:
     teacher: Teacher | None
     heads: dict[str, DistillHead]
     infos: tuple[NetworkInfo | None, NetworkInfo | None]
+    balance: GradientBalance | None = None
 
 
 def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
@@ -101,6 +104,7 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
         teacher=teacher,
         heads=heads,
         infos=infos,
+        balance=trainer.balance,
     )
 
 
@@ -149,17 +153,23 @@ def _on_cpu(value: Any) -> Any:
 
 
 @contextmanager
-def full_weight(heads: dict[str, DistillHead]) -> Iterator[None]:
+def full_weight(dry_run: DryRun) -> Iterator[None]:
     """Give all heads their full weight in this context, as late in a training.
 
-    They are past their warm-up and their first phases, and they do not stop.
+    They are past their warm-up and their first phases, and they neither stop nor fade.
     """
-    saved = [(head, head.stop_iter) for head in heads.values()]
-    for head in heads.values():
+    heads, balance = dry_run.heads.values(), dry_run.balance
+    saved = [(head, head.stop_iter) for head in heads]
+    fade = balance.fade if balance else 0.0
+    for head in heads:
         head.stop_iter = 0
+    if balance:
+        balance.fade = 0.0
     try:
         with EventStorage(LATE):
             yield
     finally:
         for head, stop in saved:
             head.stop_iter = stop
+        if balance:
+            balance.fade = fade

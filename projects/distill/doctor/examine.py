@@ -22,7 +22,7 @@ from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
 from ..structures import NetworkOutputs
 from .dry_run import DryRun, Inputs, build_dry_run, preserved
-from .losses import loss_table, loss_warnings, losses_of
+from .losses import balance_rows, loss_table, loss_warnings, losses_of
 from .recording import head_table, output_table, record_both
 from .report import Cost, DoctorReport, Setting, TeacherCheck
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
@@ -62,11 +62,13 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
         say("the gradient of every loss")
         with preserved(dry_run):
             report.losses, errors = loss_table(dry_run, batches)
+            if dry_run.balance:
+                report.balance = balance_rows(dry_run.balance)
         say("the teacher's predictions")
         add_teacher(report, dry_run, batches, teacher_images)
     report.errors += errors
     report.warnings += unfinished_phases(cfg)
-    report.warnings += loss_warnings(report.losses, dry_run.heads)
+    report.warnings += loss_warnings(report.losses, dry_run.heads, dry_run.balance is not None)
     report.warnings += filter(
         None, [batch_norm_warning(dry_run, cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE)]
     )

@@ -12,9 +12,10 @@ from ..engine.health import cosine_warning, dead_warning, ratio_warning
 from ..engine.telemetry import dot, head_of
 from ..errors import DistillError, NumericalError
 from ..heads import DistillHead
+from ..modeling.balance import GradientBalance
 from ..utils.text import clause, shortened
 from .dry_run import DryRun, Inputs, full_weight
-from .report import LossRow
+from .report import BalanceRow, LossRow
 
 Gradient = list[Tensor | None]
 TASK = "task"
@@ -37,10 +38,11 @@ class Measured:
         if scale > 0 and math.isfinite(scale):
             self.cosines.append(dot(gradient, task) / scale)
 
-    def row(self, loss: str, task: float) -> LossRow:
-        value = mean(self.values)
+    def row(self, loss: str, task: "Measured", balanced: bool) -> LossRow:
+        value, gradient = mean(self.values), mean(self.norms)
         cosine = mean(self.cosines) if self.cosines else None
-        return LossRow(loss, self.head, value, value / max(task, 1e-12), mean(self.norms), cosine)
+        own, whole = (gradient, task.norms) if balanced else (value, task.values)
+        return LossRow(loss, self.head, value, own / max(mean(whole), 1e-12), gradient, cosine)
 
 
 def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow], list[str]]:
@@ -55,6 +57,9 @@ def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow
     """
     measured: dict[str, Measured] = {}
     errors: list[str] = []
+    if dry_run.balance:
+        for k, batch in enumerate(batches):
+            follow(dry_run, dry_run.balance, batch, seed=k)
     for k, batch in enumerate(batches):
         losses = losses_of(dry_run, batch, seed=k)
         where = f"in batch {k + 1} ({file_names(batch)})"
@@ -65,10 +70,30 @@ def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow
         if not bad:
             wrong = [name for name, m in measured.items() if not math.isfinite(m.norms[-1])]
             errors += [f"the gradient of {name} is not finite {where}" for name in wrong]
-    task = mean(measured[TASK].values)
+    task, balanced = measured[TASK], dry_run.balance is not None
     advice = "check the images, MODEL.WEIGHTS and the head's WEIGHT"
-    rows = [m.row(name, task) for name, m in measured.items()]
+    rows = [m.row(name, task, balanced) for name, m in measured.items()]
     return rows, [f"{error}; {advice}." for error in errors]
+
+
+def follow(dry_run: DryRun, balance: GradientBalance, batch: Inputs, seed: int) -> None:
+    """Let the balance follow one batch, as in a step of the training."""
+    balance.before_step()
+    losses = losses_of(dry_run, batch, seed)
+    with balance.measure():
+        (torch.stack(list(losses.values())).sum() * SCALE).backward()
+    with full_weight(dry_run):
+        balance.after_step()
+    dry_run.optimizer.zero_grad()
+
+
+def balance_rows(balance: GradientBalance) -> list[BalanceRow]:
+    """Return the factor of each head's gradient at each tensor that it compares."""
+    return [
+        BalanceRow(head, place, balance.factor(place, head))
+        for place, heads in balance.measured.items()
+        for head in heads
+    ]
 
 
 def losses_of(dry_run: DryRun, batch: Inputs, seed: int) -> dict[str, Tensor]:
@@ -79,7 +104,7 @@ def losses_of(dry_run: DryRun, batch: Inputs, seed: int) -> dict[str, Tensor]:
     """
     torch.manual_seed(seed)  # for the proposals that the student samples
     images = file_names(batch)
-    with full_weight(dry_run.heads), dry_run.autocast():
+    with full_weight(dry_run), dry_run.autocast():
         try:
             return dry_run.model(batch)
         except DistillError:
@@ -119,10 +144,15 @@ def measure(losses: dict[str, Tensor], dry_run: DryRun, measured: dict[str, Meas
         whole.add(sum(x.item() for x in parts.values()), summed, task)
 
 
-def loss_warnings(rows: Sequence[LossRow], heads: Mapping[str, DistillHead]) -> list[str]:
+def loss_warnings(
+    rows: Sequence[LossRow], heads: Mapping[str, DistillHead], balanced: bool = False
+) -> list[str]:
     """Return warnings about losses that are out of bounds, one sentence each.
 
     A head is judged by the sum of its losses, because a single level may have nothing to compare.
+
+    Args:
+        balanced: the weights of the heads set themselves, so that no ratio is out of bounds.
     """
     warnings: list[str | None] = []
     for name, head in heads.items():
@@ -131,7 +161,7 @@ def loss_warnings(rows: Sequence[LossRow], heads: Mapping[str, DistillHead]) -> 
             continue
         if own.value == 0 or own.gradient == 0:
             warnings.append(dead_warning(own.loss, "loss" if own.value == 0 else "gradient"))
-        else:
+        elif not balanced:
             warnings.append(ratio_warning(own.loss, own.ratio))
         if own.cosine is not None:
             warnings.append(cosine_warning(own.loss, own.cosine))

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..engine.health import HIGHEST_RATIO, LOWEST_COSINE, LOWEST_RATIO
 from ..utils.text import shortened
 from .report import (
+    BalanceRow,
     Classes,
     Cost,
     DoctorReport,
@@ -48,7 +49,9 @@ def sections(report: DoctorReport) -> Iterator[tuple[str, Sequence[Any]]]:
     if report.outputs:
         yield "Outputs", [output_table(report.outputs)]
     if report.losses:
-        yield "Losses", [loss_table(report.losses)]
+        yield "Losses", [loss_table(report.losses, balanced=bool(report.balance))]
+    if report.balance:
+        yield "Balance", [balance_table(report.balance)]
     if report.teacher_check or report.teacher_ap:
         yield "Teacher", teacher_lines(report)
     if report.cost:
@@ -125,7 +128,14 @@ def tensor_text(x: TensorInfo | None) -> str:
     return f"{x.name} {'x'.join(map(str, x.shape))}{stride} {x.dtype}"
 
 
-def loss_table(rows: Sequence[LossRow]) -> Table:
+def balance_table(rows: Sequence[BalanceRow]) -> Table:
+    table = plain_table("head", "tensor of the student", "factor", right=(2,))
+    for row in rows:
+        table.add_row(row.head, row.tensor, f"{row.factor:.3g}")
+    return table
+
+
+def loss_table(rows: Sequence[LossRow], balanced: bool = False) -> Table:
     table = plain_table("loss", "value", "of task", "gradient", "cosine", "", right=(1, 2, 3, 4))
     for row in rows:
         part = "/" in row.loss
@@ -133,15 +143,15 @@ def loss_table(rows: Sequence[LossRow]) -> Table:
         cosine = "" if row.cosine is None else f"{round(row.cosine, 2) + 0.0:.2f}"  # no -0.00
         ratio = f"{row.ratio:.3g}" if row.head else ""
         values = (f"{row.value:.4g}", ratio, f"{row.gradient:.3g}", cosine if row.head else "")
-        table.add_row(name, *values, remark(row))
+        table.add_row(name, *values, remark(row, balanced))
     return table
 
 
-def remark(row: LossRow) -> str:
+def remark(row: LossRow, balanced: bool) -> str:
     """Return one or two words if a value is out of bounds."""
     if row.value == 0 or row.gradient == 0:
         return "no loss" if row.value == 0 else "no gradient"
-    if row.head and not LOWEST_RATIO <= row.ratio <= HIGHEST_RATIO:
+    if row.head and not balanced and not LOWEST_RATIO <= row.ratio <= HIGHEST_RATIO:
         return "small" if row.ratio < LOWEST_RATIO else "large"
     return "against" if (row.cosine or 0) < LOWEST_COSINE else ""
 

@@ -97,7 +97,7 @@ class LossRow:
         loss: name in the log. If a head has several losses, their sum comes first, with the name
             ``loss_<head>``.
         head: name of the head; None for the sum of the task losses, which is the first row.
-        ratio: loss over task loss.
+        ratio: loss over task loss; with a balance, gradient over that of the task.
         gradient: L2 norm of the gradient in the student's parameters.
         cosine: cosine with the gradient of the task loss; None if one of the gradients is 0.
     """
@@ -108,6 +108,19 @@ class LossRow:
     ratio: float
     gradient: float
     cosine: float | None
+
+
+@dataclass
+class BalanceRow:
+    """Factor by which the balance will scale a head's gradient, as two batches predict it.
+
+    Attributes:
+        tensor: output of the student that the head compares, such as ``backbone.p3``.
+    """
+
+    head: str
+    tensor: str
+    factor: float
 
 
 @dataclass
@@ -200,6 +213,7 @@ class DoctorReport:
     classes: Classes | None = None
     outputs: list[OutputRow] = field(default_factory=list)
     losses: list[LossRow] = field(default_factory=list)
+    balance: list[BalanceRow] = field(default_factory=list)
     teacher_check: TeacherCheck | None = None
     teacher_ap: TeacherAP | None = None
     cost: Cost | None = None

@@ -7,6 +7,7 @@ The doctor applies them to two batches, :class:`LossHealthHook` to the last iter
 # head with a larger one dominates the training.
 LOWEST_RATIO = 0.001
 HIGHEST_RATIO = 10.0
+BALANCED = 10.0  # bound of a balanced gradient over its share, and of the share over the gradient
 LOWEST_COSINE = -0.5  # between the gradients of distillation and task
 
 
@@ -23,6 +24,22 @@ def ratio_warning(loss: str, ratio: float) -> str | None:
     side = "below" if ratio < LOWEST_RATIO else "above"
     return (
         f"{_short(loss)} is {ratio:.2g} of the task loss, {side} {bound:g}; {verb} {_weight(loss)}."
+    )
+
+
+def balance_warning(head: str, ratio: float, share: float) -> str | None:
+    """Return a warning if the balance does not keep a head's gradient near its share, or None.
+
+    Args:
+        head: name of the head.
+        ratio: norm of the head's gradient over that of the task.
+        share: the ratio that ``MODEL.DISTILL.BALANCE`` gives to the head.
+    """
+    if share / BALANCED <= ratio <= share * BALANCED:
+        return None
+    return (
+        f"{head} has {ratio:.2g} of the task's gradient instead of {share:.2g}, because both "
+        "change much from step to step; raise SOLVER.IMS_PER_BATCH or compare other levels."
     )
 
 

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint.save import StudentCheckpointer
 from ..heads import DistillHead
+from ..modeling.balance import GradientBalance
 from ..utils.old_names import HOOKS, with_renamed_keys
-from .health import cosine_warning, dead_warning, ratio_warning
+from .health import balance_warning, cosine_warning, dead_warning, ratio_warning
 from .telemetry import RowWriter, head_of
 
 logger = logging.getLogger(__name__)
@@ -268,12 +269,20 @@ class LossHealthHook(HookBase):
 
     Args:
         heads: distillation heads by name; only heads at their full weight are judged.
+        balance: sets the weights of the heads, if they set themselves.
         period: iterations between two checks. A check uses medians over the period.
         data_share: largest share of the time that may be spent waiting for data.
     """
 
-    def __init__(self, heads: Mapping[str, DistillHead], period: int = 20, data_share: float = 0.5):
-        self.heads = {name.lower(): head for name, head in heads.items()}
+    def __init__(
+        self,
+        heads: Mapping[str, DistillHead],
+        balance: GradientBalance | None = None,
+        period: int = 20,
+        data_share: float = 0.5,
+    ):
+        self.heads = heads
+        self.balance = balance
         self.period = period
         self.data_share = data_share
         self.warned: set[str] = set()
@@ -298,16 +307,24 @@ class LossHealthHook(HookBase):
         return [(name, sentence) for name, sentence in found if sentence]
 
     def _head_warnings(
-        self, head: str, module: DistillHead, storage: EventStorage
+        self, name: str, module: DistillHead, storage: EventStorage
     ) -> Iterator[tuple[str, str | None]]:
+        head = name.lower()
         names = [x for x in storage.histories() if x.split("/")[:2] == ["kd_ratio", head]]
         parts = [self._last(storage, name, module.warmup_iters) for name in names]
-        if any(parts):
-            ratio = sum(map(median_of_nonzero, parts))
-            sentence = ratio_warning(head, ratio) if ratio else dead_warning(head, "loss")
-            yield f"kd_ratio/{head}", sentence
+        ratios = [median_of_nonzero(x) for x in parts if x]
+        if ratios:
+            yield f"kd_ratio/{head}", self._ratio_warning(name, ratios)
         cosines = self._last(storage, f"kd_cosine/{head}", module.warmup_iters)
         yield f"kd_cosine/{head}", cosine_warning(head, median_of_nonzero(cosines))
+
+    def _ratio_warning(self, name: str, ratios: Sequence[float]) -> str | None:
+        head = name.lower()
+        if not any(ratios):
+            return dead_warning(head, "gradient" if self.balance else "loss")
+        if self.balance:
+            return balance_warning(head, mean(ratios), self.balance.share(name))
+        return ratio_warning(head, sum(ratios))
 
     def _last(self, storage: EventStorage, name: str, since: int = 0) -> list[float]:
         """Return the values of the last period, without those before iteration ``since``."""

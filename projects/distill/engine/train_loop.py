@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..heads.base import StepGenerator
+from ..modeling.balance import GradientBalance
 from ..utils.seeding import derived_seed, seed_globally
 from .nonfinite import FiniteGuard, says_nonfinite
 from .telemetry import gradient_cosines
@@ -55,12 +56,15 @@ class TrainLoop(SimpleTrainer):
         self.heads = heads
         self.cosine_period = cosine_period
         self.accumulate = accumulate
+        self.balance: GradientBalance | None = getattr(guard.model, "balance", None)
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         self.guard.before_step(data)
+        if self.balance is not None:
+            self.balance.before_step()
         parts = micro_batches(data, self.accumulate)
         self.optimizer.zero_grad()
         try:
@@ -73,6 +77,9 @@ class TrainLoop(SimpleTrainer):
         self.scaler.unscale_(self.optimizer)  # detectron2 clips inside the optimizer's step
         if self.guard.allows(losses, self.scaler, partial(self._repeated, parts)):
             self._write_metrics(losses, data_time)
+            if self.balance is not None:
+                scalars = self.balance.after_step()
+                get_event_storage().put_scalars(**scalars, smoothing_hint=True)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -99,7 +106,8 @@ class TrainLoop(SimpleTrainer):
                 if k == 0:
                     self._write_cosines(losses)
                 total: Any = sum(losses.values())
-                self.scaler.scale(total / len(parts)).backward()
+                with self.balance.measure() if self.balance is not None else nullcontext():
+                    self.scaler.scale(total / len(parts)).backward()
             yield {name: x.detach() for name, x in losses.items()}
 
     def _repeated(self, parts: Sequence[Any]) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
+from ..modeling.balance import GradientBalance
 from ..modeling.init_from_teacher import init_from_teacher
 from ..modeling.meta_arch import (
     DistillModel,
@@ -126,6 +127,7 @@ class Trainer(DefaultTrainer):
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
         self.head_state = HeadState(self.heads)
+        self.balance: GradientBalance | None = getattr(model, "balance", None)
         # The trainer's state comes last: it has the iteration to which everything else belongs.
         self.checkpointer = StudentCheckpointer(
             self.student,
@@ -134,6 +136,7 @@ class Trainer(DefaultTrainer):
             weights_in_place=self.averaged,
             student_state=StudentState(self.student),
             distill=self.head_state,
+            **({} if self.balance is None else {"balance": self.balance}),
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -185,11 +188,11 @@ class Trainer(DefaultTrainer):
         loop = self._trainer
         left_out = lambda: len(loop.data_loader.left_out)  # noqa: E731
         before.append(TelemetryHook(cfg.SOLVER.IMS_PER_BATCH, left_out))
-        if self.heads:
+        if self.heads and self.balance is None:
             before.insert(0, KDRatioHook(tuple(self.heads)))
         if self.ema:
             before.insert(0, self.ema)
-        before.append(LossHealthHook(self.heads))
+        before.append(LossHealthHook(self.heads, self.balance))
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
         return [*before, *writers, periodic, *([final] if cfg.TEST.BEST_METRIC else [])]
 

@@ -4,7 +4,9 @@
 
 Weights and images are random: only time is measured. Every round times the plain student's step.
 Then, for each head by itself and for all heads together, it times the teacher's answer and the
-distilled step. The report has medians and the ratio distilled / (plain + teacher).
+distilled step. The report has medians and the ratio distilled / (plain + teacher). With
+MODEL.DISTILL.BALANCE.MODE gradient, it has the distilled step without and with the balance, and
+their ratio.
 
 With ``--heads-only``, every round times the forward of the student's backbone, and each head's
 losses with their backward to the features. The report has medians and their ratio. It also has the
@@ -36,7 +38,8 @@ from ..data.datasets import number_of_classes
 from ..engine import setup_config
 from ..families import build_family
 from ..heads import build_heads, teacher_needed
-from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.balance import GradientBalance
+from ..modeling.meta_arch import DistillModel, build_balance, network_infos
 from ..modeling.teacher import Teacher
 from ..structures import NetworkOutputs
 from ..utils.arguments import add_config_arguments, at_least, size
@@ -88,32 +91,48 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
 
 def step(model: nn.Module, inputs: list[Any]) -> None:
     model.zero_grad(set_to_none=True)
-    sum(model(inputs).values()).backward()
+    balance: GradientBalance | None = getattr(model, "balance", None)
+    if balance is None:
+        sum(model(inputs).values()).backward()
+        return
+    balance.before_step()
+    losses = model(inputs)
+    with balance.measure():
+        sum(losses.values()).backward()
+    balance.after_step()
 
 
 def measure(
     cfg: CfgNode, inputs: list[Any], repeats: int, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Return median seconds by heads: ``plain``, ``teacher``, ``distilled`` and their ``ratio``."""
+    """Return median seconds by heads: ``plain``, ``teacher``, ``distilled`` and their ``ratio``.
+
+    With a balance there are also ``balanced`` and ``overhead``, the ratio of ``balanced`` to
+    ``distilled``.
+    """
     student, teacher, heads = build(cfg)
     sets = {name: [name] for name in heads} | {"all": list(heads)}
-    models: dict[str, DistillModel] = {
-        key: DistillModel(
-            student=student,
-            teacher=teacher,
-            heads=nn.ModuleDict({n: heads[n] for n in names}),
-        ).train()
-        for key, names in sets.items()
-    }
+    info = network_infos(cfg, build_family(student), teacher)[0]
+
+    def model_of(names: list[str], balance: GradientBalance | None = None) -> DistillModel:
+        own = nn.ModuleDict({n: heads[n] for n in names})
+        return DistillModel(student=student, teacher=teacher, heads=own, balance=balance).train()
+
+    models = {key: model_of(names) for key, names in sets.items()}
+    balances = {key: build_balance(cfg, info) for key in sets}
+    balanced = {key: model_of(sets[key], x) for key, x in balances.items() if x is not None}
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     plain: list[float] = []
     asked: dict[str, list[float]] = {key: [] for key in models}
     distilled: dict[str, list[float]] = {key: [] for key in models}
+    scaled: dict[str, list[float]] = {key: [] for key in balanced}
     for _ in progress.track(range(repeats + 1), description="rounds"):  # the first warms up
         plain.append(seconds(functools.partial(step, student, inputs), cuda))
         for key, model in models.items():
             asked[key].append(seconds(_question(model, inputs), cuda))
             distilled[key].append(seconds(functools.partial(step, model, inputs), cuda))
+            if key in balanced:
+                scaled[key].append(seconds(functools.partial(step, balanced[key], inputs), cuda))
     medians = {
         key: {
             "plain": statistics.median(plain[1:]),
@@ -124,6 +143,9 @@ def measure(
     }
     for row in medians.values():
         row["ratio"] = row["distilled"] / (row["plain"] + row["teacher"])
+    for key, times in scaled.items():
+        medians[key]["balanced"] = statistics.median(times[1:])
+        medians[key]["overhead"] = medians[key]["balanced"] / medians[key]["distilled"]
     return medians
 
 

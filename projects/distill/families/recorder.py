@@ -5,11 +5,11 @@ operations rewrite the recorded tensors.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RecorderError
 
@@ -49,6 +49,43 @@ class Recorder:
     def __getitem__(self, name: str) -> Call:
         """Return the last call of ``name``; see :meth:`all`."""
         return self.all(name)[-1]
+
+
+class BranchRecorder(Recorder):
+    """View of a recorder that replaces the tensors of its calls.
+
+    Args:
+        recorder: the calls of a forward.
+        replace: function of a tensor's place, such as ``backbone.p3``, and the tensor.
+    """
+
+    def __init__(self, recorder: Recorder, replace: Callable[[str, Tensor], Tensor]):
+        self.recorder = recorder
+        self.replace = replace
+        self.replaced: dict[str, list[Call]] = {}
+
+    def all(self, name: str) -> list[Call]:
+        if name not in self.replaced:
+            calls = self.recorder.all(name)
+            numbers = [""] if len(calls) == 1 else [f".{k}" for k in range(len(calls))]
+            self.replaced[name] = [
+                Call(
+                    self._mapped(f"{name}{k}.args", call.args),
+                    self._mapped(f"{name}{k}", call.output),
+                )
+                for k, call in zip(numbers, calls)
+            ]
+        return self.replaced[name]
+
+    def _mapped(self, place: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.replace(place, value)
+        if isinstance(value, Mapping):
+            return {k: self._mapped(f"{place}.{k}", x) for k, x in value.items()}
+        if isinstance(value, list | tuple):
+            items = [self._mapped(f"{place}.{k}", x) for k, x in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The distilled student as a detectron2 meta-architecture."""
 
 import logging
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from ..config import (
 from ..data.datasets import class_names
 from ..errors import ConfigError, building
 from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
-from ..heads import DistillHead, build_heads, teacher_needed
+from ..heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, teacher_needed
 from ..structures import NetworkInfo
+from .balance import GradientBalance
 from .teacher import Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class DistillModel(nn.Module):
         student: a plain detectron2 meta-architecture.
         teacher: None if no head needs one.
         heads: :class:`DistillHead` modules by name.
+        balance: sets the heads' weights; None: they are those of the config.
     """
 
     family_type: ClassVar[type[Family]] = Family
@@ -44,12 +47,20 @@ class DistillModel(nn.Module):
     """Student if ``MODEL.DISTILL.STUDENT_ARCHITECTURE`` is empty; "" if there is no default."""
 
     @configurable
-    def __init__(self, *, student: nn.Module, teacher: Teacher | None, heads: nn.ModuleDict):
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher | None,
+        heads: nn.ModuleDict,
+        balance: GradientBalance | None = None,
+    ):
         super().__init__()
         self.student = student
         self.family = build_family(student)
         self.check_student(type(student))
         self.heads = heads
+        self.balance = balance
         self.teacher = teacher  # not an nn.Module: stays outside parameters() and state_dict()
 
     @classmethod
@@ -65,7 +76,7 @@ class DistillModel(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
-        teacher, heads = None, nn.ModuleDict()
+        teacher, heads, balance = None, nn.ModuleDict(), None
         if cfg.MODEL.DISTILL.HEADS:
             # Teacher and heads would shift torch's global random state, and the student's training.
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -74,7 +85,8 @@ class DistillModel(nn.Module):
                 teacher = build_teacher(cfg) if teacher_needed(cfg) else None
                 infos = network_infos(cfg, build_family(student), teacher)
                 heads = build_heads(cfg, *infos)
-        return {"student": student, "teacher": teacher, "heads": heads}
+                balance = build_balance(cfg, infos[0])
+        return {"student": student, "teacher": teacher, "heads": heads, "balance": balance}
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +96,8 @@ class DistillModel(nn.Module):
         """Return losses in training and predictions in evaluation, as detectron2's networks do."""
         if not self.training or not self.heads:
             return self.student(batched_inputs)
+        if self.balance is not None:
+            self.balance.start({name: head.factor() for name, head in self._heads()})
         student_needs = self.active_needs()
         teacher_needs = self.active_needs(of_teacher=True)
         with self.family.record(student_needs) as recorder:
@@ -93,9 +107,16 @@ class DistillModel(nn.Module):
         teacher = None
         if self.teacher and teacher_needs:
             teacher = self.teacher.ask(student, teacher_needs)
-        for head in self.heads.values():
-            losses.update(head(student, teacher))
+        for name, head in self._heads():
+            if self.balance is not None and head.factor() > 0:
+                own = self.family.read(self.balance.branch(name, recorder), batch, head.needs)
+                losses.update(head(own, teacher, partial(self.balance.weigh, name)))
+            else:
+                losses.update(head(student, teacher))
         return losses
+
+    def _heads(self) -> list[tuple[str, DistillHead]]:
+        return list(self.heads.items())  # type: ignore[arg-type]
 
     def active_needs(self, of_teacher: bool = False) -> frozenset[str]:
         """Return the student's outputs that heads with a weight above 0 read at this iteration.
@@ -103,8 +124,9 @@ class DistillModel(nn.Module):
         Args:
             of_teacher: return the teacher's outputs instead.
         """
-        heads: list[DistillHead] = list(self.heads.values())  # type: ignore[arg-type]
-        active = [h for h in heads if h.factor() != 0 and (h.needs_teacher or not of_teacher)]
+        active = [
+            h for _, h in self._heads() if h.factor() != 0 and (h.needs_teacher or not of_teacher)
+        ]
         return frozenset().union(*(head.needs for head in active))
 
 
@@ -146,6 +168,21 @@ def build_distill_model(cfg: CfgNode) -> nn.Module:
         if cfg.MODEL.META_ARCHITECTURE in distill_architectures() or not cfg.MODEL.DISTILL.HEADS:
             return build_model(cfg)
         return DistillModel(cfg).to(cfg.MODEL.DEVICE)
+
+
+def build_balance(cfg: CfgNode, student: NetworkInfo) -> GradientBalance | None:
+    """Build the balance of the heads that ``cfg`` names, or None if their weights are fixed."""
+    node = cfg.MODEL.DISTILL.BALANCE
+    if node.MODE == "none":
+        return None
+    heads = {name: DISTILL_HEAD_REGISTRY.get(name) for name in cfg.MODEL.DISTILL.HEADS}
+    return GradientBalance(
+        {name: cls.authors_weight(student) for name, cls in heads.items()},
+        {name: cls.term_strengths(cfg, student) for name, cls in heads.items()},
+        ratio=node.RATIO,
+        fade=node.FADE,
+        max_iter=cfg.SOLVER.MAX_ITER,
+    )
 
 
 def build_student(cfg: CfgNode) -> nn.Module:
