@@ -30,6 +30,7 @@ HEADS = {
     "retinanet": ("IMA", "DenseKD"),
     "semantic": ("IMA", "CIRKD", "MasKDLogits"),
 }
+BALANCE = ("MODEL.DISTILL.BALANCE.MODE", "gradient")
 LAST = 6  # iterations
 
 
@@ -54,7 +55,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "retinanet": ("retinanet", ()),
     "mixed precision": ("faster", ("SOLVER.AMP.ENABLED", True)),
     "parts of a batch": ("faster", ("SOLVER.ACCUMULATE", 2)),
-    "balance": ("faster", ("MODEL.DISTILL.BALANCE.MODE", "gradient")),
+    "balance": ("faster", BALANCE),
+    "balance, mixed precision": ("faster", (*BALANCE, "SOLVER.AMP.ENABLED", True)),
     "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
     "average": ("faster", ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 3)),
     "flat cosine": ("faster", ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR")),

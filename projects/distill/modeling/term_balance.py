@@ -49,9 +49,10 @@ class TermBalance:
             found: tuple[Tensor | None, ...] = (None,) * len(branches)
             if loss.requires_grad:
                 inputs = list(branches.values())
-                found = torch.autograd.grad(
-                    loss * SCALE, inputs, retain_graph=True, allow_unused=True
-                )
+                with torch.autocast(loss.device.type, enabled=False):  # it is for forwards
+                    found = torch.autograd.grad(
+                        loss * SCALE, inputs, retain_graph=True, allow_unused=True
+                    )
             for place, gradient in zip(branches, found):
                 # Every process has every key, though it may have nothing to compare.
                 square = loss.new_zeros((), dtype=torch.float32)
