@@ -25,10 +25,13 @@ NETWORK = [
     *("MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
     *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
 ]
+NARROW = [  # for ResNets of 50 layers and more, which the shapes do not need
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
+]
 QUICK = [
-    *NETWORK,
-    *("MODEL.DISTILL.TEACHER.OPTS", repr(NETWORK), "MODEL.DEVICE", "cpu"),
-    *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "2"),
+    *("MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"),
+    *("SOLVER.IMS_PER_BATCH", "2"),
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"),
 ]
 FEW_IMAGES = ["--train", "4", "--val", "2", "--size", "64"]
@@ -123,4 +126,7 @@ def quick(arguments: list[str]) -> list[str]:
     if "--config-file" not in arguments:
         return arguments
     own = next((k for k, x in enumerate(arguments) if KEY.match(x)), len(arguments))
-    return [*arguments[:own], *QUICK, *arguments[own:]]
+    shapes = any("Shapes-" in x for x in arguments)
+    network = NETWORK if shapes else [*NETWORK, *NARROW]
+    teacher = ("MODEL.DISTILL.TEACHER.OPTS", repr(network))
+    return [*arguments[:own], *network, *teacher, *QUICK, *arguments[own:]]
