@@ -10,7 +10,8 @@ CONTROL ?=
 ARGS ?=
 EXCLUDE ?=
 
-PYTEST := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadgroup
+# Byte code is kept even where the environment forbids it: a hundred processes would compile anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadgroup
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := projects tools tests docs setup.py
 
