@@ -16,8 +16,6 @@ from distill.utils.progress import Progress
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     describe = demo.Demo.stage
     short = ("SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 9)
-    narrow = ("MODEL.ROI_BOX_HEAD.FC_DIM", 32)  # checkpoints would be large
-    short += (*narrow, "MODEL.DISTILL.TEACHER.OPTS", list(narrow))
 
     def stage(self: Any, name: str, seed: int, config: str, *opts: Any) -> Any:
         return describe(self, name, seed, config, *short, *opts)

@@ -97,8 +97,10 @@ class GradientBalance(nn.Module):
         terms = self.terms[head]
         if current_iteration() % TERM_PERIOD == 0 and terms.have_rivals(losses):
             self._passing = True
-            terms.measure(losses, self._branches[head])
-            self._passing = False
+            try:
+                terms.measure(losses, self._branches[head])
+            finally:
+                self._passing = False
         return {k: x * self.authors[head] for k, x in terms.weigh(losses).items()}
 
     def ratio_now(self) -> float:

@@ -74,9 +74,10 @@ class TermBalance:
         found: dict[str, list[float]] = {}
         for norms in self.norms.values():
             strengths = {name: self._strength(name) for name in norms}
-            for name, norm in norms.items():
-                wanted.setdefault(name, []).append(strengths[name] / sum(strengths.values()))
-                found.setdefault(name, []).append(norm / sum(norms.values()))
+            for shares, sizes in ((wanted, strengths), (found, norms)):
+                whole = sum(sizes.values())
+                for name, size in sizes.items():
+                    shares.setdefault(name, []).append(size / whole)
         factors = {name: mean(wanted[name]) / mean(found[name]) for name in wanted}
         return {name: min(max(x, 1 / BOUND), BOUND) for name, x in factors.items()}
 
