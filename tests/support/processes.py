@@ -5,8 +5,11 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing import popen_forkserver
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -31,6 +34,28 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["distill.engine", "torch.utils.tensorboard"])
 
 
+class _Popen(popen_forkserver.Popen):
+    """Process whose end several threads may notice.
+
+    Each start of a process asks all others for their exit codes. A code can be read only once; of
+    two threads that read it at the same time, one would get 255.
+    """
+
+    _reading = threading.Lock()
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        if flag != os.WNOHANG:
+            wait([self.sentinel])
+        with self._reading:
+            return super().poll(os.WNOHANG)
+
+
+class _Process(_context.Process):  # type: ignore[name-defined,misc]
+    @staticmethod
+    def _Popen(process: BaseProcess) -> _Popen:
+        return _Popen(process)
+
+
 def start(function: Callable[..., int | None], *args: Any, out: Path, err: Path) -> BaseProcess:
     """Call a function in a process that leads a session of its own.
 
@@ -40,7 +65,7 @@ def start(function: Callable[..., int | None], *args: Any, out: Path, err: Path)
         out: file to which stdout is appended.
         err: likewise, of stderr.
     """
-    process = _context.Process(target=_call, args=(function, args, out, err))
+    process = _Process(target=_call, args=(function, args, out, err))
     process.start()
     return process
 
