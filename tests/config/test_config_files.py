@@ -24,6 +24,7 @@ from detectron2.modeling import build_model
 
 from distill import DistillModel
 from distill.config import (
+    balance_mode,
     find_config,
     get_distill_cfg,
     load_config,
@@ -189,6 +190,7 @@ def test_a_distillation_is_named_by_the_rule_and_changes_only_the_distillation(p
     if data == "Cityscapes-SemanticSegmentation":
         heads = HEADS.get(method, heads)
     assert list(node.HEADS) == heads
+    assert balance_mode(cfg) == ("gradient" if data.startswith("Shapes") else "none")
 
     assert read(path)["_BASE_"] == f"../{student}.yaml"
     baseline = load(path.parents[1] / f"{student}.yaml")

@@ -128,8 +128,8 @@ def test_the_balance_is_that_of_the_step(
     opts = ("MODEL.DISTILL.BALANCE.MODE", "gradient", "MODEL.DISTILL.BALANCE.RATIO", 1e30)
     trainer, _ = stopped(config("faster", shapes, teachers, tmp_path, *opts))
     saved = torch.load(reproducer(tmp_path), weights_only=True)
-    state = trainer._trainer.guard.model.balance.get_extra_state()
-    assert saved["model"]["balance._extra_state"] == state
+    state = trainer._trainer.guard.model.balance.state_dict()
+    assert saved["balance"] == state
     assert state["measured"]["backbone.p4"]["FitNet"]
     assert replay(str(reproducer(tmp_path))).reproduced
 

@@ -228,7 +228,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_balance(
         Trainer(config("faster", shapes, teachers, tmp_path / name, *opts)).train()
         ends.append(torch.load(tmp_path / name / "model_final.pth", weights_only=True))
     assert differences(*ends) == [".trainer._trainer.skips"]
-    (state,) = ends[0]["balance"].values()
+    state = ends[0]["balance"]
     assert state["measured"]["backbone.p3"].keys() == {"FitNet"}
 
 

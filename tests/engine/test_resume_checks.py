@@ -150,6 +150,18 @@ def test_other_annotations(folder: Path, shapes: Shapes, tmp_path: Path) -> None
     assert not takes_effect(key)
 
 
+@pytest.mark.parametrize("saved", [{}, {"MODEL.DISTILL.BALANCE.MODE": "none"}])
+def test_a_run_without_a_balance_goes_on_without_one(saved: dict[str, str]) -> None:
+    """Also if it is older than the key, whose default balances it."""
+    key, head = "MODEL.DISTILL.BALANCE.MODE", ("MODEL.DISTILL.HEADS", ("LGD",))
+    for mode, changed in (("auto", {key: ("none", "gradient")}), ("none", {})):
+        own = training_values(tiny_cfg("faster", *head, key, mode))
+        old = {k: x for k, x in own.items() if k != key} | saved
+        assert changed_values(old, own) == changed
+    plain = training_values(tiny_cfg("faster", key, "auto"))
+    assert not changed_values({k: x for k, x in plain.items() if k != key}, plain)
+
+
 # ---- Values that may change.
 
 

@@ -18,7 +18,7 @@ from distill.config import get_distill_cfg
 from distill.engine.nonfinite import FiniteGuard
 from distill.engine.train_loop import TrainLoop
 from distill.families.recorder import Call, Recorder
-from distill.modeling.balance import BOUND, MOMENTUM, SPIKE, GradientBalance
+from distill.modeling.balance import BOUND, MOMENTUM, PATIENCE, SPIKE, GradientBalance
 from tests.support.networks import FAMILIES, HEADS, distilled, image_dict, outspoken_model
 from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 
@@ -222,7 +222,7 @@ def test_other_backwards_are_scaled_and_not_measured() -> None:
     """Such as those of the cosines."""
     balance = GradientBalance({"FitNet": 1.0}, {"FitNet": {}}, ratio=2.0, fade=0.0, max_iter=10)
     measured = {"backbone": {"FitNet": [3.0, 1.0, 3.0]}}
-    balance.set_extra_state({"measured": measured, "terms": {}})
+    balance.load_state_dict({"measured": measured, "terms": {}})
     x = torch.ones(4, requires_grad=True)
     recorder = Recorder(["backbone"])
     recorder.add("backbone", Call((), x))
@@ -348,9 +348,26 @@ def test_parts_of_a_batch_are_measured_together(tmp_path: Path) -> None:
     for parts in (1, 2):
         model = distilled("semantic", ["FitNet"], *ON)
         steps(model, [batch], tmp_path, parts=parts)
-        measured.append(model.balance.get_extra_state()["measured"])
+        measured.append(model.balance.state_dict()["measured"])
     for place, heads in measured[0].items():
         assert heads["FitNet"] == pytest.approx(measured[1][place]["FitNet"], rel=1e-4)
+
+
+def test_a_loop_of_ones_own_measures_or_is_stopped() -> None:
+    balance = Toy("FitNet").balance
+    for _ in range(2):
+        recorder = Recorder(["backbone"])
+        recorder.add("backbone", Call((), {"p3": torch.ones(4, requires_grad=True) * 1}))
+        with EventStorage(), balance.step():
+            balance.start({"FitNet": 1.0})
+            own = balance.branch("FitNet", recorder)["backbone"].output["p3"]
+            (recorder["backbone"].output["p3"] * 3 + own * 5).sum().backward()
+    assert balance.measured["backbone.p3"]["FitNet"].factor == pytest.approx(3 / 5)
+
+    other = Toy("FitNet").balance
+    with pytest.raises(RuntimeError, match=r"with model\.balance\.step"):
+        for _ in range(PATIENCE + 1):
+            other.start({"FitNet": 1.0})
 
 
 @pytest.mark.e2e
@@ -361,7 +378,7 @@ def test_a_compiled_backbone_is_measured_too(tmp_path: Path) -> None:
         if compiled:
             model.student.backbone.compile(backend="aot_eager")
         steps(model, batches_of(1), tmp_path)
-        measured.append(model.balance.get_extra_state()["measured"])
+        measured.append(model.balance.state_dict()["measured"])
     assert measured[0].keys() == measured[1].keys() and measured[0]
     for place, heads in measured[0].items():
         assert heads["FitNet"] == pytest.approx(measured[1][place]["FitNet"], rel=0.1)
@@ -375,7 +392,7 @@ def write_state(rank: int, folder: Path) -> None:
     model = distilled("faster", ["FitNet", "IMA", "MKD"], *ON)
     batches = [[image_dict(10 * k + rank, objects=2 * (1 - rank))] for k in range(2)]
     steps(model, batches, folder)
-    states = comm.all_gather(model.balance.get_extra_state())
+    states = comm.all_gather(model.balance.state_dict())
     if rank == 0:
         torch.save(states, folder / "states.pth")
 

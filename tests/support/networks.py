@@ -98,6 +98,7 @@ def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> 
     """
     cfg = get_distill_cfg()
     cfg.MODEL.META_ARCHITECTURE = ARCHITECTURES.get(family, "GeneralizedRCNN")
+    cfg.MODEL.DISTILL.BALANCE.MODE = "none"
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.PIXEL_STD = [57.0, 57.0, 57.0]

@@ -4,11 +4,12 @@ from ..errors import building
 from .architecture import distill_architectures, student_architecture, student_class
 from .defaults import add_distill_config, get_distill_cfg
 from .load import find_config, load_config, merge_from_file, merge_from_list
-from .resolve import student_config, teacher_config
+from .resolve import balance_mode, student_config, teacher_config
 from .validate import validate_config
 
 __all__ = [
     "add_distill_config",
+    "balance_mode",
     "building",
     "distill_architectures",
     "find_config",

@@ -71,10 +71,10 @@ KEYS: dict[str, Key] = {
         Rule(lambda x: 0.25 <= x <= 4, "in [0.25, 4]"),
     ),
     "MODEL.DISTILL.BALANCE.MODE": Key(
-        "none",
+        "auto",
         "gradient: the heads' weights set themselves, by the gradients of heads and task; none: "
-        "they are the heads' WEIGHT",
-        one_of("none", "gradient"),
+        "they are the heads' WEIGHT; auto: none if any WEIGHT is not its default, else gradient",
+        one_of("auto", "none", "gradient"),
     ),
     "MODEL.DISTILL.BALANCE.RATIO": Key(
         3.0,

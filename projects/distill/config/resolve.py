@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode, get_cfg
 
 from ..errors import ConfigError
+from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets import add_config_read_by
 from .architecture import student_architecture
 from .load import find_config, load_config, permissions, refuse_permissions, refuse_python
@@ -14,6 +15,19 @@ from .load import find_config, load_config, permissions, refuse_permissions, ref
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # it warns of its own use of pkg_resources
     from detectron2 import model_zoo
+
+
+def balance_mode(cfg: CfgNode) -> str:
+    """Return ``MODEL.DISTILL.BALANCE.MODE``, none or gradient, with what auto stands for."""
+    heads = [DISTILL_HEAD_REGISTRY.get(name) for name in cfg.MODEL.DISTILL.HEADS]
+    mode: str = cfg.MODEL.DISTILL.BALANCE.MODE
+    if not heads:
+        return "none"
+    if mode == "auto":
+        key = "WEIGHT"
+        unset = [head.config_node(cfg)[key] == head.section[key].initial for head in heads]
+        return "gradient" if all(unset) else "none"
+    return mode
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

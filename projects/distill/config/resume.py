@@ -16,7 +16,7 @@ from ..utils.io import file_hash
 from .architecture import student_architecture
 from .defaults import declared_keys
 from .detectron2_rules import leaves
-from .resolve import teacher_config
+from .resolve import balance_mode, teacher_config
 
 TEACHER = "MODEL.DISTILL.TEACHER"
 DIGITS = 16  # as many digits of a hash tell files apart, and fit into a message
@@ -44,6 +44,8 @@ _APPLIED = (
     *("MODEL.DISTILL.*WEIGHT", "MODEL.DISTILL.*_ITER", "MODEL.DISTILL.*_ITERS"),
     *("MODEL.DISTILL.BALANCE.RATIO", "MODEL.DISTILL.BALANCE.FADE"),
 )
+# What versions that lack a key did, where its default is something else.
+_BEFORE = {"MODEL.DISTILL.BALANCE.MODE": "none"}
 _OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "DATASETS.TRAIN")  # keys of its config that it depends on
 
 
@@ -64,6 +66,7 @@ def training_values(cfg: CfgNode, teacher: str = "") -> dict[str, Any]:
     }
     # DistillRCNN and the student's own architecture are two names of one training.
     values["MODEL.META_ARCHITECTURE"] = student_architecture(cfg)
+    values["MODEL.DISTILL.BALANCE.MODE"] = balance_mode(cfg)
     for name, annotations, _ in cfg.DATASETS.COCO_FORMAT:
         if name in cfg.DATASETS.TRAIN and os.path.isfile(annotations):
             values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)[:DIGITS]
@@ -90,13 +93,13 @@ def _teacher_values(cfg: CfgNode) -> dict[str, Any]:
 def changed_values(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return old and new value of the keys that differ.
 
-    A key that one version of this package lacks has its default there.
+    A key that the version of the checkpoint lacks has its default there, or what that version did.
 
     Args:
         saved: values of the checkpoint.
         own: values of this training.
     """
-    defaults = {name: _plain(key.initial) for name, key in declared_keys().items()}
+    defaults = {name: _plain(key.initial) for name, key in declared_keys().items()} | _BEFORE
     pairs = {key: (saved.get(key, defaults.get(key)), own[key]) for key in own}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 

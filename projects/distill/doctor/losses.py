@@ -78,12 +78,9 @@ def loss_table(dry_run: DryRun, batches: Sequence[Inputs]) -> tuple[list[LossRow
 
 def follow(dry_run: DryRun, balance: GradientBalance, batch: Inputs, seed: int) -> None:
     """Let the balance follow one batch, as in a step of the training."""
-    balance.before_step()
-    losses = losses_of(dry_run, batch, seed)
-    with balance.measure():
+    with full_weight(dry_run), balance.step():
+        losses = losses_of(dry_run, batch, seed)
         (torch.stack(list(losses.values())).sum() * SCALE).backward()
-    with full_weight(dry_run):
-        balance.after_step()
     dry_run.optimizer.zero_grad()
 
 

@@ -190,6 +190,7 @@ class FiniteGuard:
         """Save the step for a replay, and return the path, or "" if it cannot be written."""
         iteration, rank = get_event_storage().iter, comm.get_rank()
         folder = os.path.join(self.cfg.OUTPUT_DIR, "nonfinite")
+        balance = getattr(self.model, "balance", None)
         path = os.path.join(folder, f"iteration_{iteration:07d}_rank_{rank}.pth")
         saved = {
             "what": what,
@@ -200,6 +201,7 @@ class FiniteGuard:
             "rank": rank,
             "model": self.model.state_dict(),
             "student_state": self._numbers,
+            "balance": balance.state_dict() if balance else {},
             "batch": to_plain(self._batch),
         }
         try:

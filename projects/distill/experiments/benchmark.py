@@ -20,6 +20,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -92,14 +93,8 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
 def step(model: nn.Module, inputs: list[Any]) -> None:
     model.zero_grad(set_to_none=True)
     balance: GradientBalance | None = getattr(model, "balance", None)
-    if balance is None:
+    with balance.step() if balance is not None else nullcontext():
         sum(model(inputs).values()).backward()
-        return
-    balance.before_step()
-    losses = model(inputs)
-    with balance.measure():
-        sum(losses.values()).backward()
-    balance.after_step()
 
 
 def measure(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families.recorder import BranchRecorder, Recorder
 from ..heads.base import Losses
@@ -18,10 +18,11 @@ from .term_balance import BOUND, TermBalance, reduced_norms
 MOMENTUM = 0.1  # weight of a new measurement in the averages
 SPIKE = 10.0  # in one step, a head gives at most this many times its share
 TERM_PERIOD = 10  # iterations between two measurements of terms
+PATIENCE = 10  # forwards without a step, as in a sanity check, before it is an error
 ROUNDING = 1e-6  # a task's gradient below this share of the heads' is what rounding left of 0
 
 
-class GradientBalance(nn.Module):
+class GradientBalance:
     """Scale the gradient of each head to a ratio of the task's, at each tensor that it compares.
 
     A head reads its own branch of every tensor of the student. In the backward, the branch measures
@@ -56,7 +57,6 @@ class GradientBalance(nn.Module):
         fade: float,
         max_iter: int,
     ):
-        super().__init__()
         self.authors = dict(authors)
         self.ratio = ratio
         self.fade = fade
@@ -64,6 +64,8 @@ class GradientBalance(nn.Module):
         self.measured: dict[str, dict[str, Measured]] = {}  # by place, and then by head
         self.terms = {head: TermBalance(x) for head, x in strengths.items()}
         self.measuring = False
+        self._stepped = False  # a step has begun
+        self._unmeasured = 0  # forwards before that
         self._branches: dict[str, dict[str, Tensor]] = {}  # by head and place
         self._strengths: dict[str, float] = {}
         self._squares: dict[tuple[str, str], Tensor] = {}  # summed over the parts of a batch
@@ -78,7 +80,17 @@ class GradientBalance(nn.Module):
 
         Args:
             heads: weight of each head at this iteration.
+
+        Raises:
+            RuntimeError: the training loop does not measure, so that no head has any effect.
         """
+        self._unmeasured += not self._stepped
+        if self._unmeasured > PATIENCE:
+            raise RuntimeError(
+                "MODEL.DISTILL.BALANCE is on, but this training loop does not measure. Put `with "
+                "model.balance.step():` around its forward and backward, train with "
+                "distill.engine.Trainer, or set MODEL.DISTILL.BALANCE.MODE none."
+            )
         self._watched.clear()
         self._branches.clear()
         self._strengths = {name: weight / self.authors[name] for name, weight in heads.items()}
@@ -179,7 +191,20 @@ class GradientBalance(nn.Module):
 
     # ---- Between two steps.
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure the forward and backward in this context, and follow them.
+
+        It is all that a training loop of your own needs, if it neither skips steps nor sums
+        gradients over several batches.
+        """
+        self.before_step()
+        with self.measure():
+            yield
+        self.after_step()
+
     def before_step(self) -> None:
+        self._stepped = True
         self._squares.clear()
         for terms in self.terms.values():
             terms.squares.clear()
@@ -211,7 +236,7 @@ class GradientBalance(nn.Module):
 
     # ---- Checkpoints.
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         measured = {
             place: {head: x.state() for head, x in heads.items()}
             for place, heads in self.measured.items()
@@ -219,7 +244,7 @@ class GradientBalance(nn.Module):
         terms = {head: copy.deepcopy(x.norms) for head, x in self.terms.items()}
         return {"measured": measured, "terms": terms}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.measured = {
             place: {head: Measured(*x) for head, x in heads.items()}
             for place, heads in state["measured"].items()

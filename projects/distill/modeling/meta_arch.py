@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import Tensor, nn
 
 from ..config import (
+    balance_mode,
     distill_architectures,
     student_architecture,
     student_config,
@@ -60,8 +61,9 @@ class DistillModel(nn.Module):
         self.family = build_family(student)
         self.check_student(type(student))
         self.heads = heads
+        # Neither is an nn.Module: they stay outside parameters() and state_dict().
+        self.teacher = teacher
         self.balance = balance
-        self.teacher = teacher  # not an nn.Module: stays outside parameters() and state_dict()
 
     @classmethod
     def check_student(cls, architecture: type[nn.Module]) -> None:
@@ -173,7 +175,7 @@ def build_distill_model(cfg: CfgNode) -> nn.Module:
 def build_balance(cfg: CfgNode, student: NetworkInfo) -> GradientBalance | None:
     """Build the balance of the heads that ``cfg`` names, or None if their weights are fixed."""
     node = cfg.MODEL.DISTILL.BALANCE
-    if node.MODE == "none":
+    if balance_mode(cfg) == "none":
         return None
     heads = {name: DISTILL_HEAD_REGISTRY.get(name) for name in cfg.MODEL.DISTILL.HEADS}
     return GradientBalance(
@@ -199,10 +201,12 @@ def _log_distillation(cfg: CfgNode) -> None:
     """Log whether ``cfg`` distils; the heads may come from a ``_BASE_``."""
     heads, teacher = cfg.MODEL.DISTILL.HEADS, cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
     if heads:
+        mode = balance_mode(cfg)
         logger.info(
-            "Distillation: %s learns with MODEL.DISTILL.HEADS %s from %s",
+            "Distillation: %s learns with MODEL.DISTILL.HEADS %s from %s. BALANCE.MODE is %s: %s",
             *(student_architecture(cfg), ", ".join(heads)),
             f"the teacher {teacher}" if teacher_needed(cfg) else "itself, without a teacher",
+            *(mode, "the weights " + ("are constants" if mode == "none" else "set themselves")),
         )
     elif teacher:
         logger.warning(
