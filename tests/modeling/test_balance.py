@@ -18,7 +18,7 @@ from distill.config import get_distill_cfg
 from distill.engine.nonfinite import FiniteGuard
 from distill.engine.train_loop import TrainLoop
 from distill.families.recorder import Call, Recorder
-from distill.modeling.balance import BOUND, MOMENTUM, PATIENCE, SPIKE, GradientBalance
+from distill.modeling.balance import BOUND, MOMENTUM, PATIENCE, SPIKE, GradientBalance, balance_of
 from tests.support.networks import FAMILIES, HEADS, distilled, image_dict, outspoken_model
 from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 
@@ -368,6 +368,13 @@ def test_a_loop_of_ones_own_measures_or_is_stopped() -> None:
     with pytest.raises(RuntimeError, match=r"with model\.balance\.step"):
         for _ in range(PATIENCE + 1):
             other.start({"FitNet": 1.0})
+
+
+def test_a_network_may_have_something_else_of_that_name() -> None:
+    network = nn.Linear(1, 1)
+    assert balance_of(network) is None
+    network.balance = (4.0, 1.0, 0.4)  # type: ignore[assignment]
+    assert balance_of(network) is None
 
 
 @pytest.mark.e2e

@@ -30,7 +30,7 @@ from ..engine.nonfinite import bad_gradients, from_plain, says_nonfinite
 from ..engine.setup import be_deterministic, setup_config
 from ..engine.train_loop import forward_context, mean_losses, micro_batches, seed_step
 from ..errors import DistillError, WeightsError
-from ..modeling.balance import GradientBalance
+from ..modeling.balance import balance_of
 from ..modeling.meta_arch import DistillModel, build_distill_model
 from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
 from ..utils.text import one_line
@@ -101,7 +101,7 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     with readable(path, "reproducer"):
         model.load_state_dict(with_renamed_keys(saved["model"], HEADS, f"'{path}'"))
         StudentState(getattr(model, "student", model)).load_state_dict(saved["student_state"])
-        balance: GradientBalance | None = getattr(model, "balance", None)
+        balance = balance_of(model)
         if balance is not None:
             balance.load_state_dict(saved["balance"])
         batch = from_plain(saved["batch"])

@@ -30,6 +30,7 @@ from torch.nn.utils import get_total_norm
 
 from ..checkpoint.save import StudentState, write_checked
 from ..errors import NumericalError
+from ..modeling.balance import balance_of
 from ..utils.text import shortened
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class FiniteGuard:
         """Save the step for a replay, and return the path, or "" if it cannot be written."""
         iteration, rank = get_event_storage().iter, comm.get_rank()
         folder = os.path.join(self.cfg.OUTPUT_DIR, "nonfinite")
-        balance = getattr(self.model, "balance", None)
+        balance = balance_of(self.model)
         path = os.path.join(folder, f"iteration_{iteration:07d}_rank_{rank}.pth")
         saved = {
             "what": what,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..heads.base import StepGenerator
-from ..modeling.balance import GradientBalance
+from ..modeling.balance import balance_of
 from ..utils.seeding import derived_seed, seed_globally
 from .nonfinite import FiniteGuard, says_nonfinite
 from .telemetry import gradient_cosines
@@ -56,7 +56,7 @@ class TrainLoop(SimpleTrainer):
         self.heads = heads
         self.cosine_period = cosine_period
         self.accumulate = accumulate
-        self.balance: GradientBalance | None = getattr(guard.model, "balance", None)
+        self.balance = balance_of(guard.model)
 
     def run_step(self) -> None:
         start = time.perf_counter()

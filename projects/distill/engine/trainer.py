@@ -42,7 +42,7 @@ from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
-from ..modeling.balance import GradientBalance
+from ..modeling.balance import balance_of
 from ..modeling.init_from_teacher import init_from_teacher
 from ..modeling.meta_arch import (
     DistillModel,
@@ -127,7 +127,7 @@ class Trainer(DefaultTrainer):
         ema = cfg.SOLVER.EMA
         self.ema = EMAHook(self.student, ema.DECAY, ema.WARMUP_ITERS) if ema.DECAY else None
         self.head_state = HeadState(self.heads)
-        self.balance: GradientBalance | None = getattr(model, "balance", None)
+        self.balance = balance_of(model)
         # The trainer's state comes last: it has the iteration to which everything else belongs.
         self.checkpointer = StudentCheckpointer(
             self.student,

@@ -5,8 +5,8 @@
 Weights and images are random: only time is measured. Every round times the plain student's step.
 Then, for each head by itself and for all heads together, it times the teacher's answer and the
 distilled step. The report has medians and the ratio distilled / (plain + teacher). If the weights
-set themselves, it has the distilled step without and with the balance, and their ratio. What the
-balance adds is a mean over the rounds, because it measures terms in every tenth step only.
+set themselves, it has the distilled step without and with the balance, and their ratio. The time
+that the balance adds is a mean over the rounds, because it measures terms in every tenth step only.
 
 With ``--heads-only``, every round times the forward of the student's backbone, and each head's
 losses with their backward to the features. The report has medians and their ratio. It also has the
@@ -39,7 +39,7 @@ from ..data.datasets import number_of_classes
 from ..engine import setup_config
 from ..families import build_family
 from ..heads import build_heads, teacher_needed
-from ..modeling.balance import GradientBalance
+from ..modeling.balance import GradientBalance, balance_of
 from ..modeling.meta_arch import DistillModel, build_balance, network_infos
 from ..modeling.teacher import Teacher
 from ..structures import NetworkOutputs
@@ -92,7 +92,7 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
 
 def step(model: nn.Module, inputs: list[Any]) -> None:
     model.zero_grad(set_to_none=True)
-    balance: GradientBalance | None = getattr(model, "balance", None)
+    balance = balance_of(model)
     with balance.step() if balance is not None else nullcontext():
         sum(model(inputs).values()).backward()
 

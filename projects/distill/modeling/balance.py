@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families.recorder import BranchRecorder, Recorder
 from ..heads.base import Losses
@@ -251,6 +251,15 @@ class GradientBalance:
         }
         for head, norms in state["terms"].items():
             self.terms[head].norms = copy.deepcopy(norms)
+
+
+def balance_of(model: nn.Module) -> GradientBalance | None:
+    """Return what sets the weights of a model's heads, or None if they are constants.
+
+    A network of a user's own may have an attribute of that name.
+    """
+    balance = getattr(model, "balance", None)
+    return balance if isinstance(balance, GradientBalance) else None
 
 
 class Measured:
