@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
@@ -132,6 +133,21 @@ def test_the_balance_is_that_of_the_step(
     assert saved["balance"] == state
     assert state["measured"]["backbone.p4"]["FitNet"]
     assert replay(str(reproducer(tmp_path))).reproduced
+
+
+@pytest.mark.e2e
+def test_a_file_of_a_version_without_a_balance(
+    shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "losses", FitNet, "p4", nan)
+    stopped(config("faster", shapes, teachers, tmp_path))
+    path = reproducer(tmp_path)
+    saved = torch.load(path, weights_only=True)
+    content = yaml.safe_load(saved["config"])
+    del content["MODEL"]["DISTILL"]["BALANCE"], saved["balance"]
+    torch.save({**saved, "config": yaml.safe_dump(content)}, tmp_path / "old.pth")
+    result = replay(str(tmp_path / "old.pth"))
+    assert same(result.losses, result.saved_losses) and result.reproduced
 
 
 @pytest.mark.e2e

@@ -94,7 +94,9 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
         DistillError: the forward fails for another reason.
     """
     saved = read_reproducer(path)
-    cfg = _config(path, saved["config"], opts)
+    # A version without a balance had constant weights, whatever the default is now.
+    weights = [] if "balance" in saved else ["MODEL.DISTILL.BALANCE.MODE", "none"]
+    cfg = _config(path, saved["config"], [*weights, *opts])
     if cfg.DETERMINISTIC:
         be_deterministic()
     model = build_distill_model(cfg).train()
