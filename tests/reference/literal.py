@@ -8,6 +8,8 @@ and the choices that the docstrings of the package state. They share no code wit
 from fractions import Fraction
 from math import ceil, exp, hypot
 
+import math
+
 import numpy as np
 from scipy.special import softmax
 
@@ -51,18 +53,32 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0, binary=False):
     return masks
 
 
-def multi_scale(student, teacher, scales=(1, 2, 4)):
+def multi_scale(student, teacher, scales=(1, 2, 4), power=2):
     """Return MKD Eq. 1; the last pooling window of a row or column may be smaller."""
     batch, channels, height, width = student.shape
     total = 0.0
     for k in scales:
+        if k > min(height, width):
+            continue
         for n, c in np.ndindex(batch, channels):
+            squares = 0.0
             for y in range(0, height, k):
                 for x in range(0, width, k):
                     pooled_s = student[n, c, y : y + k, x : x + k].mean()
                     pooled_t = teacher[n, c, y : y + k, x : x + k].mean()
-                    total += (pooled_t - pooled_s) ** 2 / (height * width)
+                    squares += (pooled_t - pooled_s) ** 2
+            distance = squares if power == 2 else math.sqrt(squares + 1e-6)
+            total += distance / (height * width)
     return total / (batch * channels)
+
+
+def channel_normalized(x):
+    """Return maps (N, C, H, W) with mean 0 and deviation 1 in each channel over N, H and W."""
+    result = np.zeros_like(x)
+    for c in range(x.shape[1]):
+        values = x[:, c]
+        result[:, c] = (values - values.mean()) / math.sqrt(values.var() + 1e-5)
+    return result
 
 
 def full_mask(half, width):

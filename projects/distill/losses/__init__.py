@@ -27,8 +27,9 @@ from .ld import ld, ld_region
 from .lgd import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from .maskd import dice_overlap, maskd, receptive_masks
 from .mgd import mgd
-from .mkd import MKD_TERMS, channel_alignment, joint_attention, mkd, multi_scale
+from .mkd import MKD_NORMALIZE, MKD_TERMS, channel_alignment, joint_attention, mkd, multi_scale
 from .mssd import gaussian_mask, mssd
+from .normalize import channel_normalized
 from .pkd import pkd
 from .review import hcl
 from .skd import pairwise_affinity
@@ -45,6 +46,7 @@ from .tid import (
 )
 
 __all__ = [
+    "MKD_NORMALIZE",
     "MKD_TERMS",
     "TID_AREAS",
     "TID_SCORES",
@@ -54,6 +56,7 @@ __all__ = [
     "binary_kl",
     "categorical_kl",
     "channel_alignment",
+    "channel_normalized",
     "class_pixels",
     "class_regions",
     "cross_image_relation",
