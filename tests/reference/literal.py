@@ -195,10 +195,10 @@ def matched_iou(boxes, gt):
 def tid_score(iou, prob, positive, negative, top=0.025, parts="both", raw_iou=False):
     """Return TID's Score of the points of one image (DIEM)."""
     k = ceil(Fraction(str(top)) * len(prob))
-    lowest = sorted(prob, reverse=True)[k - 1]
+    best = sorted(range(len(prob)), key=lambda i: (-prob[i], -iou[i], i))[:k]
     scores = []
-    for u, p in zip(iou, prob):
-        score_c = 1.5 if p >= lowest and p > 0 else 1.0
+    for i, (u, p) in enumerate(zip(iou, prob)):
+        score_c = 1.5 if i in best and p > 0 else 1.0
         if raw_iou:
             score_r = u
         elif u >= positive:
@@ -211,7 +211,7 @@ def tid_score(iou, prob, positive, negative, top=0.025, parts="both", raw_iou=Fa
     return np.array(scores)
 
 
-def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both"):
+def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both", out="keep"):
     """Return TID's Value_output of the points of one image (LDAM)."""
     points = range(len(score_t))
     k = ceil(Fraction(str(gamma)) * len(points))
@@ -224,7 +224,8 @@ def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both"
             weak.append(i)
     value = np.zeros(len(points))
     for i in points:
-        score_key = score_t[i] if i in key else 0.0
+        outside = min(score_t[i], 1.0) if out == "keep" else 0.0
+        score_key = score_t[i] if i in key else outside
         score_weak = 1.5 if i in weak else 1.0
         value[i] = {"both": score_key * score_weak, "key": score_key, "weak": score_weak}[area]
     return value

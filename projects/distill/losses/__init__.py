@@ -35,6 +35,7 @@ from .review import hcl
 from .skd import pairwise_affinity
 from .tid import (
     TID_AREAS,
+    TID_OUTSIDE_KEY,
     TID_SCORES,
     matched_iou,
     tid,
@@ -49,6 +50,7 @@ __all__ = [
     "MKD_NORMALIZE",
     "MKD_TERMS",
     "TID_AREAS",
+    "TID_OUTSIDE_KEY",
     "TID_SCORES",
     "ClassQueues",
     "DeFeatTerms",
