@@ -35,6 +35,7 @@ def objects(x):
 
 
 LOSSES = {
+    "at": (losses.at, MAP),
     "binary_kl": (losses.binary_kl, ROWS),
     "categorical_kl": (losses.categorical_kl, ROWS),
     "channel_alignment": (losses.channel_alignment, MAP),
@@ -70,6 +71,7 @@ LOSSES = {
     "pairwise_affinity": (losses.pairwise_affinity, MAP),
     "pixel_kd": (losses.pixel_kd, MAP),
     "pkd": (losses.pkd, MAP),
+    "ssim": (losses.ssim, MAP),
     "tid": (lambda s, t: losses.tid(s, t, torch.ones(len(s), *s.shape[2:])), MAP),
 }
 NO_LOSSES = {"MKD_NORMALIZE", "MKD_TERMS", "TID_AREAS", "TID_OUTSIDE_KEY", "TID_SCORES"}

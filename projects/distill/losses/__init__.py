@@ -6,6 +6,7 @@ stays float64. No loss waits for the device. Where there is nothing to distill, 
 *connected zero*: a zero with a gradient path to its inputs, as DistributedDataParallel needs.
 """
 
+from .at import at
 from .boxes import padded
 from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast
 from .crosskd import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
@@ -33,6 +34,7 @@ from .normalize import channel_normalized
 from .pkd import pkd
 from .review import hcl
 from .skd import pairwise_affinity
+from .ssim import ssim
 from .tid import (
     TID_AREAS,
     TID_OUTSIDE_KEY,
@@ -55,6 +57,7 @@ __all__ = [
     "ClassQueues",
     "DeFeatTerms",
     "FGDTerms",
+    "at",
     "binary_kl",
     "categorical_kl",
     "channel_alignment",
@@ -117,6 +120,7 @@ __all__ = [
     "pixel_kd",
     "pkd",
     "receptive_masks",
+    "ssim",
     "tid",
     "tid_by_value",
     "tid_information",
