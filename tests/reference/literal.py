@@ -125,9 +125,10 @@ def channel_alignment(student, teacher, temperature=1.0, attention=True):
     return total / batch
 
 
-def standardized(x):
-    """Return IMA Eq. 5-7 of one instance, (C, cells)."""
-    return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + EPS)
+def standardized(x, by=None):
+    """Return IMA Eq. 5-7 of one instance, (C, cells), by its own statistics or those of ``by``."""
+    by = x if by is None else by
+    return (x - by.mean(1, keepdims=True)) / np.sqrt(by.var(1, keepdims=True) + EPS)
 
 
 def cosine_similarity(a, b):
@@ -148,6 +149,7 @@ def ima_classes(
     scale_on="standardized",
     scale_floor=0.1,
     scales=None,
+    statistics="instance",
 ):
     """Return the sum over instances and their α: IMA Eq. 1-10, one instance per class and image.
 
@@ -156,6 +158,7 @@ def ima_classes(
     total, used = 0.0, []
     for n in range(len(student)):
         filtered_student = student[n] if mask is None else filtered(student[n], mask[n, 0])
+        known = (labels[n] >= 0) & (labels[n] < num_classes)
         for label in range(num_classes):
             cells = labels[n] == label
             if not cells.any():
@@ -163,8 +166,10 @@ def ima_classes(
             s, t = filtered_student[:, cells], teacher[n][:, cells]
             raw = s, t
             if standardize:
-                s = standardized(s)
-                t = standardized(t) if standardize_teacher else t
+                wholes = (filtered_student[:, known], teacher[n][:, known])
+                by = wholes if statistics == "image" else raw
+                s = standardized(s, by[0])
+                t = standardized(t, by[1]) if standardize_teacher else t
             scale = 1.0
             if deflate:
                 cosine = cosine_similarity(*(raw if scale_on == "raw" else (s, t)))

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..losses import ima, ima_classes
-from ..losses.ima import Alignment, class_moments, deflation, instance_moments
+from ..losses.ima import (
+    IMA_STATISTICS,
+    Alignment,
+    class_moments,
+    deflation,
+    image_moments,
+    instance_moments,
+)
 from ..losses.reduce import class_members, connected_zero, same_shape
 from ..section import BELOW_1, FRACTION, SWITCH, Key, Section, one_of
 from ..structures import Batch, NetworkInfo, NetworkOutputs
@@ -40,6 +47,7 @@ class IMA(FPNDistillHead):
         num_classes: number of classes of the semantic labels; only for scope "class".
         mask_ratio: ζ of the frequency mask; 0 switches it off.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
+        statistics: of scope "class", see :func:`distill.losses.ima_classes`.
         seed: seed of the frequency masks.
     """
 
@@ -59,6 +67,11 @@ class IMA(FPNDistillHead):
         STANDARDIZE=Key(True, "instance standardization (Eq. 5-7)", SWITCH),
         STANDARDIZE_TEACHER=Key(
             True, "standardize the teacher too (Eq. 15); False: Eq. 7 to the letter", SWITCH
+        ),
+        STATISTICS=Key(
+            "instance",
+            "cells of μ and σ for SCOPE class: of the instance, or all labelled cells of the image",
+            one_of(*IMA_STATISTICS),
         ),
         DEFLATE=Key(True, "adaptive scale deflation (Eq. 8-10)", SWITCH),
         SCALE_ON=Key(
@@ -82,6 +95,7 @@ class IMA(FPNDistillHead):
         deflate: bool,
         scale_on: str,
         scale_floor: float,
+        statistics: str = "instance",
         num_classes: int = 0,
         seed: int = 0,
         **kwargs: Any,
@@ -101,6 +115,7 @@ class IMA(FPNDistillHead):
             "scale_on": scale_on,
             "scale_floor": scale_floor,
         }
+        self.class_options = {**self.options, "statistics": statistics}
         if scope in CROPPED:
             self.parts = ("",)
             self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
@@ -228,7 +243,7 @@ class IMA(FPNDistillHead):
             return self.align(student, teacher, None)
         labels = cell_labels(batch.sem_seg, *student.shape[2:])
         mask = self.masks(student)
-        total, count = ima_classes(student, teacher, labels, self.num_classes, mask, **self.options)
+        total, count = ima_classes(student, teacher, labels, self.num_classes, mask, **self.class_options)
         return total / reduce_mean(count)
 
     def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
@@ -244,9 +259,10 @@ class IMA(FPNDistillHead):
         """Return the (N, K) α of each class of (N, H, W) labels; NaN without a cell."""
         student, teacher = same_shape(student, teacher)
         member = class_members(labels, student, self.num_classes)
-        moments, present = class_moments(student, teacher, member, self.masks(student))
-        scale = deflation(moments, Alignment(**self.options))[1][:, 0]
-        return scale.where(present > 0, torch.nan).view(len(student), self.num_classes)
+        moments, cells = class_moments(student, teacher, member, self.masks(student))
+        align = Alignment(**self.class_options)
+        scale = deflation(moments, align, image_moments(moments, cells))[1][:, 0]
+        return scale.view_as(cells).where(cells > 0, torch.nan)
 
     @staticmethod
     def instance_masks(batch: Batch) -> Tensor:

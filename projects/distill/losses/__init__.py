@@ -22,7 +22,7 @@ from .frequency import frequency_mask, frequency_masked_mse
 from .frs import feature_richness, frs, frs_classes
 from .gid import general_instances, gid_feature, gid_relation, gid_response
 from .ifvd import ifvd
-from .ima import ima, ima_classes
+from .ima import IMA_STATISTICS, ima, ima_classes
 from .kd import binary_kl, categorical_kl, kd, pixel_kd
 from .ld import ld, ld_region
 from .lgd import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
@@ -49,6 +49,7 @@ from .tid import (
 )
 
 __all__ = [
+    "IMA_STATISTICS",
     "MKD_NORMALIZE",
     "MKD_TERMS",
     "TID_AREAS",
