@@ -1,4 +1,4 @@
-"""What a config leaves open, and what follows from it."""
+"""A config leaves some values open, which follow from others."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ PAIR = ("MODEL.DISTILL.HEADS", ("IMA", "PKD"))
         ((*PAIR, "MODEL.DISTILL.PKD.WEIGHT", 60.0), "none"),
         ((*IMA, "MODEL.DISTILL.IMA.WEIGHT", 0.0), "none"),
         ((*IMA, "MODEL.DISTILL.IMA.WEIGHT", 1.0), "gradient"),  # the default, written out
-        ((*IMA, "MODEL.DISTILL.PKD.WEIGHT", 60.0), "gradient"),  # of a head that does not work
+        ((*IMA, "MODEL.DISTILL.PKD.WEIGHT", 60.0), "gradient"),  # this head does not work
         ((*IMA, "MODEL.DISTILL.IMA.MASK_RATIO", 0.5), "gradient"),
     ],
 )

@@ -72,8 +72,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.DISTILL.BALANCE.MODE": Key(
         "auto",
-        "gradient: the heads' weights set themselves, by the gradients of heads and task; none: "
-        "they are the heads' WEIGHT; auto: none if any WEIGHT is not its default, else gradient",
+        "gradient: the heads' weights set themselves, by the gradients of heads and task. none: "
+        "they are the heads' WEIGHT. auto: none if any WEIGHT is not its default, else gradient",
         one_of("auto", "none", "gradient"),
     ),
     "MODEL.DISTILL.BALANCE.RATIO": Key(
