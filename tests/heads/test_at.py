@@ -26,7 +26,7 @@ def literal_at(student, teacher):
 def test_value_by_hand():
     # q is (9, 16) and (25, 0): directions (9, 16)/√337 and (1, 0).
     student = torch.tensor([[[[3.0, 0.0]], [[0.0, 4.0]]]])
-    teacher = torch.tensor([[[[5.0, 0.0]]]])  # of another number of channels
+    teacher = torch.tensor([[[[5.0, 0.0]]]])  # with another number of channels
     expected = 2 - 2 * 9 / 337**0.5
     torch.testing.assert_close(at(student, teacher), torch.tensor(expected))
     torch.testing.assert_close(at(-7 * student, 0.1 * teacher), torch.tensor(expected))

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-LEAST_VALUES = 8  # of a channel; fewer say little of its mean and deviation
+LEAST_VALUES = 8  # per channel; fewer say little of its mean and deviation
 NORMALIZE_EPS = 1e-5  # added to the variance, as in batch normalization
 
 

@@ -10,7 +10,7 @@ from .reduce import connected_zero, same_shape
 
 WINDOW, SIGMA = 11, 1.5  # side and deviation of the Gaussian window in cells
 K1, K2 = 0.01, 0.03  # constants over the range, of the means and of the deviations
-LEAST_RANGE = 1e-6  # of a teacher's map that has one value only
+LEAST_RANGE = 1e-6  # for a teacher's map of one value
 
 
 def ssim(student: Tensor, teacher: Tensor) -> Tensor:
