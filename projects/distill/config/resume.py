@@ -44,7 +44,7 @@ _APPLIED = (
     *("MODEL.DISTILL.*WEIGHT", "MODEL.DISTILL.*_ITER", "MODEL.DISTILL.*_ITERS"),
     *("MODEL.DISTILL.BALANCE.RATIO", "MODEL.DISTILL.BALANCE.FADE"),
 )
-# What versions that lack a key did, where its default is something else.
+# Values for checkpoints of versions that lack a key, where its default is another.
 _BEFORE = {"MODEL.DISTILL.BALANCE.MODE": "none"}
 _OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "DATASETS.TRAIN")  # keys of its config that it depends on
 
