@@ -153,9 +153,9 @@ class NetworkOutputs:
         dense_boxes: one (N, R, 4) tensor per level, without gradient: the boxes that ``dense``
             predicts, in pixels of the padded input.
         targets: targets of the student; None for a teacher.
-        detections: a teacher's own detections by image, in pixels of the padded input: pred_boxes,
-            scores and, of a network that predicts masks, pred_masks (R, 1, M, M) in [0, 1] on the
-            box. Empty for a student, which has none in training.
+        detections: a teacher's own detections by image, in pixels of the padded input. They have
+            pred_boxes and scores. Those of a network with masks have pred_masks, (R, 1, M, M) in
+            [0, 1] on the box. Empty for a student, which has none in training.
     """
 
     batch: Batch
