@@ -50,7 +50,9 @@ def test_default_scope_of_ima(family, scope):
     ima_head = built_head(IMA, family)
     assert ima_head.scope == scope
     levels = ["p2", "p3", "p4", "p5"]  # instances lie on the levels that the box head pools from
-    assert [x.student for x in ima_head.levels] == levels + ["p6"] * (family in ("retinanet", "fcos", "semantic"))
+    assert [x.student for x in ima_head.levels] == levels + ["p6"] * (
+        family in ("retinanet", "fcos", "semantic")
+    )
 
 
 def test_scope_and_options_of_a_config():

@@ -74,7 +74,14 @@ LOSSES = {
     "ssim": (losses.ssim, MAP),
     "tid": (lambda s, t: losses.tid(s, t, torch.ones(len(s), *s.shape[2:])), MAP),
 }
-NO_LOSSES = {"IMA_STATISTICS", "MKD_NORMALIZE", "MKD_TERMS", "TID_AREAS", "TID_OUTSIDE_KEY", "TID_SCORES"}
+NO_LOSSES = {
+    "IMA_STATISTICS",
+    "MKD_NORMALIZE",
+    "MKD_TERMS",
+    "TID_AREAS",
+    "TID_OUTSIDE_KEY",
+    "TID_SCORES",
+}
 NO_LOSSES |= {"channel_normalized", "frequency_mask", "gaussian_mask"}
 NO_LOSSES |= {"joint_attention", "matched_iou", "tid_by_value", "tid_information", "tid_mask"}
 NO_LOSSES |= {"ld_region", "tid_score", "tid_value"}

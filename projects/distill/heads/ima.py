@@ -47,7 +47,7 @@ class IMA(FPNDistillHead):
         num_classes: number of classes of the semantic labels; only for scope "class".
         mask_ratio: ζ of the frequency mask; 0 switches it off.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
-        statistics: of scope "class", see :func:`distill.losses.ima_classes`.
+        statistics: option for scope "class", see :func:`distill.losses.ima_classes`.
         seed: seed of the frequency masks.
     """
 
@@ -243,7 +243,9 @@ class IMA(FPNDistillHead):
             return self.align(student, teacher, None)
         labels = cell_labels(batch.sem_seg, *student.shape[2:])
         mask = self.masks(student)
-        total, count = ima_classes(student, teacher, labels, self.num_classes, mask, **self.class_options)
+        total, count = ima_classes(
+            student, teacher, labels, self.num_classes, mask, **self.class_options
+        )
         return total / reduce_mean(count)
 
     def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
