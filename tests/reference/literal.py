@@ -5,10 +5,9 @@ transform with the full complex mask, and suppress boxes by definition. They fol
 and the choices that the docstrings of the package state. They share no code with the package.
 """
 
+import math
 from fractions import Fraction
 from math import ceil, exp, hypot
-
-import math
 
 import numpy as np
 from scipy.special import softmax

@@ -24,9 +24,9 @@ from ..data.datasets import check_test_set, class_indices, predicted_classes
 from ..data.registration import is_own_set, own_files
 from ..errors import ConfigError, ResultsError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
+from ..evaluation.coco_recall import COCORecallEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 from ..evaluation.lvis import LVISEvaluator
-from ..evaluation.coco_recall import COCORecallEvaluator
 from ..evaluation.own_coco import OwnCOCOEvaluator
 from ..evaluation.own_voc import OwnVOCEvaluator
 from ..families import FAMILIES

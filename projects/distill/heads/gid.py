@@ -27,10 +27,10 @@ class GID(DenseFPNHead):
 
     See :func:`distill.losses.general_instances`. The box of an instance is that of the network with
     the higher score at the anchor. Predictions are compared at the anchors that the student's
-    matcher gives to the instances. For GFL's distributions these are the expected distances, which TID
-    calls GIbox. The paper adapts the student's maps by a 3x3 convolution that
-    all levels share. The released code never applies it (``shared_adapter=False``): only differing
-    channels are adapted, by 1x1.
+    matcher gives to the instances. For GFL's distributions these are the expected distances, as
+    TID's GIbox. The paper adapts the student's maps by a 3x3 convolution that all levels share. The
+    released code never applies it (``shared_adapter=False``): only differing channels are adapted,
+    by 1x1.
 
     Args:
         strides: strides of the levels in pixels.

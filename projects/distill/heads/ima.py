@@ -169,7 +169,7 @@ class IMA(FPNDistillHead):
         """Refuse a scope whose instances the teacher does not detect."""
         if scope not in CROPPED:
             raise ConfigError(
-                f"MODEL.DISTILL.IMA.INSTANCES is teacher, whose detections are boxes and masks, but "
+                "MODEL.DISTILL.IMA.INSTANCES is teacher, whose detections are boxes and masks, but "
                 f"SCOPE is {scope}; set SCOPE box or mask, or INSTANCES ground_truth."
             )
         remedies = {"detections": "INSTANCES ground_truth", "masks": "SCOPE box"}
