@@ -303,6 +303,16 @@ def test_a_run_is_keyed_by_the_files_that_it_names(tmp_path: Path, shapes: Shape
     assert kept.describe("x", 0, named).folder not in before
 
 
+def test_a_row_says_that_its_weights_are_constants() -> None:
+    cfg = compare.get_distill_cfg()
+    weight = ["MODEL.DISTILL.FITNET.WEIGHT", 2.0]
+    assert compare.remarks(compare.method_config(cfg, "FitNet", [])) == []
+    assert compare.remarks(compare.method_config(cfg, "IMA", weight)) == []
+    assert compare.remarks(compare.method_config(cfg, "FitNet", weight)) == [
+        "Its weights are constants."
+    ]
+
+
 def test_a_teacher_of_the_model_zoo_is_trained_from_where_its_training_begins() -> None:
     cfg = compare.get_distill_cfg()
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"

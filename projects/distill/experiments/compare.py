@@ -28,6 +28,7 @@ from detectron2.modeling import SemanticSegmentor
 from torch import nn
 
 from ..config import (
+    balance_mode,
     building,
     get_distill_cfg,
     load_config,
@@ -244,7 +245,7 @@ class MethodComparison:
             except ConfigError as e:
                 refused[name] = str(e)
             else:
-                row.notes = unfinished_phases(self.configs[name])
+                row.notes = remarks(self.configs[name])
                 self.report.methods.append(row)
         reasons = [f"{name}: {why}" for name, why in refused.items()]
         if not self.report.methods:
@@ -311,6 +312,12 @@ class MethodComparison:
             "versions": versions(),
         }
         write_json(self.out / "comparison.json", content)
+
+
+def remarks(cfg: CfgNode) -> list[str]:
+    """Return what a reader of a method's row should know about its config."""
+    constant = ["Its weights are constants."] if balance_mode(cfg) == "none" else []
+    return unfinished_phases(cfg) + constant
 
 
 def chosen_metric(asked: str | None, result: Result) -> str:
