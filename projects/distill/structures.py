@@ -153,6 +153,9 @@ class NetworkOutputs:
         dense_boxes: one (N, R, 4) tensor per level, without gradient: the boxes that ``dense``
             predicts, in pixels of the padded input.
         targets: targets of the student; None for a teacher.
+        detections: a teacher's own detections by image, in pixels of the padded input. They have
+            pred_boxes and scores. Those of a network with masks have pred_masks, (R, 1, M, M) in
+            [0, 1] on the box. Empty for a student, which has none in training.
     """
 
     batch: Batch
@@ -162,6 +165,7 @@ class NetworkOutputs:
     dense_boxes: list[Tensor] = field(default_factory=list)
     head_features: HeadFeatures | None = None
     targets: DenseTargets | None = None
+    detections: list[Instances] = field(default_factory=list)
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
     sem_seg: SemSeg | None = None

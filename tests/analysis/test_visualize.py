@@ -28,6 +28,11 @@ SEMANTIC = "shapes_tiny_semantic"  # semantic labels alone
 EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
 EIGHT += ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 12)
 TID_ROWS = ["Score_T", "Score_S", "key area", "weak area", "M"]
+IMAGES = ("MODEL.DISTILL.IMA.SCOPE", "image")
+DETECTED = (
+    *("MODEL.DISTILL.IMA.INSTANCES", "teacher"),
+    *("MODEL.DISTILL.IMA.INSTANCE_SCORE", 0.0),  # the teacher is not trained
+)
 CASES: list[tuple[str, str, tuple[Any, ...], list[str]]] = [
     ("faster", "MSSD", PAFPN, ["mask M"]),
     ("retinanet", "MSSD", (*PAFPN, "MODEL.DISTILL.MSSD.MASK", "binary"), ["binary mask"]),
@@ -35,7 +40,8 @@ CASES: list[tuple[str, str, tuple[Any, ...], list[str]]] = [
     ("semantic", "MKD", ("MODEL.DISTILL.MKD.ATTENTION", False), ["student", "teacher"]),
     ("faster", "IMA", (), ["image", "student", "teacher"]),
     ("mask", "IMA", (), ["image", "mask", "student", "teacher"]),
-    ("retinanet", "IMA", (), ["student", "teacher"]),
+    ("retinanet", "IMA", IMAGES, ["student", "teacher"]),
+    ("faster", "IMA", DETECTED, ["image", "student", "teacher"]),
     ("semantic", "IMA", (), ["cells", r"$\alpha$", "student", "teacher"]),
     ("faster", "TID", (), TID_ROWS),
     ("retinanet", "TID", (), TID_ROWS),
@@ -170,6 +176,7 @@ def noted(panel: Any) -> float:
 @pytest.mark.parametrize("family", ["retinanet", "faster", "mask", "semantic"])
 def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> None:
     opts = ("MODEL.DISTILL.IMA.MASK_RATIO", 0.0, "SEED", 3)  # some cosines are positive
+    opts += IMAGES if family == "retinanet" else ()
     head, view, grid = prepare(tmp_path, shapes, family, ("IMA",), *opts).look("IMA")
     maps, batch = head.maps(view.student, view.teacher), view.student.batch
     if head.scope == "image":
@@ -184,7 +191,8 @@ def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> 
         ]
         assert all(np.isfinite(x.array).all() for x in cells)
     else:
-        s, t, weight = head.crops(maps, batch)
+        boxes, weight = head.instances(view.student, view.teacher)
+        s, t = head.crops(maps, boxes)
         weight = torch.ones_like(s[:, :1]) if weight is None else weight
         notes = [noted(x) for (row, _), x in grid.items() if row == "image"]
         expected = [alpha(s[i], t[i], weight[i, 0] > 0) for i in range(len(s))]
@@ -197,7 +205,8 @@ def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> 
 
 def test_tid_shows_the_mask_of_its_loss(tmp_path: Path, shapes: Shapes) -> None:
     """L_fea from the drawn M is the head's loss, and areas have the sizes of the paper."""
-    head, view, grid = prepare(tmp_path, shapes, "retinanet", ("TID",)).look("TID")
+    zero = ("MODEL.DISTILL.TID.OUTSIDE_KEY", "zero")
+    head, view, grid = prepare(tmp_path, shapes, "retinanet", ("TID",), *zero).look("TID")
     rows: dict[str, list[Any]] = {}
     for (row, _), panel in grid.items():
         rows.setdefault(row, []).append(panel.array.astype(np.float64))

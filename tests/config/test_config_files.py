@@ -74,6 +74,7 @@ KITTI = {  # the MSSD paper trains for 200 epochs with 16 images per iteration
     "INPUT.MAX_SIZE_TRAIN": 640,
     "INPUT.MIN_SIZE_TEST": 640,
     "INPUT.MAX_SIZE_TEST": 640,
+    "MODEL.FCOS.NUM_CLASSES": 3,
     "MODEL.RETINANET.NUM_CLASSES": 3,
     "MODEL.ROI_HEADS.NUM_CLASSES": 3,
     "SOLVER.BASE_LR": 0.01,
@@ -242,7 +243,7 @@ def data_settings(data: str, sizes: list[list[float]]) -> dict[str, Any]:
     if data == "PascalVOC-Detection":
         detector = "faster_rcnn_R_50_FPN"
         voc = zoo_settings(f"{data}/{detector}", f"COCO-Detection/{detector}_1x")
-        return voc | {"MODEL.RETINANET.NUM_CLASSES": 20}
+        return voc | {"MODEL.GFL.NUM_CLASSES": 20, "MODEL.RETINANET.NUM_CLASSES": 20}
     if data == "Cityscapes-InstanceSegmentation":
         detector = "mask_rcnn_R_50_FPN"
         return zoo_settings(f"Cityscapes/{detector}", f"COCO-InstanceSegmentation/{detector}_1x")
@@ -294,6 +295,8 @@ def expected_dense(data: str, detector: str, neck: str) -> dict[str, Any]:
     P6 and P7 are made from P5; those of RepPoints, and of a PAFPN, from C5.
     """
     values = leaves(load(CONFIGS / f"COCO-Detection/retinanet_R_50{neck}.yaml"))
+    if not data.startswith("COCO"):
+        values |= data_settings(data, values["MODEL.ANCHOR_GENERATOR.SIZES"])
     if neck == "_FPN" and detector != "reppoints":
         values["MODEL.BACKBONE.NAME"] = "build_fcos_resnet_fpn_backbone"
     names = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}

@@ -62,6 +62,8 @@ EXIST = [
     ("faster", ("coco",), "bbox/AP-person"),
     ("mask", ("coco",), "segm/APs"),
     ("retinanet", ("coco",), "bbox/APl"),
+    ("mask", ("coco",), "segm/AR75"),
+    ("faster", ("kitti",), "bbox/ARs"),
     ("faster", ("kitti",), "kitti/Car/moderate"),
     ("faster", ("kitti",), "kitti/mAP/hard"),
     ("faster", ("kitti",), "bbox/AP-Cyclist"),
@@ -114,6 +116,7 @@ def test_keypoints_have_no_small_objects(sets: dict[str, str]) -> None:
     cfg.MODEL.KEYPOINT_ON = True
     names = metric_names(cfg) or []
     assert "keypoints/AP" in names and "keypoints/APs" not in names and "bbox/APs" in names
+    assert "keypoints/AR" in names and "keypoints/ARs" not in names and "bbox/ARs" in names
 
 
 def test_augmented_results_can_be_expected(sets: dict[str, str]) -> None:

@@ -180,8 +180,12 @@ def head_of(channels=(3, 3), shared_adapter=False, classes=CLASSES, **keys):
     ).double()
 
 
-def heard(channels=(3, 3), seed=0):
-    """Return outputs of two networks with so many channels for two images, in float64."""
+def heard(channels=(3, 3), seed=0, numbers=4):
+    """Return outputs of two networks with so many channels for two images, in float64.
+
+    Args:
+        numbers: how many encode a box.
+    """
     g = torch.Generator().manual_seed(seed)
     instances = [Instances(size, gt_boxes=Boxes(torch.zeros(0, 4))) for size in IMAGES]
     anchors = torch.cat([x.flatten(0, 2) for x in grids()([*SIZES.values()])])
@@ -191,7 +195,7 @@ def heard(channels=(3, 3), seed=0):
         maps = {n: torch.randn(2, c, *s, generator=g).double() for n, s in SIZES.items()}
         said = outputs(CANVAS, instances, **maps)
         logits, deltas = (
-            torch.randn(2, sum(rows), k, generator=g).double().split(rows, 1) for k in (3, 4)
+            torch.randn(2, sum(rows), k, generator=g).double().split(rows, 1) for k in (3, numbers)
         )
         said.dense = DenseOutputs([*logits], [*deltas], [*SIZES.values()])
         moved = anchors + 8 * torch.randn(2, sum(rows), 4, generator=g)
@@ -212,6 +216,15 @@ def number(x):
 
 def joined(levels):
     return number(torch.cat(levels, 1))
+
+
+def encoded(net):
+    """Return (N, R, 4) box deltas, or expected distances of (N, R, 4 · bins) distributions."""
+    deltas = joined(net.dense.deltas)
+    if deltas.shape[2] == 4:
+        return deltas
+    sides = np.exp(deltas.reshape(*deltas.shape[:2], 4, -1))
+    return (sides / sides.sum(3, keepdims=True)) @ np.arange(sides.shape[3])
 
 
 def crops(maps, boxes):
@@ -245,7 +258,7 @@ def expected_terms(head, student, teacher, columns=(slice(None), slice(None))):
             selected[n] |= (near >= 0.5) | (near == near.max())
     ours, theirs = (np.concatenate(x) for x in cropped)
     flat = (x.reshape(len(x), -1) for x in (ours, theirs))
-    gap = np.abs(joined(student.dense.deltas) - joined(teacher.dense.deltas))
+    gap = np.abs(encoded(student) - encoded(teacher))
     terms = {
         "feature": literal.gid_feature(ours, theirs),
         "relation": literal.gid_relation(*flat),
@@ -255,11 +268,13 @@ def expected_terms(head, student, teacher, columns=(slice(None), slice(None))):
     return terms, chosen
 
 
+@pytest.mark.parametrize("numbers", [4, 20])
 @pytest.mark.parametrize(
     "channels, shared", [((3, 3), False), ((3, 3), True), ((2, 3), False), ((2, 3), True)]
 )
-def test_the_four_terms(channels, shared):
-    head, (student, teacher) = head_of(channels, shared, weight=3.0), heard(channels)
+def test_the_four_terms(channels, shared, numbers):
+    head = head_of(channels, shared, weight=3.0, distributions=numbers > 4)
+    student, teacher = heard(channels, numbers=numbers)
     losses_found = head(student, teacher)
     terms, chosen = expected_terms(head, student, teacher)
     assert [len(x) for x in chosen] == [10, 10]
@@ -369,8 +384,10 @@ def test_instances_do_not_lie_in_the_padding():
 
 
 def test_encodings_that_differ_are_refused():
-    nets = network_info("student", tiny_model("gfl")), network_info("teacher", tiny_model("gfl"))
-    assert "distributions" in GID.problem(*nets)
+    gfl, atss = (network_info("student", tiny_model(family)) for family in ("gfl", "atss"))
+    finer = network_info("teacher", tiny_model("gfl", "MODEL.GFL.REG_MAX", 7))
+    assert GID.problem(gfl, finer) is None  # distances are comparable, however many bins
+    assert "encode boxes" in GID.problem(gfl, atss) and "encode boxes" in GID.problem(atss, gfl)
     weights = ("MODEL.RETINANET.BBOX_REG_WEIGHTS", [10.0, 10.0, 5.0, 5.0])
     other = network_info("teacher", tiny_model("retinanet", *weights))
     assert "encode boxes" in GID.problem(network_info("student", tiny_model("retinanet")), other)

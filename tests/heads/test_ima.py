@@ -1,9 +1,12 @@
 """The instances of IMA: images, boxes, masks and semantic classes."""
 
+import re
+
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
+from distill.errors import ConfigError
 from distill.heads import IMA
 from distill.heads.fpn import Level, cell_labels
 from distill.heads.ima import CROP_SIZE
@@ -17,6 +20,7 @@ from tests.support.networks import (
     kd_losses,
     network_info,
     outputs,
+    outspoken_model,
     tiny_cfg,
     tiny_model,
 )
@@ -37,7 +41,8 @@ def ramp(stride, height, width):
         ("mask", "mask"),
         ("cascade", "mask"),
         ("panoptic", "mask"),
-        ("retinanet", "image"),
+        ("retinanet", "box"),
+        ("fcos", "box"),
         ("semantic", "class"),
     ],
 )
@@ -45,7 +50,9 @@ def test_default_scope_of_ima(family, scope):
     ima_head = built_head(IMA, family)
     assert ima_head.scope == scope
     levels = ["p2", "p3", "p4", "p5"]  # instances lie on the levels that the box head pools from
-    assert [x.student for x in ima_head.levels] == levels + ["p6"] * (scope in ("image", "class"))
+    assert [x.student for x in ima_head.levels] == levels + ["p6"] * (
+        family in ("retinanet", "fcos", "semantic")
+    )
 
 
 def test_scope_and_options_of_a_config():
@@ -232,6 +239,72 @@ def test_precomputed_proposals_leave_the_boxes():
     student = tiny_model("faster", "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
     spec = network_info("student", student)
     assert IMA(tiny_cfg("faster"), spec, spec).scope == "box"
+
+
+# ---- Detections of the teacher.
+
+DETECTED = ("MODEL.DISTILL.IMA.INSTANCES", "teacher", "MODEL.DISTILL.IMA.INSTANCE_SCORE", 0.0)
+
+
+@pytest.mark.parametrize("family", ["faster", "mask", "retinanet", "gfl"])
+def test_instances_of_the_teacher_need_no_labels(family):
+    teacher = outspoken_model(family, seed=1, fpn=24)
+    teacher.test_score_thresh = 0.0  # a dense detector that is not trained is sure of nothing
+    model = distilled(family, ["IMA"], *DETECTED, teacher=teacher)
+    head, seen = model.heads["IMA"], []
+    crops = head.crops
+    head.crops = lambda maps, boxes: seen.append(boxes) or crops(maps, boxes)
+    found = kd_losses(model, [image_dict(0, objects=0), image_dict(1, 96, 64)])
+    assert all(len(x) > 0 for x in seen[0])
+    assert all((x >= 0).all() and (x <= torch.tensor([64, 96] * 2)).all() for x in seen[0])
+    assert found["loss_ima"] > 0
+    found["loss_ima"].backward()
+    assert head.adapters["p2"].weight.grad.abs().sum() > 0  # small boxes are on the finest level
+
+
+def detected(*scores, masks=None):
+    """A teacher's detections in one image: the box, so often, with these scores."""
+    found = Instances((64, 64), scores=torch.tensor(scores))
+    found.pred_boxes = Boxes(torch.tensor([BOX] * len(scores)).view(-1, 4))
+    if masks is not None:
+        found.pred_masks = masks
+    return found
+
+
+def test_a_detection_below_the_score_is_no_instance():
+    head = ima_head("box", instances="teacher", instance_score=0.5)
+    said = outputs((64, 64), [halves([])] * 2)
+    said.detections = [detected(0.5, 0.49), detected()]
+    boxes, weight = head.instances(said, said)
+    assert [x.tolist() for x in boxes] == [[[*BOX]], []] and weight is None
+
+
+def test_masks_of_detections_are_averaged_to_the_crops_grid():
+    masks = torch.zeros(2, 1, 28, 28)
+    masks[0, :, :, :13] = 1  # half of the seventh column of 14
+    masks[1, :, :, 15:] = 0.9
+    head = ima_head("mask", instances="teacher", instance_score=0.5)
+    said = outputs((64, 64), [halves([])] * 2)
+    said.detections = [detected(0.9, 0.6, masks=masks), detected(masks=torch.zeros(0, 1, 28, 28))]
+    _, weight = head.instances(said, said)
+    assert weight.shape == (2, 1, CROP_SIZE, CROP_SIZE)
+    columns = torch.arange(CROP_SIZE)
+    assert torch.equal(weight[0, 0], (columns <= 6).float().expand(CROP_SIZE, -1))
+    assert torch.equal(weight[1, 0], (columns >= 8).float().expand(CROP_SIZE, -1))
+
+
+@pytest.mark.parametrize(
+    "family, teacher, scope, sentence",
+    [
+        ("retinanet", "retinanet", "image", "SCOPE is image; set SCOPE box or mask"),
+        ("mask", "faster", "mask", "teacher (GeneralizedRCNN) predicts no masks; set SCOPE box"),
+        ("semantic", "semantic", "box", "(SemanticSegmentor) predicts no detections"),
+    ],
+)
+def test_a_teacher_that_cannot_name_instances_is_refused(family, teacher, scope, sentence):
+    nets = network_info("student", tiny_model(family)), network_info("teacher", tiny_model(teacher))
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        IMA(tiny_cfg(family, *DETECTED, "MODEL.DISTILL.IMA.SCOPE", scope), *nets)
 
 
 # ---- Semantic classes.

@@ -70,12 +70,16 @@ def test_a_term_is_switched_off_or_weighted_alone(term):
 
 
 def test_options_of_a_config():
-    head = mkd_model(SCALES=(2, 3), TEMPERATURE=2.0, ATTENTION=False).heads["MKD"]
+    keys = {"SCALES": (2, 3), "TEMPERATURE": 2.0, "ATTENTION": False}
+    keys |= {"MULTISCALE_POWER": 1, "NORMALIZE": "channel"}
+    head = mkd_model(**keys).heads["MKD"]
     assert head.options == {
         "terms": losses.MKD_TERMS,
         "scales": (2, 3),
         "temperature": 2.0,
         "attention": False,
+        "power": 1,
+        "normalize": "channel",
     }
 
 

@@ -348,6 +348,11 @@ def test_half_precision_with_mask_and_weight_enters_as_float32(dtype):
 NUM_CLASSES = 3
 
 
+every_class_option = for_each(
+    "options", [{**x, "statistics": y} for x in OPTIONS for y in ("instance", "image")]
+)
+
+
 def draw_labels(seed, student, ignored=(255, -1, NUM_CLASSES)):
     """Draw (N, H, W) labels: some cells are ignored and the last image lacks a class."""
     shape = (len(student), *student.shape[-2:])
@@ -374,7 +379,7 @@ def both_classes(student, teacher, masked, seed, dtype=torch.float64, **options)
 
 
 @few_and_many_seeds
-@every_option
+@every_class_option
 @for_each("masked", [False, True])
 @for_each("kind", ["ordinary", "dead channels", "tiny scale", "large mean"])
 def test_classes_equal_the_literal_form(seeds, options, masked, kind):
@@ -386,10 +391,12 @@ def test_classes_equal_the_literal_form(seeds, options, masked, kind):
 
 
 @few_and_many_seeds
-@every_option
+@every_class_option
 @for_each("masked", [False, True])
 @for_each("kind, tolerance", [("ordinary", 1e-5), ("dead channels", 1e-5), ("large mean", 5e-3)])
 def test_classes_in_float32_are_as_good_as_their_input(seeds, options, masked, kind, tolerance):
+    if options["statistics"] == "image":  # the mean of the classes' means is rounded once more
+        tolerance = max(tolerance, 1e-4)
     for seed in seeds:
         student, teacher = maps(seed, kind)
         found, expected = both_classes(
@@ -414,6 +421,28 @@ def test_classes_by_hand():
     total, count = ima_classes(student, teacher, labels, 3, **PLAIN)
     torch.testing.assert_close(total, torch.tensor(8.0 + 25 + 30.5))
     assert count == 3
+
+
+def test_statistics_of_the_image_keep_the_means_of_classes_apart():
+    """The student has all classes at one mean; otherwise it is the teacher."""
+    teacher = torch.tensor([[[[-5.0, -3.0, 3.0, 5.0]]]])
+    student = torch.tensor([[[[-1.0, 1.0, -1.0, 1.0]]]])
+    labels = torch.tensor([[[0, 0, 1, 1]]])
+    options = {"deflate": False}
+    apart, _ = ima_classes(student, teacher, labels, 2, **options)
+    assert apart < 1e-6
+    found, count = ima_classes(student, teacher, labels, 2, **options, statistics="image")
+    # The image's deviations are 1 and √17: gaps of −1 + 5/√17, 1 + 3/√17, and their opposites.
+    gaps = [-1 + 5 / 17**0.5, 1 + 3 / 17**0.5]
+    expected = sum(x**2 for x in gaps)  # two classes of the mean of two cells
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=0)
+    assert count == 2
+
+
+def test_statistics_of_something_else_are_refused():
+    with pytest.raises(ValueError, match="statistics must be 'instance' or 'image', got 'batch'"):
+        x = torch.zeros(1, 1, 2, 2)
+        ima_classes(x, x, torch.zeros(1, 2, 2).long(), 1, statistics="batch")
 
 
 @every_option

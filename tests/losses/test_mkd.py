@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from distill.losses import (
     channel_alignment,
+    channel_normalized,
     fitnet,
     frequency_mask,
     frequency_masked_mse,
@@ -18,6 +19,7 @@ from distill.losses import (
 )
 from tests.reference import literal
 from tests.support.cases import for_each
+from tests.support.processes import needs_loopback, spawn, starts_processes
 
 SIZES = [(1, 1), (1, 2), (3, 1), (4, 4), (5, 8), (8, 5), (7, 9)]
 every_seed = for_each("seed", range(21))
@@ -61,29 +63,45 @@ def peaked_map(seed=0, channels=32, height=100, width=168, objects=12):
 
 
 def test_multi_scale_by_hand():
-    # The gap is (4, 0, 2) over three cells. The last window of pooling by 2 holds one cell.
-    teacher = torch.zeros(1, 1, 1, 3)
-    student = torch.tensor([[[[4.0, 0.0, -2.0]]]])
-    single = (16 + 0 + 4) / 3
-    halves = (2**2 + 2**2) / 3
-    whole = (2 / 3) ** 2 / 3
-    for scales, expected in [
-        ((1,), single),
-        ((2,), halves),
-        ((4,), whole),
-        ((1, 2, 4), single + halves + whole),
-    ]:
+    # Four rows of the gap (4, 0, 2, 2): windows of 2 have the mean 2, and so has the whole.
+    teacher = torch.zeros(1, 1, 4, 4)
+    student = torch.tensor([4.0, 0.0, 2.0, 2.0]).expand(1, 1, 4, 4)
+    squares = {1: 4 * 24, 2: 4 * 2**2, 4: 2**2}
+    for scales in ((1,), (2,), (4,), (1, 2, 4)):
+        expected = sum(squares[k] for k in scales) / 16
         found = multi_scale(student, teacher, scales=scales)
         torch.testing.assert_close(found, torch.tensor(expected))
-    torch.testing.assert_close(multi_scale(student, teacher), torch.tensor(single + halves + whole))
+        expected = sum(math.sqrt(squares[k]) for k in scales) / 16
+        found = multi_scale(student, teacher, scales=scales, power=1)
+        torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(multi_scale(student, teacher), torch.tensor(116 / 16))
+
+
+@for_each("size", [(1, 1), (3, 5)])
+def test_a_scale_above_the_map_is_dropped(size):
+    student, teacher = torch.randn((2, 2, 3, *size), generator=generator())
+    student.requires_grad_()
+    nothing = multi_scale(student, teacher, scales=(4, 8))
+    assert nothing == 0 and gradient(nothing, student).abs().sum() == 0
+    dropped = multi_scale(student, teacher, scales=(1, 4))
+    torch.testing.assert_close(dropped, multi_scale(student, teacher, scales=(1,)))
+
+
+def test_a_distance_has_a_gradient_at_equal_maps():
+    student = maps(4)[0].requires_grad_()
+    found = multi_scale(student, student.detach(), scales=(1, 2), power=1)
+    cells = student.shape[2] * student.shape[3]
+    torch.testing.assert_close(found, torch.tensor(2 * 1e-3 / cells))
+    assert gradient(found, student).abs().sum() == 0
 
 
 @every_seed
-def test_multi_scale_equals_the_literal_form(seed):
+@for_each("power", [1, 2])
+def test_multi_scale_equals_the_literal_form(seed, power):
     student, teacher = maps(seed)
     scales = ((1, 2, 4), (2,), (3, 8))[seed % 3]
-    found = multi_scale(student, teacher, scales=scales)
-    expected = literal.multi_scale(*doubles(student, teacher), scales)
+    found = multi_scale(student, teacher, scales, power)
+    expected = literal.multi_scale(*doubles(student, teacher), scales, power)
     np.testing.assert_allclose(found.item(), expected, rtol=1e-5)
 
 
@@ -156,6 +174,7 @@ def test_attention_leaves_more_than_a_hundredth_of_the_cells(seed):
     "loss",
     [
         multi_scale,
+        lambda s, t: multi_scale(s, t, (1, 2), power=1),
         lambda s, t: channel_alignment(s, t, 1.0, attention=False),
         lambda s, t: channel_alignment(s, t, 2.0, attention=False),
     ],
@@ -228,6 +247,8 @@ def test_options_and_terms_reach_the_losses():
     [
         (multi_scale, {"scales": ()}, r"scales must be at least 1 each, got \(\)"),
         (multi_scale, {"scales": (1, 0)}, r"scales must be at least 1 each, got \(1, 0\)"),
+        (multi_scale, {"power": 3}, "power must be 1 or 2, got 3"),
+        (mkd, {"normalize": "batch"}, "normalize must be none or channel, got 'batch'"),
         (channel_alignment, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
     ],
 )
@@ -286,3 +307,96 @@ def test_shared_work_does_not_change_gradients():
         )
     )
     torch.testing.assert_close(found, expected)
+
+
+# ---- Normalized channels.
+
+
+def normalized(seed):
+    """Maps with at least eight values per channel."""
+    shape = (2, 1 + seed % 4, *((2, 2), (1, 4), (5, 8), (7, 9))[seed % 4])
+    return torch.randn((2, *shape), generator=generator(seed))
+
+
+@every_seed
+def test_normalized_terms_are_those_of_normalized_maps(seed):
+    student, teacher = normalized(seed)
+    mask = draw_mask(student, seed=seed)
+    options = {"attention": bool(seed % 2), "power": 1 + seed % 2}
+    found = mkd(student, teacher, mask, normalize="channel", **options)
+    pair = [torch.from_numpy(literal.channel_normalized(x)) for x in doubles(student, teacher)]
+    expected = mkd(*pair, mask, **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@every_seed
+def test_the_size_of_the_values_does_not_matter(seed):
+    student, teacher = normalized(seed)
+    mask = draw_mask(student, seed=seed)
+    found = mkd(300 * student, 300 * teacher, mask, normalize="channel")
+    for name, value in mkd(student, teacher, mask, normalize="channel").items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@for_each("shape", [(0, 3, 4, 4), (1, 3, 1, 1), (1, 3, 1, 7), (2, 3, 1, 3)])
+@for_each("power", [1, 2])
+def test_too_few_values_have_no_loss(shape, power):
+    student, teacher = torch.randn((2, *shape), generator=generator())
+    student.requires_grad_()
+    found = mkd(student, teacher, draw_mask(student), power=power, normalize="channel")
+    assert all(x == 0 for x in found.values()) and len(found) == 4
+    assert gradient(sum(found.values()), student).abs().sum() == 0
+
+
+def test_a_channel_of_one_value_is_0():
+    student, teacher = normalized(3)
+    student[:, 0] = 5.0
+    (x, _), enough = channel_normalized(student, teacher)
+    assert enough == 1 and torch.equal(x[:, 0], torch.zeros_like(x[:, 0]))
+
+
+def test_gradient_of_normalized_terms():
+    student, teacher = torch.randn((2, 2, 2, 3, 4), generator=generator(), dtype=torch.float64)
+    mask = draw_mask(student)
+
+    def terms(s):
+        return tuple(mkd(s, teacher, mask, attention=False, normalize="channel").values())
+
+    assert torch.autograd.gradcheck(terms, student.requires_grad_())
+
+
+@for_each("dtype", [torch.float16, torch.bfloat16])
+def test_normalized_maps_of_half_precision(dtype):
+    """Sums of squares of large values do not overflow."""
+    student, teacher = 1000 * torch.randn((2, 1, 2, 40, 40), generator=generator())
+    halves = student.to(dtype), teacher.to(dtype)
+    found = mkd(*halves, draw_mask(student), normalize="channel")
+    expected = mkd(*(x.float() for x in halves), draw_mask(student), normalize="channel")
+    assert all(torch.equal(found[name], expected[name]) and found[name] > 0 for name in found)
+
+
+def write_normalized(rank, folder):
+    """Write this process' part of the normalized maps, and the gradient of their cubes' sum."""
+    student, teacher = torch.load(folder / "maps.pth")
+    own = slice(0, 2) if rank == 0 else slice(2, 3)
+    leaf = student[own].clone().requires_grad_()
+    (x, y), enough = channel_normalized(leaf, teacher[own])
+    x.pow(3).sum().backward()
+    torch.save((x.detach(), y, enough, leaf.grad), folder / f"{rank}.pth")
+
+
+@starts_processes
+@needs_loopback
+def test_two_processes_normalize_together(tmp_path):
+    """Each has another number of images; values and gradients are those of the joint batch."""
+    student, teacher = torch.randn((2, 3, 2, 1, 3), generator=generator())
+    torch.save((student, teacher), tmp_path / "maps.pth")
+    spawn(write_normalized, tmp_path)
+    parts = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    student.requires_grad_()
+    (x, y), _ = channel_normalized(student, teacher)
+    x.pow(3).sum().backward()
+    for index, expected in ((0, x), (1, y), (3, student.grad)):
+        torch.testing.assert_close(torch.cat([part[index] for part in parts]), expected)
+    assert all(part[2] == 1 for part in parts)  # 9 values, though the second has 3

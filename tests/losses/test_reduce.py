@@ -35,6 +35,7 @@ def objects(x):
 
 
 LOSSES = {
+    "at": (losses.at, MAP),
     "binary_kl": (losses.binary_kl, ROWS),
     "categorical_kl": (losses.categorical_kl, ROWS),
     "channel_alignment": (losses.channel_alignment, MAP),
@@ -70,9 +71,18 @@ LOSSES = {
     "pairwise_affinity": (losses.pairwise_affinity, MAP),
     "pixel_kd": (losses.pixel_kd, MAP),
     "pkd": (losses.pkd, MAP),
+    "ssim": (losses.ssim, MAP),
     "tid": (lambda s, t: losses.tid(s, t, torch.ones(len(s), *s.shape[2:])), MAP),
 }
-NO_LOSSES = {"MKD_TERMS", "TID_AREAS", "TID_SCORES", "frequency_mask", "gaussian_mask"}
+NO_LOSSES = {
+    "IMA_STATISTICS",
+    "MKD_NORMALIZE",
+    "MKD_TERMS",
+    "TID_AREAS",
+    "TID_OUTSIDE_KEY",
+    "TID_SCORES",
+}
+NO_LOSSES |= {"channel_normalized", "frequency_mask", "gaussian_mask"}
 NO_LOSSES |= {"joint_attention", "matched_iou", "tid_by_value", "tid_information", "tid_mask"}
 NO_LOSSES |= {"ld_region", "tid_score", "tid_value"}
 NO_LOSSES |= {"DeFeatTerms", "FGDTerms", "defeat_masks", "feature_richness", "fgd_attention"}

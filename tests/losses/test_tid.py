@@ -165,10 +165,14 @@ def test_size_of_the_top(points, top, count):
     assert points == count or prob[chosen].min() > prob[~chosen].max()
 
 
-def test_equal_probabilities_share_the_top():
+def test_equal_probabilities_go_by_iou_and_then_by_position():
     prob = torch.tensor([0.2, 0.9, 0.9, 0.9, 0.1])
-    score = tid_score(torch.zeros(5), prob, 0.5, 0.4, parts="cls")
-    assert score.tolist() == [1, 1.5, 1.5, 1.5, 1]
+    for iou, expected in (
+        ([0.0] * 5, [1, 1.5, 1, 1, 1]),
+        ([0.9, 0.1, 0.3, 0.2, 0.9], [1, 1, 1.5, 1, 1]),
+    ):
+        score = tid_score(torch.tensor(iou), prob, 0.5, 0.4, parts="cls")
+        assert score.tolist() == expected
 
 
 @for_each("seed", range(20))
@@ -218,7 +222,10 @@ def test_value_by_hand():
         "key": [0.0, 3.0, 2.0, 0.0, 0.0],
         "weak": [1.5, 1.5, 1.0, 1.0, 1.0],
     }.items():
-        assert tid_value(*arguments, area=area).tolist() == expected
+        assert tid_value(*arguments, area=area, outside_key="zero").tolist() == expected
+    # Outside the key area a score counts, up to 1.
+    kept = torch.tensor([1.5, 4.5, 2.0, 1.0, 0.4])
+    torch.testing.assert_close(tid_value(*arguments), kept)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +240,8 @@ def test_value_by_hand():
 def test_ties_are_broken_exactly(tie, expected, area):
     score = torch.full((4,), 2.0)
     student = torch.full((4,), 0.4)
-    found = tid_value(score, student, torch.tensor(tie), disjoint_boxes(4), 0.5, area=area)
+    options = {"area": area, "outside_key": "zero"}
+    found = tid_value(score, student, torch.tensor(tie), disjoint_boxes(4), 0.5, **options)
     assert (found > 1).int().tolist() == expected
 
 
@@ -241,7 +249,8 @@ def test_a_tie_break_never_outranks_the_score():
     teacher = torch.tensor([0.5, 0.5 + 1e-6, 0.5 + 2e-6, 0.0])  # raw IoUs may be this close
     tie = torch.tensor([1.0, 0.5, 0.0, 1.0])
     for area in ("key", "weak"):
-        found = tid_value(teacher, torch.zeros(4), tie, disjoint_boxes(4), 0.5, area=area)
+        options = {"area": area, "outside_key": "zero"}
+        found = tid_value(teacher, torch.zeros(4), tie, disjoint_boxes(4), 0.5, **options)
         chosen = found > (1 if area == "weak" else 0)
         assert chosen.tolist() == [False, True, True, False]
 
@@ -299,7 +308,7 @@ def test_value_equals_the_literal_form(seed, kind, area):
     teacher, student = torch.from_numpy(scores).float()
     tie = torch.from_numpy(rng.integers(0, 4, points) / 4).float()
     boxes = draw_boxes(rng, points, high=20.0)
-    options = ((0.05, 0.2, 1.0)[seed % 3], (0.6, 0.3)[seed % 2], area)
+    options = ((0.05, 0.2, 1.0)[seed % 3], (0.6, 0.3)[seed % 2], area, ("keep", "zero")[seed % 2])
     found = tid_value(teacher, student, tie, boxes, *options)
     expected = literal.tid_value(*doubles(teacher, student, tie, boxes), *options)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -309,7 +318,8 @@ def test_value_equals_the_literal_form(seed, kind, area):
 @given(st.lists(st.sampled_from(SCORES), min_size=1, max_size=60), st.sampled_from([0.05, 0.2, 1]))
 def test_the_key_area_has_exactly_k_points(scores, gamma):
     score, tie = torch.tensor(scores), torch.zeros(len(scores))
-    found = tid_value(score, score, tie, disjoint_boxes(len(scores)), gamma)
+    boxes = disjoint_boxes(len(scores))
+    found = tid_value(score, score, tie, boxes, gamma, outside_key="zero")
     k = math.ceil(round(gamma * len(scores), 9))
     assert (found > 0).sum() == k
     assert sorted(found[found > 0].tolist()) == sorted(score.tolist())[-k:]
@@ -332,6 +342,7 @@ def test_value_moves_with_its_points(scores, seed):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"outside_key": "one"}, "outside_key must be keep or zero, got 'one'"),
         ({"area": "all"}, "area must be one of both, key, weak, got 'all'"),
         ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
         ({"gamma": 2.0}, r"gamma must be in \(0, 1\], got 2.0"),
@@ -501,6 +512,52 @@ def focus(library, iou_t, iou_s, prob_t, prob_s, boxes, points, gt):
     score_s = library.tid_score(iou_s, prob_s, 0.5, 0.4)
     value = library.tid_value(score_t, score_s, iou_t * prob_t, boxes, gamma=0.2)
     return library.tid_mask(value * library.tid_information(points, gt))
+
+
+def scene(seed, skill):
+    """Return IOU_max, probabilities, decoded boxes, centres and ground truth of a pyramid.
+
+    Args:
+        skill: in (0, 1]; how near the decoded boxes come to the objects.
+    """
+    rng = np.random.default_rng(seed)
+    size = rng.uniform(20, 120, (rng.integers(1, 5), 2))
+    corner = rng.uniform(0, 256 - size)
+    gt = torch.from_numpy(np.concatenate([corner, corner + size], 1)).float()
+    points = []
+    for stride in (8, 16, 32):
+        cells = torch.meshgrid(*[torch.arange(256 // stride)] * 2, indexing="xy")
+        points.append((torch.stack(cells, -1).view(-1, 2) + 0.5) * stride)
+    points = torch.cat(points)
+    inside = tid_information(points, gt) == 1
+    nearest = (points[:, None] - (gt[:, :2] + gt[:, 2:])[None] / 2).norm(dim=2).argmin(1)
+    sides = (gt[:, 2:] - gt[:, :2])[nearest].repeat(1, 2)
+    noise = torch.from_numpy(rng.normal(0, 0.5 / skill, (len(points), 4))).float()
+    boxes = gt[nearest] + noise * sides * torch.where(inside, 0.3, 1.0)[:, None]
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
+    iou = matched_iou(boxes[:, None], gt)[0]
+    prob = (iou * torch.from_numpy(rng.uniform(0.5, 1, len(points))).float()) * (iou > 0)
+    return iou, prob, boxes, points, gt
+
+
+@for_each("seed", range(20))
+def test_every_point_of_an_object_is_compared(seed):
+    """The high and medium areas hold at least a twentieth each of the points at objects."""
+    iou_t, prob_t, boxes, points, gt = scene(seed, 1.0)
+    iou_s, prob_s, *_ = scene(seed, 0.5)
+    score_t, score_s = tid_score(iou_t, prob_t, 0.5, 0.4), tid_score(iou_s, prob_s, 0.5, 0.4)
+    information = tid_information(points, gt)
+
+    def compared(outside_key):
+        value = tid_value(score_t, score_s, iou_t * prob_t, boxes, outside_key=outside_key)
+        return value * information
+
+    value = compared("keep")
+    assert (tid_mask(value)[information == 1] > 0).all()
+    near = value[information > 0]
+    assert (near >= 1).float().mean() > 0.05
+    assert ((near >= 0.01) & (near < 1)).float().mean() > 0.05
+    assert (tid_mask(compared("zero"))[information == 1] == 0).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("objects", [0, 1, 4])

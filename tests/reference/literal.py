@@ -5,6 +5,7 @@ transform with the full complex mask, and suppress boxes by definition. They fol
 and the choices that the docstrings of the package state. They share no code with the package.
 """
 
+import math
 from fractions import Fraction
 from math import ceil, exp, hypot
 
@@ -51,18 +52,32 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0, binary=False):
     return masks
 
 
-def multi_scale(student, teacher, scales=(1, 2, 4)):
+def multi_scale(student, teacher, scales=(1, 2, 4), power=2):
     """Return MKD Eq. 1; the last pooling window of a row or column may be smaller."""
     batch, channels, height, width = student.shape
     total = 0.0
     for k in scales:
+        if k > min(height, width):
+            continue
         for n, c in np.ndindex(batch, channels):
+            squares = 0.0
             for y in range(0, height, k):
                 for x in range(0, width, k):
                     pooled_s = student[n, c, y : y + k, x : x + k].mean()
                     pooled_t = teacher[n, c, y : y + k, x : x + k].mean()
-                    total += (pooled_t - pooled_s) ** 2 / (height * width)
+                    squares += (pooled_t - pooled_s) ** 2
+            distance = squares if power == 2 else math.sqrt(squares + 1e-6)
+            total += distance / (height * width)
     return total / (batch * channels)
+
+
+def channel_normalized(x):
+    """Return maps (N, C, H, W) with mean 0 and deviation 1 in each channel over N, H and W."""
+    result = np.zeros_like(x)
+    for c in range(x.shape[1]):
+        values = x[:, c]
+        result[:, c] = (values - values.mean()) / math.sqrt(values.var() + 1e-5)
+    return result
 
 
 def full_mask(half, width):
@@ -109,9 +124,10 @@ def channel_alignment(student, teacher, temperature=1.0, attention=True):
     return total / batch
 
 
-def standardized(x):
-    """Return IMA Eq. 5-7 of one instance, (C, cells)."""
-    return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + EPS)
+def standardized(x, by=None):
+    """Return IMA Eq. 5-7 of one instance, (C, cells), by its own statistics or those of ``by``."""
+    by = x if by is None else by
+    return (x - by.mean(1, keepdims=True)) / np.sqrt(by.var(1, keepdims=True) + EPS)
 
 
 def cosine_similarity(a, b):
@@ -132,6 +148,7 @@ def ima_classes(
     scale_on="standardized",
     scale_floor=0.1,
     scales=None,
+    statistics="instance",
 ):
     """Return the sum over instances and their α: IMA Eq. 1-10, one instance per class and image.
 
@@ -140,6 +157,7 @@ def ima_classes(
     total, used = 0.0, []
     for n in range(len(student)):
         filtered_student = student[n] if mask is None else filtered(student[n], mask[n, 0])
+        known = (labels[n] >= 0) & (labels[n] < num_classes)
         for label in range(num_classes):
             cells = labels[n] == label
             if not cells.any():
@@ -147,8 +165,10 @@ def ima_classes(
             s, t = filtered_student[:, cells], teacher[n][:, cells]
             raw = s, t
             if standardize:
-                s = standardized(s)
-                t = standardized(t) if standardize_teacher else t
+                wholes = (filtered_student[:, known], teacher[n][:, known])
+                by = wholes if statistics == "image" else raw
+                s = standardized(s, by[0])
+                t = standardized(t, by[1]) if standardize_teacher else t
             scale = 1.0
             if deflate:
                 cosine = cosine_similarity(*(raw if scale_on == "raw" else (s, t)))
@@ -179,10 +199,10 @@ def matched_iou(boxes, gt):
 def tid_score(iou, prob, positive, negative, top=0.025, parts="both", raw_iou=False):
     """Return TID's Score of the points of one image (DIEM)."""
     k = ceil(Fraction(str(top)) * len(prob))
-    lowest = sorted(prob, reverse=True)[k - 1]
+    best = sorted(range(len(prob)), key=lambda i: (-prob[i], -iou[i], i))[:k]
     scores = []
-    for u, p in zip(iou, prob):
-        score_c = 1.5 if p >= lowest and p > 0 else 1.0
+    for i, (u, p) in enumerate(zip(iou, prob)):
+        score_c = 1.5 if i in best and p > 0 else 1.0
         if raw_iou:
             score_r = u
         elif u >= positive:
@@ -195,7 +215,7 @@ def tid_score(iou, prob, positive, negative, top=0.025, parts="both", raw_iou=Fa
     return np.array(scores)
 
 
-def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both"):
+def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both", out="keep"):
     """Return TID's Value_output of the points of one image (LDAM)."""
     points = range(len(score_t))
     k = ceil(Fraction(str(gamma)) * len(points))
@@ -208,7 +228,8 @@ def tid_value(score_t, score_s, tie, boxes, gamma=0.05, nms_iou=0.6, area="both"
             weak.append(i)
     value = np.zeros(len(points))
     for i in points:
-        score_key = score_t[i] if i in key else 0.0
+        outside = min(score_t[i], 1.0) if out == "keep" else 0.0
+        score_key = score_t[i] if i in key else outside
         score_weak = 1.5 if i in weak else 1.0
         value[i] = {"both": score_key * score_weak, "key": score_key, "weak": score_weak}[area]
     return value

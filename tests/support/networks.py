@@ -56,7 +56,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     ),
     "fcos": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
     "atss": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
-    "gfl": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD", "LD"),
+    "gfl": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD", "GID", "LD"),
     "reppoints": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
     "semantic": (
         *("FitNet", "IMA", "MKD", "CWD", "CWDLogits", "PixelKD"),

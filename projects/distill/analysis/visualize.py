@@ -99,16 +99,20 @@ def ima_grid(head: IMA, view: View) -> Grid:
 
 
 def crop_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
-    """Return one column per instance, in the order of the ground truth (scopes box and mask)."""
-    s, t, weight = head.crops(maps, view.student.batch)
+    """Return one column per instance, the largest ones (scopes box and mask)."""
+    found, weight = head.instances(view.student, view.teacher)
+    s, t = head.crops(maps, found)
     scales = head.scales(s, t, weight).tolist()
-    boxes, pooler = Boxes(view.student.batch.boxes[0]), head.pooler
+    boxes, pooler = Boxes(found[0]), head.pooler
+    labels = view.image.labels
+    if head.source == "teacher":
+        labels = [f"detection {i + 1}" for i in range(len(boxes))]
     canonical = pooler.canonical_box_size, pooler.canonical_level
     levels = assign_boxes_to_levels([boxes], pooler.min_level, pooler.max_level, *canonical)
     grid: Grid = {}
     for i in sorted(boxes.area().argsort(descending=True)[:MAX_OBJECTS].tolist()):
-        column, level = view.image.labels[i], head.levels[int(levels[i])]
-        left, top, right, bottom = view.image.boxes[i]
+        column, level = labels[i], head.levels[int(levels[i])]
+        left, top, right, bottom = found[0][i].tolist()
         area = Panel(None, (left, top, right, bottom), zoom=True)
         note = f"{level.student}, stride {level.stride}\n{ALPHA} {scales[i]:.2f}"
         grid["image", column] = replace(area, note=note)
@@ -146,7 +150,7 @@ def tid_grid(head: TID, view: View) -> Grid:
     student, teacher = view.student, view.teacher
     levels = [(x.student, x.stride) for x in head.levels]
     judgement = head.judgement(student, teacher, 0)
-    key, weak = tid_areas(*judgement, **head.value_options)
+    key, weak = tid_areas(*judgement, **{**head.value_options, "outside_key": "zero"})
     masks = [tid_mask(v)[0] for v in head.values(student, teacher)]
     highest = torch.stack(judgement[:2]).max().item()
     largest = max(x.max().item() for x in masks)

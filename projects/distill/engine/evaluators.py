@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     PascalVOCDetectionEvaluator,
@@ -25,6 +24,7 @@ from ..data.datasets import check_test_set, class_indices, predicted_classes
 from ..data.registration import is_own_set, own_files
 from ..errors import ConfigError, ResultsError
 from ..evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
+from ..evaluation.coco_recall import COCORecallEvaluator
 from ..evaluation.kitti import KITTIEvaluator, coco_evaluator
 from ..evaluation.lvis import LVISEvaluator
 from ..evaluation.own_coco import OwnCOCOEvaluator
@@ -206,7 +206,7 @@ def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     file = own_files(dataset_name) if is_own_set(cfg, dataset_name) else None
     if not isinstance(file, CocoFile):
-        return [COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)]
+        return [COCORecallEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)]
     return [
         OwnCOCOEvaluator(
             dataset_name,
@@ -223,9 +223,10 @@ def coco(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
 @EVALUATOR_REGISTRY.register()
 @returning(panoptic_metrics)
 def coco_panoptic_seg(cfg: CfgNode, dataset_name: str, folder: str) -> Evaluators:
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
     return [
         SemSegEvaluator(dataset_name, output_dir=folder),
-        COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS),
+        COCORecallEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas),
         COCOPanopticEvaluator(dataset_name, folder),
     ]
 

@@ -9,6 +9,7 @@ from detectron2.modeling import GeneralizedRCNN
 from ..config import student_class
 from ..data.cityscapes import label_table
 from ..data.kitti import KITTI_CLASSES
+from ..evaluation.coco_recall import RECALLS
 from ..evaluation.kitti import DIFFICULTIES
 
 _AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # APs, APm and APl by the size of the objects
@@ -33,9 +34,10 @@ def _in_task(task: str, *metrics: str) -> list[str]:
 
 def coco_metrics(cfg: CfgNode, dataset_name: str) -> list[str]:
     by_class = _by_class("AP", dataset_name)
-    metrics = [*_AP, *(by_class if len(by_class) > 1 else ())]  # as detectron2
+    metrics = [*_AP, *RECALLS, *(by_class if len(by_class) > 1 else ())]  # as detectron2
     names = [name for task in _tasks(cfg) for name in _in_task(task, *metrics)]
-    return [name for name in names if name != "keypoints/APs"]  # small objects have no keypoints
+    small = ("keypoints/APs", "keypoints/ARs")  # small objects have no keypoints
+    return [name for name in names if name not in small]
 
 
 def semantic_metrics(cfg: CfgNode, dataset_name: str) -> list[str]:
@@ -69,7 +71,7 @@ def _cityscapes_labels() -> list[Any]:
 def kitti_metrics(cfg: CfgNode, dataset_name: str) -> list[str]:
     by_class = [f"AP-{name}" for name in KITTI_CLASSES]
     rows = [f"{name}/{level}" for name in (*KITTI_CLASSES, "mAP") for level in DIFFICULTIES]
-    return [*_in_task("bbox", *_AP, *by_class), *_in_task("kitti", *rows)]
+    return [*_in_task("bbox", *_AP, *RECALLS, *by_class), *_in_task("kitti", *rows)]
 
 
 def lvis_metrics(cfg: CfgNode, dataset_name: str) -> list[str]:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from numpy.typing import NDArray
 
 from ..data.kitti import DONT_CARE, KITTI_CLASSES, NEIGHBOURS, Label, read_labels
+from .coco_recall import COCORecallEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +293,7 @@ class KITTIEvaluator(DatasetEvaluator):
         return {"kitti": results}
 
 
-def coco_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
+def coco_evaluator(dataset_name: str, output_dir: str) -> COCORecallEvaluator:
     """Return an evaluator of COCO's metrics on KITTI, as ``"bbox"``. Crowds absorb detections.
 
     detectron2 would convert the data set to a file in the output folder and read that file in later
@@ -309,6 +310,6 @@ def coco_evaluator(dataset_name: str, output_dir: str) -> COCOEvaluator:
         # Separate metadata, because those of the data set cannot be changed again.
         MetadataCatalog.get(path).set(json_file=path, thing_classes=list(KITTI_CLASSES))
         try:
-            return COCOEvaluator(path, tasks=("bbox",), output_dir=output_dir)
+            return COCORecallEvaluator(path, tasks=("bbox",), output_dir=output_dir)
         finally:
             MetadataCatalog.remove(path)

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
 from ..data.checks.coco_file import CocoFile
 from ..data.normalise import in_place_of_files
+from .coco_recall import COCORecallEvaluator
 
 
-class OwnCOCOEvaluator(COCOEvaluator):
+class OwnCOCOEvaluator(COCORecallEvaluator):
     """detectron2's evaluator with the normalised content of an annotation file.
 
     Args:
@@ -19,7 +19,7 @@ class OwnCOCOEvaluator(COCOEvaluator):
         file: its annotation file.
         class_indices: for each class of the model, its index in the data set; -1 for a class that
             the data set lacks, whose detections are left out. None: the classes are the same.
-        options: other arguments of :class:`COCOEvaluator`.
+        options: other arguments of detectron2's ``COCOEvaluator``.
     """
 
     def __init__(

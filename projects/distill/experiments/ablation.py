@@ -89,18 +89,43 @@ def switches(head: str, **variants: dict[str, Any]) -> dict[str, tuple[Any, ...]
 
 
 IMA_OFF = {"MASK_RATIO": 0.0, "STANDARDIZE": False, "DEFLATE": False}
-MKD_OFF = {f"{term}_WEIGHT": 0.0 for term in ("FEA", "MULTISCALE", "FDMD", "FAD")}
+MKD_TERMS = {"fea": "FEA", "multiscale": "MULTISCALE", "FDMD": "FDMD", "FAD": "FAD"}
+MKD_OFF = {f"{term}_WEIGHT": 0.0 for term in MKD_TERMS.values()}
+MKD_ALONE = {f"{k}_only": {**MKD_OFF, f"{term}_WEIGHT": 1.0} for k, term in MKD_TERMS.items()}
+NORMALIZED = {"NORMALIZE": "channel"}
+MKD_VARIANTS: dict[str, dict[str, Any]] = {
+    **MKD_ALONE,
+    "distances": {"MULTISCALE_POWER": 1},
+    "scales_2_4_8": {"SCALES": (2, 4, 8)},
+    "normalized": NORMALIZED,
+    "normalized_scales_2_4_8": {**NORMALIZED, "SCALES": (2, 4, 8)},
+    **{f"normalized_{name}": {**NORMALIZED, **keys} for name, keys in MKD_ALONE.items()},
+}
+ALL_LEVELS: dict[str, dict[str, Any]] = {
+    "all_levels": {"IN_FEATURES": ()},
+    **{f"all_levels_{name}": {**keys, "IN_FEATURES": ()} for name, keys in MKD_VARIANTS.items()},
+}
 FRCNN = ("faster_rcnn_R_10_FPN_32", "faster_rcnn_R_18_FPN_64")
 RETINANET = ("retinanet_R_18_FPN_32", "retinanet_R_18_FPN_64")
-DENSE = (("TID", "gfl"), ("TID", "atss"), ("IMA", "fcos"), ("IMA", "reppoints"))
+GFL = ("gfl_R_18_FPN_32", "gfl_R_18_FPN_64")
+DENSE = (("TID", "atss"), ("IMA", "fcos"), ("IMA", "reppoints"))
+TID_VARIANTS: dict[str, dict[str, Any]] = {
+    "cls_only": {"SCORE": "cls"},
+    "reg_only": {"SCORE": "reg"},
+    "key_only": {"AREA": "key"},
+    "weak_only": {"AREA": "weak"},
+    "raw_IoU": {"RAW_IOU": True},
+    "gamma_0.1": {"GAMMA": 0.1},
+    "gamma_0.2": {"GAMMA": 0.2},
+}
+ZERO = {"OUTSIDE_KEY": "zero"}
 TID_SWITCHES = switches(
     "TID",
-    cls_only={"SCORE": "cls"},
-    reg_only={"SCORE": "reg"},
-    key_only={"AREA": "key"},
-    weak_only={"AREA": "weak"},
-    raw_IoU={"RAW_IOU": True},
+    **TID_VARIANTS,
+    zero=ZERO,
+    **{f"zero_{name}": {**ZERO, **keys} for name, keys in TID_VARIANTS.items()},
 )
+INSTANCES = switches("IMA", scope_image={"SCOPE": "image"}, detections={"INSTANCES": "teacher"})
 STUDIES = {
     "ima": Study(
         "IMA",
@@ -114,22 +139,13 @@ STUDIES = {
             deflation_to_the_letter={"SCALE_ON": "raw", "SCALE_FLOOR": 0.0},
         ),
     ),
-    "mkd": Study(
-        "MKD",
-        *FRCNN,
-        switches(
-            "MKD",
-            fea_only={**MKD_OFF, "FEA_WEIGHT": 1.0},
-            multiscale_only={**MKD_OFF, "MULTISCALE_WEIGHT": 1.0},
-            FDMD_only={**MKD_OFF, "FDMD_WEIGHT": 1.0},
-            FAD_only={**MKD_OFF, "FAD_WEIGHT": 1.0},
-            all_levels={"IN_FEATURES": ()},
-        ),
-    ),
+    "mkd": Study("MKD", *FRCNN, switches("MKD", **MKD_VARIANTS, **ALL_LEVELS)),
     "tid": Study("TID", *FRCNN, TID_SWITCHES),
     "tid_retinanet": Study("TID", *RETINANET, TID_SWITCHES),
-    "ima_retinanet": Study("IMA", *RETINANET, {}),
-    "mkd_retinanet": Study("MKD", *RETINANET, {}),
+    "tid_gfl": Study("TID", *GFL, TID_SWITCHES),
+    "ima_retinanet": Study("IMA", *RETINANET, INSTANCES),
+    "ima_gfl": Study("IMA", *GFL, INSTANCES),
+    "mkd_retinanet": Study("MKD", *RETINANET, switches("MKD", **MKD_VARIANTS, **ALL_LEVELS)),
     "mssd": Study(
         "MSSD",
         "faster_rcnn_R_10_PAFPN_32",
@@ -155,7 +171,7 @@ STUDIES = {
         "pspnet_R_10",
         "deeplabv3_R_18",
         {
-            **switches("IMA", scope_image={"SCOPE": "image"}),
+            **switches("IMA", scope_image={"SCOPE": "image"}, statistics={"STATISTICS": "image"}),
             **methods(
                 MKD={"IN_FEATURES": ("sem_seg_head",)},
                 CWD={"IN_FEATURES": ("sem_seg_head",), "TEMPERATURE": 4.0},

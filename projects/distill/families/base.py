@@ -15,6 +15,11 @@ from .recorder import Recorder, record
 T = TypeVar("T")
 
 
+def whole_images(images: Tensor) -> ImageList:
+    """Return padded (N, C, H, W) images as detectron2's list, each of the padded size."""
+    return ImageList(images, [tuple(images.shape[-2:])] * len(images))
+
+
 class Family:
     """A network whose outputs can be read in its own forward, or asked for.
 

@@ -19,7 +19,7 @@ from ..structures import (
     NetworkInfo,
     NetworkOutputs,
 )
-from .base import Family
+from .base import Family, whole_images
 from .detector_losses import DetectorLosses
 from .layout import SUBNETS, LastLayers, before_activations, box_dim, dense_layout, subnets
 from .recorder import Recorder, record
@@ -86,7 +86,7 @@ class DenseFamily(Family):
 
     @property
     def outputs(self) -> frozenset[str]:
-        outputs = {*super().outputs, "dense", "dense_boxes"}
+        outputs = {*super().outputs, "dense", "dense_boxes", "detections"}
         if self.assignment:
             outputs.add("targets")
         if len(self.subnets) == len(SUBNETS):
@@ -133,14 +133,19 @@ class DenseFamily(Family):
         self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
     ) -> NetworkOutputs:
         outputs = super().ask(images, student, needs)
-        if "dense" in needs:
+        if not {"dense", "detections"}.isdisjoint(needs):
             maps = [outputs.features[f] for f in self.model.head_in_features]
             with record(
                 self.model, self._subnet_modules() if "head_features" in needs else []
             ) as recorder:
-                outputs.dense = self._dense(self.model.head(maps), student.dense)
+                output = self.model.head(maps)
+            if "dense" in needs:
+                outputs.dense = self._dense(output, student.dense)
             if "head_features" in needs:
                 outputs.head_features = self._head_features(recorder, student.dense)
+            if "detections" in needs:
+                own = [[x.clone() for x in levels] for levels in output]  # it rewrites the logits
+                outputs.detections = self.model.forward_inference(whole_images(images), maps, own)
         decode_dense(self.model, outputs, needs)
         return outputs
 

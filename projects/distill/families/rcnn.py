@@ -7,12 +7,12 @@ import torch
 from detectron2.layers import cat
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import BaseMaskRCNNHead, CascadeROIHeads, StandardROIHeads
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..structures import Batch, Masks, NetworkInfo, NetworkOutputs, ROIs
-from .base import Family
+from .base import Family, whole_images
 from .dense import decode_dense, dense_outputs
 from .detector_losses import DetectorLosses
 from .layout import dense_layout
@@ -57,7 +57,7 @@ class RCNNFamily(Family):
     def outputs(self) -> frozenset[str]:
         outputs = {*super().outputs, "rois"}
         if hasattr(self.model.proposal_generator, "rpn_head"):  # not with precomputed proposals
-            outputs |= {"dense", "dense_boxes"}
+            outputs |= {"dense", "dense_boxes", "detections"}
         heads = self.model.roi_heads
         mask_head = getattr(heads, "mask_head", None)
         if isinstance(mask_head, BaseMaskRCNNHead) and hasattr(mask_head, "predictor"):
@@ -168,8 +168,15 @@ class RCNNFamily(Family):
             ]
         if "masks" in needs:
             outputs.masks = self._ask_masks(features, student.masks)
+        if "detections" in needs:
+            outputs.detections = self._detect(whole_images(images), features)
         ask_sem_seg(self.model, outputs, needs)
         return outputs
+
+    def _detect(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
+        proposals, _ = self.model.proposal_generator(images, features, None)
+        detections: list[Instances] = self.model.roi_heads(images, features, proposals, None)[0]
+        return detections
 
     def _ask_rois(self, features: dict[str, Tensor], rois: ROIs, stage: int | None) -> ROIs:
         """Return this network's predictions for the student's boxes.

@@ -9,7 +9,8 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
-from ..losses.boxes import pairwise_iou
+from ..losses.boxes import expected_distances, pairwise_iou
+from ..losses.reduce import full_precision
 from ..section import SWITCH, Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
@@ -26,13 +27,15 @@ class GID(DenseFPNHead):
 
     See :func:`distill.losses.general_instances`. The box of an instance is that of the network with
     the higher score at the anchor. Predictions are compared at the anchors that the student's
-    matcher gives to the instances. The paper adapts the student's maps by a 3x3 convolution that
-    all levels share. The released code never applies it (``shared_adapter=False``): only differing
-    channels are adapted, by 1x1.
+    matcher gives to the instances. For GFL's distributions these are the expected distances, as
+    TID's GIbox. The paper adapts the student's maps by a 3x3 convolution that all levels share. The
+    released code never applies it (``shared_adapter=False``): only differing channels are adapted,
+    by 1x1.
 
     Args:
         strides: strides of the levels in pixels.
         grids: the student's anchors.
+        distributions: True if the networks predict distributions of box sides.
         threshold: IoU from which an anchor belongs to an instance, as its best anchor always does.
         feature_weight, relation_weight, class_weight, box_weight: factors of the parts.
         shared_adapter: True to adapt by the 3x3 convolution.
@@ -59,6 +62,7 @@ class GID(DenseFPNHead):
         strides: list[float],
         grids: AnchorGrids,
         threshold: float,
+        distributions: bool = False,
         feature_weight: float,
         relation_weight: float,
         class_weight: float,
@@ -75,6 +79,7 @@ class GID(DenseFPNHead):
         self.pooler = ROIPooler(SIDE, [1 / k for k in strides], 2, "ROIAlignV2")
         self.grids = grids
         self.threshold = threshold
+        self.distributions = distributions
         self.factors = dict(
             zip(self.parts, (feature_weight, relation_weight, class_weight, box_weight))
         )
@@ -89,6 +94,7 @@ class GID(DenseFPNHead):
             "strides": layout.strides,
             "grids": AnchorGrids(layout),
             "threshold": layout.thresholds[1],
+            "distributions": layout.reg_max is not None,
         }
 
     @classmethod
@@ -98,9 +104,8 @@ class GID(DenseFPNHead):
             return problem
         if layout_of(student).objectness:
             return "an RPN does not say how sure it is of a class"
-        encodings = [layout_of(net).box_encoding for net in (student, teacher)]
-        if None in encodings:
-            return "it compares box deltas, not distributions of box sides"
+        layouts = [layout_of(net) for net in (student, teacher)]
+        encodings = [x.box_encoding if x.reg_max is None else "distances" for x in layouts]
         if encodings[0] != encodings[1]:
             return "it compares box deltas, and the networks encode boxes in different ways"
         return None
@@ -110,6 +115,8 @@ class GID(DenseFPNHead):
         pairs = zip(student.dense.logits, teacher.dense.logits)
         logits = [torch.cat(x, 1) for x in zip(*(self.classes.select(*pair) for pair in pairs))]
         deltas = [torch.cat(x.deltas, 1) for x in (student.dense, teacher.dense)]
+        if self.distributions:
+            deltas = [expected_distances(full_precision(x)) for x in deltas]
         boxes, valid = self.instances(student, teacher, logits)
         found = [Boxes(x) for x in boxes]
         crops = [self.pooler(list(x), found) for x in zip(*self.maps(student, teacher))]

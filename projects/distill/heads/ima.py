@@ -3,14 +3,22 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..losses import ima, ima_classes
-from ..losses.ima import Alignment, class_moments, deflation, instance_moments
+from ..losses.ima import (
+    IMA_STATISTICS,
+    Alignment,
+    class_moments,
+    deflation,
+    image_moments,
+    instance_moments,
+)
 from ..losses.reduce import class_members, connected_zero, same_shape
 from ..section import BELOW_1, FRACTION, SWITCH, Key, Section, one_of
 from ..structures import Batch, NetworkInfo, NetworkOutputs
@@ -19,6 +27,7 @@ from .base import DISTILL_HEAD_REGISTRY, Losses
 from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
 
 IMA_SCOPES = ("auto", "image", "box", "mask", "class")
+IMA_INSTANCES = ("ground_truth", "teacher")
 CROPPED = ("box", "mask")  # the scopes that crop instances from the level that fits their size
 CROP_SIZE = 14  # cells of a cropped instance, as in the mask head of Mask R-CNN
 
@@ -29,12 +38,16 @@ class IMA(FPNDistillHead):
 
     Args:
         scope: definition of an instance. "image": each image, on every level. "box": RoIAlign of
-            each ground-truth box, on the same boxes and levels in both networks. "mask": the same,
-            with cells weighted by the ground-truth mask. "class": the cells of one semantic class
-            in one image, on every level.
+            each box, on the same boxes and levels in both networks. "mask": the same, with cells
+            weighted by the mask. "class": the cells of one semantic class in one image, on every
+            level.
+        instances: whose boxes and masks are cropped, "ground_truth" or "teacher": the teacher's
+            detections, also of objects that are not labelled (Fig. 1 has the teacher's maps).
+        instance_score: least score of these detections.
         num_classes: number of classes of the semantic labels; only for scope "class".
         mask_ratio: ζ of the frequency mask; 0 switches it off.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
+        statistics: option for scope "class", see :func:`distill.losses.ima_classes`.
         seed: seed of the frequency masks.
     """
 
@@ -42,12 +55,23 @@ class IMA(FPNDistillHead):
         SCOPE=Key(
             "auto", "definition of an instance; auto: by the student's family", one_of(*IMA_SCOPES)
         ),
+        INSTANCES=Key(
+            "ground_truth",
+            "boxes and masks of SCOPE box and mask; teacher: those of the teacher's detections",
+            one_of(*IMA_INSTANCES),
+        ),
+        INSTANCE_SCORE=Key(0.5, "least score of a teacher's detection (paper silent)", FRACTION),
         MASK_RATIO=Key(
             0.15, "ζ: expected share of removed frequencies (Eq. 2; paper silent)", BELOW_1
         ),
         STANDARDIZE=Key(True, "instance standardization (Eq. 5-7)", SWITCH),
         STANDARDIZE_TEACHER=Key(
             True, "standardize the teacher too (Eq. 15); False: Eq. 7 to the letter", SWITCH
+        ),
+        STATISTICS=Key(
+            "instance",
+            "cells of μ and σ for SCOPE class: of the instance, or all labelled cells of the image",
+            one_of(*IMA_STATISTICS),
         ),
         DEFLATE=Key(True, "adaptive scale deflation (Eq. 8-10)", SWITCH),
         SCALE_ON=Key(
@@ -63,18 +87,25 @@ class IMA(FPNDistillHead):
         self,
         *,
         scope: str,
+        instances: str = "ground_truth",
+        instance_score: float = 0.5,
         mask_ratio: float,
         standardize: bool,
         standardize_teacher: bool,
         deflate: bool,
         scale_on: str,
         scale_floor: float,
+        statistics: str = "instance",
         num_classes: int = 0,
         seed: int = 0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.scope = scope
+        self.source = instances
+        self.instance_score = instance_score
+        if instances == "teacher":
+            self.needs = self.needs | {"detections"}
         self.num_classes = num_classes
         self.masks = FrequencyMasks(mask_ratio, seed)
         self.options: dict[str, Any] = {
@@ -84,6 +115,7 @@ class IMA(FPNDistillHead):
             "scale_on": scale_on,
             "scale_floor": scale_floor,
         }
+        self.class_options = {**self.options, "statistics": statistics}
         if scope in CROPPED:
             self.parts = ("",)
             self.pooler = ROIPooler(CROP_SIZE, [1 / x.stride for x in self.levels], 0, "ROIAlignV2")
@@ -93,7 +125,10 @@ class IMA(FPNDistillHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         scope = cls.resolved_scope(cfg, student)
-        cls.check_scope(scope, student)
+        if cls.config_node(cfg).INSTANCES == "teacher":
+            cls.check_teacher(scope, teacher)
+        else:
+            cls.check_scope(scope, student)
         ret = super().from_config(cfg, student, teacher)
         strides = [x.stride for x in ret["levels"]]
         if scope in CROPPED and strides != [strides[0] * 2**i for i in range(len(strides))]:
@@ -108,7 +143,8 @@ class IMA(FPNDistillHead):
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         super().check_config(cfg)
-        if cls.config_node(cfg).SCOPE == "mask" and not cfg.MODEL.MASK_ON:
+        node = cls.config_node(cfg)
+        if (node.SCOPE, node.INSTANCES, cfg.MODEL.MASK_ON) == ("mask", "ground_truth", False):
             raise ConfigError(
                 "MODEL.DISTILL.IMA.SCOPE is mask, which needs ground-truth masks; "
                 "set MODEL.MASK_ON True or SCOPE box."
@@ -128,6 +164,23 @@ class IMA(FPNDistillHead):
                 f"{student.kind} has SCOPE image or box."
             )
 
+    @staticmethod
+    def check_teacher(scope: str, teacher: NetworkInfo) -> None:
+        """Refuse a scope whose instances the teacher does not detect."""
+        if scope not in CROPPED:
+            raise ConfigError(
+                "MODEL.DISTILL.IMA.INSTANCES is teacher, whose detections are boxes and masks, but "
+                f"SCOPE is {scope}; set SCOPE box or mask, or INSTANCES ground_truth."
+            )
+        remedies = {"detections": "INSTANCES ground_truth", "masks": "SCOPE box"}
+        needed = ("detections", "masks") if scope == "mask" else ("detections",)
+        for output in needed:
+            if output not in teacher.outputs:
+                raise ConfigError(
+                    f"MODEL.DISTILL.IMA.INSTANCES is teacher, but the teacher ({teacher.kind}) "
+                    f"predicts no {output}; set {remedies[output]}."
+                )
+
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
         """Return the levels to compare; crops are from those of the student's own boxes."""
@@ -144,7 +197,7 @@ class IMA(FPNDistillHead):
     @staticmethod
     def default_scope(student: NetworkInfo) -> str:
         """Return the scope for the family's labels; the paper is silent (Fig. 1: instance maps)."""
-        for signal, scope in (("masks", "mask"), ("rois", "box"), ("dense", "image")):
+        for signal, scope in (("masks", "mask"), ("rois", "box"), ("dense", "box")):
             if signal in student.outputs:
                 return scope
         return "class" if "sem_seg" in student.outputs else "image"
@@ -153,31 +206,46 @@ class IMA(FPNDistillHead):
         if self.scope not in CROPPED:
             return super().losses(student, teacher)
         maps = self.maps(student, teacher)
-        s, t, weight = self.crops(maps, student.batch)
+        boxes, weight = self.instances(student, teacher)
+        s, t = self.crops(maps, boxes)
         count = s.new_full((), len(s), dtype=torch.float32)
         loss = self.align(s, t, weight) * count / reduce_mean(count)
         return {"": loss + connected_zero(*(s[:1, :1, :1, :1] for s, _ in maps))}
 
-    def crops(
-        self, maps: list[tuple[Tensor, Tensor]], batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def instances(
+        self, student: NetworkOutputs, teacher: NetworkOutputs
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Return the instances of scopes "box" and "mask".
 
         Returns:
-            student, teacher: (ΣRi, C, CROP_SIZE, CROP_SIZE).
+            boxes: (Ri, 4) of each image.
             weight: (ΣRi, 1, CROP_SIZE, CROP_SIZE) weights of the cells; None if all weigh the same.
         """
-        boxes = [Boxes(b) for b in batch.boxes]
-        s = self.pooler([s for s, _ in maps], boxes)
-        t = self.pooler([t for _, t in maps], boxes)
-        return s, t, self.instance_masks(batch) if self.scope == "mask" else None
+        masks = self.scope == "mask"
+        if self.source == "ground_truth":
+            return student.batch.boxes, self.instance_masks(student.batch) if masks else None
+        found = [x[x.scores >= self.instance_score] for x in teacher.detections]
+        for x in found:
+            x.pred_boxes.clip(student.batch.padded_size)  # the teacher may have padded further
+        boxes = [x.pred_boxes.tensor for x in found]
+        return boxes, detected_masks(found) if masks else None
+
+    def crops(
+        self, maps: list[tuple[Tensor, Tensor]], boxes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return both networks' (ΣRi, C, CROP_SIZE, CROP_SIZE) features of boxes."""
+        rois = [Boxes(b) for b in boxes]
+        s, t = (self.pooler(list(x), rois) for x in zip(*maps))
+        return s, t
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         if self.scope == "image":
             return self.align(student, teacher, None)
         labels = cell_labels(batch.sem_seg, *student.shape[2:])
         mask = self.masks(student)
-        total, count = ima_classes(student, teacher, labels, self.num_classes, mask, **self.options)
+        total, count = ima_classes(
+            student, teacher, labels, self.num_classes, mask, **self.class_options
+        )
         return total / reduce_mean(count)
 
     def align(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
@@ -193,9 +261,10 @@ class IMA(FPNDistillHead):
         """Return the (N, K) α of each class of (N, H, W) labels; NaN without a cell."""
         student, teacher = same_shape(student, teacher)
         member = class_members(labels, student, self.num_classes)
-        moments, present = class_moments(student, teacher, member, self.masks(student))
-        scale = deflation(moments, Alignment(**self.options))[1][:, 0]
-        return scale.where(present > 0, torch.nan).view(len(student), self.num_classes)
+        moments, cells = class_moments(student, teacher, member, self.masks(student))
+        align = Alignment(**self.class_options)
+        scale = deflation(moments, align, image_moments(moments, cells))[1][:, 0]
+        return scale.view_as(cells).where(cells > 0, torch.nan)
 
     @staticmethod
     def instance_masks(batch: Batch) -> Tensor:
@@ -212,3 +281,12 @@ class IMA(FPNDistillHead):
         if not crops:
             return torch.ones((0, 1, CROP_SIZE, CROP_SIZE), device=device)
         return torch.cat(crops).to(device)[:, None].float()
+
+
+def detected_masks(detections: list[Instances]) -> Tensor:
+    """Return the masks of detections on the crops' grid, (ΣRi, 1, CROP_SIZE, CROP_SIZE) in {0, 1}.
+
+    A cell belongs to an object if the mean probability of its pixels is at least one half.
+    """
+    masks = torch.cat([x.pred_masks for x in detections])
+    return (F.adaptive_avg_pool2d(masks.float(), CROP_SIZE) >= 0.5).float()

@@ -6,8 +6,8 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses import MKD_TERMS, mkd
-from ..section import BELOW_1, COUNTS, POSITIVE, SWITCH, Key, Section, at_least
+from ..losses import MKD_NORMALIZE, MKD_TERMS, mkd
+from ..section import BELOW_1, COUNTS, POSITIVE, SWITCH, Key, Rule, Section, at_least, one_of
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .fpn import FPNDistillHead, FrequencyMasks
@@ -21,9 +21,10 @@ class MKD(FPNDistillHead):
 
     Args:
         term_weights: factor of each term by its name in ``MKD_TERMS``; 0 leaves it out.
-        scales: pooling kernels of ``multiscale`` in cells.
+        scales, power: options of ``multiscale``.
         mask_ratio: ζ of ``fdmd``; 0 makes it ``fea``.
         temperature, attention: options of ``fad``.
+        normalize: which maps the terms compare, see :func:`distill.losses.mkd`.
         seed: seed of the frequency masks.
     """
 
@@ -35,12 +36,23 @@ class MKD(FPNDistillHead):
         FDMD_WEIGHT=Key(1.0, "factor of L_FDMD (Eq. 2-4)", at_least(0), term="fdmd"),
         FAD_WEIGHT=Key(1.0, "factor of L_FAD (Eq. 5)", at_least(0), term="fad"),
         SCALES=Key((1, 2, 4), "pooling kernels of L_Multiscale in cells (paper silent)", COUNTS),
+        MULTISCALE_POWER=Key(
+            2,
+            "2: L_Multiscale sums squared distances; 1: distances",
+            Rule(lambda x: x in (1, 2), "1 | 2"),
+        ),
         MASK_RATIO=Key(0.15, "ζ of L_FDMD: share of removed frequencies (paper silent)", BELOW_1),
         TEMPERATURE=Key(1.0, "temperature 𝒯 of L_FAD (paper silent)", POSITIVE),
         ATTENTION=Key(
             True,
             "L_FAD compares maps weighted by the joint attention; False: the maps themselves",
             SWITCH,
+        ),
+        NORMALIZE=Key(
+            "none",
+            "channel: all terms compare maps whose channels have mean 0 and deviation 1 (paper "
+            "unclear); none: the maps themselves",
+            one_of(*MKD_NORMALIZE),
         ),
     )
 
@@ -53,6 +65,8 @@ class MKD(FPNDistillHead):
         mask_ratio: float,
         temperature: float,
         attention: bool,
+        power: int,
+        normalize: str,
         seed: int = 0,
         **kwargs: Any,
     ):
@@ -64,6 +78,8 @@ class MKD(FPNDistillHead):
             "scales": tuple(scales),
             "temperature": temperature,
             "attention": attention,
+            "power": power,
+            "normalize": normalize,
         }
         self.parts = tuple(
             f"{level.student}/{term}" for level in self.levels for term in self.term_weights
@@ -75,6 +91,7 @@ class MKD(FPNDistillHead):
     ) -> dict[str, Any]:
         ret = super().from_config(cfg, student, teacher)
         ret["term_weights"] = {term: ret.pop(f"{term}_weight") for term in MKD_TERMS}
+        ret["power"] = ret.pop("multiscale_power")
         return {**ret, "seed": cfg.SEED}
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..losses import (
     TID_AREAS,
+    TID_OUTSIDE_KEY,
     TID_SCORES,
     matched_iou,
     tid,
@@ -52,7 +53,7 @@ class TID(FPNDistillHead):
         classes: the classes that both dense heads list.
         objectness: True if the dense heads are RPNs, whose only logit is every object's.
         alphas: α_high, α_med, α_low: factors of the loss where V >= 1, V >= 0.01, and below.
-        gamma, nms_iou, area: see :func:`distill.losses.tid_value`.
+        gamma, nms_iou, area, outside_key: see :func:`distill.losses.tid_value`.
         top, parts, raw_iou: see :func:`distill.losses.tid_score`.
     """
 
@@ -67,6 +68,12 @@ class TID(FPNDistillHead):
             False, "Score_r is IOU_max itself, not IOU_max by the detector's thresholds", SWITCH
         ),
         AREA=Key("both", "areas that have a value", one_of(*TID_AREAS)),
+        OUTSIDE_KEY=Key(
+            "keep",
+            "Score_key outside the key area: keep: the teacher's score, at most 1; zero: 0 (paper "
+            "silent)",
+            one_of(*TID_OUTSIDE_KEY),
+        ),
         NMS_IOU=Key(0.6, "IoU of the NMS of the weak area's boxes (paper silent)", FRACTION),
         ALPHA_HIGH=Key(1.0, "α_high: factor of the loss where V >= 1", at_least(0), term="high"),
         ALPHA_MED=Key(1.0, "α_med: factor where 0.01 <= V < 1", at_least(0), term="medium"),
@@ -85,6 +92,7 @@ class TID(FPNDistillHead):
         gamma: float,
         nms_iou: float,
         area: str,
+        outside_key: str,
         top: float,
         parts: str,
         raw_iou: bool,
@@ -96,7 +104,12 @@ class TID(FPNDistillHead):
         self.objectness = objectness
         self.alphas = alphas
         self.score_options: dict[str, Any] = {"top": top, "parts": parts, "raw_iou": raw_iou}
-        self.value_options: dict[str, Any] = {"gamma": gamma, "nms_iou": nms_iou, "area": area}
+        self.value_options: dict[str, Any] = {
+            "gamma": gamma,
+            "nms_iou": nms_iou,
+            "area": area,
+            "outside_key": outside_key,
+        }
 
     @classmethod
     def from_config(

@@ -6,6 +6,7 @@ stays float64. No loss waits for the device. Where there is nothing to distill, 
 *connected zero*: a zero with a gradient path to its inputs, as DistributedDataParallel needs.
 """
 
+from .at import at
 from .boxes import padded
 from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast
 from .crosskd import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
@@ -21,19 +22,22 @@ from .frequency import frequency_mask, frequency_masked_mse
 from .frs import feature_richness, frs, frs_classes
 from .gid import general_instances, gid_feature, gid_relation, gid_response
 from .ifvd import ifvd
-from .ima import ima, ima_classes
+from .ima import IMA_STATISTICS, ima, ima_classes
 from .kd import binary_kl, categorical_kl, kd, pixel_kd
 from .ld import ld, ld_region
 from .lgd import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from .maskd import dice_overlap, maskd, receptive_masks
 from .mgd import mgd
-from .mkd import MKD_TERMS, channel_alignment, joint_attention, mkd, multi_scale
+from .mkd import MKD_NORMALIZE, MKD_TERMS, channel_alignment, joint_attention, mkd, multi_scale
 from .mssd import gaussian_mask, mssd
+from .normalize import channel_normalized
 from .pkd import pkd
 from .review import hcl
 from .skd import pairwise_affinity
+from .ssim import ssim
 from .tid import (
     TID_AREAS,
+    TID_OUTSIDE_KEY,
     TID_SCORES,
     matched_iou,
     tid,
@@ -45,15 +49,20 @@ from .tid import (
 )
 
 __all__ = [
+    "IMA_STATISTICS",
+    "MKD_NORMALIZE",
     "MKD_TERMS",
     "TID_AREAS",
+    "TID_OUTSIDE_KEY",
     "TID_SCORES",
     "ClassQueues",
     "DeFeatTerms",
     "FGDTerms",
+    "at",
     "binary_kl",
     "categorical_kl",
     "channel_alignment",
+    "channel_normalized",
     "class_pixels",
     "class_regions",
     "cross_image_relation",
@@ -112,6 +121,7 @@ __all__ = [
     "pixel_kd",
     "pkd",
     "receptive_masks",
+    "ssim",
     "tid",
     "tid_by_value",
     "tid_information",

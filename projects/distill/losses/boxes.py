@@ -101,6 +101,20 @@ def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(overlap > 0, overlap / (area[:, None] + other - overlap), 0)
 
 
+def expected_distances(sides: Tensor) -> Tensor:
+    """Return the expected distances of the sides of boxes in strides (GFL, Eq. 5).
+
+    Args:
+        sides: (..., 4 · bins) logits of the distances 0, 1, ..., bins − 1 of each side.
+
+    Returns:
+        (..., 4) >= 0.
+    """
+    sides = sides.unflatten(-1, (4, -1))
+    bins = torch.arange(sides.shape[-1], device=sides.device, dtype=sides.dtype)
+    return (sides.softmax(-1) * bins).sum(-1)
+
+
 def box_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
     """Return the centerness of the anchors' centres in boxes that hold them (FCOS, Eq. 3).
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .frequency import frequency_filtered, half_spectrum, half_spectrum_weight
 from .reduce import class_members, full_precision, same_shape
 
+IMA_STATISTICS = ("instance", "image")
 EPS = 1e-5  # added to the variances of Eq. 6; the paper gives no value
 
 
@@ -34,6 +35,7 @@ class Alignment(NamedTuple):
     deflate: bool
     scale_on: str
     scale_floor: float
+    statistics: str = "instance"
 
 
 def ima(
@@ -106,11 +108,16 @@ def ima_classes(
     deflate: bool = True,
     scale_on: str = "standardized",
     scale_floor: float = 0.1,
+    statistics: str = "instance",
 ) -> tuple[Tensor, Tensor]:
     """Instance mask alignment with one instance per class and image; see :func:`ima`.
 
     The cells of a class do not form a rectangle. Therefore the frequency mask acts on the whole
     map. Statistics, α and the loss run over the cells of the instance.
+
+    With ``statistics`` "image", step 2 takes μ and σ of all labelled cells of the image. Those of
+    an instance would remove the mean of each class, which is what tells classes apart. The paper
+    has no version for segmentation.
 
     Args:
         student, teacher: (N, C, H, W). Detach the teacher: a gradient reaches both.
@@ -119,21 +126,26 @@ def ima_classes(
         mask: (N, 1, H, W // 2 + 1) from ``frequency_mask``, applied to the student. None skips
             step 1.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see :func:`ima`.
+        statistics: "instance" or "image".
 
     Returns:
         The sum of the losses of the instances that have a cell, and their number, both scalars.
 
     Raises:
-        ValueError: as :func:`ima`, or if the labels have another size than the maps.
+        ValueError: as :func:`ima`, or if the labels have another size than the maps, or
+            ``statistics`` is invalid.
     """
+    if statistics not in IMA_STATISTICS:
+        raise ValueError(f"statistics must be 'instance' or 'image', got {statistics!r}")
     student, teacher = same_shape(student, teacher)
     member = class_members(labels, student, num_classes)
     if len(student) == 0:
         return student.sum(), student.new_zeros(())
-    moments, present = class_moments(student, teacher, member, mask)
-    align = Alignment(standardize, standardize_teacher, deflate, scale_on, scale_floor)
-    # The moments of a class without cells are 0, and so is its loss.
-    return _aligned(moments, align).sum(), present.sum()
+    moments, cells = class_moments(student, teacher, member, mask)
+    align = Alignment(standardize, standardize_teacher, deflate, scale_on, scale_floor, statistics)
+    losses = _aligned(moments, align, image_moments(moments, cells))
+    present = (cells > 0).flatten().to(student.dtype)
+    return (losses * present).sum(), present.sum()
 
 
 def instance_moments(
@@ -159,17 +171,38 @@ def class_moments(
         member: (N, K, H·W) bool, True for the cells of each class.
 
     Returns:
-        The moments of N·K instances, and (N·K,) numbers: 1 for instances with a cell, else 0.
+        The moments of N·K instances, 0 without cells, and the (N, K) numbers of their cells.
     """
     student = frequency_filtered(student, mask)
     member = member.to(student.dtype)
     with torch.autocast(student.device.type, enabled=False):  # keeps the products in float32
         moments = _class_moments(student.flatten(2), teacher.flatten(2), member)
-    return moments, member.amax(2).flatten()
+    return moments, member.sum(2)
 
 
-def deflation(moments: Moments, align: Alignment) -> tuple[Moments, Tensor]:
+def image_moments(moments: Moments, cells: Tensor) -> Moments:
+    """Return the moments of the image of each instance, (N·K, C).
+
+    Args:
+        moments: those of N·K instances.
+        cells: (N, K) numbers of their cells.
+    """
+    parts = Moments(*(x.unflatten(0, cells.shape) for x in moments))
+    share = (cells / cells.sum(1, keepdim=True).clamp(min=1))[..., None]
+    mean_s, mean_t = ((share * x).sum(1, keepdim=True) for x in (parts.mean_s, parts.mean_t))
+    s, t = parts.mean_s - mean_s, parts.mean_t - mean_t
+    within = (parts.var_s + s * s, parts.var_t + t * t, parts.cov + s * t)
+    products = ((share * x).sum(1, keepdim=True) for x in within)
+    return Moments(*(x.expand_as(parts.cov).flatten(0, 1) for x in (mean_s, mean_t, *products)))
+
+
+def deflation(
+    moments: Moments, align: Alignment, image: Moments | None = None
+) -> tuple[Moments, Tensor]:
     """Return the moments after step 2 of :func:`ima`, and α of each instance, (n, 1).
+
+    Args:
+        image: moments of the image of each instance, for ``statistics`` "image".
 
     Raises:
         ValueError: if ``scale_on`` or ``scale_floor`` is invalid.
@@ -178,7 +211,10 @@ def deflation(moments: Moments, align: Alignment) -> tuple[Moments, Tensor]:
         raise ValueError(f"scale_on must be 'standardized' or 'raw', got {align.scale_on!r}")
     if not 0 <= align.scale_floor <= 1:
         raise ValueError(f"scale_floor must be in [0, 1], got {align.scale_floor}")
-    compared = _standardized(moments, align.standardize_teacher) if align.standardize else moments
+    compared = moments
+    if align.standardize:
+        by = image if align.statistics == "image" and image else moments
+        compared = _standardized(moments, by, align.standardize_teacher)
     scale = torch.ones_like(compared.mean_s[:, :1])
     if align.deflate:
         cosine = _cosine(compared if align.scale_on == "standardized" else moments).detach()
@@ -186,9 +222,9 @@ def deflation(moments: Moments, align: Alignment) -> tuple[Moments, Tensor]:
     return compared, scale
 
 
-def _aligned(moments: Moments, align: Alignment) -> Tensor:
+def _aligned(moments: Moments, align: Alignment, image: Moments | None = None) -> Tensor:
     """Return the (n,) losses of the instances from their moments: steps 2 to 4 of :func:`ima`."""
-    compared, scale = deflation(moments, align)
+    compared, scale = deflation(moments, align, image)
     mean_s, mean_t, var_s, var_t, cov = compared
     # Means stay separate: adding their large squares would round small variances away.
     gap = scale * mean_s - mean_t
@@ -256,14 +292,18 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Moments
     )
 
 
-def _standardized(m: Moments, teacher: bool) -> Moments:
-    """Return the moments after step 2, also of the teacher if ``teacher`` is True."""
-    zero = torch.zeros_like(m.mean_s)
-    std_s, std_t = (m.var_s + EPS).sqrt(), (m.var_t + EPS).sqrt()
-    var_s = m.var_s / (m.var_s + EPS)
+def _standardized(m: Moments, by: Moments, teacher: bool) -> Moments:
+    """Return the moments after step 2 by the means and variances of ``by``.
+
+    Args:
+        teacher: False leaves the teacher as it is.
+    """
+    std_s, std_t = (by.var_s + EPS).sqrt(), (by.var_t + EPS).sqrt()
+    mean_s, var_s = (m.mean_s - by.mean_s) / std_s, m.var_s / (by.var_s + EPS)
     if teacher:
-        return Moments(zero, zero, var_s, m.var_t / (m.var_t + EPS), m.cov / (std_s * std_t))
-    return Moments(zero, m.mean_t, var_s, m.var_t, m.cov / std_s)
+        mean_t, var_t = (m.mean_t - by.mean_t) / std_t, m.var_t / (by.var_t + EPS)
+        return Moments(mean_s, mean_t, var_s, var_t, m.cov / (std_s * std_t))
+    return Moments(mean_s, m.mean_t, var_s, m.var_t, m.cov / std_s)
 
 
 def _cosine(m: Moments) -> Tensor:

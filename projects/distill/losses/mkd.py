@@ -1,5 +1,6 @@
 """Multi-knowledge distillation (MKD, Sec. 3): four losses on feature maps."""
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -8,35 +9,45 @@ from torch import Tensor
 
 from .cwd import cwd
 from .frequency import masked_energy
-from .reduce import mean_square, same_shape
+from .normalize import channel_normalized
+from .reduce import connected_zero, mean_square, same_shape
 
 ATTENTION_TEMPERATURE = 0.5  # τ of the spatial attention; the paper gives no value
+DISTANCE_EPS = 1e-6  # below the root of a distance, whose gradient is infinite at 0
 MKD_TERMS = ("fea", "multiscale", "fdmd", "fad")
+MKD_NORMALIZE = ("none", "channel")
 
 
-def multi_scale(student: Tensor, teacher: Tensor, scales: Sequence[int] = (1, 2, 4)) -> Tensor:
-    """MKD's multi-scale loss: squared error of average-pooled maps (L_Multiscale, Eq. 1).
+def multi_scale(
+    student: Tensor, teacher: Tensor, scales: Sequence[int] = (1, 2, 4), power: int = 2
+) -> Tensor:
+    """MKD's multi-scale loss: distance of average-pooled maps (L_Multiscale, Eq. 1).
 
-    L = Σ_k 1/(N·C·H·W) Σ (pool_k(T) − pool_k(S))², pool_k with kernel = stride = k, ``ceil_mode``
+    L = 1/(N·C·H·W) Σ_k Σ_nc d_nc, d_nc = ‖pool_k(T) − pool_k(S)‖² over the pooled cells
 
-    H·W is the unpooled size for every k, as printed. The paper leaves open the scales, and the mean
-    over N and C.
+    pool_k has kernel = stride = k, and ``ceil_mode``. H·W is the unpooled size for every k, as
+    printed. The printed l2 may be the distance itself: with ``power`` 1, d is √(‖·‖² + ε), so that
+    the loss of equal maps is √ε/(H·W) for each k. The paper leaves open the scales, and the mean
+    over N and C. A scale above min(H, W), whose windows would not fill the map, is dropped.
 
     Args:
         student, teacher: (N, C, H, W). Detach the teacher: a gradient reaches both.
         scales: k >= 1 in cells.
+        power: 2 for the squared distance, 1 for the distance.
 
     Returns:
-        A scalar >= 0; a connected zero for an empty batch.
+        A scalar >= 0; a connected zero for an empty batch, or if all scales are dropped.
 
     Raises:
-        ValueError: if shapes differ, or a scale is below 1.
+        ValueError: if shapes differ, a scale is below 1, or ``power`` is neither 1 nor 2.
     """
     if not scales or min(scales) < 1:
         raise ValueError(f"scales must be at least 1 each, got {tuple(scales)}")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power}")
     student, teacher = same_shape(student, teacher)
     gap = student - teacher
-    return _multi_scale(gap, scales, mean_square(gap))
+    return _multi_scale(gap, scales, power, mean_square(gap))
 
 
 def channel_alignment(
@@ -87,6 +98,8 @@ def mkd(
     scales: Sequence[int] = (1, 2, 4),
     temperature: float = 1.0,
     attention: bool = True,
+    power: int = 2,
+    normalize: str = "none",
 ) -> dict[str, Tensor]:
     """Multi-knowledge distillation of one level: its terms by name (Eq. 6 without α).
 
@@ -94,30 +107,43 @@ def mkd(
     is :func:`~distill.losses.frequency_masked_mse`, and ``fad`` is :func:`channel_alignment`.
     Quantities that several terms need are computed once.
 
+    The text combines the terms "when the normalization is achieved in the channel dimension", and
+    leaves open which maps are normalized. With ``normalize`` "channel" both maps are, by
+    :func:`~distill.losses.channel_normalized`, before all terms. Then the size of a map's values
+    does not matter. A map with fewer than eight values per channel has no loss: two values become
+    ±1 whatever they are.
+
     Args:
         student, teacher: (N, C, H, W). Detach the teacher.
         mask: (N, 1, H, W // 2 + 1) of ``fdmd``. None masks nothing: ``fdmd`` is then ``fea``.
         terms: names of the terms to compute.
-        scales: scales of ``multiscale``.
+        scales, power: options of ``multiscale``.
         temperature, attention: options of ``fad``.
+        normalize: "none" or "channel".
 
     Returns:
         One scalar >= 0 (up to rounding) per term; connected zeros for an empty batch.
 
     Raises:
-        ValueError: if a term is unknown, or as in the functions above.
+        ValueError: if a term or ``normalize`` is unknown, or as in the functions above.
     """
     unknown = set(terms) - set(MKD_TERMS)
     if unknown:
         raise ValueError(f"terms must be among {', '.join(MKD_TERMS)}, got {sorted(unknown)}")
+    if normalize not in MKD_NORMALIZE:
+        raise ValueError(f"normalize must be none or channel, got {normalize!r}")
     student, teacher = same_shape(student, teacher)
+    if normalize == "channel":
+        (student, teacher), enough = channel_normalized(student, teacher)
+        found = mkd(student, teacher, mask, terms, scales, temperature, attention, power)
+        return {name: loss * enough for name, loss in found.items()}
     losses = {}
     gap = student - teacher
     square = mean_square(gap)
     if "fea" in terms:
         losses["fea"] = square
     if "multiscale" in terms:
-        losses["multiscale"] = _multi_scale(gap, scales, square)
+        losses["multiscale"] = _multi_scale(gap, scales, power, square)
     if "fdmd" in terms:
         losses["fdmd"] = square if mask is None else masked_energy(gap, teacher, mask)
     if "fad" in terms:
@@ -125,13 +151,21 @@ def mkd(
     return losses
 
 
-def _multi_scale(gap: Tensor, scales: Sequence[int], square: Tensor) -> Tensor:
-    """Return :func:`multi_scale` from ``gap`` = S − T. ``square`` is the term of k = 1.
+def _multi_scale(gap: Tensor, scales: Sequence[int], power: int, square: Tensor) -> Tensor:
+    """Return :func:`multi_scale` from ``gap`` = S − T.
 
     Pooling is linear, so that pool(T) − pool(S) = pool(T − S).
+
+    Args:
+        square: the term of k = 1 and power 2.
     """
-    terms = [square] * scales.count(1)
-    for k in scales:
-        if k > 1 and gap.numel():
-            terms.append(F.avg_pool2d(gap, k, ceil_mode=True).square().sum() / gap.numel())
-    return torch.stack(terms).sum() if terms else gap.sum()
+    cells = math.prod(gap.shape[2:])
+    terms = []
+    for k in scales if gap.numel() else ():
+        if k == 1 and power == 2:
+            terms.append(square)
+        elif k <= min(gap.shape[2:]):
+            distance = F.avg_pool2d(gap, k, ceil_mode=True).square().sum((2, 3))
+            distance = distance if power == 2 else (distance + DISTANCE_EPS).sqrt()
+            terms.append(distance.mean() / cells)
+    return torch.stack(terms).sum() if terms else connected_zero(gap)

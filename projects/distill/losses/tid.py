@@ -20,6 +20,7 @@ CHUNK = 8  # ground-truth boxes compared with all points at once; bounds the mem
 MAX_WEAK = 2000  # maximum number of candidates of the weak area before NMS
 TID_SCORES = ("both", "cls", "reg")
 TID_AREAS = ("both", "key", "weak")
+TID_OUTSIDE_KEY = ("keep", "zero")
 
 
 @torch.no_grad()
@@ -88,9 +89,9 @@ def tid_score(
     """Return TID's score of each point: how well one network does both tasks there (DIEM).
 
     Score = Score_c · Score_r. Score_r is 2 where IOU_max >= positive, 0.4 where IOU_max <=
-    negative, 1.5 between. Score_c is 1.5 at the points with the highest probabilities, a share
-    ``top`` of all points, else 1. The paper leaves open a probability of 0; here it never belongs
-    to the top.
+    negative, 1.5 between. Score_c is 1.5 at the ⌈top · P⌉ points with the highest probabilities,
+    else 1. Equal probabilities go by IOU_max, then by position. The paper leaves open ties, and a
+    probability of 0; here it never belongs to the top.
 
     Args:
         iou: (P,) IOU_max of the points of one image.
@@ -115,8 +116,9 @@ def tid_score(
     iou, prob = same_shape(iou, prob)
     if len(prob) == 0:
         return iou
-    least = prob.topk(_share(top, len(prob))).values[-1]
-    score_c = torch.where((prob >= least) & (prob > 0), 1.5, 1.0)
+    best = _ranked(prob, iou)[: _share(top, len(prob))]
+    score_c = torch.ones_like(prob)
+    score_c[best] = torch.where(prob[best] > 0, 1.5, 1.0)
     score_r = torch.where(iou >= positive, 2.0, torch.where(iou <= negative, 0.4, 1.5))
     score_r = iou if raw_iou else score_r
     return {"both": score_c * score_r, "cls": score_c, "reg": score_r}[parts]
@@ -131,10 +133,14 @@ def tid_value(
     gamma: float = 0.05,
     nms_iou: float = 0.6,
     area: str = "both",
+    outside_key: str = "keep",
 ) -> Tensor:
     """Return TID's Value_output = Score_key · Score_weak of each point of one image (LDAM).
 
-    With k = ⌈γP⌉, Score_key is Score_T at the k points of the highest Score_T, 0 elsewhere.
+    With k = ⌈γP⌉, Score_key is Score_T at the k points of the highest Score_T, min(Score_T, 1)
+    elsewhere. The paper leaves open the second. With 0 there, more than half of the points inside
+    objects would not be compared, though the text has the areas cover most of the objects.
+
     Score_weak is 1.5 in the weak area, 1 elsewhere. The candidates of the weak area are the points
     where Score_T − Score_S > 0, at most 2 000 by descending difference. A class-agnostic NMS of the
     teacher's boxes keeps one object from taking the whole area. The first k survivors are the area.
@@ -149,14 +155,16 @@ def tid_value(
         gamma: γ in (0, 1].
         nms_iou: IoU threshold of the NMS, in [0, 1].
         area: "both", or the ablations "key" (Score_weak = 1) and "weak" (Score_key = 1).
+        outside_key: "keep", or "zero" for Score_key = 0 outside the key area.
 
     Returns:
         (P,) float32.
 
     Raises:
-        ValueError: if ``area`` or ``gamma`` is invalid, or shapes differ.
+        ValueError: if ``area``, ``outside_key`` or ``gamma`` is invalid, or shapes differ.
     """
-    key, weak = tid_areas(score_teacher, score_student, tie, boxes, gamma, nms_iou, area)
+    options = (gamma, nms_iou, area, outside_key)
+    key, weak = tid_areas(score_teacher, score_student, tie, boxes, *options)
     return key.mul_(weak)
 
 
@@ -169,10 +177,13 @@ def tid_areas(
     gamma: float = 0.05,
     nms_iou: float = 0.6,
     area: str = "both",
+    outside_key: str = "keep",
 ) -> tuple[Tensor, Tensor]:
     """Return Score_key and Score_weak, (P,) float32 each; see :func:`tid_value`."""
     if area not in TID_AREAS:
         raise ValueError(f"area must be one of {', '.join(TID_AREAS)}, got {area!r}")
+    if outside_key not in TID_OUTSIDE_KEY:
+        raise ValueError(f"outside_key must be keep or zero, got {outside_key!r}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must be in (0, 1], got {gamma}")
     score_teacher, score_student = same_shape(score_teacher, score_student)
@@ -180,7 +191,8 @@ def tid_areas(
     score_key, score_weak = torch.ones_like(score_teacher), torch.ones_like(score_teacher)
     if area != "weak":
         key = _ranked(score_teacher, tie)[:count]
-        score_key.zero_().index_copy_(0, key, score_teacher[key])
+        score_key = score_teacher.clamp(max=1) * (outside_key == "keep")
+        score_key[key] = score_teacher[key]
     if area != "key" and len(score_weak):
         lead = score_teacher - score_student
         order = _ranked(lead, tie)[:MAX_WEAK]

@@ -53,7 +53,8 @@ def rescaled_boxes(outputs: NetworkOutputs, scale: float) -> NetworkOutputs:
     rois = [replace(x, boxes=[b * scale for b in x.boxes]) for x in outputs.rois]
     masks = outputs.masks and replace(outputs.masks, boxes=[b * scale for b in outputs.masks.boxes])
     dense_boxes = [b * scale for b in outputs.dense_boxes]
-    return replace(outputs, rois=rois, masks=masks, dense_boxes=dense_boxes)
+    found = [rescaled_instances(x, x.image_size, scale) for x in outputs.detections]
+    return replace(outputs, rois=rois, masks=masks, dense_boxes=dense_boxes, detections=found)
 
 
 def rescaled_truth(batch: Batch, scale: float) -> Batch:

@@ -16,6 +16,7 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss
 from torch import Tensor, nn
 
+from ..losses.boxes import expected_distances
 from ..section import POSITIVE, Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
@@ -169,8 +170,7 @@ class Integral:
         Args:
             sides: (P, 4 · (reg_max + 1)) logits.
         """
-        bins = torch.arange(self.reg_max + 1, device=sides.device, dtype=sides.dtype)
-        return (sides.view(len(sides), 4, self.reg_max + 1).softmax(2) * bins).sum(2)
+        return expected_distances(sides)
 
     def get_deltas(self, priors: Tensor, boxes: Tensor) -> Tensor:
         """Return the (P, 4) distances in strides from prior centres to sides of (P, 4) boxes."""
