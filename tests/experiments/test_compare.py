@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from torch import Tensor
 
 from distill import cli
-from distill.experiments import compare, demo, runner
+from distill.experiments import compare, demo, paired, runner
 from distill.experiments import shapes as shapes_data
 from distill.experiments.compare_report import MethodTable, Row
 from distill.heads import CWD
@@ -208,12 +208,12 @@ def test_rows_are_paired_by_seed_and_ranked() -> None:
 
 def test_the_metric_is_that_of_the_task() -> None:
     boxes = {"bbox/AP": 1.0, "bbox/AP50": 2.0}
-    assert compare.chosen_metric(None, boxes) == "bbox/AP"
-    assert compare.chosen_metric(None, {**boxes, "segm/AP": 1.0}) == "segm/AP"
-    assert compare.chosen_metric(None, {"a/bbox/AP": 1.0, "b/bbox/AP": 1.0}) == "a/bbox/AP"
-    assert compare.chosen_metric("bbox/AP50", boxes) == "bbox/AP50"
-    with pytest.raises(compare.ConfigError, match=r"--metric: unknown value 'AP'.*bbox/AP50"):
-        compare.chosen_metric("AP", boxes)
+    assert paired.chosen_metric(None, boxes) == "bbox/AP"
+    assert paired.chosen_metric(None, {**boxes, "segm/AP": 1.0}) == "segm/AP"
+    assert paired.chosen_metric(None, {"a/bbox/AP": 1.0, "b/bbox/AP": 1.0}) == "a/bbox/AP"
+    assert paired.chosen_metric("bbox/AP50", boxes) == "bbox/AP50"
+    with pytest.raises(paired.ConfigError, match=r"--metric: unknown value 'AP'.*bbox/AP50"):
+        paired.chosen_metric("AP", boxes)
     assert runner.flat({"x": {"bbox": {"AP": float("nan"), "APl": float("nan")}}}) == {
         "bbox/AP": 0.0,
         "bbox/APl": None,
@@ -222,10 +222,10 @@ def test_the_metric_is_that_of_the_task() -> None:
 
 def test_the_reason_of_a_failure_is_a_sentence() -> None:
     log = Path("log.txt")
-    memory = compare.reason(torch.OutOfMemoryError("CUDA out of memory."), log)
+    memory = paired.reason(torch.OutOfMemoryError("CUDA out of memory."), log)
     assert memory.startswith("the GPU is out of memory") and "--resume" not in memory
     assert memory.endswith("and start the same command again.")
-    crash = compare.reason(IndexError("index 7 is\nout of bounds"), log)
+    crash = paired.reason(IndexError("index 7 is\nout of bounds"), log)
     assert crash == "IndexError: index 7 is out of bounds; the traceback is in log.txt."
 
 
@@ -282,10 +282,10 @@ def test_what_cannot_be_compared_ends_in_one_sentence(
 
 
 def test_a_run_is_keyed_by_the_files_that_it_names(tmp_path: Path, shapes: Shapes) -> None:
-    cfg = compare.configure(config_file(tmp_path, shapes), [])
+    cfg = paired.configure(config_file(tmp_path, shapes), [])
     kept = runner.Runner(tmp_path, Progress())
     method = compare.method_config(cfg, "FitNet", [])
-    alone = compare.student_alone(cfg)
+    alone = paired.student_alone(cfg)
     before = [kept.describe("x", 0, c).folder for c in (method, alone)]
     (tmp_path / "teacher.pth").write_bytes(b"another teacher")
     after = [kept.describe("x", 0, c).folder for c in (method, alone)]
@@ -316,9 +316,9 @@ def test_a_row_says_that_its_weights_are_constants() -> None:
 def test_a_teacher_of_the_model_zoo_is_trained_from_where_its_training_begins() -> None:
     cfg = compare.get_distill_cfg()
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-    weights = compare.teachers_own_config(cfg).MODEL.WEIGHTS
+    weights = paired.teachers_own_config(cfg).MODEL.WEIGHTS
     assert weights == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
-    assert compare.teacher_config(cfg).MODEL.WEIGHTS.endswith("model_final_b275ba.pkl")
+    assert paired.teacher_config(cfg).MODEL.WEIGHTS.endswith("model_final_b275ba.pkl")
 
 
 def test_the_cost_of_a_training_is_that_of_its_log(tmp_path: Path) -> None:
