@@ -8,9 +8,9 @@ after so many seeds, each comparison has the two ends of Student's interval of i
 - otherwise the next look decides, and after the last one the verdict is INCONCLUSIVE.
 
 A false GO, while at least one true gain is not above the margin, has a chance of at most
-:data:`ERROR`. All comparisons must pass, so they need no correction (Berger 1982, intersection-union
-test). The looks share the error equally (Bonferroni). NO-GO needs only one comparison of two, so a
-false NO-GO has at most twice this chance.
+:data:`ERROR`. All comparisons must pass, so they need no correction (Berger 1982,
+intersection-union test). The looks share the error equally (Bonferroni). NO-GO needs only one
+comparison of two, so a false NO-GO has at most twice this chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,10 +125,10 @@ class Rule:
         share = f", {self.error:.2%} at each look" if len(self.looks) > 1 else ""
         looks = " and ".join(map(str, self.looks))
         return (
-            f"GO: the lower end of both intervals of the gain in {metric} is above {self.margin:g}. "
-            f"NO-GO: the upper end of one of them is below {self.margin:g}. Otherwise the verdict "
-            f"is INCONCLUSIVE. The intervals are Student's, of paired seeds, after {looks} seeds. A "
-            f"false GO has a chance of at most {ERROR:.1%} in all{share}."
+            f"GO: the lower end of both intervals of the gain in {metric} is above "
+            f"{self.margin:g}. NO-GO: the upper end of one of them is below {self.margin:g}. "
+            f"Otherwise the verdict is INCONCLUSIVE. The intervals are Student's, of paired seeds, "
+            f"after {looks} seeds. A false GO has a chance of at most {ERROR:.1%} in all{share}."
         )
 
     def raw(self) -> dict[str, Any]:
