@@ -34,6 +34,7 @@ from .paired import (
     add_paired_arguments,
     chosen_metric,
     method_config,
+    remarks,
     student_alone,
 )
 
@@ -123,12 +124,6 @@ class MethodComparison(PairedTrainings):
             **self.facts(),
         }
         write_json(self.out / "comparison.json", content)
-
-
-def remarks(cfg: CfgNode) -> list[str]:
-    """Return what a reader of a method's row should know about its config."""
-    constant = ["Its weights are constants."] if balance_mode(cfg) == "none" else []
-    return unfinished_phases(cfg) + constant
 
 
 # ---- The command line.

@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..config import (
+    balance_mode,
     building,
     get_distill_cfg,
     load_config,
@@ -29,7 +30,7 @@ from ..data.registration import FORMATS
 from ..engine import setup_config
 from ..engine.evaluators import check_test_sets
 from ..errors import ConfigError
-from ..heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed
+from ..heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed, unfinished_phases
 from ..launch.termination import RERUN, RESUME, user_error
 from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
@@ -145,6 +146,12 @@ def method_config(cfg: CfgNode, name: str, opts: list[Any]) -> CfgNode:
     if not teacher_needed(cfg):
         node.TEACHER = default.TEACHER
     return cfg
+
+
+def remarks(cfg: CfgNode) -> list[str]:
+    """Return what a reader of a method's row should know about its config."""
+    constant = ["Its weights are constants."] if balance_mode(cfg) == "none" else []
+    return unfinished_phases(cfg) + constant
 
 
 def teachers_own_config(cfg: CfgNode) -> CfgNode:
