@@ -19,11 +19,9 @@ Exit code: 0; 1 if a method failed; 2 after one sentence if nothing can be compa
 import argparse
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode
-
-from ..config import balance_mode, get_distill_cfg
+from ..config import get_distill_cfg
 from ..errors import ConfigError
-from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed, unfinished_phases
+from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..section import check_choice
 from ..utils.arguments import at_least
 from ..utils.io import write_json, write_text

@@ -8,6 +8,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 
+from ..data.registration import is_own_set
 from ..evaluation.coco_errors import CURVES, coco_evaluation, error_curves
 from ..evaluation.coco_format import load_results, load_truth, read_results
 from ..utils.progress import Progress
@@ -53,14 +54,16 @@ def read_detections(
     cfg: CfgNode, metric: str, stages: Mapping[str, Sequence[Stage]], progress: Progress
 ) -> dict[str, list[Detections]]:
     """Return the detections of each run by arm, in the order of the seeds."""
-    truth = load_truth(cfg, cfg.DATASETS.TEST[0])
-    most = max(100, cfg.TEST.DETECTIONS_PER_IMAGE)  # as the evaluation of a user's own data set
+    (name,) = cfg.DATASETS.TEST
+    truth = load_truth(cfg, name)
+    # As the evaluators: a user's own images may have more objects than COCO's.
+    most = max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if is_own_set(cfg, name) else 100
     total = sum(map(len, stages.values()))
     task = progress.add_task("analyze detections", total=total)
     found: dict[str, list[Detections]] = {name: [] for name in stages}
-    for name, arm in stages.items():
-        for stage in arm:
-            found[name].append(_of_run(truth, stage.folder / FILE, metric, most))
+    for arm, runs in stages.items():
+        for stage in runs:
+            found[arm].append(_of_run(truth, stage.folder / FILE, metric, most))
             progress.advance(task)
     return found
 
