@@ -74,7 +74,7 @@ class Rule:
 
     def _signs(self, low: Floats, high: Floats) -> Signs:
         go = (low > self.margin).all(-1)
-        return go.astype(np.int64) - (high < self.margin).any(-1)
+        return np.asarray(go.astype(np.int64) - (high < self.margin).any(-1))
 
     def outcomes(self, gains: Floats) -> tuple[Signs, Signs]:
         """Return the outcomes of whole proofs, and the numbers of seeds at which they end.
