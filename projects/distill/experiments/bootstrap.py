@@ -82,9 +82,8 @@ def average_precision(classes: Sequence[ClassMatches], counts: Floats, recalls: 
         counts: (I,) number of times that each image counts.
         recalls: the rising recalls at which the precision is read.
     """
-    found = [
-        _precision(x, counts, objects, recalls) for x in classes if (objects := counts @ x.objects)
-    ]
+    objects = [float(counts @ x.objects) for x in classes]
+    found = [_precision(x, counts, n, recalls) for x, n in zip(classes, objects) if n]
     return float(np.mean(found)) if found else float("nan")
 
 

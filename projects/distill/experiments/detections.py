@@ -23,7 +23,7 @@ from .bootstrap import (
 from .runner import Stage
 
 FILE = Path("inference", "coco_instances_results.json")  # written by detectron2's evaluator
-RECALLS = np.linspace(0, 1, 101)  # COCO's
+RECALLS = np.linspace(0, 1, 101, dtype=np.float64)  # COCO's
 TASK = "bbox/"
 
 

@@ -33,7 +33,7 @@ def step_seconds(cfgs: Mapping[str, CfgNode], log: Path, progress: Progress) -> 
         progress: shows the measurement.
     """
     with tempfile.TemporaryDirectory() as folder, quiet(log), ExitStack() as stack:
-        trainers = {}
+        trainers: dict[str, Trainer] = {}
         for name, cfg in cfgs.items():
             trainers[name] = _trainer(cfg, Path(folder) / str(len(trainers)))
             stack.callback(trainers[name]._trainer.close)
