@@ -17,23 +17,12 @@ from distill.heads import CWD
 from distill.heads.base import DISTILL_HEAD_REGISTRY
 from distill.utils.arguments import CommandParser
 from distill.utils.progress import Progress
-from tests.support.networks import PAFPN, distill_opts, write_config
-from tests.support.trainings import trainable_cfg, write_teacher
+from tests.support.networks import PAFPN
+from tests.support.trainings import distillation_file
 
 Shapes = tuple[str, str, str]
-EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
-TEST = ("DATASETS.TEST", ("shapes_tiny",))
-SHORT = ("SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
-    """A distillation of a tiny Faster R-CNN, in three iterations."""
-    teacher = write_teacher(folder, "faster", *EIGHT, fpn=24)
-    opts = (*distill_opts("faster", ["FitNet"]), *teacher, *TEST, *SHORT, *opts)
-    cfg = trainable_cfg("faster", shapes, folder / "unused", *opts, norm="BN")
-    return str(write_config(cfg, folder / "config.yaml"))
 
 
 def run(folder: Path, config: str, *arguments: str) -> int:
@@ -55,7 +44,7 @@ def not_a_number(self: Any, student: Any, teacher: Any) -> dict[str, Tensor]:
 def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_file(tmp_path, shapes)
+    config = distillation_file(tmp_path, shapes)
     heads = ["--heads", "CWD", "FitNet", "MaskLogitKD", "--seeds", "2"]
     override = ["--set", "FitNet", "MODEL.DISTILL.FITNET.WEIGHT", "0.0"]
     override += ["--set", "FitNet", "MODEL.DISTILL.FITNET.WARMUP_ITERS", "3"]
@@ -111,7 +100,7 @@ def test_an_interrupted_comparison_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = config_file(tmp_path, shapes)
+    config = distillation_file(tmp_path, shapes)
     seen: list[int] = []
 
     def interrupt(bar: Any) -> None:
@@ -157,7 +146,7 @@ def test_all_heads_that_work_on_rendered_images_with_their_own_teacher(
 def test_a_teacher_of_nothing_is_not_trained(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_file(tmp_path, shapes)
+    config = distillation_file(tmp_path, shapes)
     assert run(tmp_path, config, "--train-teacher", "--heads", "MaskLogitKD") == 2
     assert "None of the methods works here: MaskLogitKD" in capsys.readouterr().err
     assert not (tmp_path / "out" / "stages").exists()
@@ -166,7 +155,7 @@ def test_a_teacher_of_nothing_is_not_trained(
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_self_distillation_needs_no_teacher(tmp_path: Path, shapes: Shapes) -> None:
-    config = config_file(tmp_path, shapes, *PAFPN)
+    config = distillation_file(tmp_path, shapes, *PAFPN)
     (tmp_path / "teacher.pth").unlink()
     assert run(tmp_path, config, "--heads", "MSSD") == 0
     assert content(tmp_path)["rows"]["MSSD"]["results"]["0"]["bbox/AP"] is not None
@@ -276,13 +265,13 @@ def test_what_cannot_be_compared_ends_in_one_sentence(
     shapes: Shapes,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(tmp_path, config_file(tmp_path, shapes), *arguments) == 2
+    assert run(tmp_path, distillation_file(tmp_path, shapes), *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
 
 
 def test_a_run_is_keyed_by_the_files_that_it_names(tmp_path: Path, shapes: Shapes) -> None:
-    cfg = paired.configure(config_file(tmp_path, shapes), [])
+    cfg = paired.configure(distillation_file(tmp_path, shapes), [])
     kept = runner.Runner(tmp_path, Progress())
     method = compare.method_config(cfg, "FitNet", [])
     alone = paired.student_alone(cfg)

@@ -69,7 +69,8 @@ def _gains(report: Report) -> Iterator[str]:
     yield heading(f"Gain in {report['metric']}")
     columns = ("over", "mean", "interval over seeds", "interval over test images", "seeds")
     yield table(columns, rows)
-    yield image(draw(report, gains), "png", "gain of each seed, with the intervals")
+    if decision:
+        yield image(draw(report, gains), "png", "gain of each seed, with the intervals")
     yield paragraph(
         "The verdict uses the interval over seeds only. The interval over test images has 95 %. It "
         "is a bootstrap of the same runs on resampled images: another source of error."
@@ -84,14 +85,12 @@ def _gains(report: Report) -> Iterator[str]:
 
 
 def draw(report: Report, gains: Mapping[str, Gain]) -> bytes:
-    """Draw a PNG of the gain of each seed, both intervals and the margin."""
+    """Draw a PNG of the gain of each seed, both intervals and the margin, after the decision."""
     figure = Figure((7, 1 + 0.9 * len(gains)), layout="constrained")
     ax = figure.add_subplot()
-    ends = report["decision"]["bounds"] if report["decision"] else {}
-    boot = report["details"].get("bootstrap", {})
+    ends, boot = report["decision"]["bounds"], report["details"].get("bootstrap", {})
     for y, (name, gain) in enumerate(gains.items()):
-        if name in ends:
-            ax.plot(ends[name], (y, y), color="#2171b5", lw=3, label=None if y else "seeds")
+        ax.plot(ends[name], (y, y), color="#2171b5", lw=3, label=None if y else "seeds")
         if name in boot:
             bounds = boot[name]["low"], boot[name]["high"]
             ax.plot(bounds, [y + 0.2] * 2, color="#d94801", lw=3, label=None if y else "images")
@@ -100,8 +99,7 @@ def draw(report: Report, gains: Mapping[str, Gain]) -> bytes:
     ax.set(yticks=range(len(gains)), ylim=(-0.5, len(gains) - 0.3))
     ax.set_yticklabels([f"over {label(report, x)}" for x in gains])
     ax.set_xlabel(f"gain in {report['metric']}; dashed: margin", parse_math=False)
-    if ends or boot:
-        ax.legend(fontsize=8)
+    ax.legend(fontsize=8)
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
