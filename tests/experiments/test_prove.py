@@ -181,6 +181,7 @@ def test_a_better_student_is_go_and_its_random_teacher_is_not(
 @pytest.mark.slow
 def test_a_look_saves_trainings(tmp_path: Path, shapes: Shapes, fake: Fake) -> None:
     config = distillation_file(tmp_path, shapes)
+    fake.noise |= {"FitNet": 0.5, "baseline": 25.0, "equal-time": 25.0}
     assert run(tmp_path, config, "--looks", "3", "--first-seed", "7") == 0
     found = content(tmp_path)
     assert found["decision"]["seeds"] == 3 and found["plan"]["looks"] == [3, 5]
