@@ -76,7 +76,7 @@ def test_the_number_of_fresh_seeds_decides_and_one_less_does_not() -> None:
     assert Rule(0.0, (4,)).fresh_seeds(gains) == 8  # as Gain.seeds_to_decide of the first
     assert gains[0].seeds_to_decide == 8
     assert LOOKS.fresh_seeds(gains) == 8  # another proof has its own error
-    assert Rule(3.4, (4,)).fresh_seeds(gains) == 5  # of its upper end
+    assert Rule(3.4, (4,)).fresh_seeds(gains) == 5  # the upper end decides
     assert FIVE.fresh_seeds([Gain((3.0, -3.0, 3.1, -3.0))]) is None
 
 

@@ -2,10 +2,10 @@
 
     distill prove --config-file F --seeds 5 --margin 0.5 [KEY VALUE ...]
 
-Every seed trains four students, from the same weights on the same images in the same order: the
-student alone, the distilled student, the student under a teacher with random weights, and the
-student alone with a longer schedule that takes as much time as the distillation. The ratio of the
-step times is measured once, before the first run.
+Every seed trains four students, from the same weights on the same images in the same order. They
+are the student alone, the distilled student, and one that is distilled by a teacher with random
+weights. The fourth trains alone by a longer schedule, which takes as much time as the distillation.
+The ratio of the step times is measured once, before the first run.
 
 The verdict is GO, NO-GO or INCONCLUSIVE. Its rule is written to --out before the first run. GO
 needs a gain above --margin over the student alone, and also over the longer schedule. A false GO

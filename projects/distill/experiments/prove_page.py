@@ -22,7 +22,7 @@ LABELS = {
     RANDOM: "random teacher",
 }
 Report = Mapping[str, Any]
-Values = Mapping[str, list[float | None]]  # of the seeds, by arm
+Values = Mapping[str, list[float | None]]  # by arm; one value per seed
 
 
 def render(report: Report) -> str:
