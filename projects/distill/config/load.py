@@ -94,9 +94,9 @@ def scale_schedule(
     """Return the iterations and the learning rate's steps of a longer schedule.
 
     For whole factors, this is the rule of detectron2's model zoo. From (60k, 80k) of 90k, 2x makes
-    (120k, 160k) of 180k, and 3x makes (210k, 250k) of 270k. The phases after a step are at most doubled,
-    because a longer training gains from its high learning rate (He et al., Rethinking ImageNet
-    Pre-training).
+    (120k, 160k) of 180k, and 3x makes (210k, 250k) of 270k. The phases after a step are at most
+    doubled, because a longer training gains from its high learning rate (He et al., Rethinking
+    ImageNet Pre-training).
 
     Args:
         max_iter, steps: values of the 1x schedule.
