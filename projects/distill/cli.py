@@ -35,6 +35,7 @@ COMMANDS = {
     "doctor": Command("doctor", "check a distillation on two batches before it trains"),
     "check-data": Command("analysis.check_data", "list every fault in the data sets of a config"),
     "compare": Command("experiments.compare", "train one student with many methods, and compare"),
+    "prove": Command("experiments.prove", "decide if a distillation pays, for equal time"),
     "ablate": Command("experiments.ablation", "compare the variants of a method on rendered data"),
     "analyze": Command("analysis.analyze", "compare the detections of several models"),
     "visualize": Command("analysis.visualize", "draw what methods look at in an image"),

@@ -10,30 +10,19 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from torch import Tensor
 
 from distill import cli
-from distill.experiments import compare, demo, runner
+from distill.experiments import compare, demo, paired, runner
 from distill.experiments import shapes as shapes_data
 from distill.experiments.compare_report import MethodTable, Row
 from distill.heads import CWD
 from distill.heads.base import DISTILL_HEAD_REGISTRY
 from distill.utils.arguments import CommandParser
 from distill.utils.progress import Progress
-from tests.support.networks import PAFPN, distill_opts, write_config
-from tests.support.trainings import trainable_cfg, write_teacher
+from tests.support.networks import PAFPN
+from tests.support.trainings import distillation_file
 
 Shapes = tuple[str, str, str]
-EIGHT = ("MODEL.ROI_HEADS.NUM_CLASSES", 8)
-TEST = ("DATASETS.TEST", ("shapes_tiny",))
-SHORT = ("SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 2)
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def config_file(folder: Path, shapes: Shapes, *opts: Any) -> str:
-    """A distillation of a tiny Faster R-CNN, in three iterations."""
-    teacher = write_teacher(folder, "faster", *EIGHT, fpn=24)
-    opts = (*distill_opts("faster", ["FitNet"]), *teacher, *TEST, *SHORT, *opts)
-    cfg = trainable_cfg("faster", shapes, folder / "unused", *opts, norm="BN")
-    return str(write_config(cfg, folder / "config.yaml"))
 
 
 def run(folder: Path, config: str, *arguments: str) -> int:
@@ -55,7 +44,7 @@ def not_a_number(self: Any, student: Any, teacher: Any) -> dict[str, Tensor]:
 def test_a_method_that_fails_is_a_row_and_finished_runs_are_reused(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_file(tmp_path, shapes)
+    config = distillation_file(tmp_path, shapes)
     heads = ["--heads", "CWD", "FitNet", "MaskLogitKD", "--seeds", "2"]
     override = ["--set", "FitNet", "MODEL.DISTILL.FITNET.WEIGHT", "0.0"]
     override += ["--set", "FitNet", "MODEL.DISTILL.FITNET.WARMUP_ITERS", "3"]
@@ -111,7 +100,7 @@ def test_an_interrupted_comparison_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = config_file(tmp_path, shapes)
+    config = distillation_file(tmp_path, shapes)
     seen: list[int] = []
 
     def interrupt(bar: Any) -> None:
@@ -157,7 +146,7 @@ def test_all_heads_that_work_on_rendered_images_with_their_own_teacher(
 def test_a_teacher_of_nothing_is_not_trained(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_file(tmp_path, shapes)
+    config = distillation_file(tmp_path, shapes)
     assert run(tmp_path, config, "--train-teacher", "--heads", "MaskLogitKD") == 2
     assert "None of the methods works here: MaskLogitKD" in capsys.readouterr().err
     assert not (tmp_path / "out" / "stages").exists()
@@ -166,7 +155,7 @@ def test_a_teacher_of_nothing_is_not_trained(
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_self_distillation_needs_no_teacher(tmp_path: Path, shapes: Shapes) -> None:
-    config = config_file(tmp_path, shapes, *PAFPN)
+    config = distillation_file(tmp_path, shapes, *PAFPN)
     (tmp_path / "teacher.pth").unlink()
     assert run(tmp_path, config, "--heads", "MSSD") == 0
     assert content(tmp_path)["rows"]["MSSD"]["results"]["0"]["bbox/AP"] is not None
@@ -208,12 +197,12 @@ def test_rows_are_paired_by_seed_and_ranked() -> None:
 
 def test_the_metric_is_that_of_the_task() -> None:
     boxes = {"bbox/AP": 1.0, "bbox/AP50": 2.0}
-    assert compare.chosen_metric(None, boxes) == "bbox/AP"
-    assert compare.chosen_metric(None, {**boxes, "segm/AP": 1.0}) == "segm/AP"
-    assert compare.chosen_metric(None, {"a/bbox/AP": 1.0, "b/bbox/AP": 1.0}) == "a/bbox/AP"
-    assert compare.chosen_metric("bbox/AP50", boxes) == "bbox/AP50"
-    with pytest.raises(compare.ConfigError, match=r"--metric: unknown value 'AP'.*bbox/AP50"):
-        compare.chosen_metric("AP", boxes)
+    assert paired.chosen_metric(None, boxes) == "bbox/AP"
+    assert paired.chosen_metric(None, {**boxes, "segm/AP": 1.0}) == "segm/AP"
+    assert paired.chosen_metric(None, {"a/bbox/AP": 1.0, "b/bbox/AP": 1.0}) == "a/bbox/AP"
+    assert paired.chosen_metric("bbox/AP50", boxes) == "bbox/AP50"
+    with pytest.raises(paired.ConfigError, match=r"--metric: unknown value 'AP'.*bbox/AP50"):
+        paired.chosen_metric("AP", boxes)
     assert runner.flat({"x": {"bbox": {"AP": float("nan"), "APl": float("nan")}}}) == {
         "bbox/AP": 0.0,
         "bbox/APl": None,
@@ -222,10 +211,10 @@ def test_the_metric_is_that_of_the_task() -> None:
 
 def test_the_reason_of_a_failure_is_a_sentence() -> None:
     log = Path("log.txt")
-    memory = compare.reason(torch.OutOfMemoryError("CUDA out of memory."), log)
+    memory = paired.reason(torch.OutOfMemoryError("CUDA out of memory."), log)
     assert memory.startswith("the GPU is out of memory") and "--resume" not in memory
     assert memory.endswith("and start the same command again.")
-    crash = compare.reason(IndexError("index 7 is\nout of bounds"), log)
+    crash = paired.reason(IndexError("index 7 is\nout of bounds"), log)
     assert crash == "IndexError: index 7 is out of bounds; the traceback is in log.txt."
 
 
@@ -276,16 +265,16 @@ def test_what_cannot_be_compared_ends_in_one_sentence(
     shapes: Shapes,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(tmp_path, config_file(tmp_path, shapes), *arguments) == 2
+    assert run(tmp_path, distillation_file(tmp_path, shapes), *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
 
 
 def test_a_run_is_keyed_by_the_files_that_it_names(tmp_path: Path, shapes: Shapes) -> None:
-    cfg = compare.configure(config_file(tmp_path, shapes), [])
+    cfg = paired.configure(distillation_file(tmp_path, shapes), [])
     kept = runner.Runner(tmp_path, Progress())
     method = compare.method_config(cfg, "FitNet", [])
-    alone = compare.student_alone(cfg)
+    alone = paired.student_alone(cfg)
     before = [kept.describe("x", 0, c).folder for c in (method, alone)]
     (tmp_path / "teacher.pth").write_bytes(b"another teacher")
     after = [kept.describe("x", 0, c).folder for c in (method, alone)]
@@ -316,9 +305,9 @@ def test_a_row_says_that_its_weights_are_constants() -> None:
 def test_a_teacher_of_the_model_zoo_is_trained_from_where_its_training_begins() -> None:
     cfg = compare.get_distill_cfg()
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-    weights = compare.teachers_own_config(cfg).MODEL.WEIGHTS
+    weights = paired.teachers_own_config(cfg).MODEL.WEIGHTS
     assert weights == "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
-    assert compare.teacher_config(cfg).MODEL.WEIGHTS.endswith("model_final_b275ba.pkl")
+    assert paired.teacher_config(cfg).MODEL.WEIGHTS.endswith("model_final_b275ba.pkl")
 
 
 def test_the_cost_of_a_training_is_that_of_its_log(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from distill.experiments.verdict import Gain, holm, verdicts
 def test_the_interval_by_hand() -> None:
     gain = Gain((1.0, 2.0, 3.0))
     assert gain.mean == 2
-    assert gain.margin == pytest.approx(4.3026527 / 3**0.5)  # t of 2 degrees, 97.5 %
+    assert gain.half_width() == pytest.approx(4.3026527 / 3**0.5)  # t of 2 degrees, 97.5 %
     assert gain.p_value == pytest.approx(0.0741799)  # t = 3.4641
     assert str(gain) == "+2.0 [-0.5, 4.5]"
     assert gain.seeds_to_decide == 4  # 3.1824463 / 2 < 2, but 4.3 / √3 > 2

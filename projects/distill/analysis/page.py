@@ -1,35 +1,13 @@
 """Page of the comparison of models: one HTML file that needs no other."""
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from ..evaluation.coco_errors import CURVES
+from ..utils.html import cell, heading, image, page, paragraph, table
 from .figures import STYLES
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-th, td {{ padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; }}
-figure {{ margin: 1.5em 0; }}
-dt {{ float: left; width: 3.5em; font-weight: bold; }}
-.key {{ background: #444; padding: 0 .4em; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 COST = {
     "input": "input, pixels",
     "parameters": "parameters, M",
@@ -65,7 +43,7 @@ def render(report: Mapping[str, Any], curves: bytes, images: Sequence[bytes]) ->
         heading("Where the models differ most"),
         *differences(report, images),
     ]
-    return PAGE.format(title=escape(f"Detections on {data['name']}"), body="\n".join(body))
+    return page(f"Detections on {data['name']}", body)
 
 
 def measures(models: Mapping[str, Any]) -> list[str]:
@@ -132,30 +110,3 @@ def differences(report: Mapping[str, Any], images: Sequence[bytes]) -> list[str]
         for entry, data in zip(report["images"], images)
     ]
     return [paragraph(report["images_chosen_by"]), f"<p>{key}</p>", *figures]
-
-
-def heading(text: str) -> str:
-    return f"<h2>{escape(text)}</h2>"
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    head = "".join(f"<th>{escape(x)}</th>" for x in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell(x))}</td>" for x in row) + "</tr>\n" for row in rows
-    )
-    return f"<table>\n<tr>{head}</tr>\n{body}</table>"
-
-
-def cell(value: Any, digits: int = 1) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def image(data: bytes, kind: str, text: str) -> str:
-    encoded = base64.b64encode(data).decode()
-    return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{encoded}">'

@@ -1,6 +1,7 @@
 """Config files and overrides, read safely."""
 
 import io
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -76,7 +77,9 @@ def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> 
         return
     for key in ("MAX_ITER", "STEPS"):
         check_rules(f"SOLVER.{key}", of_file[key])
-    max_iter, steps = scale_schedule(of_file.MAX_ITER, of_file.STEPS, solver.SCHEDULE)
+    max_iter, steps = scale_schedule(
+        of_file.MAX_ITER, of_file.STEPS, SCHEDULES.index(solver.SCHEDULE) + 1
+    )
     if "SOLVER.MAX_ITER" not in overridden:
         solver.MAX_ITER = max_iter
     # Other schedulers ignore the steps, which stay as they are.
@@ -86,21 +89,21 @@ def _apply_schedule(solver: CfgNode, of_file: CfgNode, overridden: set[str]) -> 
 
 
 def scale_schedule(
-    max_iter: int, steps: Sequence[int], schedule: str
+    max_iter: int, steps: Sequence[int], factor: float
 ) -> tuple[int, tuple[int, ...]]:
-    """Return the iterations and the learning rate's steps of a 1x, 2x or 3x schedule.
+    """Return the iterations and the learning rate's steps of a longer schedule.
 
-    This is the rule of detectron2's model zoo: from (60k, 80k) of 90k, 2x makes (120k, 160k) of
-    180k and 3x (210k, 250k) of 270k. The phases after a step are at most doubled, because a longer
-    training gains from its high learning rate (He et al., Rethinking ImageNet Pre-training).
+    For whole factors, this is the rule of detectron2's model zoo. From (60k, 80k) of 90k, 2x makes
+    (120k, 160k) of 180k, and 3x makes (210k, 250k) of 270k. The phases after a step are at most
+    doubled, because a longer training gains from its high learning rate (He et al., Rethinking
+    ImageNet Pre-training).
 
     Args:
         max_iter, steps: values of the 1x schedule.
-        schedule: one of :data:`.defaults.SCHEDULES`.
+        factor: at least 1; the iterations are rounded up.
     """
-    factor = SCHEDULES.index(schedule) + 1
-    total = factor * max_iter
-    return total, tuple(total - min(factor, 2) * (max_iter - step) for step in steps)
+    total = math.ceil(round(factor * max_iter, 6))  # a binary fraction may be just above
+    return total, tuple(total - round(min(factor, 2) * (max_iter - step)) for step in steps)
 
 
 def default_output_dir(config_file: str, schedule: str = "") -> str:

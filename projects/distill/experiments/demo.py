@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
-from detectron2.utils.env import seed_all_rng
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,11 +24,12 @@ from torch import nn
 
 from ..engine import Trainer, setup_config
 from ..utils.arguments import at_least
-from ..utils.io import replacing, write_json
+from ..utils.io import write_json
 from ..utils.progress import Progress
 from ..utils.provenance import command, commit, versions
 from ..utils.timing import seconds
 from . import demo_figure
+from .paired import random_teacher
 from .runner import Result, Runner, Stage, finite
 from .shapes import SCENE, SCENES, Shapes
 from .summary import differences, mean_std, replicates
@@ -107,17 +106,6 @@ def cost(model: nn.Module, loader: Any) -> dict[str, float]:
     }
 
 
-def random_teacher(demo: Demo, teacher: Stage) -> Path:
-    """Write a checkpoint of an untrained teacher, unless there is one; return its path."""
-    path = demo.out / "stages" / f"random-{teacher.folder.name}.pth"
-    if not path.is_file():
-        seed_all_rng(teacher.seed + 1_000)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as f:
-            torch.save({"model": build_model(teacher.cfg).state_dict()}, f)
-    return path
-
-
 def stages_of_seed(demo: Demo, seed: int, control: bool) -> list[Stage]:
     teacher = demo.stage("teacher", seed, TEACHER)
     stages = [teacher, demo.stage("baseline", seed, STUDENT)]
@@ -126,8 +114,9 @@ def stages_of_seed(demo: Demo, seed: int, control: bool) -> list[Stage]:
     distilled = (*opts, key, str(teacher.weights))
     stages.append(demo.stage("distilled", seed, DISTILLED, *distilled))
     if control:
-        untrained = (*opts, key, str(random_teacher(demo, teacher)))
-        stages.append(demo.stage("control", seed, DISTILLED, *untrained))
+        path = demo.out / "stages" / f"random-{teacher.folder.name}.pth"
+        random_teacher(path, stages[-1].cfg, seed + 1_000)
+        stages.append(demo.stage("control", seed, DISTILLED, *opts, key, str(path)))
     return stages
 
 

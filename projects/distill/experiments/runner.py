@@ -118,9 +118,7 @@ class Runner:
         return metrics
 
     def _train(self, stage: Stage) -> None:
-        cfg = stage.cfg.clone()
-        cfg.DATASETS.TEST = ()  # the runner evaluates
-        cfg.TEST.BEST_METRIC, cfg.TEST.EXPECTED_RESULTS, cfg.SOLVER.PATIENCE = "", [], 0
+        cfg = without_evaluation(stage.cfg)
         gc.collect()  # frees an earlier run
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -159,6 +157,14 @@ class Runner:
                 metrics = inference_on_dataset(network, watched, evaluator)
                 found.update({f"{kind}{suffix}": x for kind, x in metrics.items()})
         return results
+
+
+def without_evaluation(cfg: CfgNode) -> CfgNode:
+    """Return ``cfg`` without an evaluation in the training: the runner evaluates."""
+    cfg = cfg.clone()
+    cfg.DATASETS.TEST = ()
+    cfg.TEST.BEST_METRIC, cfg.TEST.EXPECTED_RESULTS, cfg.SOLVER.PATIENCE = "", [], 0
+    return cfg
 
 
 def training_cost(stage: Stage) -> Result:

@@ -3,7 +3,7 @@
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +23,27 @@ class Gain:
     def mean(self) -> float:
         return statistics.mean(self.values)
 
-    @property
-    def margin(self) -> float:
-        """Half the width of the 95 % interval of the mean, by Student's t; infinite for one."""
-        return _margin(self._deviation, len(self.values))
+    def half_width(self, error: float = LEVEL / 2) -> float:
+        """Return half the width of the interval of the mean, by Student's t; infinite for one.
+
+        Args:
+            error: chance that the true mean is above the interval, and also that it is below.
+        """
+        return half_width(self.deviation, len(self.values), error)
+
+    def bounds(self, error: float = LEVEL / 2) -> tuple[float, float]:
+        """Return the lower and the upper end of the interval, see :meth:`half_width`."""
+        half = self.half_width(error)
+        return self.mean - half, self.mean + half
 
     @property
     def p_value(self) -> float:
         """Probability of such a mean or a larger one if the true one is 0; 1 for a single value."""
         if len(self.values) < 2 or self.mean == 0:
             return 1.0
-        if self._deviation == 0:
+        if self.deviation == 0:
             return 0.0
-        t = self.mean / self._deviation * math.sqrt(len(self.values))
+        t = self.mean / self.deviation * math.sqrt(len(self.values))
         return float(2 * stats.t.sf(abs(t), len(self.values) - 1))
 
     @property
@@ -43,38 +51,50 @@ class Gain:
         """Seeds whose interval would exclude 0 if mean and deviation stay; None: more than 100."""
         if len(self.values) < 2:
             return None
-        numbers = range(2, MOST_SEEDS + 1)
-        return next((n for n in numbers if _margin(self._deviation, n) < abs(self.mean)), None)
+        return fewest_seeds(lambda n: half_width(self.deviation, n, LEVEL / 2) < abs(self.mean))
 
     @property
-    def _deviation(self) -> float:
+    def deviation(self) -> float:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.inf
 
     def __str__(self) -> str:
-        if not math.isfinite(self.margin):
+        low, high = self.bounds()
+        if not math.isfinite(low):
             return f"{self.mean:+.1f}"
-        low, high = self.mean - self.margin, self.mean + self.margin
         return f"{self.mean:+.1f} [{low:.1f}, {high:.1f}]"
 
     def raw(self) -> dict[str, Any]:
         """Return all numbers for JSON."""
+        half = self.half_width()
         return {
             "mean": self.mean,
-            "margin": self.margin if math.isfinite(self.margin) else None,
+            "margin": half if math.isfinite(half) else None,
             "p_value": self.p_value,
             "seeds_to_decide": self.seeds_to_decide,
         }
 
 
-def _margin(deviation: float, number: int) -> float:
+def half_width(deviation: Any, number: int, error: float) -> Any:
+    """Return half the width of Student's interval of a mean, see :meth:`Gain.half_width`.
+
+    Args:
+        deviation: sample standard deviation of the values, or an array of such deviations.
+        number: number of the values.
+    """
     if number < 2:
         return math.inf
-    return _quantile(number - 1) * deviation / math.sqrt(number)
+    return quantile(number - 1, error) * deviation / math.sqrt(number)
 
 
 @functools.cache
-def _quantile(freedom: int) -> float:
-    return float(stats.t.ppf(0.975, freedom))
+def quantile(freedom: int, error: float) -> float:
+    """Return the value above which Student's t is with the probability ``error``."""
+    return float(stats.t.isf(error, freedom))
+
+
+def fewest_seeds(decide: Callable[[int], bool]) -> int | None:
+    """Return the fewest seeds, from 2 on, that decide; None: more than :data:`MOST_SEEDS`."""
+    return next(filter(decide, range(2, MOST_SEEDS + 1)), None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
