@@ -2,6 +2,7 @@
 bounding boxes for dense object detection"), which GFL and RTMDet use.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,3 +20,18 @@ def quality_focal(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
     """
     entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     return entropy * (quality - logits.sigmoid()).abs() ** beta
+
+
+def soft_labels(logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+    """Return targets that are the quality at the class of each row, and 0 elsewhere.
+
+    Args:
+        logits: (..., K), read only for shape and precision.
+        labels: (...) int64. Labels outside [0, K) are clamped, so their quality must be 0.
+        quality: (...) in [0, 1].
+
+    Returns:
+        (..., K), as ``logits``.
+    """
+    index = labels.clamp(0, logits.shape[-1] - 1)[..., None]
+    return torch.zeros_like(logits).scatter(-1, index, quality[..., None].to(logits.dtype))
