@@ -129,7 +129,8 @@ def yolov5_loss(
     one of ``cls`` by K / 80, and the one of ``obj`` by (input size / 640)².
 
     Args:
-        maps: (N, A, Hi, Wi, 5 + K) per level, N and K at least 1: x, y, w, h, objectness and class logits.
+        maps: (N, A, Hi, Wi, 5 + K) per level, N and K at least 1: x, y, w, h, objectness and class
+            logits.
         targets: for each image ``gt_boxes``, (M, 4) XYXY in pixels, and ``gt_classes``, (M,) int64
             in [0, K).
         anchors: (L, A, 2) width and height in pixels.
