@@ -28,7 +28,6 @@ class _Candidates(NamedTuple):
     sides: Tensor
 
 
-@torch.no_grad()
 def yolov5_targets(
     sizes: Sequence[tuple[int, int]],
     strides: Sequence[int],
@@ -39,10 +38,10 @@ def yolov5_targets(
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Return the predictions that YOLOv5 trains on each box of one image.
 
-    An anchor fits a box if neither side differs by a factor of ``ratio`` or more. A box trains all
-    anchors that fit, on all levels, or no anchor. It does so in the cell that holds its centre, and
-    in the neighbour on the nearer side in x and in y, if that neighbour exists. With the centre
-    (x, y) in cells, the cells are those that hold::
+    An anchor fits a box if neither side differs by a factor of ``ratio`` or more; it never fits an
+    empty box. A box trains all anchors that fit, on all levels, or no anchor. It does so in the
+    cell that holds its centre, and in the neighbour on the nearer side in x and in y, if that
+    neighbour exists. With the centre (x, y) in cells, the cells are those that hold::
 
         (x, y)
         (x − ½, y) if frac(x) < ½ and x > 1,   (x + ½, y) if frac(W − x) < ½ and W − x > 1
@@ -83,10 +82,11 @@ def yolov5_targets(
     return levels
 
 
+@torch.no_grad()
 def _candidates(size: tuple[int, int], gt: Tensor, anchors: Tensor, ratio: float) -> _Candidates:
     """Return the cells around the centres of (M, 4) boxes, for (A, 2) anchors, both in cells."""
     height, width = size
-    centres, sides = box_centres(gt), gt[:, 2:] - gt[:, :2]
+    centres, sides = box_centres(gt), (gt[:, 2:] - gt[:, :2]).clamp(min=0)
     factor = sides / anchors[:, None]
     fits = torch.maximum(factor, 1 / factor).amax(2) < ratio
     x, y = centres.unbind(1)
@@ -153,7 +153,7 @@ def yolov5_loss(
         raise ValueError(f"targets of {len(targets)} images do not fit maps of {batch} images")
     maps = [full_precision(x) for x in maps]
     dtype = maps[0].dtype
-    gt = torch.cat([x["gt_boxes"] for x in targets]).to(dtype)
+    gt = torch.cat([x["gt_boxes"].to(dtype) for x in targets])
     labels = [x["gt_classes"] for x in targets]
     image = torch.cat([torch.full_like(x, i) for i, x in enumerate(labels)])
     levels = [
