@@ -22,11 +22,12 @@ def dynamic_k(cost: Tensor, iou: Tensor, tier: Tensor, topk: int) -> tuple[Tenso
         box j selects its k[j] cheapest points, by tier first and by cost second
         a point that several boxes select goes to its cheapest box
 
-    The cheapest box of such a point is sought among all boxes, also those that did not select it,
-    as in the authors' code; the paper does not say. Points that are excluded count neither in k nor
-    as a match. Equal costs and tiers leave the choice open in the authors' code. Here the point,
-    or box, of the lower index wins, on every device. k is a truncated sum, so a rounding error can
-    change it where the sum is close to an integer.
+    The cheapest box of such a point may be one that did not select it, as in the authors' code. The
+    paper does not say. Points that are excluded count neither in k nor as a match.
+
+    Equal costs and tiers leave the choice open in the authors' code. Here the point, or box, of the
+    lower index wins, on every device. k is a truncated sum, so a rounding error can change it where
+    the sum is close to an integer.
 
     Nothing waits for the device, and every tensor has a shape that is known in advance.
 

@@ -21,12 +21,12 @@ def mask_kernel_size(channels: int) -> int:
 def dynamic_masks(
     kernels: Tensor, points: Tensor, strides: Tensor, prototypes: Tensor, stride: int = 8
 ) -> Tensor:
-    """Return the mask logits of the objects of one image (RTMDet, Sec. 3.5).
+    """Return the mask logits of the objects of one image (RTMDet, Sec. 3.4).
 
     Each object has three 1x1 convolutions of its own with ReLU between them, C + 2 → 8 → 8 → 1.
-    Their input is the position of its point relative to the cell, in units of 8 strides of the
-    point's level, x before y, and then the prototypes. A cell is at its top left corner. The
-    paper gives the layers; order and units are the released code's.
+    Their input is x and y of the object's point relative to the cell, followed by the prototypes.
+    A cell is at its top left corner, and the unit is 8 strides of the point's level. The paper
+    gives the layers; order and units are the released code's.
 
     Args:
         kernels: (P, 10 · 8 + 8 · 8 + 8 + 8 + 8 + 1) for C = 8: the three weights, rows are outputs,
@@ -34,7 +34,7 @@ def dynamic_masks(
         points: (P, 2) x, y in pixels.
         strides: (P,) in pixels.
         prototypes: (C, H, W).
-        stride: of the prototypes, in pixels.
+        stride: size of a cell of the prototypes in pixels.
 
     Returns:
         (P, H, W) in full precision.
@@ -120,6 +120,6 @@ def mask_centers(masks: Tensor) -> Tensor:
     """
     masks = full_precision(masks)
     mass = masks.sum((1, 2)).clamp(min=MASS_EPS)
-    sums = masks.sum(1), masks.sum(2)  # of the columns, and of the rows
+    sums = masks.sum(1), masks.sum(2)  # columns and rows
     along = [(x * torch.arange(x.shape[1], device=x.device)).sum(1) / mass for x in sums]
     return torch.stack(along, 1)

@@ -40,8 +40,8 @@ def yolov5_targets(
 
     An anchor fits a box if neither side differs by a factor of ``ratio`` or more; it never fits an
     empty box. A box trains all anchors that fit, on all levels, or no anchor. It does so in the
-    cell that holds its centre, and in the neighbour on the nearer side in x and in y, if that
-    neighbour exists. With the centre (x, y) in cells, the cells are those that hold::
+    cell that holds its centre, and in the nearest neighbours in x and in y, where these exist. With
+    the centre (x, y) in cells, the cells are those that hold::
 
         (x, y)
         (x − ½, y) if frac(x) < ½ and x > 1,   (x + ½, y) if frac(W − x) < ½ and W − x > 1
@@ -67,8 +67,8 @@ def yolov5_targets(
         ordered by anchor, then by box.
 
     Raises:
-        ValueError: if sizes, strides and anchors are not of the same number of levels, or if boxes
-            and classes are not of the same number.
+        ValueError: if sizes, strides and anchors have different numbers of levels, or if boxes and
+            classes have different numbers.
     """
     _check_levels(len(anchors), sizes=sizes, strides=strides)
     if len(gt_boxes) != len(gt_classes):
@@ -135,7 +135,7 @@ def yolov5_loss(
             in [0, K).
         anchors: (L, A, 2) width and height in pixels.
         strides: stride of each level in pixels.
-        gains: of ``box``, ``obj`` and ``cls``.
+        gains: factors of ``box``, ``obj`` and ``cls``, in this order.
         balance: weight of the objectness of each level.
         ratio: as in :func:`yolov5_targets`.
 
@@ -144,8 +144,8 @@ def yolov5_loss(
         zeros where there is nothing to compare. In float32 at least.
 
     Raises:
-        ValueError: if maps, strides, anchors and balance are not of the same number of levels, or
-            if the number of targets is not that of the images.
+        ValueError: if maps, strides, anchors and balance have different numbers of levels, or if
+            targets and images have different numbers.
     """
     _check_levels(len(anchors), maps=maps, strides=strides, balance=balance)
     batch = len(maps[0])
@@ -174,8 +174,8 @@ def _level_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return box, objectness and class loss of one level.
 
-    All candidates are computed, and those that do not count are masked: there are at most 15 per
-    box, and to select them would wait for the device.
+    All candidates are computed, at most 15 per box with three anchors, and those that do not count
+    are masked. To select them would wait for the device.
 
     Args:
         predicted: (N, A, H, W, 5 + K).

@@ -18,7 +18,7 @@ UNION_EPS, SIZE_EPS = 1e-16, 1e-8
 
 
 class _Variant(NamedTuple):
-    radius: float  # of the centre's square, in strides
+    radius: float  # half a side of the centre's square, in strides
     boxes: bool  # the inside of a box counts, too
     iou_eps: float  # added to the IoU before its logarithm
 
@@ -41,18 +41,19 @@ def sim_ota(
 ) -> tuple[Tensor, Tensor]:
     """Assign cells to the boxes of one image with SimOTA (Sec. 2.1).
 
-    The square of a box is the part of the image within 2.5 strides of its centre, in x and in y.
-    ``paper``: cells whose centre lies strictly inside any box or its square are candidates of all
-    boxes. A pair is penalised unless the cell lies inside both this box and its square.
-    ``repository``: the square has 1.5 strides, and the boxes are not considered. The cost is::
+    The square of a box reaches 2.5 strides from its centre, in x and in y. In the variant
+    ``paper``, cells whose centre lies strictly inside any box or its square are candidates of all
+    boxes. A pair is penalised unless the cell lies inside both this box and its square. In
+    ``repository`` the square reaches 1.5 strides, and only squares are considered. The cost is::
 
         Σ BCE(√(σ(logits) · σ(objectness)), one_hot(class)) − 3 log(IoU + eps)
 
     :func:`~distill.nets.assign.dynamic_k` selects cells. The authors' code adds 1e5 (1e6) to the
-    cost of a penalised pair. In float32 this rounds away small differences, and equal sums leave
-    the choice open. Here penalised pairs come after all others, and rank by their exact cost. The
-    paper does not mention them. A box may take penalised cells, so it always gets at least one if
-    the image has a candidate. Without a candidate all cells are background; the repository fails.
+    cost of a penalised pair, which the paper does not mention. In float32 this rounds away small
+    differences, and equal sums leave the choice open. Here penalised pairs come after all others,
+    and rank by their exact cost. A box may select penalised cells, so a box without cells of its
+    own competes for those of others. Without a candidate all cells are background; the repository
+    fails.
 
     Args:
         logits: (P, K) of the classes, on all levels.
