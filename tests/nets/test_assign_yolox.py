@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.nets.assign import sim_ota, yolox_l1, yolox_loss
+from distill.nets.assign.yolox import joint_class_cost
 from tests.reference.detectors import (
     CLASSES,
     REFERENCE,
@@ -176,12 +177,12 @@ def test_precision(dtype: torch.dtype) -> None:
     assert losses == expected and losses["loss_cls"].dtype == kept
 
 
-def test_extreme_logits() -> None:
-    """Logarithms of probabilities 0 and 1 are limited to 100, and the costs stay finite."""
-    x = random_image(0, 3)._replace(objectness=torch.full((189,), 200.0).double())
-    x = x._replace(logits=torch.tensor([200.0, -2000, 200]).double().expand(189, 3))
-    matched, quality = assign(x)
-    assert sorted(matched.unique().tolist()) == [-1, 0, 1, 2] and quality.isfinite().all()
+@for_each("dtype", [torch.float32, torch.float64])
+def test_the_cost_of_certain_predictions(dtype: torch.dtype) -> None:
+    """The probabilities are 1 and 0. Logarithms are at least −100, so that costs are finite."""
+    logits, objectness = torch.tensor([[200.0, -2000]], dtype=dtype), torch.full((1,), 200.0)
+    cost = joint_class_cost(logits, objectness.to(dtype), torch.tensor([0, 1]))
+    assert cost.tolist() == [[0], [200]]
 
 
 @for_each("boxes, number", [(0, 30), (3, 0), (0, 0)])
