@@ -8,7 +8,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransfor
 
 from distill.heads import FGFI, LGD, MasKD
 from distill.nets.gfl import Integral
-from distill.nets.reppoints import CellTransform
+from distill.nets.dense import CellTransform
 from tests.support.networks import (
     FAMILIES,
     PAFPN,
