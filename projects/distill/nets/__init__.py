@@ -2,8 +2,8 @@
 
 Stock detectron2 can load a student that uses one of these networks after ``import distill.nets``.
 If its ``student.yaml`` has keys of this package, call ``distill.nets.add_nets_config(cfg)``
-first. These are the keys of dense detectors, of timm, CSPNeXt, CSPDarknet and dilated backbones, and of
-the semantic heads.
+first. These are the keys of dense detectors, of the semantic heads, and of the backbones of timm,
+CSPNeXt, CSPDarknet and dilated ResNets.
 """
 
 from . import necks

@@ -1,18 +1,23 @@
 """Blocks of YOLO networks: convolutions with norm and activation, CSP layers, pools and stems.
 
-A block is a function that builds a module from the channels before and after it, the number of its
-repeats, and the style of its convolutions. Convolutions start with PyTorch's own initialization.
+A block is a function that builds a module. Its arguments are the channels before and after the
+module, the number of repeats, and the style of the convolutions. These start with PyTorch's own
+initialization.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import Tensor, nn
+
+
+def silu() -> nn.Module:
+    """Build an activation x · sigmoid(x) that works in place."""
+    return nn.SiLU(inplace=True)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class ConvStyle:
     norm: str = "BN"
     eps: float = 1e-5
     momentum: float = 0.1
-    activation: Callable[[], nn.Module] = partial(nn.SiLU, inplace=True)
+    activation: Callable[[], nn.Module] = silu
     depthwise: bool = False
 
     @property
