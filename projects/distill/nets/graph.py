@@ -128,9 +128,8 @@ class GraphBackbone(Backbone):
         self.shallow_features = dict(shallow_features or {})
         """Name of the shallow map of each level, by the name of the deep map."""
         self.square_pad = square_pad
-        names = dict.fromkeys(
-            [*out_features, *self.shallow_features, *self.shallow_features.values()]
-        )
+        levels = (*self.shallow_features, *self.shallow_features.values())
+        names = dict.fromkeys((*out_features, *levels))
         self._out_features = list(names)
         self._out_feature_channels = {name: graph.channels[name] for name in names}
         self._out_feature_strides = {name: 2 ** int(name[-1]) for name in names}

@@ -25,8 +25,8 @@ class DistanceTransform(CellTransform):
     """Box transform, with detectron2's interface: distances of the sides from the cell's centre.
 
     Deltas are left, top, right and bottom in units of the cell's side. Unlike those of detectron2's
-    ``Box2BoxTransformLinear`` they may be negative: RTMDet tiny and s predict any number, and a
-    ReLU would stop the gradient of about half of them at initialization.
+    ``Box2BoxTransformLinear`` they may be negative. RTMDet tiny and s predict any number. At
+    initialization a ReLU would stop the gradient of about half of them.
     """
 
     def get_deltas(self, cells: Tensor, boxes: Tensor) -> Tensor:
@@ -138,12 +138,12 @@ class SharedTower(nn.Module):
 
     def __init__(self, channels: int, number: int, levels: int, style: ConvStyle):
         super().__init__()
-        convs = (
-            nn.Conv2d(channels, channels, 3, padding=1, bias=not style.norm) for _ in range(number)
+        numbers = range(number)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=not style.norm) for _ in numbers
         )
-        self.convs = nn.ModuleList(convs)
         self.norms = nn.ModuleList(
-            nn.ModuleList(style.build_norm(channels) for _ in range(number)) for _ in range(levels)
+            nn.ModuleList(style.build_norm(channels) for _ in numbers) for _ in range(levels)
         )
         self.act = style.activation()
 

@@ -109,10 +109,9 @@ class YOLOv5Head(nn.Module):
         self.strides: list[int] = [x.stride for x in input_shape]
         for predictor, stride in zip(self.predictors, self.strides):
             self._init_bias(predictor, stride, num_classes)
-        sizes = torch.tensor(anchor_sizes, dtype=torch.float32)[
-            :, None, :, :, None, None
-        ]  # levels, 1, A, 2, 1, 1
-        self.register_buffer("anchor_sizes", sizes, persistent=False)
+        sizes = torch.tensor(anchor_sizes, dtype=torch.float32)
+        self.anchor_sizes: Tensor
+        self.register_buffer("anchor_sizes", sizes[:, None, :, :, None, None], persistent=False)
 
     @torch.no_grad()
     def _init_bias(self, predictor: Any, stride: int, num_classes: int) -> None:

@@ -41,9 +41,7 @@ class YOLOX(ObjectnessDetector):
 
     section = Section(
         MULTI_LABEL_TEST=False,
-        DEPTHWISE=Key(
-            False, "depthwise separable 3x3 convolutions in the head, as in nano", SWITCH
-        ),
+        DEPTHWISE=Key(False, "depthwise separable 3x3 convolutions, as in nano's head", SWITCH),
     ).on_top_of(YOLO_SECTION)
 
     @configurable
