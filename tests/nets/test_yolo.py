@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
@@ -15,7 +16,16 @@ from distill.config import get_distill_cfg, student_config
 from distill.families import build_family
 from distill.families.dense import decode_dense
 from distill.nets import add_nets_config
-from distill.nets.blocks import ConvStyle, Focus, conv, upsample
+from distill.nets.blocks import (
+    SPPF,
+    ConvStyle,
+    Focus,
+    bottleneck,
+    conv,
+    csp,
+    large_kernel,
+    upsample,
+)
 from distill.nets.graph import Graph, Layer, Scaling
 from tests.support.cases import for_each
 from tests.support.networks import image_dict, network_info
@@ -40,7 +50,7 @@ def test_a_table_of_layers() -> None:
     x = torch.rand(1, 3, 8, 8)
     maps = graph({"image": x})
     a = graph["a"](x)
-    up = nn.functional.interpolate(graph["b"](a), scale_factor=2, mode="nearest")
+    up = F.interpolate(graph["b"](a), scale_factor=2, mode="nearest")
     assert torch.equal(maps["c"], graph["c"](torch.cat([up, a], 1)))
 
 
@@ -64,6 +74,60 @@ def test_focus_stacks_the_pixels_of_a_square() -> None:
     x = torch.arange(32.0).view(1, 2, 4, 4)
     corners = [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]]
     assert torch.equal(focus(x), torch.cat(corners, 1))  # top left, bottom left, right
+
+
+# ---- Blocks
+
+
+def test_the_pyramid_pools_of_yolox_and_rtmdet() -> None:
+    """Chained 5x5 pools are the pools over 5, 9 and 13 cells."""
+    block = SPPF(4, 6, ConvStyle()).eval()
+    x = torch.randn(1, 4, 16, 20)
+    first = block.first(x)
+    pools = [F.max_pool2d(first, k, stride=1, padding=k // 2) for k in (5, 9, 13)]
+    assert torch.equal(block(x), block.last(torch.cat([first, *pools], 1)))
+
+
+@for_each(
+    "branch, residual, attention",
+    [
+        (bottleneck, True, False),
+        (bottleneck, False, False),
+        (large_kernel, True, True),
+        (large_kernel, False, True),
+        (large_kernel, False, False),
+    ],
+)
+def test_csp_layers(branch: Any, residual: bool, attention: bool) -> None:
+    layer: Any = csp(branch, residual, attention)(5, 8, 2, ConvStyle()).eval()
+    x = torch.randn(2, 5, 6, 6)
+    y = layer.main(x)
+    for block in layer.blocks:
+        y = y + block.branch(y) if residual else block(y)
+    y = torch.cat([y, layer.short(x)], 1)
+    if attention:
+        fc = layer.attention.fc
+        mean = y.mean((2, 3))
+        logits = mean @ fc.weight.flatten(1).T + fc.bias
+        y = y * (F.relu6(logits + 3) / 6)[:, :, None, None]
+    torch.testing.assert_close(layer(x), layer.last(y))
+
+
+@for_each(
+    "branch, depthwise, kernels",
+    [
+        (bottleneck, False, [(1, 1), (3, 1)]),
+        (bottleneck, True, [(1, 1), (3, 4), (1, 1)]),
+        (large_kernel, False, [(3, 1), (5, 4), (1, 1)]),
+    ],
+)
+def test_branches(branch: Any, depthwise: bool, kernels: list[tuple[int, int]]) -> None:
+    """Kernel and groups of each convolution; each has a norm and an activation."""
+    module = branch(4, ConvStyle(depthwise=depthwise))
+    convs = [x for x in module.modules() if isinstance(x, nn.Conv2d)]
+    assert [(x.kernel_size[0], x.groups) for x in convs] == kernels
+    for kind in (nn.BatchNorm2d, nn.SiLU):
+        assert sum(isinstance(x, kind) for x in module.modules()) == len(kernels)
 
 
 # ---- Backbones

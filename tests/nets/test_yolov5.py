@@ -178,7 +178,7 @@ def test_other_anchors() -> None:
         build_model(yolo_cfg("YOLOv5", "MODEL.YOLOV5.ANCHORS", [[[1, 2]], [[3, 4]]]))
     model = yolo("YOLOv5", "MODEL.YOLOV5.ANCHORS", [[[4, 8]], [[12, 16]], [[50.5, 60]]])
     assert [x.out_channels for x in model.head.predictors] == [5 + CLASSES] * 3
-    assert model.anchor_generator.cell_anchors[2].tolist() == [[-25.25, -30, 25.25, 30]]
+    assert list(model.anchor_generator.cell_anchors)[2].tolist() == [[-25.25, -30, 25.25, 30]]
     rule = NETS_KEYS["MODEL.YOLOV5.ANCHORS"].rule
     assert not any(map(rule.allows, ([], [[[1, 2]], [[1, 2], [3, 4]]], [[[1]]], [[[0, 1]]], 3)))
 
