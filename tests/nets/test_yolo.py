@@ -288,6 +288,23 @@ def test_images_of_odd_sizes(architecture: str) -> None:
             assert 0 < found.pred_masks.float().mean() < 1
 
 
+@for_each("architecture, half", [(k, half) for k in NETWORKS for half in (False, True)])
+def test_every_parameter_has_a_gradient(architecture: str, half: bool) -> None:
+    """DistributedDataParallel requires it; boxes stay in full precision where they are scaled."""
+    model = yolo(architecture).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        maps = model.backbone(torch.randn(2, 3, 64, 64))
+        predictions = model.head([maps[name] for name in model.head_in_features])
+    sum(x.float().square().mean() for level in predictions for x in level).backward()
+    without = [
+        k for k, x in model.named_parameters() if x.grad is None or not x.grad.isfinite().all()
+    ]
+    assert not without
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = model.eval()([image_dict(0)])[0]["instances"]
+    assert found.pred_boxes.tensor.dtype == torch.float32
+
+
 # ---- Configs and checkpoints
 
 
