@@ -82,7 +82,7 @@ def test_initialization(architecture: str) -> None:
     biases = {"cls_score": -math.log(99), "bbox_pred": float(architecture == "RTMDetIns")}
     for name, layer in head.named_modules():
         if isinstance(layer, nn.Conv2d):
-            assert float(layer.weight.std()) == pytest.approx(0.01, rel=0.25)
+            assert float(layer.weight.detach().std()) == pytest.approx(0.01, rel=0.25)
             expected = biases.get(name.split(".")[0], 0.0)
             assert layer.bias is None or (layer.bias - expected).abs().max() < 1e-5
         elif isinstance(layer, nn.BatchNorm2d):

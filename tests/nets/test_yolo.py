@@ -15,6 +15,7 @@ from torch import nn
 from distill.config import get_distill_cfg, student_config
 from distill.families import build_family
 from distill.families.dense import decode_dense
+from distill.heads import MSSD, FitNet
 from distill.nets import add_nets_config
 from distill.nets.blocks import (
     SPPF,
@@ -28,7 +29,7 @@ from distill.nets.blocks import (
 )
 from distill.nets.graph import Graph, Layer, Scaling
 from tests.support.cases import for_each
-from tests.support.networks import image_dict, network_info
+from tests.support.networks import image_dict, network_info, tiny_model
 from tests.support.yolo import CLASSES, NETWORKS, features, on_meta, parameters, yolo, yolo_cfg
 
 DEEP = {"RTMDet": "o", "RTMDetIns": "o", "YOLOX": "p", "YOLOv5": "p"}
@@ -268,6 +269,8 @@ def test_other_padding() -> None:
     images = model.preprocess_image([{"image": torch.ones(3, 20, 30)}])
     assert images.tensor.shape == (1, 3, 128, 128)
     torch.testing.assert_close(images.tensor[0, :, -1, -1], -model.pixel_mean.flatten())
+    with pytest.raises(ValueError, match="has 129 pixels, but images are padded to 128 x 128"):
+        model.preprocess_image([{"image": torch.ones(3, 20, 129)}])
 
 
 @for_each("architecture", NETWORKS)
@@ -364,6 +367,30 @@ def test_a_family_reads_the_dense_outputs(architecture: str) -> None:
     torch.testing.assert_close(
         torch.cat(outputs.dense_boxes, 1), model.decoded(flat, priors.expand(2, -1, 4))
     )
+
+
+@for_each("architecture", ["RTMDet", "YOLOX", "YOLOv5"])
+def test_heads_find_the_levels(architecture: str) -> None:
+    """Feature heads compare the neck's outputs; MSSD compares the maps of equal channels."""
+    model = yolo(architecture)
+    own, fpn = network_info("student", model), network_info("teacher", tiny_model("retinanet"))
+    deep = [f"{DEEP[architecture]}{k}" for k in (3, 4, 5)]
+    assert list(own.inner) == [k for k in deep if k[0] == "o"]
+    cfg = get_distill_cfg()
+    for student, teacher in ((own, own), (own, fpn), (fpn, own)):
+        levels = FitNet.from_config(cfg, student, teacher)["levels"]
+        pairs = {(x.student, x.teacher) for x in levels}
+        assert pairs == {(f"p{k}", f"p{k}") for k in (3, 4, 5)}
+    cfg.MODEL.DISTILL.FITNET.IN_FEATURES = deep
+    levels = FitNet.from_config(cfg, own, own)["levels"]
+    assert [(x.student, x.teacher) for x in levels] == [(k, k) for k in deep]
+    assert MSSD.problem(own, None) is None
+    assert MSSD.from_config(cfg, own, None)["levels"] == deep
+    outputs = model.backbone(torch.rand(1, 3, 64, 64))
+    shapes = [
+        (outputs[k].shape, outputs[s].shape) for k, s in model.backbone.shallow_features.items()
+    ]
+    assert all(a == b for a, b in shapes)
 
 
 def test_builders_are_registered() -> None:

@@ -86,6 +86,7 @@ class Family:
             sem_seg=self.sem_seg_shape,
             sem_seg_classes=sem_seg_classes,
             shallow=tuple(self.shallow_names),
+            inner=tuple(getattr(self.model.backbone, "inner_features", ())),
         )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:

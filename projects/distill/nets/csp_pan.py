@@ -21,8 +21,8 @@ CSP_SECTION = Section(
     NORM=Key("BN", "norm of the convolutions", TEXT),
     SQUARE_PAD=Key(
         0,
-        "side in pixels of the square that images are padded to, a multiple of 32 and at least as "
-        "large as every image; 0: to multiples of 32",
+        "side in pixels of the square that images are padded to, at least that of the largest "
+        "image; 0: to multiples of 32",
         WHOLE,
     ),
 )

@@ -142,11 +142,17 @@ class PriorDetector(DenseDetector):
         """Normalize, pad and batch the images; padding is at the bottom and at the right."""
         if self.pad_value is None:
             return super().preprocess_image(batched_inputs)
+        images = [self._move_to_current_device(x["image"]) for x in batched_inputs]
+        constraints = self.backbone.padding_constraints
+        largest = max(side for x in images for side in x.shape[-2:])
+        square = constraints.get("square_size", 0)
+        if 0 < square < largest:  # detectron2 would cut the image silently
+            raise ValueError(
+                f"A side of an image has {largest} pixels, but images are padded to {square} x "
+                f"{square}; lower INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST"
+            )
         padded = ImageList.from_tensors(
-            [self._move_to_current_device(x["image"]) for x in batched_inputs],
-            self.backbone.size_divisibility,
-            self.pad_value,
-            self.backbone.padding_constraints,
+            images, self.backbone.size_divisibility, self.pad_value, constraints
         )
         pixels = (padded.tensor - self.pixel_mean) / self.pixel_std
         return ImageList(pixels, padded.image_sizes)

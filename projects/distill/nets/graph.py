@@ -109,8 +109,8 @@ class GraphBackbone(Backbone):
         bottom_up: backbone of which ``graph`` is the neck.
         shallow_features: names of shallow maps by the names of the deep ones, see
             :class:`~distill.nets.PAFPN`. These are outputs too.
-        square_pad: side in pixels of the square that images are padded to. It must be a multiple of
-            32 and at least as large as every image; 0: multiples of 32.
+        square_pad: side in pixels of the square that images are padded to, at least that of the
+            largest image; 0: multiples of 32.
     """
 
     def __init__(
@@ -127,12 +127,14 @@ class GraphBackbone(Backbone):
         self.graph = graph
         self.shallow_features = dict(shallow_features or {})
         """Name of the shallow map of each level, by the name of the deep map."""
+        self.inner_features = tuple(k for k in self.shallow_features if k not in out_features)
+        """Deep maps that are no outputs of the neck; methods compare them only by name."""
         self.square_pad = square_pad
-        levels = (*self.shallow_features, *self.shallow_features.values())
-        names = dict.fromkeys((*out_features, *levels))
-        self._out_features = list(names)
-        self._out_feature_channels = {name: graph.channels[name] for name in names}
-        self._out_feature_strides = {name: 2 ** int(name[-1]) for name in names}
+        # Of maps of one stride, the outputs of the neck are last: heads pair the deepest ones.
+        levels = (*self.shallow_features.values(), *self.inner_features, *out_features)
+        self._out_features = list(dict.fromkeys(levels))
+        self._out_feature_channels = {name: graph.channels[name] for name in self._out_features}
+        self._out_feature_strides = {name: 2 ** int(name[-1]) for name in self._out_features}
 
     @property
     def size_divisibility(self) -> int:

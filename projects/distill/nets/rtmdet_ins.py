@@ -32,6 +32,7 @@ class RTMDetIns(RTMDet):
 
     The layers read prototypes of stride 8, which all objects of an image share, and the coordinates
     relative to the object's point (:func:`dynamic_masks`). Distances are ReLUs of the predictions.
+    ``MODEL.MASK_ON`` must be True, or detectron2 loads and evaluates no masks.
 
     Args:
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
