@@ -291,6 +291,7 @@ def test_images_of_odd_sizes(architecture: str) -> None:
             assert 0 < found.pred_masks.float().mean() < 1
 
 
+@pytest.mark.slow
 @for_each("architecture, half", [(k, half) for k in NETWORKS for half in (False, True)])
 def test_every_parameter_has_a_gradient(architecture: str, half: bool) -> None:
     """DistributedDataParallel requires it; boxes stay in full precision where they are scaled."""
@@ -299,10 +300,8 @@ def test_every_parameter_has_a_gradient(architecture: str, half: bool) -> None:
         maps = model.backbone(torch.randn(2, 3, 64, 64))
         predictions = model.head([maps[name] for name in model.head_in_features])
     sum(x.float().square().mean() for level in predictions for x in level).backward()
-    without = [
-        k for k, x in model.named_parameters() if x.grad is None or not x.grad.isfinite().all()
-    ]
-    assert not without
+    gradients = {name: x.grad for name, x in model.named_parameters()}
+    assert not [k for k, x in gradients.items() if x is None or not x.isfinite().all()]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         found = model.eval()([image_dict(0)])[0]["instances"]
     assert found.pred_boxes.tensor.dtype == torch.float32
@@ -387,10 +386,8 @@ def test_heads_find_the_levels(architecture: str) -> None:
     assert MSSD.problem(own, None) is None
     assert MSSD.from_config(cfg, own, None)["levels"] == deep
     outputs = model.backbone(torch.rand(1, 3, 64, 64))
-    shapes = [
-        (outputs[k].shape, outputs[s].shape) for k, s in model.backbone.shallow_features.items()
-    ]
-    assert all(a == b for a, b in shapes)
+    for name, shallow in model.backbone.shallow_features.items():
+        assert outputs[name].shape == outputs[shallow].shape
 
 
 def test_builders_are_registered() -> None:

@@ -5,7 +5,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 
 from ..section import SWITCH, TEXT, WHOLES, Key, add_keys, at_least
 from .atss import ATSS
-from .csp_pan import CSPDARKNET_SECTION, CSPNEXT_SECTION
+from .csp_pan import CSP_SECTION, CSPDARKNET_SECTION
 from .fcos import FCOS
 from .gfl import GFL
 from .reppoints import RepPoints
@@ -37,7 +37,7 @@ _TIMM_KEYS = {
 _CSP_KEYS = {
     part: {f"MODEL.{name}.{key}": value for key, value in section.items()}
     for part, name, section in (
-        ("_cspnext_", "CSPNEXT", CSPNEXT_SECTION),
+        ("_cspnext_", "CSPNEXT", CSP_SECTION),
         ("_yolo", "CSPDARKNET", CSPDARKNET_SECTION),
     )
 }

@@ -28,7 +28,6 @@ CSP_SECTION = Section(
 )
 """Keys of the backbones here."""
 
-CSPNEXT_SECTION = Section().on_top_of(CSP_SECTION)
 CSPDARKNET_SECTION = Section(
     DEPTHWISE=Key(False, "depthwise separable 3x3 convolutions, as in YOLOX nano", SWITCH)
 ).on_top_of(CSP_SECTION)

@@ -130,7 +130,7 @@ class GraphBackbone(Backbone):
         self.inner_features = tuple(k for k in self.shallow_features if k not in out_features)
         """Deep maps that are no outputs of the neck; methods compare them only by name."""
         self.square_pad = square_pad
-        # Of maps of one stride, the outputs of the neck are last: heads pair the deepest ones.
+        # Heads pair the last maps of a stride, which are therefore the outputs of the neck.
         levels = (*self.shallow_features.values(), *self.inner_features, *out_features)
         self._out_features = list(dict.fromkeys(levels))
         self._out_feature_channels = {name: graph.channels[name] for name in self._out_features}
