@@ -229,6 +229,8 @@ class NetworkInfo:
         sem_seg: channels and stride of the semantic head's features; None without such a head.
         sem_seg_classes: class names in the order of the semantic head's logits.
         shallow: names of the features that have a shallow map in ``NetworkOutputs.shallow``.
+        inner: names of the features inside the neck, which are compared only if a config names
+            them.
         dense: layout of the dense head; None without such a head.
         last_layers: function that returns the last layers of the dense head, given the number of
             convolutions of each subnet to keep. The layers turn maps before an activation, one list
@@ -250,6 +252,7 @@ class NetworkInfo:
     sem_seg: ShapeSpec | None = None
     sem_seg_classes: tuple[str, ...] = ()
     shallow: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
     dense: DenseLayout | None = None
     last_layers: Callable[[int], Callable[..., list[Tensor]]] | None = None
     box_in_features: tuple[str, ...] = ()
@@ -267,6 +270,11 @@ class NetworkInfo:
     def maps(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each of ``NetworkOutputs.maps``."""
         return {**self.features, **({SEM_SEG_HEAD: self.sem_seg} if self.sem_seg else {})}
+
+    @property
+    def outer_maps(self) -> dict[str, ShapeSpec]:
+        """The maps without those inside the neck."""
+        return {name: shape for name, shape in self.maps.items() if name not in self.inner}
 
     @property
     def has_boxes(self) -> bool:

@@ -7,8 +7,8 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
 from distill.heads import FGFI, LGD, MasKD
+from distill.nets.dense import CellTransform
 from distill.nets.gfl import Integral
-from distill.nets.reppoints import CellTransform
 from tests.support.networks import (
     FAMILIES,
     PAFPN,
