@@ -14,6 +14,7 @@ from distill.nets.assign import (
     mask_centers,
     mask_loss,
     rtmdet_loss,
+    sampled_masks,
 )
 from tests.reference.detectors import (
     CLASSES,
@@ -103,7 +104,8 @@ def test_the_authors_masks(case: Any) -> None:
         assert [x.item() for x in found] == approx(
             case["mask_logits_mean_std_first_last"][i], abs=1e-6
         )
-        losses.append(mask_loss(logits, masks[torch.tensor(assigned["gt"])], number))
+        targets = sampled_masks(masks, 40, 40)[torch.tensor(assigned["gt"])]
+        losses.append(mask_loss(logits, targets, number))
     assert sum(losses).item() == approx(case["loss_mask"])
 
 
@@ -249,17 +251,21 @@ def test_masks_by_hand() -> None:
     assert logits.tolist() == [[[1, 1, 1], [1 + 2 * 8 / 32] * 3]]
 
     # Logits 0, probability ½ in 2x2 samples, of which one is set: 2 · ½ / (1 + 1).
-    sampled = torch.zeros(1, 8, 8)
-    sampled[0, 2, 6] = 1
-    sampled[0, 0] = 1
+    pixels = torch.zeros(1, 7, 8)
+    pixels[0, 2, 6] = 1
+    pixels[0, 0] = 1
+    sampled = sampled_masks(pixels, 2, 2)
+    assert sampled.tolist() == [[[0, 1], [0, 0]]]
     assert mask_loss(torch.zeros(1, 1, 1), sampled, 1.0).item() == approx(2 * (1 - 1 / 2))
     assert mask_loss(torch.zeros(1, 1, 1), sampled, 4.0, weight=1).item() == approx(1 / 8)
+    counts, two = torch.tensor([False, True]), sampled.repeat(2, 1, 1)
+    assert mask_loss(torch.zeros(2, 1, 1), two, 1.0, counts=counts).item() == approx(1)
 
 
 def test_masks_of_no_object() -> None:
     kernels = torch.zeros(0, 169, requires_grad=True)
     logits = dynamic_masks(kernels, torch.zeros(0, 2), torch.zeros(0), torch.ones(8, 2, 3))
-    loss = mask_loss(logits, torch.zeros(0, 16, 24), 1.0)
+    loss = mask_loss(logits, torch.zeros(0, 4, 6), 1.0)
     loss.backward()
     assert loss == 0 and kernels.grad.shape == (0, 169)
     assert mask_centers(torch.zeros(0, 4, 4)).shape == (0, 2)
@@ -279,8 +285,10 @@ def test_masks_in_half_precision() -> None:
 def test_masks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="kernels of 168 numbers do not fit 8 prototypes"):
         dynamic_masks(torch.zeros(1, 168), torch.zeros(1, 2), torch.ones(1), torch.ones(8, 2, 3))
-    with pytest.raises(ValueError, match="pad the masks to 8 times the size"):
-        mask_loss(torch.zeros(1, 2, 3), torch.zeros(1, 16, 20), 1.0)
+    with pytest.raises(ValueError, match="pad the sampled masks to twice the size"):
+        mask_loss(torch.zeros(1, 2, 3), torch.zeros(1, 4, 5), 1.0)
+    with pytest.raises(ValueError, match="masks of 19x8 pixels are larger than .* 16x8 pixels"):
+        sampled_masks(torch.zeros(1, 19, 8), 4, 2)
 
 
 def test_gradients() -> None:
@@ -301,7 +309,7 @@ def test_gradients() -> None:
         torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
         for shape in [(2, 113), (1, 2, 2)]
     )
-    masks = torch.rand(2, 16, 16, generator=generator) > 0.5
+    masks = (torch.rand(2, 4, 4, generator=generator) > 0.5).double()
 
     def masked(kernels: Tensor, prototypes: Tensor) -> Tensor:
         at, strides = torch.tensor([[8.0, 4], [3, 5]]).double(), torch.tensor([8.0, 16]).double()

@@ -12,9 +12,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from distill.nets.assign import dynamic_masks
 from distill.nets.cspnext import CSPNEXT
 from distill.nets.rtmdet import DistanceTransform
-from distill.nets.rtmdet_ins import ImageMasks, RTMDetInsHead, dynamic_masks
+from distill.nets.rtmdet_ins import ImageMasks, RTMDetInsHead
 from tests.support.cases import for_each
 from tests.support.yolo import CLASSES, Sizes, features, inference, sizes, yolo, yolo_cfg
 
@@ -228,11 +229,11 @@ def test_masks_literally() -> None:
     prototypes, kernels = torch.randn(8, 5, 7), torch.randn(3, 169)
     points = torch.tensor([[8.0, 0.0], [16.0, 32.0], [32.0, 0.0]])
     strides = torch.tensor(STRIDES)
-    found = dynamic_masks(prototypes, kernels, points, strides)
+    found = dynamic_masks(kernels, points, strides, prototypes)
     for mask, kernel, point, stride in zip(found, kernels, points, strides.tolist()):
         expected = literal_mask(prototypes.numpy(), kernel.numpy(), point.numpy(), stride)
         np.testing.assert_allclose(mask.numpy(), expected, rtol=1e-4, atol=1e-4)
-    assert dynamic_masks(prototypes, kernels[:0], points[:0], strides[:0]).shape == (0, 5, 7)
+    assert dynamic_masks(kernels[:0], points[:0], strides[:0], prototypes).shape == (0, 5, 7)
 
 
 def test_prototypes_read_all_levels() -> None:

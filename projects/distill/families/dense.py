@@ -77,7 +77,7 @@ class DenseFamily(Family):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         # RepPoints assigns twice; the second assignment is that of its classes.
-        methods = ("refine_targets", "label_anchors", "targets")
+        methods = ("dynamic_targets", "refine_targets", "label_anchors", "targets")
         self.assignment = next((f"{k}()" for k in methods if hasattr(model, k)), None)
         self.subnets = {
             f"head.{name}": before_activations(subnet)
@@ -124,7 +124,7 @@ class DenseFamily(Family):
             outputs.head_features = self._head_features(recorder)
         if "targets" in needs and self.assignment:
             assigned = recorder[self.assignment].output  # detectron2's: lists, one entry per image
-            labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
+            labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned[:2])
             outputs.targets = DenseTargets(labels, boxes)
         decode_dense(self.model, outputs, needs)
         return outputs

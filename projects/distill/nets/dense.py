@@ -219,6 +219,11 @@ class PriorDetector(DenseDetector):
         )
         return flat.view(*regression.shape[:-1], 4)
 
+    def all_boxes(self, regression: Tensor, priors: list[Boxes]) -> Tensor:
+        """Decode (N, R, ``box_dim``) regressions of all levels to (N, R, 4) boxes."""
+        cells = Boxes.cat(priors).tensor
+        return self.decoded(regression, cells.expand(len(regression), -1, -1))
+
     def positives(self, regression: Tensor, priors: Tensor, targets: Targets) -> Positives:
         """Select the matched priors and decode their boxes.
 
@@ -272,6 +277,66 @@ class PriorDetector(DenseDetector):
             found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
         )
         return found[keep[: self.max_detections_per_image]]
+
+
+class DynamicTargets(NamedTuple):
+    """Training targets of the priors of a batch, from an assignment that reads predictions.
+
+    Attributes:
+        labels: (N, R) in [0, K]; K means background.
+        boxes: (N, R, 4) XYXY of the matched objects; undefined for unmatched priors.
+        quality: (N, R) IoU of the predicted with the matched box, 0 without a match.
+        matched: (N, R) row of the object in its image, or -1.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    quality: Tensor
+    matched: Tensor
+
+
+class DynamicDetector(PriorDetector):
+    """Base class of detectors whose assignment reads predictions; a subclass has :meth:`match`."""
+
+    def match(
+        self, points: Tensor, strides: Tensor, truth: Instances, *predicted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Assign the priors of one image.
+
+        Args:
+            points: (R, 2) centres of the priors.
+            strides: (R,) sides of the priors.
+            truth: the objects of the image.
+            predicted: predictions (R, ...).
+
+        Returns:
+            (R,) row of the object, or -1, and (R,) IoU with it, or 0.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def dynamic_targets(
+        self, priors: list[Boxes], gt_instances: list[Instances], *predicted: Tensor
+    ) -> DynamicTargets:
+        """Return the targets that :meth:`match` gives to the priors of each image.
+
+        Args:
+            priors: the priors of each level.
+            gt_instances: the objects of each image.
+            predicted: predictions (N, R, ...).
+        """
+        points, strides = points_and_strides(priors)
+        rows = []
+        for truth, *predictions in zip(gt_instances, *predicted):
+            matched, quality = self.match(points, strides, truth, *predictions)
+            rows.append((*labelled(truth, matched, self.num_classes), quality, matched))
+        return DynamicTargets(*(torch.stack(x) for x in zip(*rows)))
+
+
+def points_and_strides(priors: list[Boxes]) -> tuple[Tensor, Tensor]:
+    """Return the (R, 2) centres and the (R,) sides of square priors of all levels."""
+    cells = Boxes.cat(priors)
+    return cells.get_centers(), cells.tensor[:, 2] - cells.tensor[:, 0]
 
 
 class ObjectnessDetector(PriorDetector):

@@ -5,16 +5,19 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..section import SWITCH, Key, Section
+from ..section import SWITCH, Key, Section, at_least
+from ..utils.distributed import reduce_mean
+from .assign import dynamic_soft_labels, rtmdet_loss
 from .blocks import ConvStyle
 from .cspnext import CSPNEXT
 from .dense import (
     YOLO_SECTION,
     CellTransform,
-    PriorDetector,
+    DynamicDetector,
+    DynamicTargets,
     init_bias,
     yolo_arguments,
     yolo_head_arguments,
@@ -44,7 +47,7 @@ def _outwards(corners: Tensor) -> Tensor:
 
 
 @META_ARCH_REGISTRY.register()
-class RTMDet(PriorDetector):
+class RTMDet(DynamicDetector):
     """RTMDet: a point per cell predicts class scores and the distances to the sides of its box.
 
     The points are the top left corners of the cells, as in the authors' code. The authors train on
@@ -54,11 +57,17 @@ class RTMDet(PriorDetector):
     In inference boxes are clipped to the image before NMS, and those without area are left out. The
     authors clip to the padded image.
 
+    Points are assigned by :func:`~distill.nets.assign.dynamic_soft_labels`. The losses are those of
+    :func:`~distill.nets.assign.rtmdet_loss`: ``loss_cls`` and ``loss_box_reg``. Both are divided by
+    the sum of the qualities of the matched points: its mean over processes, at least 1.
+
     Args:
+        box_loss_weight: factor of the GIoU loss.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
 
     section = Section(
+        BOX_LOSS_WEIGHT=Key(2.0, "factor of the GIoU loss", at_least(0)),
         EXP_ON_REG=Key(
             True,
             "distances are exponentials; the authors' tiny and s have False, m, l and x True",
@@ -67,15 +76,54 @@ class RTMDet(PriorDetector):
     ).on_top_of(YOLO_SECTION)
 
     @configurable
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, box_loss_weight: float = 2.0, **kwargs: Any):
         super().__init__(prior_offset=0.0, box2box_transform=DistanceTransform(), **kwargs)
+        self.box_loss_weight = box_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.RTMDET
         arguments = yolo_arguments(cfg, node)
         head = RTMDetHead(exp_on_reg=node.EXP_ON_REG, **rtmdet_head_arguments(node, arguments))
-        return {**arguments, "head": head}
+        return {**arguments, "head": head, "box_loss_weight": node.BOX_LOSS_WEIGHT}
+
+    def losses(
+        self, priors: list[Boxes], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        logits = self.flat(predictions[0], self.num_classes)
+        boxes = self.all_boxes(self.flat(predictions[1], 4), priors)
+        targets = self.dynamic_targets(priors, gt_instances, logits, boxes)
+        number = reduce_mean(targets.quality.sum()).clamp(min=1)
+        losses = rtmdet_loss(logits, boxes, *targets[:3], number, self.box_loss_weight)
+        return {**losses, **self.other_losses(priors, predictions, gt_instances, targets)}
+
+    def other_losses(
+        self,
+        priors: list[Boxes],
+        predictions: Any,
+        gt_instances: list[Instances],
+        targets: DynamicTargets,
+    ) -> dict[str, Tensor]:
+        """Return the losses of further predictions of a subclass."""
+        return {}
+
+    def match(
+        self, points: Tensor, strides: Tensor, truth: Instances, *predicted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits, boxes = predicted
+        return dynamic_soft_labels(
+            logits,
+            boxes,
+            points,
+            strides,
+            truth.gt_boxes.tensor,
+            truth.gt_classes,
+            self.object_centers(truth),
+        )
+
+    def object_centers(self, truth: Instances) -> Tensor | None:
+        """Return the (M, 2) points from which distances count; None: the centres of the boxes."""
+        return None
 
     def _decode_multi_level_predictions(self, *args: Any) -> Instances:
         found = super()._decode_multi_level_predictions(*args)

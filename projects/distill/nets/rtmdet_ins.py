@@ -11,18 +11,16 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, ROIMasks
 from torch import Tensor, nn
 
-from ..section import SWITCH, Key, Section
+from ..section import SWITCH, Key, Section, at_least
+from ..utils.distributed import reduce_mean
+from .assign import dynamic_masks, mask_centers, mask_kernel_size, mask_loss, sampled_masks
+from .assign.rtmdet import TOPK
 from .blocks import ConvStyle
-from .dense import init_bias, yolo_arguments
+from .dense import DynamicTargets, init_bias, points_and_strides, yolo_arguments
 from .rtmdet import RTMDet, SharedTower, init_normal, predictors, rtmdet_head_arguments
 
 PROTOTYPES = 8
-HIDDEN = 8  # channels between an object's layers
-LAYERS = ((PROTOTYPES + 2, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1))  # inputs, outputs of each
-WEIGHTS = [inputs * outputs for inputs, outputs in LAYERS]
-BIASES = [outputs for _, outputs in LAYERS]
-KERNEL = sum(WEIGHTS) + sum(BIASES)
-"""Numbers per object: the weights of its three 1x1 layers, then their biases."""
+KERNEL = mask_kernel_size(PROTOTYPES)
 MASK_CONVS = 4  # convolutions before the prototypes
 
 
@@ -31,15 +29,22 @@ class RTMDetIns(RTMDet):
     """RTMDet-Ins: RTMDet whose cells also predict the layers that compute the mask of their object.
 
     The layers read prototypes of stride 8, which all objects of an image share, and the coordinates
-    relative to the object's point (:func:`dynamic_masks`). Distances are ReLUs of the predictions.
+    relative to the object's point (:func:`~distill.nets.assign.dynamic_masks`). Distances are ReLUs
+    of the predictions.
     ``MODEL.MASK_ON`` must be True, or detectron2 loads and evaluates no masks.
 
+    Distances of points count from the centres of mass of the masks in the assignment. ``loss_mask``
+    is :func:`~distill.nets.assign.mask_loss` of all matched points, divided by their number: its
+    mean over processes, at least 1. ``INPUT.MASK_FORMAT`` bitmask saves the conversion of polygons.
+
     Args:
+        mask_loss_weight: factor of the loss of the masks.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
 
     section = Section(
         EXP_ON_REG=None,
+        MASK_LOSS_WEIGHT=Key(2.0, "factor of the loss of the masks", at_least(0)),
         SCORE_THRESH_TEST=0.05,
         TOPK_CANDIDATES_TEST=1000,
         NMS_THRESH_TEST=0.6,
@@ -52,8 +57,9 @@ class RTMDetIns(RTMDet):
     ).on_top_of(RTMDet.section)
 
     @configurable
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, mask_loss_weight: float = 2.0, **kwargs: Any):
         super().__init__(**kwargs)
+        self.mask_loss_weight = mask_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -62,7 +68,73 @@ class RTMDetIns(RTMDet):
         head = RTMDetInsHead(
             shared_box_branch=node.SHARED_BOX_BRANCH, **rtmdet_head_arguments(node, arguments)
         )
-        return {**arguments, "head": head}
+        return {
+            **arguments,
+            "head": head,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "mask_loss_weight": node.MASK_LOSS_WEIGHT,
+        }
+
+    def losses(
+        self, priors: list[Boxes], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        return super().losses(priors, predictions, [with_bit_masks(x) for x in gt_instances])
+
+    def object_centers(self, truth: Instances) -> Tensor | None:
+        return mask_centers(truth.gt_masks.tensor) if len(truth) else None
+
+    def other_losses(
+        self,
+        priors: list[Boxes],
+        predictions: Any,
+        gt_instances: list[Instances],
+        targets: DynamicTargets,
+    ) -> dict[str, Tensor]:
+        kernels = self.flat(predictions[2], KERNEL)
+        number = reduce_mean((targets.matched >= 0).sum()).clamp(min=1)
+        losses = [
+            self.mask_loss(priors, *rows, number)
+            for rows in zip(kernels, predictions[3][0], gt_instances, zip(*targets[2:]))
+        ]
+        return {"loss_mask": torch.stack(losses).sum()}
+
+    def mask_loss(
+        self,
+        priors: list[Boxes],
+        kernels: Tensor,
+        prototypes: Tensor,
+        truth: Instances,
+        targets: tuple[Tensor, Tensor],
+        number: Tensor,
+    ) -> Tensor:
+        """Return the loss of the masks of one image.
+
+        An object matches at most ``TOPK`` points. So many rows are computed for each, because to
+        count the matched ones would wait for the device.
+
+        Args:
+            priors: the priors of each level.
+            kernels: (R, 169).
+            prototypes: (8, H, W).
+            truth: the objects, with bit masks.
+            targets: (R,) quality, and (R,) row of the object or -1.
+            number: matched points in the batch.
+        """
+        (points, strides), (quality, matched) = points_and_strides(priors), targets
+        count, size = min(TOPK * len(truth), len(matched)), [2 * n for n in prototypes.shape[1:]]
+        index = quality.where(matched >= 0, -1).topk(count).indices
+        rows, counts = matched[index].clamp(0), matched[index] >= 0
+        masks = prototypes.new_zeros(0, *size)
+        if len(truth):
+            masks = sampled_masks(truth.gt_masks.tensor, *size)
+        logits = dynamic_masks(
+            kernels[index].where(counts[:, None], 0),
+            points[index],
+            strides[index],
+            prototypes,
+            self.strides[0],
+        )
+        return mask_loss(logits, masks[rows], number, self.mask_loss_weight, counts)
 
     def rows(self, predictions: Any) -> list[list[Tensor]]:
         """Return logits, and deltas together with kernels, as rows."""
@@ -102,41 +174,20 @@ class RTMDetIns(RTMDet):
         for found, prototypes in zip(results, predictions[3][0].float()):
             priors: Boxes = found.priors
             sides = priors.tensor[:, 2] - priors.tensor[:, 0]
-            masks = dynamic_masks(prototypes, found.kernels, priors.get_centers(), sides, stride)
+            masks = dynamic_masks(found.kernels, priors.get_centers(), sides, prototypes, stride)
             found.remove("priors")
             found.remove("kernels")
             found.pred_masks = ImageMasks(masks, found.image_size, stride)
         return results
 
 
-def dynamic_masks(
-    prototypes: Tensor, kernels: Tensor, points: Tensor, strides: Tensor, mask_stride: int = 8
-) -> Tensor:
-    """Return the mask logits of objects, (P, H, W).
-
-    An object's three 1x1 layers, with ReLUs between them, read the coordinates relative to its
-    point and the prototypes. A coordinate is (point − cell) / (8 · stride), first x, then y, and a
-    cell is at its top left corner.
-
-    Args:
-        prototypes: (8, H, W).
-        kernels: (P, 169) weights of the layers, row by row for each output, then biases.
-        points: (P, 2) x, y of the objects' points in pixels.
-        strides: (P,) strides of the levels of the points.
-        mask_stride: stride of the prototypes.
-    """
-    height, width = prototypes.shape[1:]
-    y, x = (mask_stride * torch.arange(n, device=points.device) for n in (height, width))
-    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
-    relative = (points[:, :, None, None] - grid) / (8 * strides[:, None, None, None])
-    layers = torch.cat([relative, prototypes.expand(len(points), -1, -1, -1)], 1).flatten(2)
-    parts = kernels.split(WEIGHTS + BIASES, 1)
-    for k, (inputs, outputs) in enumerate(LAYERS):
-        weight = parts[k].view(-1, outputs, inputs)
-        layers = torch.baddbmm(parts[len(LAYERS) + k][:, :, None], weight, layers)
-        if k < len(LAYERS) - 1:
-            layers = layers.relu()
-    return layers.view(-1, height, width)
+def with_bit_masks(truth: Instances) -> Instances:
+    """Return objects whose polygons are converted to bit masks on the device of the boxes."""
+    if len(truth) == 0 or isinstance(truth.gt_masks, BitMasks):
+        return truth
+    masks = BitMasks.from_polygon_masks(truth.gt_masks, *truth.image_size)
+    fields = {**truth.get_fields(), "gt_masks": masks.to(truth.gt_boxes.device)}
+    return Instances(truth.image_size, **fields)
 
 
 class ImageMasks(ROIMasks):

@@ -10,10 +10,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..section import Key, Rule, Section
-from .dense import YOLO_SECTION, ObjectnessDetector, input_shapes, yolo_arguments
+from ..section import Key, Rule, Section, at_least, list_of
+from .assign import yolov5_boxes, yolov5_loss
+from .dense import YOLO_SECTION, ObjectnessDetector, Targets, input_shapes, yolo_arguments
 
 Size = tuple[float, float]
 
@@ -30,8 +33,10 @@ SIZES_PER_LEVEL = Rule(
     ),
     "one list per level, of equally many [width, height] above 0",
 )
+ABOVE_1 = Rule(lambda x: x > 1, "above 1")
 OBJECTS = 8  # objects that a new head expects in an image of IMAGE x IMAGE pixels
 IMAGE = 640
+LEVELS, CLASSES = 3, 80  # for which the authors' factors of the losses hold
 CLASS_SHARE = 0.6  # sum of the class probabilities that a new head gives to an object
 
 
@@ -47,8 +52,21 @@ class YOLOv5(ObjectnessDetector):
     right, which needs no offset afterwards. They keep 30000 boxes of all levels together for NMS;
     here this limit holds per level.
 
+    The losses are those of :func:`~distill.nets.assign.yolov5_loss`, ``loss_box_reg``, ``loss_obj``
+    and ``loss_cls``. As in the authors' code they are multiplied by the number of images of all
+    processes. So the gradient is that of a sum over images, and learning rates are smaller than
+    those of means. Three factors follow from the data: 3 / levels for all, K / 80 for the classes,
+    and height · width / 640² of the padded images for the objectness.
+
+    Means over matches are those of each process. Only the objectness has, with images of one size,
+    the gradient of one process with the joint batch.
+
     Args:
         prior_sizes: (width, height) in pixels of the anchors of each level.
+        anchor_ratio: an anchor fits a box if their sides differ by a smaller factor.
+        balance: weight of the objectness of each level.
+        box_loss_weight, obj_loss_weight, cls_loss_weight: factors of the losses for 80 classes,
+            three levels and images of 640 x 640 pixels.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
 
@@ -57,30 +75,118 @@ class YOLOv5(ObjectnessDetector):
         NORM=None,
         PRIOR_PROB=None,
         NMS_THRESH_TEST=0.6,
+        ANCHOR_RATIO=Key(
+            4.0, "an anchor fits a box if no side differs by this factor or more", ABOVE_1
+        ),
+        OBJ_BALANCE=Key(
+            [4.0, 1.0, 0.4], "weight of the objectness of each level", list_of(at_least(0))
+        ),
+        BOX_LOSS_WEIGHT=Key(0.05, "factor of the CIoU loss", at_least(0)),
+        OBJ_LOSS_WEIGHT=Key(
+            1.0, "factor of the objectness loss at 640 x 640; 0.7 for m, l and x", at_least(0)
+        ),
+        CLS_LOSS_WEIGHT=Key(
+            0.5, "factor of the class loss for 80 classes; 0.3 for m, l and x", at_least(0)
+        ),
         ANCHORS=Key(
             ANCHORS, "width and height in pixels of the anchors of each level", SIZES_PER_LEVEL
         ),
     ).on_top_of(YOLO_SECTION)
 
     @configurable
-    def __init__(self, *, prior_sizes: Sequence[Sequence[Size]], **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        prior_sizes: Sequence[Sequence[Size]],
+        anchor_ratio: float = 4.0,
+        balance: Sequence[float] = (4.0, 1.0, 0.4),
+        box_loss_weight: float = 0.05,
+        obj_loss_weight: float = 1.0,
+        cls_loss_weight: float = 0.5,
+        **kwargs: Any,
+    ):
         transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
         super().__init__(prior_sizes=prior_sizes, box2box_transform=transform, **kwargs)
+        self.anchor_ratio = anchor_ratio
+        self.balance = balance
+        self.gains = (box_loss_weight, obj_loss_weight, cls_loss_weight)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.YOLOV5
         arguments = yolo_arguments(cfg, node)
         inputs = input_shapes(arguments)
-        if len(node.ANCHORS) != len(inputs):
-            raise ValueError(
-                f"MODEL.YOLOV5.ANCHORS has {len(node.ANCHORS)} levels; the head reads "
-                f"{len(inputs)}: {', '.join(node.IN_FEATURES)}"
-            )
+        for key in ("ANCHORS", "OBJ_BALANCE"):
+            if len(node[key]) != len(inputs):
+                raise ValueError(
+                    f"MODEL.YOLOV5.{key} has {len(node[key])} levels; the head reads "
+                    f"{len(inputs)}: {', '.join(node.IN_FEATURES)}"
+                )
         head = YOLOv5Head(
             input_shape=inputs, num_classes=node.NUM_CLASSES, anchor_sizes=node.ANCHORS
         )
-        return {**arguments, "head": head, "prior_sizes": node.ANCHORS}
+        return {
+            **arguments,
+            "head": head,
+            "prior_sizes": node.ANCHORS,
+            "anchor_ratio": node.ANCHOR_RATIO,
+            "balance": list(node.OBJ_BALANCE),
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "obj_loss_weight": node.OBJ_LOSS_WEIGHT,
+            "cls_loss_weight": node.CLS_LOSS_WEIGHT,
+        }
+
+    def losses(
+        self, priors: list[Boxes], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
+        maps = [self._joint_map(*x) for x in zip(predictions[0], *predictions[2:])]
+        truth = [{"gt_boxes": x.gt_boxes.tensor, "gt_classes": x.gt_classes} for x in gt_instances]
+        self.dynamic_targets(maps, truth)  # the loss does not read them, but heads do
+        losses = yolov5_loss(
+            gains=self._gains(maps), balance=self.balance, **self._fit(maps, truth)
+        )
+        images = len(truth) * comm.get_world_size()
+        names = {"loss_box_reg": "box", "loss_obj": "obj", "loss_cls": "cls"}
+        return {name: images * losses[key] for name, key in names.items()}
+
+    @torch.no_grad()
+    def dynamic_targets(self, maps: list[Tensor], truth: list[dict[str, Tensor]]) -> Targets:
+        """Return one target per prediction, see :func:`~distill.nets.assign.yolov5_boxes`.
+
+        Args:
+            maps: (N, A, Hi, Wi, 5 + K) per level.
+            truth: ``gt_boxes`` and ``gt_classes`` of each image.
+        """
+        levels = yolov5_boxes(**self._fit(maps, truth))
+        rows = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in levels], 1)
+        boxes, labels = (torch.cat([x[name] for x in truth]) for name in ("gt_boxes", "gt_classes"))
+        # Row -1 is an entry for the background.
+        boxes = torch.cat([boxes, boxes.new_zeros(1, 4)])
+        labels = torch.cat([labels, labels.new_full((1,), self.num_classes)])
+        return Targets(labels[rows], boxes[rows])
+
+    def _joint_map(self, logits: Tensor, objectness: Tensor, raw: Tensor) -> Tensor:
+        """Return the (N, A, H, W, 5 + K) map of a level from the head's outputs."""
+        shape = (objectness.shape[1], -1)
+        parts = (raw.unflatten(1, shape), objectness[:, :, None], logits.unflatten(1, shape))
+        return torch.cat([x.float() for x in parts], 2).movedim(2, -1)
+
+    def _fit(self, maps: list[Tensor], truth: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Return the arguments by which predictions and boxes are matched."""
+        cells = self.anchor_generator.cell_anchors
+        return {
+            "maps": maps,
+            "targets": truth,
+            "anchors": torch.stack([x[:, 2:] - x[:, :2] for x in cells]),
+            "strides": self.strides,
+            "ratio": self.anchor_ratio,
+        }
+
+    def _gains(self, maps: list[Tensor]) -> tuple[float, float, float]:
+        """Return the factors of box, objectness and classes for images of this size."""
+        box, obj, cls = (x * LEVELS / len(maps) for x in self.gains)
+        height, width = (n * self.strides[0] for n in maps[0].shape[2:4])
+        return box, obj * height * width / IMAGE**2, cls * self.num_classes / CLASSES
 
 
 class YOLOv5Head(nn.Module):

@@ -11,6 +11,7 @@ from ..quality_focal import quality_focal, soft_labels
 from .dynamic import EXCLUDED, dynamic_k, inside
 from .overlaps import generalized_iou, matched_boxes
 
+TOPK = 13  # number of IoUs whose sum gives the number of points of a box
 IOU_EPS = 1e-7  # added to the IoU before its logarithm
 IOU_WEIGHT = 3.0  # factor of −log IoU in the cost
 CENTRE_BASE, CENTRE_RADIUS = 10.0, 3.0  # the centre cost is base^(distance in strides − radius)
@@ -25,7 +26,7 @@ def dynamic_soft_labels(
     gt_boxes: Tensor,
     gt_classes: Tensor,
     gt_centers: Tensor | None = None,
-    topk: int = 13,
+    topk: int = TOPK,
 ) -> tuple[Tensor, Tensor]:
     """Assign points to the boxes of one image with RTMDet's dynamic soft labels (Sec. 3.3).
 

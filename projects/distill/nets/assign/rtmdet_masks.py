@@ -66,22 +66,52 @@ def dynamic_masks(
     return hidden.view(len(points), height, width)
 
 
-def mask_loss(logits: Tensor, masks: Tensor, number: Tensor | float, weight: float = 2.0) -> Tensor:
+def sampled_masks(masks: Tensor, height: int, width: int) -> Tensor:
+    """Sample masks at the stride 4, one pixel in the middle of 4x4, and pad them with zeros.
+
+    Args:
+        masks: (M, h, w) bool or in [0, 1], in pixels.
+        height, width: size of the result, at least that of the sampled masks.
+
+    Returns:
+        (M, height, width) in full precision, without gradient.
+
+    Raises:
+        ValueError: if the sampled masks are larger.
+    """
+    first = MASK_STRIDE // 2
+    sampled = full_precision(masks.detach()[:, first::MASK_STRIDE, first::MASK_STRIDE])
+    down, right = height - sampled.shape[1], width - sampled.shape[2]
+    if min(down, right) < 0:
+        raise ValueError(
+            f"masks of {masks.shape[1]}x{masks.shape[2]} pixels are larger than the image, "
+            f"{MASK_STRIDE * height}x{MASK_STRIDE * width} pixels"
+        )
+    return F.pad(sampled, (0, right, 0, down))
+
+
+def mask_loss(
+    logits: Tensor,
+    masks: Tensor,
+    number: Tensor | float,
+    weight: float = 2.0,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Dice loss of RTMDet-Ins, with squares in the denominator (Milletari et al., "V-Net").
 
-    Logits are enlarged to the stride 4 and masks are sampled there, one pixel in the middle of 4x4.
-    With probabilities p and masks t::
+    Logits are enlarged to the stride 4. With probabilities p and masks t::
 
-        Σ over objects of 1 − 2 Σ p t / (Σ p² + Σ t² + 1e-5)
+        weight · Σ over objects of 1 − 2 Σ p t / (Σ p² + Σ t² + 1e-5) / number
 
     The released code weighs all objects equally. Its ``number`` is their number, a mean over
     processes, at least 1.
 
     Args:
         logits: (P, H, W) at the stride 8.
-        masks: (P, 8 · H, 8 · W) bool or in [0, 1], in pixels. No gradient reaches them.
+        masks: (P, 2 · H, 2 · W) in [0, 1], see :func:`sampled_masks`. No gradient reaches them.
         number: > 0.
         weight: factor of the loss.
+        counts: (P,) bool, False for rows that are no objects. None means that all are.
 
     Returns:
         A scalar >= 0, a connected zero without objects.
@@ -89,16 +119,15 @@ def mask_loss(logits: Tensor, masks: Tensor, number: Tensor | float, weight: flo
     Raises:
         ValueError: if the sizes do not fit.
     """
-    sampled = slice(MASK_STRIDE // 2, None, MASK_STRIDE)
-    target = full_precision(masks.detach()[:, sampled, sampled])
     size = [2 * n for n in logits.shape[1:]]
-    if [len(logits), *size] != list(target.shape):
+    if [len(logits), *size] != list(masks.shape):
         raise ValueError(
             f"masks {tuple(masks.shape)} do not fit logits {tuple(logits.shape)}: "
-            "pad the masks to 8 times the size of the logits"
+            "pad the sampled masks to twice the size of the logits"
         )
     large = F.interpolate(full_precision(logits)[:, None], size, mode="bilinear")[:, 0]
-    return weight * dice(large.sigmoid(), target).sum() / number
+    losses = dice(large.sigmoid(), full_precision(masks.detach()))
+    return weight * (losses if counts is None else losses.where(counts, 0)).sum() / number
 
 
 def dice(probability: Tensor, target: Tensor) -> Tensor:

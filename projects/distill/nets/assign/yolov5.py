@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...losses.boxes import box_centres
 from ...losses.reduce import full_precision
+from .geometric import NO_BOX
 from .overlaps import complete_iou
 
 
@@ -148,17 +149,10 @@ def yolov5_loss(
             targets and images have different numbers.
     """
     _check_levels(len(anchors), maps=maps, strides=strides, balance=balance)
-    batch = len(maps[0])
-    if len(targets) != batch:
-        raise ValueError(f"targets of {len(targets)} images do not fit maps of {batch} images")
-    maps = [full_precision(x) for x in maps]
-    dtype = maps[0].dtype
-    gt = torch.cat([x["gt_boxes"].to(dtype) for x in targets])
-    labels = [x["gt_classes"] for x in targets]
-    image = torch.cat([torch.full_like(x, i) for i, x in enumerate(labels)])
+    batch = _joined(maps, targets)
     levels = [
-        _level_losses(x, gt / s, image, torch.cat(labels), a.to(dtype) / s, ratio)
-        for x, s, a in zip(maps, strides, anchors)
+        _level_losses(x, batch.gt / s, batch.image, batch.labels, a.to(x.dtype) / s, ratio)
+        for x, s, a in zip(batch.maps, strides, anchors)
     ]
     box, obj, classes = zip(*levels)
     losses = {
@@ -166,7 +160,93 @@ def yolov5_loss(
         "obj": gains[1] * sum(weight * x for weight, x in zip(balance, obj)),
         "cls": gains[2] * sum(classes),
     }
-    return {**losses, "total": batch * sum(losses.values())}
+    return {**losses, "total": len(targets) * sum(losses.values())}
+
+
+@torch.no_grad()
+def yolov5_boxes(
+    maps: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    anchors: Tensor,
+    strides: Sequence[int],
+    ratio: float = 4.0,
+) -> list[Tensor]:
+    """Return the box whose overlap is the target of each prediction's objectness.
+
+    It is the box with the largest CIoU among those that train a prediction, and of equal ones that
+    of the lowest row. The arguments are those of :func:`yolov5_loss`.
+
+    Returns:
+        (N, A, Hi, Wi) int64 per level: row among the boxes of all images, or -1.
+    """
+    batch = _joined(maps, targets)
+    levels = []
+    for x, s, a in zip(batch.maps, strides, anchors):
+        found = _overlaps(x, batch.gt / s, batch.image, a.to(x.dtype) / s, ratio)
+        index, rows = found.places.flatten(), torch.arange(len(batch.gt), device=x.device)
+        iou = found.iou.where(found.candidates.keep, -torch.inf).flatten()
+        empty = x[..., 0].flatten()
+        best = torch.full_like(empty, -torch.inf).scatter_reduce(0, index, iou, "amax")
+        wins = (iou >= best[index]) & (iou > -torch.inf)
+        row = rows[:, None].expand(found.iou.shape).flatten().where(wins, len(rows))
+        first = torch.full_like(empty, len(rows), dtype=torch.long)
+        first = first.scatter_reduce(0, index, row, "amin")
+        levels.append(first.where(first < len(rows), NO_BOX).view(x.shape[:4]))
+    return levels
+
+
+class _Joined(NamedTuple):
+    """Maps of all levels in float32 at least, and the boxes of all images.
+
+    Attributes:
+        maps: (N, A, Hi, Wi, 5 + K) per level.
+        gt: (M, 4) XYXY in pixels.
+        labels, image: (M,) int64.
+    """
+
+    maps: list[Tensor]
+    gt: Tensor
+    labels: Tensor
+    image: Tensor
+
+
+def _joined(maps: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> _Joined:
+    batch = len(maps[0])
+    if len(targets) != batch:
+        raise ValueError(f"targets of {len(targets)} images do not fit maps of {batch} images")
+    full = [full_precision(x) for x in maps]
+    gt = torch.cat([x["gt_boxes"].to(full[0].dtype) for x in targets])
+    labels = [x["gt_classes"] for x in targets]
+    image = torch.cat([torch.full_like(x, i) for i, x in enumerate(labels)])
+    return _Joined(full, gt, torch.cat(labels), image)
+
+
+class _Overlaps(NamedTuple):
+    """The candidates of a level and what the network predicts for them.
+
+    Attributes:
+        candidates: cells of the boxes.
+        places: (A, M, 5) int64 into the N · A · H · W predictions.
+        rows: (A, M, 5, 5 + K) predictions.
+        iou: (A, M, 5) CIoU of predicted and true box.
+    """
+
+    candidates: _Candidates
+    places: Tensor
+    rows: Tensor
+    iou: Tensor
+
+
+def _overlaps(
+    predicted: Tensor, gt: Tensor, image: Tensor, anchors: Tensor, ratio: float
+) -> _Overlaps:
+    """Return all candidates of a level; the arguments are those of :func:`_level_losses`."""
+    number, height, width = predicted.shape[1:4]
+    found = _candidates((height, width), gt, anchors, ratio)
+    anchor = torch.arange(number, device=gt.device)[:, None, None]
+    index = ((image[:, None] * number + anchor) * height + found.y) * width + found.x
+    rows = predicted.flatten(0, 3)[index]
+    return _Overlaps(found, index, rows, complete_iou(*_boxes(rows, found, anchors)))
 
 
 def _level_losses(
@@ -184,12 +264,7 @@ def _level_losses(
         anchors: (A, 2) in cells.
         ratio: as in :func:`yolov5_targets`.
     """
-    number, height, width = predicted.shape[1:4]
-    found = _candidates((height, width), gt, anchors, ratio)
-    anchor = torch.arange(number, device=gt.device)[:, None, None]
-    index = ((image[:, None] * number + anchor) * height + found.y) * width + found.x
-    rows = predicted.flatten(0, 3)[index]  # (A, M, 5, 5 + K)
-    iou = complete_iou(*_boxes(rows, found, anchors))
+    found, index, rows, iou = _overlaps(predicted, gt, image, anchors, ratio)
     total = found.keep.sum().clamp(min=1)
     box = (1 - iou).where(found.keep, 0).sum() / total
 
