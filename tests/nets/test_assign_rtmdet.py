@@ -287,7 +287,7 @@ def test_masks_that_do_not_fit() -> None:
         dynamic_masks(torch.zeros(1, 168), torch.zeros(1, 2), torch.ones(1), torch.ones(8, 2, 3))
     with pytest.raises(ValueError, match="pad the sampled masks to twice the size"):
         mask_loss(torch.zeros(1, 2, 3), torch.zeros(1, 4, 5), 1.0)
-    with pytest.raises(ValueError, match="masks of 19x8 pixels are larger than .* 16x8 pixels"):
+    with pytest.raises(ValueError, match=r"masks of 19x8 pixels are larger than .* 16x8 pixels"):
         sampled_masks(torch.zeros(1, 19, 8), 4, 2)
 
 

@@ -344,13 +344,6 @@ def test_a_students_yaml_has_only_the_keys_that_are_read() -> None:
 
 
 @for_each("architecture", NETWORKS)
-def test_training_has_no_losses_yet(architecture: str) -> None:
-    model = yolo(architecture).train()
-    with pytest.raises(NotImplementedError, match=f"A {architecture} has no training losses"):
-        model([image_dict(0), image_dict(1)])
-
-
-@for_each("architecture", NETWORKS)
 def test_a_family_reads_the_dense_outputs(architecture: str) -> None:
     """The boxes that it decodes are those of the detector."""
     model = yolo(architecture)

@@ -180,7 +180,7 @@ class PriorDetector(DenseDetector):
             predictions: output of the head.
             gt_instances: the objects of each image.
         """
-        raise NotImplementedError(f"A {type(self).__name__} has no training losses.")
+        raise NotImplementedError
 
     def assign(self, priors: list[Tensor], gt: Tensor) -> Tensor:
         """Return (R,) indices of the ground-truth box of each prior, or -1.
