@@ -157,4 +157,12 @@ class DenseFamily(Family):
         return HeadFeatures(*subnets)
 
     def _dense(self, output: Sequence[Any], student: DenseOutputs | None = None) -> DenseOutputs:
+        """Return the dense outputs; if there is an objectness, its logits are those of scores.
+
+        Background has no class in the training of such a detector, so its class logits alone say
+        nothing about it.
+        """
+        if hasattr(self.model, "score_logits"):
+            logits, deltas, objectness = output[:3]
+            output = list(map(self.model.score_logits, logits, objectness)), deltas
         return dense_outputs(output, self.model.num_classes, student, box_dim(self.model))

@@ -347,6 +347,21 @@ class ObjectnessDetector(PriorDetector):
 
     score_maps = 1
 
+    def score_logits(self, logits: Tensor, objectness: Tensor) -> Tensor:
+        """Return the logits of the scores of a level, (N, A · K, H, W), in full precision.
+
+        With the logits c of a class and o of the objectness they are::
+
+            log(s / (1 − s)) with s = σ(c) · σ(o), which equals c + o − log(1 + exp(c) + exp(o))
+
+        Args:
+            logits: (N, A · K, H, W).
+            objectness: (N, A, H, W).
+        """
+        c = logits.float().unflatten(1, (objectness.shape[1], -1))
+        o = objectness.float()[:, :, None].expand_as(c)
+        return (c + o - torch.stack([torch.zeros_like(c), c, o]).logsumexp(0)).flatten(1, 2)
+
     def scores(self, logits: Tensor, *others: Tensor) -> Tensor:
         (objectness,) = others
         return logits.sigmoid() * objectness.sigmoid()
