@@ -64,7 +64,7 @@ class YOLOv5(ObjectnessDetector):
     Args:
         prior_sizes: (width, height) in pixels of the anchors of each level.
         anchor_ratio: an anchor fits a box if their sides differ by a smaller factor.
-        balance: weight of the objectness of each level.
+        obj_balance: weight of the objectness of each level.
         box_loss_weight, obj_loss_weight, cls_loss_weight: factors of the losses for 80 classes,
             three levels and images of 640 x 640 pixels.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
@@ -99,7 +99,7 @@ class YOLOv5(ObjectnessDetector):
         *,
         prior_sizes: Sequence[Sequence[Size]],
         anchor_ratio: float = 4.0,
-        balance: Sequence[float] = (4.0, 1.0, 0.4),
+        obj_balance: Sequence[float] = (4.0, 1.0, 0.4),
         box_loss_weight: float = 0.05,
         obj_loss_weight: float = 1.0,
         cls_loss_weight: float = 0.5,
@@ -108,7 +108,7 @@ class YOLOv5(ObjectnessDetector):
         transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
         super().__init__(prior_sizes=prior_sizes, box2box_transform=transform, **kwargs)
         self.anchor_ratio = anchor_ratio
-        self.balance = balance
+        self.obj_balance = obj_balance
         self.gains = (box_loss_weight, obj_loss_weight, cls_loss_weight)
 
     @classmethod
@@ -130,7 +130,7 @@ class YOLOv5(ObjectnessDetector):
             "head": head,
             "prior_sizes": node.ANCHORS,
             "anchor_ratio": node.ANCHOR_RATIO,
-            "balance": list(node.OBJ_BALANCE),
+            "obj_balance": list(node.OBJ_BALANCE),
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "obj_loss_weight": node.OBJ_LOSS_WEIGHT,
             "cls_loss_weight": node.CLS_LOSS_WEIGHT,
@@ -143,7 +143,7 @@ class YOLOv5(ObjectnessDetector):
         truth = [{"gt_boxes": x.gt_boxes.tensor, "gt_classes": x.gt_classes} for x in gt_instances]
         self.dynamic_targets(maps, truth)  # the loss does not read them, but heads do
         losses = yolov5_loss(
-            gains=self._gains(maps), balance=self.balance, **self._fit(maps, truth)
+            gains=self._gains(maps), balance=self.obj_balance, **self._fit(maps, truth)
         )
         images = len(truth) * comm.get_world_size()
         names = {"loss_box_reg": "box", "loss_obj": "obj", "loss_cls": "cls"}
