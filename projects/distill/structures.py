@@ -8,7 +8,7 @@ Shape shorthand:
     K: foreground classes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -275,6 +275,10 @@ class NetworkInfo:
     def outer_maps(self) -> dict[str, ShapeSpec]:
         """The maps without those inside the neck."""
         return {name: shape for name, shape in self.maps.items() if name not in self.inner}
+
+    def channels_of(self, levels: Iterable[str]) -> list[int]:
+        """Return the different numbers of channels of some features, in ascending order."""
+        return sorted({self.features[name].channels for name in levels})
 
     @property
     def has_boxes(self) -> bool:

@@ -286,12 +286,12 @@ def test_yolov5_counts_the_images_of_all_processes() -> None:
 
 
 def test_yolov5s_target_of_a_prediction() -> None:
-    """Of several boxes it is the one with the largest CIoU."""
+    """The box with the largest CIoU wins."""
     anchors = torch.tensor([[[8.0, 8.0]]])
     prediction = torch.zeros(1, 1, 4, 4, 6)  # centre of the cell, side of the anchor
     exact = torch.tensor([[8.0, 8, 16, 16]])
-    targets = [{"gt_boxes": torch.cat([exact + 1, exact, exact]), "gt_classes": torch.zeros(3)}]
-    targets[0]["gt_classes"] = torch.zeros(3, dtype=torch.long)
+    boxes, classes = torch.cat([exact + 1, exact, exact]), torch.zeros(3, dtype=torch.long)
+    targets = [{"gt_boxes": boxes, "gt_classes": classes}]
     (found,) = yolov5_boxes([prediction], targets, anchors, [8])
     expected = torch.full((4, 4), -1)
     expected[1, 1] = 1  # the exact box, and of two equal ones the first

@@ -49,7 +49,7 @@ class YOLOX(ObjectnessDetector, DynamicDetector):
     authors use it in the last 15 epochs.
 
     Args:
-        variant: of the assignment, ``"paper"`` or ``"repository"``.
+        variant: variant of SimOTA, ``"paper"`` or ``"repository"``.
         box_loss_weight: factor of the IoU loss.
         l1_from_iter: first iteration with the L1 loss; -1: none.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
