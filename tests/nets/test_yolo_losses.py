@@ -285,6 +285,19 @@ def test_yolov5_counts_the_images_of_all_processes() -> None:
     assert {k: 2 * v.item() for k, v in alone.items()} == {k: v.item() for k, v in both.items()}
 
 
+@for_each("mean, divisor", [(0.25, 1.0), (8.0, 8.0)])
+def test_rtmdet_bounds_the_mean_over_processes(mean: float, divisor: float) -> None:
+    """The released code takes the mean first, so less than one object per process is one."""
+    found = []
+    for value in (1.0, mean):
+        means = [patch(f"distill.nets.{x}.reduce_mean") for x in ("rtmdet", "rtmdet_ins")]
+        with means[0] as first, means[1] as second:
+            first.return_value = second.return_value = torch.tensor(value)
+            found.append(forward("RTMDetIns", [image(0)])[0])
+    for name, x in found[0].items():
+        assert found[1][name].item() == pytest.approx(x.item() / divisor), name
+
+
 def test_yolov5s_target_of_a_prediction() -> None:
     """The box with the largest CIoU wins."""
     anchors = torch.tensor([[[8.0, 8.0]]])
