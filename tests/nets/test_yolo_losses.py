@@ -383,6 +383,13 @@ def test_polygons_are_masks() -> None:
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
 
 
+def test_objects_without_masks() -> None:
+    inputs = image(0)
+    inputs["instances"].remove("gt_masks")
+    with pytest.raises(ValueError, match=r"set MODEL\.MASK_ON to True"):
+        forward("RTMDetIns", [inputs])
+
+
 def test_levels_without_a_weight() -> None:
     with pytest.raises(
         ValueError, match=r"MODEL.YOLOV5.OBJ_BALANCE has 2 levels; the head reads 3"

@@ -182,8 +182,18 @@ class RTMDetIns(RTMDet):
 
 
 def with_bit_masks(truth: Instances) -> Instances:
-    """Return objects whose polygons are converted to bit masks on the device of the boxes."""
-    if len(truth) == 0 or isinstance(truth.gt_masks, BitMasks):
+    """Return objects whose polygons are converted to bit masks on the device of the boxes.
+
+    Raises:
+        ValueError: if there are objects without masks.
+    """
+    if len(truth) == 0:
+        return truth
+    if not truth.has("gt_masks"):
+        raise ValueError(
+            "RTMDetIns learns masks, and the loaded objects have none; set MODEL.MASK_ON to True"
+        )
+    if isinstance(truth.gt_masks, BitMasks):
         return truth
     masks = BitMasks.from_polygon_masks(truth.gt_masks, *truth.image_size)
     fields = {**truth.get_fields(), "gt_masks": masks.to(truth.gt_boxes.device)}
