@@ -8,7 +8,7 @@ Shape shorthand:
     K: foreground classes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -233,6 +233,8 @@ class NetworkInfo:
         sem_seg: channels and stride of the semantic head's features; None without such a head.
         sem_seg_classes: class names in the order of the semantic head's logits.
         shallow: names of the features that have a shallow map in ``NetworkOutputs.shallow``.
+        inner: names of the features inside the neck, which are compared only if a config names
+            them.
         dense: layout of the dense head; None without such a head.
         last_layers: function that returns the last layers of the dense head, given the number of
             convolutions of each subnet to keep. The layers turn maps before an activation, one list
@@ -254,6 +256,7 @@ class NetworkInfo:
     sem_seg: ShapeSpec | None = None
     sem_seg_classes: tuple[str, ...] = ()
     shallow: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
     dense: DenseLayout | None = None
     last_layers: Callable[[int], Callable[..., list[Tensor]]] | None = None
     box_in_features: tuple[str, ...] = ()
@@ -271,6 +274,15 @@ class NetworkInfo:
     def maps(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each of ``NetworkOutputs.maps``."""
         return {**self.features, **({SEM_SEG_HEAD: self.sem_seg} if self.sem_seg else {})}
+
+    @property
+    def outer_maps(self) -> dict[str, ShapeSpec]:
+        """The maps without those inside the neck."""
+        return {name: shape for name, shape in self.maps.items() if name not in self.inner}
+
+    def channels_of(self, levels: Iterable[str]) -> list[int]:
+        """Return the different numbers of channels of some features, in ascending order."""
+        return sorted({self.features[name].channels for name in levels})
 
     @property
     def has_boxes(self) -> bool:

@@ -1,5 +1,7 @@
 """Dense families read the student's own assignment and maps inside its head."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from detectron2.structures import Boxes
@@ -10,6 +12,7 @@ from distill.families import build_family
 from distill.modeling.teacher import Teacher
 from tests.support.networks import (
     DENSE,
+    YOLO,
     image_dict,
     network_info,
     outspoken_model,
@@ -17,12 +20,13 @@ from tests.support.networks import (
     tiny_model,
 )
 
-FAMILIES = ("retinanet", *DENSE)
-SECTIONS = {"retinanet": "RETINANET", **{k: v.upper() for k, v in DENSE.items()}}
-WITH_SUBNETS = [f for f in FAMILIES if f != "reppoints"]
+FAMILIES = ("retinanet", *DENSE, *YOLO)
+SECTIONS = {"retinanet": "RETINANET", **{k: v.upper() for k, v in (DENSE | YOLO).items()}}
+WITH_SUBNETS = [f for f in FAMILIES if f not in ("reppoints", *YOLO)]
 ASSIGNMENTS = {
     **dict.fromkeys(("retinanet", "fcos"), "label_anchors"),
     **dict.fromkeys(("atss", "gfl"), "targets"),
+    **dict.fromkeys(YOLO, "dynamic_targets"),
     "reppoints": "refine_targets",  # by which the classes are trained
 }
 NEEDS = frozenset({"features", "dense", "targets", "head_features"})
@@ -38,7 +42,8 @@ def image_dicts():
 
 
 def tall(family, *opts, convs=3, **kw):
-    return outspoken_model(family, f"MODEL.{SECTIONS[family]}.NUM_CONVS", convs, *opts, **kw)
+    depth = () if family == "yolov5" else (f"MODEL.{SECTIONS[family]}.NUM_CONVS", convs)
+    return outspoken_model(family, *depth, *opts, **kw)
 
 
 def heard(model, needs=NEEDS, inputs=None):
@@ -54,6 +59,10 @@ def own_targets(model, features, instances):
     """(N, R) labels and (N, R, 4) boxes by the model's own method."""
     maps = [features[f] for f in model.head_in_features]
     anchors = model.anchor_generator(maps)
+    if hasattr(model, "dynamic_targets"):
+        with patch.object(model, "dynamic_targets", wraps=model.dynamic_targets) as method:
+            model.losses(anchors, model.head(maps), instances)
+        return model.dynamic_targets(*method.call_args.args)[:2]
     if hasattr(model, "refine_targets"):
         first = model.flat(model.head(maps)[2], 4)
         boxes = model.decoded(first, Boxes.cat(anchors).tensor.expand_as(first))

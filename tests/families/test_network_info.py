@@ -7,11 +7,13 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 
 from distill.heads import FGFI, LGD, MasKD
+from distill.nets.dense import CellTransform
 from distill.nets.gfl import Integral
-from distill.nets.reppoints import CellTransform
+from distill.nets.rtmdet import DistanceTransform
 from tests.support.networks import (
     FAMILIES,
     PAFPN,
+    YOLO,
     network_info,
     outspoken_model,
     tiny_fcos,
@@ -21,7 +23,7 @@ from tests.support.networks import (
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 STRIDES = [4, 8, 16, 32, 64]
 R_CNN = ("faster", "mask", "cascade", "panoptic")
-DENSE = ("retinanet", "fcos", "atss", "gfl", "reppoints")
+DENSE = ("retinanet", "fcos", "atss", "gfl", "reppoints", *YOLO)
 KINDS = {
     **{k: ["GeneralizedRCNN"] for k in ("faster", "mask", "cascade")},
     "panoptic": ["PanopticFPN", "GeneralizedRCNN"],
@@ -29,6 +31,10 @@ KINDS = {
     "fcos": ["FCOS", "FCOS", "DenseDetector"],  # ours and detectron2's
     **{k: [v, "PriorDetector", "DenseDetector"] for k, v in (("atss", "ATSS"), ("gfl", "GFL"))},
     "reppoints": ["RepPoints", "PriorDetector", "DenseDetector"],
+    "rtmdet": ["RTMDet", "DynamicDetector", "PriorDetector", "DenseDetector"],
+    "rtmdet_ins": ["RTMDetIns", "RTMDet", "DynamicDetector", "PriorDetector", "DenseDetector"],
+    "yolox": ["YOLOX", "ObjectnessDetector", "DynamicDetector", "PriorDetector", "DenseDetector"],
+    "yolov5": ["YOLOv5", "ObjectnessDetector", "PriorDetector", "DenseDetector"],
     "semantic": ["SemanticSegmentor"],
 }
 
@@ -58,13 +64,15 @@ def test_a_field_is_there_where_its_outputs_are(family):
 def test_the_layout_of_the_dense_head(family):
     layout = info_of(family).dense
     assert layout.objectness == (family in R_CNN)
-    assert layout.levels == LEVELS and layout.strides == STRIDES
-    number = 3 if family in (*R_CNN, "retinanet") else 1
-    assert [x.shape for x in layout.anchors] == [(number, 4)] * 5
+    part = slice(1, 4) if family in YOLO else slice(None)
+    assert layout.levels == LEVELS[part] and layout.strides == STRIDES[part]
+    number = 3 if family in (*R_CNN, "retinanet", "yolov5") else 1
+    assert [x.shape for x in layout.anchors] == [(number, 4)] * len(layout.levels)
     assert all(x.device.type == "cpu" and not x.requires_grad for x in layout.anchors)
     expected = {"reppoints": (0.4, 0.5), **dict.fromkeys(R_CNN, (0.3, 0.7))}
     assert layout.thresholds == expected.get(family, (0.4, 0.5))
-    assert layout.offset == (0.0 if family in (*R_CNN, "retinanet") else 0.5)
+    corner = family in (*R_CNN, "retinanet", "rtmdet", "rtmdet_ins")
+    assert layout.offset == (0.0 if corner else 0.5)
 
 
 def test_values_of_the_layout_are_the_configs():
@@ -83,6 +91,9 @@ def test_values_of_the_layout_are_the_configs():
         ("atss", (Box2BoxTransform, (10.0, 10.0, 5.0, 5.0)), 4),
         ("fcos", (Box2BoxTransformLinear, None), 4),
         ("reppoints", (CellTransform, None), 4),
+        ("rtmdet", (DistanceTransform, None), 4),
+        ("yolox", (Box2BoxTransform, (1.0, 1.0, 1.0, 1.0)), 4),
+        ("yolov5", (Box2BoxTransform, (1.0, 1.0, 1.0, 1.0)), 4),
         ("gfl", None, 68),
     ],
 )
@@ -102,6 +113,7 @@ def test_the_encoding_of_a_box(family, encoding, box_dim):
         ("fcos", ([16], [16]), True),
         ("atss", ([16], [16]), True),
         ("reppoints", None, False),
+        *((family, None, False) for family in YOLO),
         ("faster", None, False),
     ],
 )

@@ -33,6 +33,7 @@ from tests.support.networks import (
     FAMILIES,
     HEADS,
     STOCK_P3_P7,
+    YOLO,
     distill_opts,
     distilled,
     distilled_from_itself,
@@ -68,7 +69,7 @@ IMA_SCOPES = {
     "mask": ("image", "box", "mask"),
     "cascade": ("image", "box", "mask"),
     "panoptic": ("image", "box", "mask", "class"),
-    **dict.fromkeys(("retinanet", *DENSE), ("image", "box")),
+    **dict.fromkeys(("retinanet", *DENSE, *YOLO), ("image", "box")),
     "semantic": ("image", "class"),
 }
 

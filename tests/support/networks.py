@@ -26,15 +26,17 @@ from distill.modeling.teacher import Teacher
 from distill.structures import Batch, NetworkInfo, NetworkOutputs
 
 DENSE = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}
-FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE, "semantic")
+YOLO = {"rtmdet": "RTMDet", "rtmdet_ins": "RTMDetIns", "yolox": "YOLOX", "yolov5": "YOLOv5"}
+FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE, *YOLO, "semantic")
 ARCHITECTURES = {
     **DENSE,
+    **YOLO,
     "retinanet": "RetinaNet",
     "semantic": "SemanticSegmentor",
     "panoptic": "PanopticFPN",
 }
 DISTILL_ARCHITECTURES = {
-    **dict.fromkeys(DENSE, "DistillRetinaNet"),
+    **dict.fromkeys((*DENSE, *YOLO), "DistillRetinaNet"),
     "retinanet": "DistillRetinaNet",
     "semantic": "DistillSemanticSegmentor",
 }
@@ -58,6 +60,11 @@ HEADS: dict[str, tuple[str, ...]] = {
     "atss": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD"),
     "gfl": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD", "GID", "LD"),
     "reppoints": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
+    **dict.fromkeys(YOLO, ("FitNet", "IMA", "MKD", "TID", "DenseKD", "GID", "LGD")),
+    "yolov5": (
+        *("FitNet", "IMA", "MKD", "TID", "DenseKD"),
+        *("GID", "CWD", "MasKD", "LGD", *FEATURE_HEADS),
+    ),
     "semantic": (
         *("FitNet", "IMA", "MKD", "CWD", "CWDLogits", "PixelKD"),
         *("SKD", "IFVD", "CIRKD", "MasKDLogits", "PKD", "MGD"),
@@ -88,6 +95,11 @@ PREDICTORS = (
     "head.init_points",
     "head.refine_conv",
     "head.refine_points",
+    "head.objectness",
+    "head.kernel_pred",
+    "head.prototypes",
+    "head.predictors",
+    *("head.cls_tower", "head.reg_tower", "head.kernel_towers", "head.mask_tower", "head.fuse"),
 )
 
 
@@ -102,7 +114,7 @@ def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> 
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.PIXEL_STD = [57.0, 57.0, 57.0]
-    cfg.MODEL.MASK_ON = family in ("mask", "cascade", "panoptic")
+    cfg.MODEL.MASK_ON = family in ("mask", "cascade", "panoptic", "rtmdet_ins")
     cfg.MODEL.BACKBONE.NAME = "build_shallow_resnet_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.DEPTH = 10
@@ -136,6 +148,12 @@ def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> 
         section.IN_FEATURES = levels
         section.NUM_CONVS = 1
         section.NORM = ""
+    for name in YOLO.values():  # on the levels of their own necks
+        section = cfg.MODEL[name.upper()]
+        section.NUM_CLASSES = NUM_CLASSES
+        if name != "YOLOv5":
+            section.NUM_CONVS = 1
+            section.NORM = ""
     cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"
     cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = levels[:4]
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = NUM_CLASSES + 1
@@ -183,6 +201,8 @@ def outspoken_model(family: str, *opts: Any, seed: int = 0, **kw: Any) -> nn.Mod
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and any(x in name for x in PREDICTORS):
             nn.init.normal_(parameter, std=0.1)
+        elif "head.objectness" in name:  # its bias gives all scores a hundredth
+            nn.init.zeros_(parameter)
     return model
 
 

@@ -20,6 +20,7 @@ from distill.engine.evaluators import metric_names
 from distill.launch.main import main
 from tests.support.networks import (
     DENSE,
+    YOLO,
     distill_opts,
     image_dict,
     outspoken_model,
@@ -72,7 +73,7 @@ def trainable_cfg(family: str, shapes: Shapes, output: Path, *opts: Any, **kw: A
     """:func:`tiny_cfg` with the data of :func:`shapes`, registered, and a short schedule."""
     cfg = tiny_cfg(family, **kw)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8
-    for name in ("RetinaNet", *DENSE.values()):
+    for name in ("RetinaNet", *DENSE.values(), *YOLO.values()):
         cfg.MODEL[name.upper()].NUM_CLASSES = 8
     cfg.DATASETS.COCO_FORMAT = (shapes,)
     cfg.DATASETS.TRAIN = (shapes[0],)

@@ -31,7 +31,7 @@ KEYS: dict[str, Key] = {
         "",
         "student of META_ARCHITECTURE DistillRCNN, DistillRetinaNet or DistillSemanticSegmentor, "
         "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor: PanopticFPN, FCOS, ATSS, "
-        "GFL or RepPoints",
+        "GFL, RepPoints, RTMDet, RTMDetIns, YOLOX or YOLOv5",
         TEXT,
     ),
     "MODEL.DISTILL.HEADS": Key(

@@ -91,6 +91,7 @@ class Family:
             sem_seg=self.sem_seg_shape,
             sem_seg_classes=sem_seg_classes,
             shallow=tuple(self.shallow_names),
+            inner=tuple(getattr(self.model.backbone, "inner_features", ())),
         )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
@@ -128,6 +129,8 @@ class Family:
     def preprocess(self, inputs: list[Tensor], padded_size: tuple[int, int]) -> Tensor:
         """Normalise, pad and batch images for this network.
 
+        A network with a ``pad_value`` is padded before it is normalised.
+
         Args:
             inputs: one (C, H, W) tensor per image in this network's channel order.
             padded_size: (height, width) that the result covers at least; this network's own
@@ -140,10 +143,13 @@ class Family:
             ConfigError: if the padded size exceeds the fixed square that this network pads to.
         """
         model = self.model
-        images = [(x.to(model.device) - model.pixel_mean) / model.pixel_std for x in inputs]
+        images = [x.to(model.device) for x in inputs]
+        pad_value = getattr(model, "pad_value", None)
+        if pad_value is None:
+            images = [(x - model.pixel_mean) / model.pixel_std for x in images]
         # The first image, padded, carries the whole batch to the padded size.
         first = images[0]
-        images[0] = first.new_zeros(len(first), *padded_size)
+        images[0] = first.new_full((len(first), *padded_size), pad_value or 0.0)
         images[0][:, : first.shape[1], : first.shape[2]] = first
         padding = model.backbone.padding_constraints
         square = padding.get("square_size", 0)
@@ -153,4 +159,7 @@ class Family:
                 f"{padded_size[0]} x {padded_size[1]}; lower MODEL.DISTILL.TEACHER.SCALE or "
                 "INPUT.MAX_SIZE_TRAIN, or take another teacher."
             )
-        return ImageList.from_tensors(images, model.backbone.size_divisibility, 0.0, padding).tensor
+        padded = ImageList.from_tensors(
+            images, model.backbone.size_divisibility, pad_value or 0.0, padding
+        ).tensor
+        return padded if pad_value is None else (padded - model.pixel_mean) / model.pixel_std

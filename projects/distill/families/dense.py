@@ -77,7 +77,7 @@ class DenseFamily(Family):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         # RepPoints assigns twice; the second assignment is that of its classes.
-        methods = ("refine_targets", "label_anchors", "targets")
+        methods = ("dynamic_targets", "refine_targets", "label_anchors", "targets")
         self.assignment = next((f"{k}()" for k in methods if hasattr(model, k)), None)
         self.subnets = {
             f"head.{name}": before_activations(subnet)
@@ -124,7 +124,7 @@ class DenseFamily(Family):
             outputs.head_features = self._head_features(recorder)
         if "targets" in needs and self.assignment:
             assigned = recorder[self.assignment].output  # detectron2's: lists, one entry per image
-            labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned)
+            labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned[:2])
             outputs.targets = DenseTargets(labels, boxes)
         decode_dense(self.model, outputs, needs)
         return outputs
@@ -162,4 +162,12 @@ class DenseFamily(Family):
         return HeadFeatures(*subnets)
 
     def _dense(self, output: Sequence[Any], student: DenseOutputs | None = None) -> DenseOutputs:
+        """Return the dense outputs; if there is an objectness, its logits are those of scores.
+
+        Background has no class in the training of such a detector, so its class logits alone say
+        nothing about it.
+        """
+        if hasattr(self.model, "score_logits"):
+            logits, deltas, objectness = output[:3]
+            output = list(map(self.model.score_logits, logits, objectness)), deltas
         return dense_outputs(output, self.model.num_classes, student, box_dim(self.model))

@@ -132,7 +132,8 @@ class FPNDistillHead(DistillHead):
         ret.pop("in_features", None)
         names = cls.level_names(cfg, student)
         key = f"MODEL.DISTILL.{cls.__name__.upper()}.IN_FEATURES"
-        ret["levels"] = match_levels(student.maps, teacher.maps, names, key)
+        maps = student.maps if names else student.outer_maps
+        ret["levels"] = match_levels(maps, teacher.maps, names, key)
         ret["channels"] = [
             (student.maps[x.student].channels, teacher.maps[x.teacher].channels)
             for x in ret["levels"]

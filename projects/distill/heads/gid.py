@@ -8,6 +8,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..losses import general_instances, gid_feature, gid_relation, gid_response
 from ..losses.boxes import expected_distances, pairwise_iou
 from ..losses.reduce import full_precision
@@ -89,8 +90,15 @@ class GID(DenseFPNHead):
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo
     ) -> dict[str, Any]:
         layout = layout_of(student)
+        arguments = super().from_config(cfg, student, teacher)
+        channels = student.channels_of(layout.levels)
+        if arguments["shared_adapter"] and len(channels) > 1:
+            raise ConfigError(
+                "MODEL.DISTILL.GID.SHARED_ADAPTER is True, but the student's levels have different "
+                f"channels: {channels}; set it to False."
+            )
         return {
-            **super().from_config(cfg, student, teacher),
+            **arguments,
             "strides": layout.strides,
             "grids": AnchorGrids(layout),
             "threshold": layout.thresholds[1],
@@ -108,6 +116,9 @@ class GID(DenseFPNHead):
         encodings = [x.box_encoding if x.reg_max is None else "distances" for x in layouts]
         if encodings[0] != encodings[1]:
             return "it compares box deltas, and the networks encode boxes in different ways"
+        channels = teacher.channels_of(layout_of(teacher).levels)
+        if len(channels) > 1:
+            return f"it stacks crops of all levels; the teacher's have {channels} channels"
         return None
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:

@@ -227,6 +227,9 @@ class LGD(DistillHead):
             return f"a {student.kind} has no ground-truth boxes"
         if student.detector_losses is None:
             return "the student has no RPN, whose losses it needs"
+        channels = student.channels_of(student.detector_levels)
+        if len(channels) > 1:
+            return f"its teacher is one for all levels; the student's have {channels} channels"
         return super().problem(student, teacher)
 
     def losses(self, student: NetworkOutputs, teacher: Any) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ class DistillRCNN(DistillModel):
 
 @META_ARCH_REGISTRY.register()
 class DistillRetinaNet(DistillModel):
-    """Students: every ``DenseDetector`` (RetinaNet, FCOS, ATSS, GFL, RepPoints)."""
+    """Students: every ``DenseDetector`` (RetinaNet, FCOS, ATSS, GFL, RTMDet, YOLOX, ...)."""
 
     family_type = DenseFamily
     student_architecture = "RetinaNet"

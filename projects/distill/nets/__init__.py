@@ -2,8 +2,8 @@
 
 Stock detectron2 can load a student that uses one of these networks after ``import distill.nets``.
 If its ``student.yaml`` has keys of this package, call ``distill.nets.add_nets_config(cfg)``
-first. These are the keys of dense detectors, timm backbones, dilated backbones and the semantic
-heads.
+first. These are the keys of dense detectors, of the semantic heads, and of the backbones of timm,
+CSPNeXt, CSPDarknet and dilated ResNets.
 """
 
 from . import necks
@@ -16,17 +16,25 @@ from .pafpn import PAFPN
 from .pspnet import PSPHead
 from .reppoints import RepPoints
 from .resnet import build_dilated_resnet_backbone, build_shallow_resnet_backbone
+from .rtmdet import RTMDet
+from .rtmdet_ins import RTMDetIns
 from .timm import TimmBackbone, build_timm_backbone
+from .yolov5 import YOLOv5
+from .yolox import YOLOX
 
 __all__ = [
     "ATSS",
     "FCOS",
     "GFL",
     "PAFPN",
+    "YOLOX",
     "ASPPHead",
     "PSPHead",
+    "RTMDet",
+    "RTMDetIns",
     "RepPoints",
     "TimmBackbone",
+    "YOLOv5",
     "add_config_read_by",
     "add_nets_config",
     "build_dilated_resnet_backbone",

@@ -5,11 +5,19 @@ from detectron2.projects.deeplab import add_deeplab_config
 
 from ..section import SWITCH, TEXT, WHOLES, Key, add_keys, at_least
 from .atss import ATSS
+from .csp_pan import CSP_SECTION, CSPDARKNET_SECTION
 from .fcos import FCOS
 from .gfl import GFL
 from .reppoints import RepPoints
+from .rtmdet import RTMDet
+from .rtmdet_ins import RTMDetIns
+from .yolov5 import YOLOv5
+from .yolox import YOLOX
 
-_DETECTORS = {cls.__name__: cls.section for cls in (ATSS, FCOS, GFL, RepPoints)}
+_DETECTORS = {
+    cls.__name__: cls.section
+    for cls in (ATSS, FCOS, GFL, RepPoints, RTMDet, RTMDetIns, YOLOX, YOLOv5)
+}
 _DENSE_KEYS = {
     f"MODEL.{name.upper()}.{key}": value
     for name, section in _DETECTORS.items()
@@ -26,6 +34,14 @@ _TIMM_KEYS = {
         False, "batch norms keep their loaded statistics in training", SWITCH
     ),
 }
+_CSP_KEYS = {
+    part: {f"MODEL.{name}.{key}": value for key, value in section.items()}
+    for part, name, section in (
+        ("_cspnext_", "CSPNEXT", CSP_SECTION),
+        ("_yolo", "CSPDARKNET", CSPDARKNET_SECTION),
+    )
+}
+"""Keys by the part of the name of the backbones that read them."""
 _SEGMENTATION_KEYS = {
     "MODEL.SEM_SEG_HEAD.AUX_WEIGHT": Key(
         0.4,
@@ -36,7 +52,13 @@ _SEGMENTATION_KEYS = {
         "res4", "backbone output that the auxiliary head reads", TEXT
     ),
 }
-NETS_KEYS: dict[str, Key] = {**_DENSE_KEYS, **_TIMM_KEYS, **_SEGMENTATION_KEYS}
+NETS_KEYS: dict[str, Key] = {
+    **_DENSE_KEYS,
+    **_TIMM_KEYS,
+    **_CSP_KEYS["_cspnext_"],
+    **_CSP_KEYS["_yolo"],
+    **_SEGMENTATION_KEYS,
+}
 """Every key of this module by its dotted name."""
 
 # Backbones and semantic heads that read the segmentation keys.
@@ -65,8 +87,9 @@ def add_config_read_by(network: CfgNode, cfg: CfgNode) -> None:
     if _reads_segmentation(network):
         add_deeplab_config(cfg)
         add_keys(cfg, _SEGMENTATION_KEYS)
-    if "_timm_" in network.MODEL.BACKBONE.NAME:
-        add_keys(cfg, _TIMM_KEYS)
+    for part, keys in {"_timm_": _TIMM_KEYS, **_CSP_KEYS}.items():
+        if part in network.MODEL.BACKBONE.NAME:
+            add_keys(cfg, keys)
     for name, section in _DETECTORS.items():
         if name in _architectures(network):
             add_keys(cfg.MODEL, {f"{name.upper()}.{key}": value for key, value in section.items()})

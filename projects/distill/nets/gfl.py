@@ -5,7 +5,6 @@ dense object detection").
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -21,6 +20,7 @@ from ..section import POSITIVE, Key, Section, at_least
 from ..utils.distributed import reduce_mean
 from .assign import atss_assign
 from .dense import DENSE_SECTION, PriorDetector, Scale, detector_arguments, head_arguments
+from .quality_focal import quality_focal
 
 NEAR_END = 0.1  # minimum distance of a target to the last bin, in strides
 
@@ -179,21 +179,6 @@ class Integral:
     def apply_deltas(self, sides: Tensor, priors: Tensor) -> Tensor:
         """Return the (P, 4) XYXY boxes of (P, 4 · (reg_max + 1)) logits at (P, 4) priors."""
         return self.linear.apply_deltas(self.expectation(sides) / self.prior_size, priors)
-
-
-def quality_focal(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
-    """Quality focal loss (QFL, Eq. 2): |q − σ|^β times the binary cross entropy.
-
-    Args:
-        logits: any shape.
-        quality: q in [0, 1], same shape.
-        beta: β >= 0.
-
-    Returns:
-        The loss of each element, >= 0, same shape.
-    """
-    entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
-    return entropy * (quality - logits.sigmoid()).abs() ** beta
 
 
 def distribution_focal(sides: Tensor, distances: Tensor, reg_max: int) -> Tensor:

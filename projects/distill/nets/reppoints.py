@@ -20,6 +20,7 @@ from .assign import nearest_point_assign
 from .dense import (
     DENSE_SECTION,
     FOCAL_LOSS_SECTION,
+    CellTransform,
     PriorDetector,
     Targets,
     detector_arguments,
@@ -159,25 +160,6 @@ class RepPoints(PriorDetector):
         """Return (R, 2) centres and (R,) strides of the priors, which are cells."""
         cells = torch.cat(priors)
         return Boxes(cells).get_centers(), cells[:, 2] - cells[:, 0]
-
-
-class CellTransform:
-    """Box transform, with detectron2's interface: corners relative to the cell centre, in cells."""
-
-    def get_deltas(self, cells: Tensor, boxes: Tensor) -> Tensor:
-        """Return the (P, 4) deltas of (P, 4) XYXY boxes relative to their cells."""
-        centres, size = _centres_and_size(cells)
-        return (boxes - centres) / size
-
-    def apply_deltas(self, deltas: Tensor, cells: Tensor) -> Tensor:
-        """Return the (P, 4) XYXY boxes of (P, 4) deltas relative to their cells."""
-        centres, size = _centres_and_size(cells)
-        return deltas * size + centres
-
-
-def _centres_and_size(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (P, 4) centres x, y, x, y and the (P, 1) sizes of square cells."""
-    return Boxes(cells).get_centers().repeat(1, 2), cells[:, 2:3] - cells[:, :1]
 
 
 class RepPointsHead(nn.Module):

@@ -10,7 +10,8 @@ def reduce_mean(count: Tensor, minimum: float = 1.0) -> Tensor:
     """Return the mean of ``count`` over all processes, at least ``minimum`` for the whole batch.
 
     DistributedDataParallel averages gradients. So a sum divided by this mean has the gradient of
-    one process with the joint batch.
+    one process with the joint batch. ``reduce_mean(x).clamp(min=1)`` bounds the mean itself from
+    below, as the authors of GFL and RTMDet do: max(mean, 1).
     """
     count = count.detach().clone().float()
     world = comm.get_world_size()

@@ -11,7 +11,7 @@ import torch
 from detectron2.structures import Boxes, pairwise_iou, pairwise_point_box_distance
 from torch import Tensor
 
-from ..losses.boxes import atss_candidates
+from ...losses.boxes import atss_candidates
 
 NO_BOX = -1
 

@@ -1,0 +1,135 @@
+"""RTMDet, YOLOX and YOLOv5 with their own necks are distilled, and their scores are compared."""
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from distill.errors import ConfigError
+from distill.heads import DISTILL_HEAD_REGISTRY
+from distill.nets.dense import ObjectnessDetector
+from distill.structures import NetworkOutputs
+from tests.support.cases import for_each
+from tests.support.networks import (
+    YOLO,
+    distilled,
+    image_dict,
+    kd_losses,
+    network_info,
+    outspoken_model,
+    tiny_cfg,
+    tiny_model,
+)
+from tests.support.networks import record as record_outputs
+from tests.support.yolo import NETWORKS
+
+HEADS = ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CWD", "PKD", "FGD", "ReviewKD", "MSSD")
+EQUAL_CHANNELS = ("GID", "LGD")  # which need levels of equal channels
+
+
+def own_neck(family: str, width: float = 0.125) -> tuple[Any, ...]:
+    """Overrides for the backbone that the authors use, whose levels have different channels."""
+    backbone, section = NETWORKS[YOLO[family]]
+    return (
+        *("MODEL.BACKBONE.NAME", f"build_{backbone}_pafpn_backbone"),
+        *(f"MODEL.{section}.DEPTH", 0.33, f"MODEL.{section}.WIDTH", width),
+    )
+
+
+def batch() -> list[dict[str, Any]]:
+    return [image_dict(0, 64, 96), image_dict(1, 96, 64, objects=0)]
+
+
+@pytest.mark.slow
+@for_each("family", YOLO)
+def test_heads_with_the_authors_necks(family: str) -> None:
+    """The teacher is twice as wide; MSSD compares maps of the student only."""
+    teacher = outspoken_model(family, *own_neck(family, 0.25), seed=1)
+    heads = HEADS + EQUAL_CHANNELS if family.startswith("rtmdet") else HEADS
+    model = distilled(family, heads, *own_neck(family), teacher=teacher)
+    with EventStorage():
+        losses = model(batch())
+    for head in heads:
+        own = [x for k, x in losses.items() if k.split("/")[0] == f"loss_{head.lower()}"]
+        assert own and all(x.isfinite() for x in own) and sum(own) > 0, head
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@for_each("family", YOLO)
+def test_mssd_pairs_the_authors_maps(family: str) -> None:
+    info = network_info("student", tiny_model(family, *own_neck(family)))
+    deep = ("o3", "o4", "o5") if family.startswith("rtmdet") else ("p3", "p4", "p5")
+    assert info.shallow == deep
+    losses = kd_losses(distilled(family, ["MSSD"], *own_neck(family)), batch())
+    assert all(x.isfinite() and x.requires_grad for x in losses.values()) and sum(losses.values())
+
+
+def test_levels_of_different_channels() -> None:
+    yolo = network_info("student", tiny_model("yolox", *own_neck("yolox")))
+    equal = network_info("student", tiny_model("yolox"))
+    for name in EQUAL_CHANNELS:
+        reason = DISTILL_HEAD_REGISTRY.get(name).problem(yolo, yolo)
+        assert reason.endswith("have [32, 64, 128] channels")
+        assert not DISTILL_HEAD_REGISTRY.get(name).problem(equal, equal)
+    gid = DISTILL_HEAD_REGISTRY.get("GID")
+    with pytest.raises(ConfigError, match=r"SHARED_ADAPTER is True, but .* \[32, 64, 128\]"):
+        gid(tiny_cfg("yolox"), yolo, equal)
+    gid(tiny_cfg("yolox", "MODEL.DISTILL.GID.SHARED_ADAPTER", False), yolo, equal)
+
+
+@for_each("head", ["CrossKD", "LD", "ROIKD", "MaskLogitKD"])
+@for_each("family", YOLO)
+def test_what_does_not_fit_is_refused(head: str, family: str) -> None:
+    info = network_info("student", tiny_model(family))
+    assert DISTILL_HEAD_REGISTRY.get(head).problem(info, info).count(YOLO[family]) == 1
+
+
+def test_networks_with_other_points_are_refused() -> None:
+    """RTMDet's points are corners, YOLOv5 has anchors, and GFL's levels are others."""
+    nets = {k: network_info("teacher", tiny_model(k)) for k in ("rtmdet", "yolox", "yolov5", "gfl")}
+    head = DISTILL_HEAD_REGISTRY.get("DenseKD")
+    reasons = [head.problem(nets["yolox"], nets[k]) for k in ("yolov5", "gfl")]
+    assert "anchors per cell" in reasons[0] and "strides differ" in reasons[1]
+
+
+# ---- Scores
+
+
+def test_the_logits_of_scores() -> None:
+    """They are those of the products of both probabilities, and exact for large numbers."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 3, 4, generator=generator) * 3
+    objectness = torch.randn(2, 2, 3, 4, generator=generator) * 3
+    found = ObjectnessDetector.score_logits(None, logits, objectness)  # type: ignore[arg-type]
+    scores = logits.sigmoid() * objectness.sigmoid().repeat_interleave(3, 1)
+    torch.testing.assert_close(found.sigmoid(), scores)
+    large = torch.tensor([50.0, -50.0, 50.0, -50.0]).view(4, 1, 1, 1)
+    other = torch.tensor([50.0, -50.0, 0.0, 0.0]).view(4, 1, 1, 1)
+    found = ObjectnessDetector.score_logits(None, large, other)  # type: ignore[arg-type]
+    expected = torch.tensor(
+        [50 - torch.tensor(2.0).log(), -100.0, 0.0, -50 - torch.tensor(2.0).log()]
+    )
+    torch.testing.assert_close(found.flatten(), expected)
+    assert ObjectnessDetector.score_logits(None, large.half(), other.half()).dtype == torch.float32  # type: ignore[arg-type]
+
+
+@for_each("family", ["yolox", "yolov5"])
+def test_heads_compare_scores(family: str) -> None:
+    """Student and teacher, to the order of the anchors."""
+    model = distilled(family, ["DenseKD"])
+    _, *both = record_outputs(model, batch())
+    for outputs, network in zip(both, (model.student, model.teacher.model)):
+        check_scores(outputs, network)
+
+
+@torch.no_grad()
+def check_scores(outputs: NetworkOutputs, network: nn.Module) -> None:
+    model: Any = network
+    assert outputs.dense is not None
+    maps = [outputs.features[name] for name in model.head_in_features]
+    logits, _, objectness, *_ = model.rows(model.head(maps))
+    for found, c, o in zip(outputs.dense.logits, logits, objectness):
+        torch.testing.assert_close(found.sigmoid(), model.scores(c, o), rtol=1e-4, atol=1e-6)
