@@ -392,7 +392,7 @@ def test_distances_that_are_no_exponentials() -> None:
         if right:
             check_config(cfg, source_of(cfg), {"meta": {"cfg": text}}, {})
         else:
-            with pytest.raises(ConfigError, match="EXP_ON_REG is True, .* need False"):
+            with pytest.raises(ConfigError, match=r"EXP_ON_REG is True, .* need False"):
                 check_config(cfg, source_of(cfg), {"meta": {"cfg": text}}, {})
 
 
@@ -402,7 +402,7 @@ def test_classes_in_another_order() -> None:
     for key in ("CLASSES", "classes"):
         check_config(cfg, source_of(cfg), {"meta": {"dataset_meta": {key: names}}}, {})
         wrong = {"meta": {"dataset_meta": {key: [names[0], "car", "bicycle"]}}}
-        with pytest.raises(ConfigError, match="Class 1 of the weights is 'car', .* is 'bicycle'"):
+        with pytest.raises(ConfigError, match=r"Class 1 of the weights is 'car', .* 'bicycle'"):
             check_config(cfg, source_of(cfg), wrong, {})
 
 
