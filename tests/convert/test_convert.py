@@ -18,6 +18,7 @@ from distill import cli
 from distill.checkpoint.load import load_strictly
 from distill.config import get_distill_cfg
 from distill.convert import check_config, converted
+from distill.convert.reader import read_content
 from distill.convert.sources import source_of
 from distill.errors import ConfigError, WeightsError
 from tests.reference import released
@@ -90,14 +91,14 @@ def check_outputs(architecture: str, found: Any, expected: released.Maps) -> Non
     for ours, theirs in zip(found, expected):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs):
-            assert b.abs().max() > 0.5  # the inputs have not vanished
+            assert b.std((2, 3)).max() > 0.01  # it is not the bias only
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 # ---- Equal outputs
 
 
-@for_each("case", CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_outputs_are_those_of_the_authors_network(case: str) -> None:
     architecture, build, opts = CASES[case]
     cfg = config(architecture, *opts)
@@ -185,7 +186,10 @@ def trained(model: Any) -> nn.Module:
             nn.init.normal_(module.weight, 1.0, 0.3)
             nn.init.normal_(module.bias, 0.0, 0.3)
     model.train()
-    model.bbox_head(model.neck(model.backbone(IMAGE.repeat(2, 1, 1, 1))))
+    model.bbox_head(model.neck(model.backbone(IMAGE)))
+    for name, x in model.named_buffers():
+        if name.endswith("running_var"):
+            x.clamp_(min=0.1)  # pools make maps of one cell constant
     return model.eval()
 
 
@@ -283,10 +287,7 @@ class HistoryBuffer:
         """Stay a method of this object in the file."""
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_a_checkpoint_of_mmengine(
-    averaged: bool, convert: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_mmengine(convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logs are Python objects, which are not read, and its averaged weights come first."""
     name = "mmengine.logging.history_buffer"
     module: Any = ModuleType(name)
@@ -296,20 +297,18 @@ def test_a_checkpoint_of_mmengine(
         monkeypatch.setitem(sys.modules, part, module)
     state = convert.state("RTMDet")
     content = {
-        "state_dict": state,
+        "state_dict": {**state, **{f"ema_{k.replace('.', '_')}": x + 1 for k, x in state.items()}},
+        "ema_state_dict": {f"module.{k}": x + 1 for k, x in state.items()},
         "message_hub": {"log_scalars": {"train/loss": HistoryBuffer()}, "best": np.float64(0.4)},
         "meta": {"cfg": "bbox_head=dict(exp_on_reg=False)", "dataset_meta": {"CLASSES": ("a",)}},
     }
-    if averaged:
-        content["ema_state_dict"] = {f"module.{k}": x + 1 for k, x in state.items()}
-        state |= {f"ema_{k.replace('.', '_')}": x + 1 for k, x in state.items()}
     assert convert("RTMDet", content) == 0
     found = torch.load(convert.out, weights_only=True)["model"]
     ours = found["backbone.bottom_up.graph.stem1.conv.weight"]
     assert torch.equal(ours, state["backbone.stem.0.conv.weight"])
 
 
-# ---- What is refused
+# ---- Refused files and configs
 
 
 def test_tensors_that_do_not_fit_are_named(convert: Convert) -> None:
@@ -338,7 +337,7 @@ def test_tensors_that_do_not_fit_are_named(convert: Convert) -> None:
 def test_another_number_of_classes(convert: Convert) -> None:
     content = {"model": convert.state("YOLOX")}
     line = convert.fails("YOLOX", content, "MODEL.YOLOX.NUM_CLASSES", 8)
-    assert "head.cls_preds.0.weight, here head.cls_score.0.weight has shape (3, " in line
+    assert "head.cls_score.0.weight has shape (3, " in line
 
 
 def test_convolutions_that_levels_do_not_share(convert: Convert) -> None:
@@ -426,11 +425,13 @@ def test_a_pickled_module(convert: Convert) -> None:
     compile(command[2], "command", "exec")
 
 
-@for_each("name", ["os.system", "eval", "partial"])
-def test_nothing_is_executed(name: str, convert: Convert) -> None:
-    marker = convert.folder / "executed"
-    zipped(PICKLES[name](marker), convert.folder / "theirs.pth")
-    assert "--weights: " in convert.fails("YOLOX", None) and not marker.exists()
+@for_each("name", ["os.system", "eval", "partial", "yaml", "a module that is known"])
+def test_nothing_is_executed(name: str, tmp_path: Path) -> None:
+    marker, path = tmp_path / "executed", tmp_path / "theirs.pth"
+    zipped(PICKLES[name](marker), path)
+    with pytest.raises(Exception, match=r"it calls|not a checkpoint"):
+        read_content(str(path), source_of(config("YOLOX")))
+    assert not marker.exists()
 
 
 def test_files_and_names(convert: Convert) -> None:

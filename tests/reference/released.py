@@ -35,6 +35,9 @@ class Released:
             return torch.empty(shape, device="meta")
         return torch.randn(shape, generator=self.generator)
 
+    def kernel(self, out: int, inputs: int, k: int) -> Tensor:
+        return self.draw(out, inputs, k, k) * math.sqrt(2 / (inputs * k * k))
+
     def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if name not in self.state:
             self.state[name] = make()
@@ -49,15 +52,18 @@ class Released:
         return max(round(blocks * self.depth), 1)
 
     def conv(self, name: str, x: Tensor, out: int, k: int = 1, bias: bool = True) -> Tensor:
-        weight = self.keep(f"{name}.weight", lambda: self.draw(out, x.shape[1], k, k) / x.shape[1])
+        weight = self.keep(f"{name}.weight", lambda: self.kernel(out, x.shape[1], k))
         bias_of = self.keep(f"{name}.bias", lambda: self.draw(out)) if bias else None
         return F.conv2d(x, weight, bias_of, padding=k // 2)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Normalize with statistics that are near those of the first input, as after a training."""
+        """Normalize with statistics that are near those of the first input, as after a training.
+
+        The variance is not too small: pools make small maps constant, which rounding would spoil.
+        """
         c = x.shape[1]
         mean = self.keep(f"{name}.running_mean", lambda: x.mean((0, 2, 3)) + 0.1 * self.draw(c))
-        var = self.keep(f"{name}.running_var", lambda: x.var((0, 2, 3)) * (1 + self.draw(c) ** 2))
+        var = self.keep(f"{name}.running_var", lambda: x.var((0, 2, 3)).clamp(min=0.1))
         weight = self.keep(f"{name}.weight", lambda: 1 + 0.3 * self.draw(c))
         bias = self.keep(f"{name}.bias", lambda: 0.3 * self.draw(c))
         self.keep(f"{name}.num_batches_tracked", lambda: torch.tensor(7, device=self.device))
@@ -74,8 +80,8 @@ class Released:
         padding: int | None = None,
     ) -> Tensor:
         """Convolution, batch norm and SiLU: ``<name>.conv`` and ``<name>.bn``."""
-        shape = out, x.shape[1] // groups, k, k
-        weight = self.keep(f"{name}.conv.weight", lambda: self.draw(*shape) / shape[1])
+        inputs = x.shape[1] // groups
+        weight = self.keep(f"{name}.conv.weight", lambda: self.kernel(out, inputs, k))
         x = F.conv2d(x, weight, None, stride, k // 2 if padding is None else padding, 1, groups)
         return F.silu(self.norm(f"{name}.bn", x))
 
@@ -234,7 +240,7 @@ class RTMDet(Released):
         x = cat(main, short)
         if attend:
             means = self.conv(f"{name}.attention.fc", x.mean((2, 3), keepdim=True), out)
-            x = x * F.relu6(means + 3) / 6
+            x = x * F.hardsigmoid(means)
         return self.cbs(f"{name}.final_conv", x, out)
 
     def forward(self, image: Tensor, classes: int) -> Maps:

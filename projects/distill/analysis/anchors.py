@@ -155,7 +155,7 @@ def judged(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="of all draws; default: %(default)s"
+        "--seed", type=at_least(0), default=0, help="seed of all draws; default: %(default)s"
     )
     add_config_arguments(parser)
 

@@ -26,7 +26,6 @@ from ..checkpoint.compare import tensor_misfits
 from ..checkpoint.formats import unwrapped
 from ..checkpoint.load import readable
 from ..checkpoint.save import write_checked
-from ..config import student_architecture
 from ..data.datasets import model_classes
 from ..engine import setup_config
 from ..errors import CheckpointError, ConfigError, WeightsError
@@ -64,8 +63,7 @@ def converted(
         if name in found and not _equal(value, found[name]):
             raise WeightsError(f"{origin[name]} and {theirs} differ, but are one here.")
         found[name], origin[name] = value, theirs
-    misfits = [_with_origin(x, origin) for x in tensor_misfits(found, own)]
-    if misfits:
+    if misfits := list(tensor_misfits(found, own)):
         raise WeightsError(
             f"it does not fit the network of the config: {shortened(misfits, SHOWN, '; ')}; choose "
             "the config of its size and number of classes."
@@ -75,13 +73,6 @@ def converted(
 
 def _equal(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-
-
-def _with_origin(misfit: str, origin: Mapping[str, str]) -> str:
-    """Add the authors' name of the tensor with which a misfit begins."""
-    name = misfit.partition(" ")[0]
-    theirs = origin.get(name, name)
-    return misfit if theirs == name else f"{theirs}, here {misfit}"
 
 
 def check_config(
@@ -144,7 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".pth":
         raise ConfigError(f"--out is '{args.out}'; name a file that ends with .pth.")
-    cfg = setup_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"], training=False)
+    no_data = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", ()]
+    cfg = setup_config(args.config_file, [*args.opts, *no_data], training=False)
     source = source_of(cfg)
     network = build_student(cfg)
     with readable(args.weights, "--weights"):
@@ -160,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"--out '{args.out}' cannot be written ({e.strerror}).") from e
     numbers = sum(x.numel() for x in network.parameters())
     print(
-        f"wrote {args.out}: {student_architecture(cfg)} with {numbers:,} parameters, "
+        f"wrote {args.out}: {type(network).__name__} with {numbers:,} parameters, "
         f"{len(tensors)} tensors of {len(state)} in {args.weights}"
     )
     return 0
