@@ -14,6 +14,7 @@ a stock checkpoint, for MODEL.WEIGHTS or MODEL.DISTILL.TEACHER.WEIGHTS.
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..checkpoint.compare import tensor_misfits
 from ..checkpoint.formats import unwrapped
 from ..checkpoint.load import readable
 from ..checkpoint.save import write_checked
+from ..checkpoint.unpickler import require_dict
 from ..data.datasets import model_classes
 from ..engine import setup_config
 from ..errors import CheckpointError, ConfigError, WeightsError
@@ -61,12 +63,16 @@ def converted(
         floats = isinstance(value, Tensor) and value.is_floating_point()
         value = value.float() if floats else value  # YOLOv5 keeps half precision
         if name in found and not _equal(value, found[name]):
-            raise WeightsError(f"{origin[name]} and {theirs} differ, but are one here.")
+            raise WeightsError(
+                f"{origin[name]} and {theirs} of the weights differ, but are one tensor here; "
+                "choose a config that separates them (MODEL.RTMDETINS.SHARED_BOX_BRANCH False)."
+            )
         found[name], origin[name] = value, theirs
     if misfits := list(tensor_misfits(found, own)):
         raise WeightsError(
-            f"it does not fit the network of the config: {shortened(misfits, SHOWN, '; ')}; choose "
-            "the config of its size and number of classes."
+            "The weights do not fit the network of the config: "
+            f"{shortened(misfits, SHOWN, '; ')}; choose the config of their size and number of "
+            "classes."
         )
     return {name: found[name] for name in own}
 
@@ -90,25 +96,18 @@ def check_config(
         ConfigError: names the key, its value and the value that the weights need.
     """
     for key, needed in {**source.config, **source.config_in(content, state)}.items():
-        value = _value(cfg, key)
+        value = reduce(getattr, key.split("."), cfg)
         if not _agree(value, needed):
             raise ConfigError(
                 f"{key} is {value}, but these weights of {source.code} need {needed}; set it in "
                 "the config."
             )
-    theirs, ours = _classes(content), model_classes(cfg)
-    wrong = [k for k, (a, b) in enumerate(zip(theirs, ours or ())) if a != b]
-    if wrong:
-        raise ConfigError(
-            f"Class {wrong[0]} of the weights is '{theirs[wrong[0]]}', but that of DATASETS.TRAIN "
-            f"is '{(ours or ())[wrong[0]]}'; list the categories in the order of the weights."
-        )
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+    for k, (theirs, ours) in enumerate(zip(_classes(content), model_classes(cfg) or ())):
+        if theirs != ours:
+            raise ConfigError(
+                f"Class {k} of the weights is '{theirs}', but that of DATASETS.TRAIN is '{ours}'; "
+                "list the categories in the order of the weights."
+            )
 
 
 def _agree(value: Any, needed: Any) -> bool:
@@ -133,8 +132,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out.suffix != ".pth":
-        raise ConfigError(f"--out is '{args.out}'; name a file that ends with .pth.")
+    if args.out.suffix != ".pth" or args.out.resolve() == Path(args.weights).resolve():
+        raise ConfigError(
+            f"--out is '{args.out}'; name a file other than --weights that ends with .pth."
+        )
     no_data = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", ()]
     cfg = setup_config(args.config_file, [*args.opts, *no_data], training=False)
     source = source_of(cfg)
@@ -142,14 +143,14 @@ def run(args: argparse.Namespace) -> int:
     with readable(args.weights, "--weights"):
         content = read_content(args.weights, source)
         inner = unwrapped(content)
-        state = inner.get("model", inner)
-        tensors = converted(state, source, network.state_dict())
+        state = require_dict(inner.get("model", inner))
+    tensors = converted(state, source, network.state_dict())
     check_config(cfg, source, content, state)
     try:
         os.makedirs(args.out.parent, exist_ok=True)
         write_checked(str(args.out), {"model": tensors})
     except OSError as e:
-        raise CheckpointError(f"--out '{args.out}' cannot be written ({e.strerror}).") from e
+        raise CheckpointError(f"--out '{args.out}' cannot be written: {e.strerror}.") from e
     numbers = sum(x.numel() for x in network.parameters())
     print(
         f"wrote {args.out}: {type(network).__name__} with {numbers:,} parameters, "
