@@ -295,6 +295,7 @@ def without_augmentation(cfg: CfgNode) -> CfgNode:
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
     cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
     cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.AUGMENT.STEPS = ()
     cfg.INPUT.CROP.ENABLED = False
     return cfg
 
