@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import cv2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
@@ -222,11 +223,14 @@ def _unusable(image: BadImage, remedy: str) -> DataError:
 
 
 def _start_worker(worker: int) -> None:
-    """End a data worker whose parent was killed during the start; torch notices later kills.
+    """Prepare a data worker.
+
+    It ends if its parent was killed during the start; torch notices later kills.
 
     If the parent ends while a batch is sent, the sending thread loses the connection. It must not
     print a traceback after the parent's own message.
     """
+    cv2.setNumThreads(0)  # there are as many workers as cores; and a fork may lose the threads
     parent = multiprocessing.parent_process()
     if multiprocessing.get_start_method() != "forkserver" and parent and parent.pid != os.getppid():
         os._exit(1)

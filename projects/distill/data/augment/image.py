@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from detectron2.data.detection_utils import check_image_size, read_image
 from fvcore.transforms.transform import Transform, TransformList
@@ -69,8 +70,10 @@ class ImageReader:
             OSError, ValueError: the file is unreadable, or has another size than the entry says.
         """
         entry = {"annotations": [], **entry}
-        pixels = read_image(entry["file_name"], format=self.image_format)
+        pixels = read_image(entry["file_name"], format="RGB")
         check_image_size(entry, pixels)
+        # detectron2's BGR is a view with a negative stride, which is slow to copy.
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if self.image_format == "BGR" else pixels
         size = pixels.shape[:2]
         if self.ignored_color is not None and any(x.get("ignored") for x in entry["annotations"]):
             pixels = pixels.copy()

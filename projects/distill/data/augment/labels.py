@@ -24,7 +24,7 @@ class BoxRule(NamedTuple):
     Attributes:
         min_side: width and height in pixels, which a box must exceed.
         min_visible: share of the object's area, which must be exceeded inside of the image.
-        max_aspect: the longer side over the shorter one must be below it.
+        max_aspect: limit of the longer side over the shorter one.
     """
 
     min_side: float = 0.0
@@ -41,7 +41,7 @@ class BoxRule(NamedTuple):
         sides = boxes[:, 2:] - boxes[:, :2]
         short, long = sides.min(1), sides.max(1)
         visible = sides.prod(1) > self.min_visible * areas
-        return (short > self.min_side) & visible & (long < self.max_aspect * short)
+        return (short > self.min_side) & visible & (short > long / self.max_aspect)
 
 
 ANY_AREA = BoxRule()
@@ -86,7 +86,7 @@ class Labels:
         boxes, masks = transform.apply_box(self.boxes), None
         if self.masks is not None:
             masks = _moved_masks(self.masks, transform, size)
-            boxes = np.array([_bounds(mask) for mask in masks]).reshape(-1, 4)
+            boxes = np.array([_bounds(mask) for mask in masks], dtype=float).reshape(-1, 4)
         boxes = boxes.clip(0, [size[1], size[0]] * 2)
         return Labels(boxes, self.classes, masks)[rule.keeps(boxes, areas)]
 
@@ -139,28 +139,38 @@ def _read_mask(segmentation: Any) -> Mask:
 
 
 def _moved_masks(masks: Sequence[Mask], transform: Transform, size: Size) -> list[Mask]:
-    """Transform the points of all polygons at once, which is many times faster."""
     polygons = [x for mask in masks if isinstance(mask, list) for x in mask]
-    points = transform.apply_coords(np.concatenate([np.empty((0, 2)), *polygons]))
-    ends = np.cumsum([len(x) for x in polygons])
-    moved = iter(np.split(points, ends[:-1]) if polygons else ())
+    cut = iter(_moved_polygons(polygons, transform, size))
     return [
-        [cut for _ in mask for cut in _cut_polygon(next(moved), size)]
+        [part for _ in mask for part in next(cut)]
         if isinstance(mask, list)
         else transform.apply_segmentation(mask)
         for mask in masks
     ]
 
 
-def _cut_polygon(polygon: Array, size: Size) -> list[Array]:
-    """Return the parts of a polygon that are inside of an image."""
-    low, high, corner = polygon.min(0), polygon.max(0), np.array([size[1], size[0]])
-    if (low >= 0).all() and (high <= corner).all():
-        return [polygon]
-    if (high <= 0).any() or (low >= corner).any():
+def _moved_polygons(
+    polygons: Sequence[Array], transform: Transform, size: Size
+) -> list[list[Array]]:
+    """Return the parts of each transformed polygon that are inside of the image.
+
+    The points of all polygons are transformed at once, and only polygons on the border are cut, in
+    order to save time.
+    """
+    if not polygons:
         return []
-    cut: list[Array] = CropTransform(0, 0, size[1], size[0]).apply_polygons([polygon])
-    return cut
+    ends = np.cumsum([len(x) for x in polygons])
+    points = transform.apply_coords(np.concatenate(polygons))
+    starts = np.r_[0, ends[:-1]]
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
+    corner = np.array([size[1], size[0]])
+    inside = (low >= 0).all(1) & (high <= corner).all(1)
+    outside = (high <= 0).any(1) | (low >= corner).any(1)
+    window = CropTransform(0, 0, size[1], size[0])
+    return [
+        [x] if all_in else [] if all_out else window.apply_polygons([x])
+        for x, all_in, all_out in zip(np.split(points, ends[:-1]), inside, outside)
+    ]
 
 
 def _bounds(mask: Mask) -> tuple[float, ...]:

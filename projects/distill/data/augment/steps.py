@@ -122,10 +122,14 @@ class Jitter:
         factor = np.random.uniform(*self.scale)
         if not image.fitted:
             factor *= fit_scale(image.size, self.size)
-        old, new = image.size, scaled_size(image.size, factor)
-        window = min(new[0], self.size[0]), min(new[1], self.size[1])
-        y, x = (np.random.randint(n - k + 1) for n, k in zip(new, window))
-        return Zoom((new[1] / old[1], new[0] / old[0]), x, y, window)
+        height, width = (
+            min(new, limit) for new, limit in zip(scaled_size(image.size, factor), self.size)
+        )
+        high, wide = (
+            min(max(round(k / factor), 1), side) for k, side in zip((height, width), image.size)
+        )
+        y, x = (np.random.randint(side - k + 1) for side, k in zip(image.size, (high, wide)))
+        return Zoom((x, y, wide, high), (height, width))
 
 
 class RandomAffine:
@@ -257,8 +261,9 @@ class HSV:
         if self.additive:
             changes = changes * np.random.randint(0, 2, 3)
         pixels = cv2.cvtColor(image.pixels, self.codes[0])
-        pixels = cv2.LUT(pixels, hsv_tables(changes, self.additive))
-        return image._replace(pixels=cv2.cvtColor(pixels, self.codes[1]))
+        cv2.LUT(pixels, hsv_tables(changes, self.additive), dst=pixels)
+        cv2.cvtColor(pixels, self.codes[1], dst=pixels)
+        return image._replace(pixels=pixels)
 
 
 _CONVERSIONS = {"BGR": ("BGR2HSV", "HSV2BGR"), "RGB": ("RGB2HSV", "HSV2RGB")}
@@ -288,8 +293,8 @@ def flip(image: LabelledImage) -> LabelledImage:
     """Flip an image horizontally with probability 0.5."""
     if np.random.rand() >= 0.5:
         return image
-    moved = image.moved(HFlipTransform(image.size[1]), image.size)
-    return moved._replace(pixels=np.ascontiguousarray(moved.pixels), fitted=image.fitted)
+    labels = image.labels.moved(HFlipTransform(image.size[1]), image.size)
+    return image._replace(pixels=cv2.flip(image.pixels, 1), labels=labels)
 
 
 def build_pipeline(cfg: CfgNode, names: Sequence[str]) -> Pipeline:
