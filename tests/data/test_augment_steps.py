@@ -94,16 +94,15 @@ def test_places_of_a_mosaic_are_those_of_mmdetection(center: Any, size: Any, pla
     for k, place in enumerate(places):
         x, y = center[0] - width * (k % 2 == 0), center[1] - height * (k < 2)
         assert overlap((1280, 1280), size, x, y) == place
-    value = 1
     tiles = []
     for value in (1, 2, 3, 4):
         tile = np.full((*size, 3), value, np.uint8)
         tiles.append(LabelledImage(tile, labels_of([[0, 0, width, height]])))
     found = mosaic(tiles, center, (1280, 1280), 114)
-    covered = np.full((1280, 1280), 114)
+    covered = np.full((1280, 1280), 114, np.uint8)
     for value, ((x1, y1, x2, y2), _) in enumerate(places, 1):
         covered[y1:y2, x1:x2] = value
-    assert_array_equal(found.pixels, covered[..., None].repeat(3, 2))
+    assert (found.pixels[..., 1] == covered).all()
     assert_array_equal(found.labels.boxes, [paste for paste, _ in places])
 
 
@@ -154,7 +153,10 @@ def test_an_image_fits_as_in_the_letterbox_of_yolov5(old: Any, new: Any) -> None
 
 def test_hue_wraps_and_rgb_is_bgr_reversed() -> None:
     assert hsv_tables(np.array([5.9, 30, -30]), True)[0, [0, 175, 240], 0].tolist() == [5, 0, 65]
-    assert hsv_tables(np.array([0, 30, -30]), True)[0, [10, 240], 1:].tolist() == [[40, 0], [255, 210]]
+    assert hsv_tables(np.array([0, 30, -30]), True)[0, [10, 240], 1:].tolist() == [
+        [40, 0],
+        [255, 210],
+    ]
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     results = []
     for name, image in (("BGR", pixels), ("RGB", np.ascontiguousarray(pixels[..., ::-1]))):
@@ -217,12 +219,12 @@ def test_a_rotation_goes_around_the_centre() -> None:
     assert_array_equal(turned.pixels, scene(turned.labels.boxes.round()).pixels)
 
 
+@pytest.mark.parametrize("masks", [None, []])
 @pytest.mark.parametrize("name", STEPS)
-def test_images_without_objects(name: str) -> None:
-    for masks in (None, []):
-        image = LabelledImage(np.zeros((30, 50, 3), np.uint8), labels_of([], masks))
-        found = drawn(0, name, image=image, partners=Partners(lambda k: image, (0,)))
-        assert len(found.labels) == 0 and found.labels.masks == masks
+def test_images_without_objects(name: str, masks: list[Any] | None) -> None:
+    image = LabelledImage(np.zeros((30, 50, 3), np.uint8), labels_of([], masks))
+    found = drawn(0, name, image=image, partners=Partners(lambda k: image, (0,)))
+    assert len(found.labels) == 0 and found.labels.masks == masks
 
 
 def concave(cx: float, cy: float, r: float, turn: float) -> Any:
@@ -237,7 +239,8 @@ stars = st.builds(
 ).map(lambda x: x.clip(0, (64, 48)))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.lists(stars, min_size=1, max_size=2), max_size=3), st.integers(0, 10**6))
 def test_boxes_and_masks_stay_consistent(masks: Any, seed: int) -> None:
     boxes = [np.r_[np.concatenate(x).min(0), np.concatenate(x).max(0)] for x in masks]
@@ -294,12 +297,13 @@ def test_polygons_and_bitmasks_move_alike(star: Any, seed: int) -> None:
 
 
 def test_a_crop_without_objects_is_drawn_again() -> None:
-    image = scene([[0, 0, 6, 6]])
-    once = Jitter(size=SIZE, scale=(3, 4), draws=1, rule=ALL)
-    again = Jitter(size=SIZE, scale=(3, 4), draws=40, rule=ALL)
-    with private_randomness(0):
-        counts = [sum(len(step(image, NO_ONE).labels) for _ in range(60)) for step in (once, again)]
-    assert counts[0] < 20 and counts[1] > 50
+    image = scene([[20, 16, 26, 22]])
+    counts = []
+    for draws in (1, 15):
+        step = Jitter(size=SIZE, scale=(2, 3), draws=draws, rule=ALL)
+        with private_randomness(0):
+            counts.append(sum(len(step(image, NO_ONE).labels) for _ in range(40)))
+    assert counts[0] < 32 and counts[1] == 40
 
 
 def test_jitter_scales_an_image_to_the_size_and_a_mosaic_by_itself() -> None:
@@ -311,9 +315,7 @@ def test_jitter_scales_an_image_to_the_size_and_a_mosaic_by_itself() -> None:
 
 def test_mixup_blends_pixels_and_joins_objects() -> None:
     first, second = scene([[0, 0, 8, 8]]), scene([[4, 4, 16, 12]])
-    step = MixUp(
-        size=SIZE, fill=114, prob=1, before=Pipeline([]), scale=(1, 1), beta=0, rule=ALL
-    )
+    step = MixUp(size=SIZE, fill=114, prob=1, before=Pipeline([]), scale=(1, 1), beta=0, rule=ALL)
     found = step(first, Partners(lambda k: second, (3,)))
     expected = (first.pixels.astype(int) + second.pixels) / 2
     assert_allclose(found.pixels, expected, atol=0.51)
