@@ -69,6 +69,7 @@ class Batches(Sampler[list[Sample]]):
     def _samples(self) -> Iterator[Sample]:
         """Yield this process's share of the stream, as detectron2's samplers do."""
         rank, world = comm.get_rank(), comm.get_world_size()
+        # Iterating over the sampler would give only this process's share, without its partners.
         recent: deque[int] = deque(maxlen=REACH)
         for position, image in enumerate(self.sampler._infinite_indices()):
             if position % world == rank:

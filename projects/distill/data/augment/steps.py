@@ -142,8 +142,8 @@ class RandomAffine:
         scale: range of the factor, 1 as in :class:`Jitter`.
         shear: largest angle in degrees.
         translation: largest shift as a share of ``size``.
-        centered: turn around the centre of the image, which goes to that of the result (YOLOv5);
-            if False, around its corner, which goes to the corner (YOLOX).
+        centered: turn around the centre of the image, which goes to that of the result, as in
+            YOLOv5. If False, it is the corner instead of the centre, as in YOLOX.
         rule: decides which objects are dropped.
     """
 

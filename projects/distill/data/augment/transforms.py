@@ -138,7 +138,7 @@ def linear_map(rotation: float, scale: float, shear: tuple[float, float]) -> Arr
     """Return (2, 2), a rotation and scaling, and then a shear.
 
     It is the part S R of YOLOv5's matrix. That of YOLOX has the shears of x and y swapped, and
-    mmdetection turns into the other direction: of random draws, the distribution is the same.
+    mmdetection turns into the other direction. Random draws have the same distribution in all.
 
     Args:
         rotation: in degrees; a positive one turns the x-axis towards -y.
