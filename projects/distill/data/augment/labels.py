@@ -164,8 +164,8 @@ def _moved_polygons(
     starts = np.r_[0, ends[:-1]]
     low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
     corner = np.array([size[1], size[0]])
-    inside: Array = (low >= 0).all(1) & (high <= corner).all(1)
-    outside: Array = (high <= 0).any(1) | (low >= corner).any(1)
+    inside = np.all(low >= 0, 1) & np.all(high <= corner, 1)
+    outside = np.any(high <= 0, 1) | np.any(low >= corner, 1)
     window = CropTransform(0, 0, size[1], size[0])
     return [
         [x] if all_in else [] if all_out else window.apply_polygons([x])
