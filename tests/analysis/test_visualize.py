@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill import cli
 from distill.analysis import visualize
+from distill.analysis.training_samples import drawn, training_samples
 from distill.engine import setup_config
 from distill.heads.fpn import cell_labels
 from tests.support.networks import PAFPN, distill_opts, outspoken_model, write_config
@@ -308,3 +309,31 @@ def test_one_sentence_says_what_is_wrong(
     assert "does not fit the config's MKD" in message and "adapters.p3.weight" in message
     run = prepare(tmp_path, shapes, "faster", ("FitNet",))
     assert "figures of MSSD, MKD, IMA, TID" in run.fails(capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["()", "('mosaic', 'jitter', 'mixup')"])
+def test_training_samples_are_drawn(
+    steps: str, tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No teacher, head or checkpoint is needed."""
+    config = write_config(trainable_cfg("mask", shapes, tmp_path), tmp_path / "config.yaml")
+    own = ["INPUT.AUGMENT.STEPS", steps, "INPUT.AUGMENT.SIZE", "[64, 64]"]
+    arguments = ["--samples", "3", "--iteration", "2", "--out", str(tmp_path), *own]
+    assert cli.main(["visualize", "--config-file", str(config), *arguments]) == 0
+    assert str(tmp_path / "samples.jpg") in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "samples.jpg"))
+    assert sheet.std() > 10 and sheet.shape[0] < sheet.shape[1]
+
+
+def test_samples_are_those_of_the_training(tmp_path: Path, shapes: Shapes) -> None:
+    steps = ("INPUT.AUGMENT.STEPS", ("mosaic", "fit"), "INPUT.AUGMENT.SIZE", [64, 64])
+    cfg = trainable_cfg("mask", shapes, tmp_path, *steps)
+    found, later = training_samples(cfg, 6, 0), training_samples(cfg, 2, 2)
+    assert len(found) == 6
+    assert all(torch.equal(x["image"], y["image"]) for x, y in zip(found[4:], later))
+    image = drawn(found[0], "BGR", ())
+    assert image.shape == (64, 64, 3)
+    instances = found[0].pop("instances")
+    plain = drawn(found[0], "BGR", ())
+    assert (plain == image).all() == (len(instances) == 0)

@@ -1,12 +1,16 @@
-"""Draw what each method of a config looks at in one image.
+"""Draw what each method of a config looks at in one image, or the training samples of a config.
 
     distill visualize --config-file FILE --image 000000000012.jpg [--weights student.pth]
         [--out output/visualize] [KEY VALUE ...]
+    distill visualize --config-file FILE --samples 8 [--iteration 0] [--out output/visualize]
+        [KEY VALUE ...]
 
 One figure per method is written: MSSD's masks (paper, Fig. 3), MKD's joint attention and
 frequency-masked features, IMA's instances and their α, TID's scores, areas and M (paper, Fig. 4),
 level by level over the image. The heads compute all of it. Both networks are in evaluation mode,
 and the image has the size of the evaluation.
+
+Training samples are drawn as the student gets them, with their boxes and masks, in one figure.
 """
 
 import argparse
@@ -40,7 +44,8 @@ from ..losses.frequency import frequency_filtered
 from ..losses.tid import tid_areas
 from ..modeling.meta_arch import DistillModel, build_distill_model
 from ..structures import Batch, NetworkOutputs
-from ..utils.arguments import add_config_arguments
+from ..utils.arguments import add_config_arguments, at_least
+from .training_samples import draw_samples
 from .visualize_figure import Grid, Panel, ShownImage, draw
 
 RANDOM = "random"  # --weights of a student that was never trained
@@ -295,6 +300,7 @@ def without_augmentation(cfg: CfgNode) -> CfgNode:
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
     cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
     cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.AUGMENT.STEPS = ()
     cfg.INPUT.CROP.ENABLED = False
     return cfg
 
@@ -385,7 +391,12 @@ def needs_of(heads: Iterable[DistillHead]) -> frozenset[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--image", required=True, help="file name or index in DATASETS.TEST, TRAIN")
+    shown = parser.add_mutually_exclusive_group(required=True)
+    shown.add_argument("--image", help="file name or index in DATASETS.TEST, TRAIN")
+    shown.add_argument("--samples", type=at_least(1), help="number of training samples")
+    parser.add_argument(
+        "--iteration", type=at_least(0), default=0, help="iteration of the first training sample"
+    )
     parser.add_argument("--out", type=Path, default=Path("output/visualize"))
     parser.add_argument(
         "--weights",
@@ -396,12 +407,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
+    if args.samples:
+        path = args.out / "samples.jpg"
+        draw_samples(cfg, args.samples, args.iteration, path)
+        print(f"wrote {path}")
+    else:
+        draw_methods(cfg, args.image, args.weights, args.out)
+    return 0
+
+
+def draw_methods(cfg: CfgNode, image: str, weights: str, out: Path) -> None:
+    """Write one figure per head of the config; see the options of the command."""
     model, heads = build(cfg)
-    weights, fresh = load_weights(model, cfg, args.weights)
-    entry = read_input(cfg, heads, args.image)
+    weights, fresh = load_weights(model, cfg, weights)
+    entry = read_input(cfg, heads, image)
     view = look(model, list(heads.values()), cfg, entry)
     file = Path(entry["file_name"])
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name, head in heads.items():
         lines = [
             f"{name}: {file.name} of {entry.get('dataset', 'no data set')}",
@@ -416,10 +438,9 @@ def run(args: argparse.Namespace) -> int:
         objects = len(view.image.labels)
         if any(panel.zoom for panel in grid.values()) and objects > MAX_OBJECTS:
             lines.append(f"the {MAX_OBJECTS} largest of {objects} objects")
-        path = args.out / f"{file.stem}_{name.lower()}.png"
+        path = out / f"{file.stem}_{name.lower()}.png"
         draw(grid, view.image, "\n".join(lines), path)
         print(*lines, f"wrote {path}", sep="\n  ")
     for name in model.heads:
         if name not in heads:
             print(f"{name} has no figure")
-    return 0

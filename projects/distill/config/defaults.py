@@ -9,6 +9,7 @@ from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets.config import NETS_KEYS, add_nets_config
 from ..section import (
     BELOW_1,
+    COUNTS,
     FRACTION,
     HEIGHT_WIDTH,
     LIST,
@@ -17,14 +18,21 @@ from ..section import (
     SWITCH,
     TEXT,
     TEXTS,
+    WHOLE,
     Key,
     Rule,
     add_keys,
     at_least,
+    list_of,
     one_of,
 )
 
 SCHEDULES = ("1x", "2x", "3x")
+SIZED_STEPS = ("jitter", "affine", "fit")  # steps of INPUT.AUGMENT that give images their size
+AUGMENT_STEPS = ("mosaic", *SIZED_STEPS, "mixup", "hsv", "flip")
+_RANGE = Rule(
+    lambda x: list_of(POSITIVE, 2, 2).holds(x) and x[0] <= x[1], "two numbers above 0, rising"
+)
 
 KEYS: dict[str, Key] = {
     "MODEL.DISTILL.STUDENT_ARCHITECTURE": Key(
@@ -145,6 +153,99 @@ KEYS: dict[str, Key] = {
     ),
     "DATALOADER.TIMEOUT": Key(
         600, "seconds to wait for a data worker; 0: without limit", at_least(0)
+    ),
+    "INPUT.AUGMENT.STEPS": Key(
+        (),
+        "augmentations of training images in their order, instead of detectron2's resizing, crop "
+        f"and flip: {', '.join(AUGMENT_STEPS)}. Empty: detectron2's",
+        TEXTS,
+    ),
+    "INPUT.AUGMENT.LAST_STEPS": Key(
+        (), "augmentations instead of STEPS from iteration SWITCH_ITER on", TEXTS
+    ),
+    "INPUT.AUGMENT.SWITCH_ITER": Key(
+        0, "iteration from which LAST_STEPS take the place of STEPS; 0: never", WHOLE
+    ),
+    "INPUT.AUGMENT.SIZE": Key(
+        [640, 640], "height and width in pixels of augmented images", HEIGHT_WIDTH
+    ),
+    "INPUT.AUGMENT.FILL": Key(
+        114, "value of pixels that no image covers", Rule(lambda x: 0 <= x <= 255, "in [0, 255]")
+    ),
+    "INPUT.AUGMENT.MIN_SIDE": Key(
+        0.0,
+        "objects whose box is not wider and higher than this many pixels are left out",
+        at_least(0),
+    ),
+    "INPUT.AUGMENT.MIN_VISIBLE": Key(
+        0.0, "objects with at most this share of their area in the image are left out", BELOW_1
+    ),
+    "INPUT.AUGMENT.MAX_ASPECT": Key(
+        0.0,
+        "objects whose box is this many times longer than wide are left out; 0: no limit",
+        at_least(0),
+    ),
+    "INPUT.AUGMENT.CACHE": Key(
+        64,
+        "decoded images that each data process keeps for mosaic and mixup, which only saves time",
+        WHOLE,
+    ),
+    "INPUT.MOSAIC.PROB": Key(1.0, "probability of a mosaic of four images", FRACTION),
+    "INPUT.MOSAIC.SHUFFLE": Key(
+        False, "put the sample at a random place of the four, as YOLOv5; False: top left", SWITCH
+    ),
+    "INPUT.JITTER.SCALE": Key(
+        [0.1, 2.0], "range of the factor; 1 fits an image into SIZE, and keeps a mosaic", _RANGE
+    ),
+    "INPUT.JITTER.DRAWS": Key(
+        15,
+        "crops that are tried until one has an object; 1: keep all crops, as RTMDet-Ins",
+        at_least(1),
+    ),
+    "INPUT.AFFINE.ROTATION": Key(0.0, "largest angle in degrees", at_least(0)),
+    "INPUT.AFFINE.SCALE": Key([0.5, 1.5], "range of the factor, 1 as in INPUT.JITTER", _RANGE),
+    "INPUT.AFFINE.SHEAR": Key(
+        0.0, "largest angle in degrees", Rule(lambda x: 0 <= x < 90, "in [0, 90)")
+    ),
+    "INPUT.AFFINE.TRANSLATION": Key(0.1, "largest shift, as a share of SIZE", FRACTION),
+    "INPUT.AFFINE.CENTERED": Key(
+        True, "turn and scale around the centre, as YOLOv5; False: the corner, as YOLOX", SWITCH
+    ),
+    "INPUT.MIXUP.PROB": Key(1.0, "probability of a blend of two images", FRACTION),
+    "INPUT.MIXUP.PARTNER": Key(
+        "steps",
+        "steps: the partner has gone through the steps before mixup, as in RTMDet and YOLOv5. "
+        "image: it is a resized and flipped image, as in YOLOX",
+        one_of("steps", "image"),
+    ),
+    "INPUT.MIXUP.SCALE": Key([0.5, 1.5], "range of the factor of PARTNER image", _RANGE),
+    "INPUT.MIXUP.BETA": Key(
+        0.0, "the image's share is drawn of Beta(BETA, BETA), such as 32; 0: it is 0.5", at_least(0)
+    ),
+    "INPUT.HSV.MODE": Key(
+        "add",
+        "add: add whole numbers to hue, saturation and value, as RTMDet and YOLOX. scale: multiply "
+        "them, as YOLOv5",
+        one_of("add", "scale"),
+    ),
+    "INPUT.HSV.GAINS": Key(
+        [5.0, 30.0, 30.0],
+        "largest change of hue (in [0, 180)), saturation and value (in [0, 255]); with MODE scale, "
+        "of the factors, such as [0.015, 0.7, 0.4]",
+        list_of(at_least(0), 3, 3),
+    ),
+    "INPUT.MULTI_SCALE.PERIOD": Key(
+        0,
+        "iterations after which all images get another random size, the same in every process; 0: "
+        "always INPUT.AUGMENT.SIZE",
+        WHOLE,
+    ),
+    "INPUT.MULTI_SCALE.RANGE": Key(
+        [15, 25],
+        "least and largest height in units of 32 pixels",
+        Rule(
+            lambda x: COUNTS.holds(x) and len(x) == 2 and x[0] <= x[1], "two whole numbers, rising"
+        ),
     ),
     "SOLVER.SCHEDULE": Key(
         "1x",

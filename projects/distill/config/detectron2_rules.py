@@ -221,6 +221,38 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "in (0, 1] if relative, else whole numbers of pixels.",
     ),
     (
+        lambda c: bool(c.INPUT.AUGMENT.LAST_STEPS) == (c.INPUT.AUGMENT.SWITCH_ITER > 0),
+        "INPUT.AUGMENT.LAST_STEPS is {c.INPUT.AUGMENT.LAST_STEPS} and SWITCH_ITER "
+        "{c.INPUT.AUGMENT.SWITCH_ITER}; set both, or leave both at their defaults.",
+    ),
+    (
+        lambda c: (
+            c.INPUT.AUGMENT.STEPS or not (c.INPUT.AUGMENT.LAST_STEPS or c.INPUT.MULTI_SCALE.PERIOD)
+        ),
+        "INPUT.AUGMENT.STEPS is empty, but LAST_STEPS is {c.INPUT.AUGMENT.LAST_STEPS} and "
+        "INPUT.MULTI_SCALE.PERIOD {c.INPUT.MULTI_SCALE.PERIOD}, which need it; set STEPS.",
+    ),
+    (
+        lambda c: not (c.INPUT.AUGMENT.STEPS and c.INPUT.CROP.ENABLED),
+        "INPUT.CROP.ENABLED is True, but INPUT.AUGMENT.STEPS {c.INPUT.AUGMENT.STEPS} takes the "
+        "place of detectron2's augmentations; set it to False, or empty STEPS.",
+    ),
+    (
+        lambda c: not c.INPUT.AUGMENT.STEPS or c.INPUT.FORMAT in ("BGR", "RGB"),
+        "INPUT.FORMAT is {c.INPUT.FORMAT}; INPUT.AUGMENT.STEPS {c.INPUT.AUGMENT.STEPS} needs BGR "
+        "or RGB.",
+    ),
+    (
+        lambda c: c.INPUT.HSV.MODE == "add" or max(c.INPUT.HSV.GAINS) <= 1,
+        "INPUT.HSV.GAINS is {c.INPUT.HSV.GAINS}; with INPUT.HSV.MODE scale they must be in [0, 1].",
+    ),
+    (
+        lambda c: _fits_square_pad(c),
+        "INPUT.AUGMENT.SIZE is {c.INPUT.AUGMENT.SIZE} and INPUT.MULTI_SCALE.RANGE "
+        "{c.INPUT.MULTI_SCALE.RANGE} (times 32), which is larger than the square that images are "
+        "padded to; set MODEL.CSPNEXT.SQUARE_PAD and MODEL.CSPDARKNET.SQUARE_PAD to 0.",
+    ),
+    (
         lambda c: len(c.MODEL.PIXEL_MEAN) == len(c.MODEL.PIXEL_STD) == channels(c.INPUT.FORMAT),
         "MODEL.PIXEL_MEAN is {c.MODEL.PIXEL_MEAN} and MODEL.PIXEL_STD {c.MODEL.PIXEL_STD}; they "
         "must have one number per channel of INPUT.FORMAT {c.INPUT.FORMAT}.",
@@ -274,6 +306,15 @@ def _has_output_stride(cfg: CfgNode) -> bool:
         return True
     stride = 8 * (3 - resnet.RES4_DILATION) * (1 + (resnet.RES5_DILATION == 1))
     return list(head.IN_FEATURES) != ["res5"] or stride == head.COMMON_STRIDE
+
+
+def _fits_square_pad(cfg: CfgNode) -> bool:
+    """Return whether augmented images are at most as large as the square they are padded to."""
+    pads = cfg.MODEL.CSPNEXT.SQUARE_PAD, cfg.MODEL.CSPDARKNET.SQUARE_PAD
+    size, scales = cfg.INPUT.AUGMENT.SIZE, cfg.INPUT.MULTI_SCALE
+    height = 32 * scales.RANGE[1] if scales.PERIOD else size[0]
+    largest = max(height, height * size[1] / size[0])
+    return not cfg.INPUT.AUGMENT.STEPS or all(pad == 0 or largest <= pad for pad in pads)
 
 
 def _is_crop(kind: str, first: float, second: float) -> bool:

@@ -1,5 +1,7 @@
 """The checks that run before any weight is loaded."""
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import (
@@ -15,7 +17,7 @@ from ..families import FAMILIES
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..section import check_choice
 from .architecture import distill_architectures, student_architecture, student_class
-from .defaults import declared_keys
+from .defaults import AUGMENT_STEPS, SIZED_STEPS, declared_keys
 from .detectron2_rules import check_read, check_rules, check_together, leaves
 from .resolve import teacher_config
 
@@ -47,6 +49,7 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    _validate_augment(cfg)
     _validate_drawing(cfg)
     _validate_test_modes(cfg)
 
@@ -64,6 +67,39 @@ def _validate_data(cfg: CfgNode, training: bool) -> None:
                 f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
                 "to False."
             )
+
+
+def _validate_augment(cfg: CfgNode) -> None:
+    """Refuse augmentations in an order that cannot work, or of labels that they do not move."""
+    node = cfg.INPUT.AUGMENT
+    if not node.STEPS:
+        return
+    student = student_class(cfg)
+    if issubclass(student, SemanticSegmentor | PanopticFPN) or cfg.MODEL.KEYPOINT_ON:
+        what = "MODEL.KEYPOINT_ON is True" if cfg.MODEL.KEYPOINT_ON else student.__name__
+        raise ConfigError(
+            f"INPUT.AUGMENT.STEPS is {tuple(node.STEPS)}, which moves boxes and masks, but neither "
+            f"keypoints nor semantic labels ({what}); empty it."
+        )
+    for key in ("STEPS", "LAST_STEPS"):
+        for name in node[key]:
+            check_choice(f"INPUT.AUGMENT.{key}", name, AUGMENT_STEPS)
+        if node[key] and not _is_pipeline(node[key]):
+            raise ConfigError(
+                f"INPUT.AUGMENT.{key} is {tuple(node[key])}; it must have one of "
+                f"{', '.join(SIZED_STEPS)}, mosaic only as the first step, mixup only after that, "
+                "and no step twice."
+            )
+
+
+def _is_pipeline(steps: Sequence[str]) -> bool:
+    sized = [k for k, name in enumerate(steps) if name in SIZED_STEPS]
+    return (
+        len(sized) == 1
+        and len(set(steps)) == len(steps)
+        and "mosaic" not in steps[1:]
+        and "mixup" not in steps[: sized[0]]
+    )
 
 
 def _validate_drawing(cfg: CfgNode) -> None:

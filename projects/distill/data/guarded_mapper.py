@@ -36,17 +36,22 @@ class GuardedMapper:
         mapper: a mapper with detectron2's contract.
     """
 
-    def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
+    def __init__(self, mapper: Callable[..., Any]):
         self.mapper = mapper
 
-    def __call__(self, entry: dict[str, Any]) -> Any:
-        """Map detectron2's dataset dict, or return a :class:`BadImage`."""
+    def __call__(self, entry: dict[str, Any], *more: Any) -> Any:
+        """Map detectron2's dataset dict, or return a :class:`BadImage`.
+
+        Args:
+            entry: the dataset dict.
+            more: further arguments of the mapper.
+        """
         # The headers come before the mapper, which would wait for a pipe and clip 16 bits to white.
         issue = next(header_issues(entry), None)
         if issue:
             return BadImage(name_of(entry), _reason(issue))
         try:
-            mapped = self.mapper(entry)
+            mapped = self.mapper(entry, *more)
         except Exception as e:
             reason = self._find_reason(entry, e)
             if reason is None:

@@ -47,18 +47,30 @@ class IgnoredRegionsMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
     ) -> None:
-        annotations, image = dataset_dict["annotations"], dataset_dict["image"]
-        if any(x.get("ignored") for x in annotations):
-            painted = np.zeros(image_shape, bool)
-            for annotation in annotations:
-                if annotation.get("ignored"):
-                    painted |= _region(annotation, dataset_dict, transforms, image_shape)
-            for annotation in annotations:
-                if not annotation.get("iscrowd", 0):
-                    painted &= ~_touched(annotation, transforms, image_shape)
+        image = dataset_dict["image"]
+        if any(x.get("ignored") for x in dataset_dict["annotations"]):
+            painted = ignored_pixels(dataset_dict, transforms, image_shape)
             colour = self.pixel_mean.round().to(image.dtype)
             image[:, torch.from_numpy(painted)] = colour[:, None]
         super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+
+def ignored_pixels(entry: dict[str, Any], transforms: Any, shape: tuple[int, int]) -> Bools:
+    """Return True for the pixels (H, W) of ignored regions, outside the boxes of trained classes.
+
+    Args:
+        entry: dataset dict of the image.
+        transforms: transforms from the image in the file to the transformed one.
+        shape: height and width of the transformed image.
+    """
+    painted = np.zeros(shape, bool)
+    for annotation in entry["annotations"]:
+        if annotation.get("ignored"):
+            painted |= _region(annotation, entry, transforms, shape)
+    for annotation in entry["annotations"]:
+        if not annotation.get("iscrowd", 0):
+            painted &= ~_touched(annotation, transforms, shape)
+    return painted
 
 
 def _region(

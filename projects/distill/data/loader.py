@@ -4,45 +4,37 @@ import logging
 import multiprocessing
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
+import cv2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
-from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ConfigError, DataError
 from ..utils.seeding import derived_seed, private_randomness
+from .augment.mapper import AugmentingMapper
 from .guarded_mapper import BadImage, GuardedMapper
+from .stream import REACH, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 20  # number of bad images in a row that is an error of the data set
 
 
-class Sample(NamedTuple):
-    """Image at a position of the endless stream of training images.
-
-    Attributes:
-        position: position in the stream of all processes.
-        image: index of the image in the data set.
-    """
-
-    position: int
-    image: int
-
-
 class Batches(Sampler[list[Sample]]):
     """Sampler of this process's batches, in the order of detectron2's samplers and grouping.
 
     Args:
-        sampler: sampler of detectron2, which yields this process's share of the stream.
+        sampler: sampler of detectron2, whose stream the processes share.
         batch_size: samples per batch.
         groups: group of each image; all images of a batch are of one group. None: no groups.
         start: iteration at which the batches begin. Earlier batches are counted, but not loaded.
@@ -50,7 +42,7 @@ class Batches(Sampler[list[Sample]]):
 
     def __init__(
         self,
-        sampler: Sampler[int],
+        sampler: TrainingSampler | RepeatFactorTrainingSampler,
         batch_size: int,
         groups: Sequence[bool] | None = None,
         start: int = 0,
@@ -64,14 +56,25 @@ class Batches(Sampler[list[Sample]]):
         return islice(self._all_batches(), self.start, None)
 
     def _all_batches(self) -> Iterator[list[Sample]]:
-        rank, world = comm.get_rank(), comm.get_world_size()
         waiting: dict[bool, list[Sample]] = {False: [], True: []}
-        for k, index in enumerate(self.sampler):
-            group = waiting[self.groups[index] if self.groups else False]
-            group.append(Sample(rank + k * world, index))
+        iteration = 0
+        for sample in self._samples():
+            group = waiting[self.groups[sample.image] if self.groups else False]
+            group.append(sample)
             if len(group) == self.batch_size:
-                yield group[:]
+                yield [x._replace(iteration=iteration) for x in group]
                 group.clear()
+                iteration += 1
+
+    def _samples(self) -> Iterator[Sample]:
+        """Yield this process's share of the stream, as detectron2's samplers do."""
+        rank, world = comm.get_rank(), comm.get_world_size()
+        # Iterating over the sampler would give only this process's share, without its partners.
+        recent: deque[int] = deque(maxlen=REACH)
+        for position, image in enumerate(self.sampler._infinite_indices()):
+            if position % world == rank:
+                yield Sample(position, image, recent=tuple(recent))
+            recent.append(image)
 
 
 class Samples(Dataset[Any]):
@@ -79,8 +82,8 @@ class Samples(Dataset[Any]):
 
     Args:
         dicts: detectron2's dataset dicts.
-        mapper: a mapper with detectron2's contract. Images that it cannot map become a
-            :class:`BadImage`.
+        mapper: a mapper with detectron2's contract, or an :class:`AugmentingMapper`. Images that
+            it cannot map become a :class:`BadImage`.
         seed: seed of the run.
         drop: replace bad images by other images, instead of returning a :class:`BadImage`.
     """
@@ -88,7 +91,7 @@ class Samples(Dataset[Any]):
     def __init__(
         self,
         dicts: Sequence[dict[str, Any]],
-        mapper: Callable[[dict[str, Any]], Any],
+        mapper: Callable[..., Any],
         seed: int,
         drop: bool = False,
     ):
@@ -102,7 +105,7 @@ class Samples(Dataset[Any]):
         for attempt in range(MAX_REPLACEMENTS):
             key = (self.seed, sample.position, attempt)
             with private_randomness(*key):
-                mapped = self.mapper(self.dicts[index])
+                mapped = self._mapped(sample._replace(image=index))
             if isinstance(mapped, BadImage):
                 if not self.drop:
                     return mapped
@@ -114,6 +117,12 @@ class Samples(Dataset[Any]):
             reason = f"{bad[0].reason}; {len(bad) - 1} other images in its place are bad, too"
             return BadImage(bad[0].file_name, reason)
         return BadImage(self.dicts[index]["file_name"], "the mapper returned None for all")
+
+    def _mapped(self, sample: Sample) -> Any:
+        entry = self.dicts[sample.image]
+        if isinstance(self.mapper.mapper, AugmentingMapper):
+            return self.mapper(entry, Surroundings(sample, self.dicts, self.seed))
+        return self.mapper(entry)
 
 
 class TrainLoader:
@@ -215,11 +224,14 @@ def _unusable(image: BadImage, remedy: str) -> DataError:
 
 
 def _start_worker(worker: int) -> None:
-    """End a data worker whose parent was killed during the start; torch notices later kills.
+    """Prepare a data worker.
+
+    It ends if its parent was killed during the start; torch notices later kills.
 
     If the parent ends while a batch is sent, the sending thread loses the connection. It must not
     print a traceback after the parent's own message.
     """
+    cv2.setNumThreads(0)  # there are as many workers as cores; and a fork may lose the threads
     parent = multiprocessing.parent_process()
     if multiprocessing.get_start_method() != "forkserver" and parent and parent.pid != os.getppid():
         os._exit(1)
@@ -233,7 +245,9 @@ _WEIGHTED = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
 _BY_CATEGORY = ("RepeatFactorTrainingSampler", "WeightedCategoryTrainingSampler")
 
 
-def build_sampler(cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]) -> Sampler[int]:
+def build_sampler(
+    cfg: CfgNode, sets: Sequence[tuple[str, list[dict[str, Any]]]]
+) -> TrainingSampler | RepeatFactorTrainingSampler:
     """Build detectron2's sampler ``DATALOADER.SAMPLER_TRAIN`` for the images of all sets.
 
     Args:
@@ -292,7 +306,7 @@ def repeat_factors(
 def build_train_loader(
     cfg: CfgNode,
     sets: Sequence[tuple[str, list[dict[str, Any]]]],
-    mapper: Callable[[dict[str, Any]], Any],
+    mapper: Callable[..., Any],
     *,
     seed: int,
     start: int = 0,
@@ -302,7 +316,7 @@ def build_train_loader(
     Args:
         cfg: the whole config.
         sets: names and dataset dicts of the training sets.
-        mapper: a mapper with detectron2's contract.
+        mapper: a mapper with detectron2's contract, or an :class:`AugmentingMapper`.
         seed: seed of the run, which determines the order of the images and their augmentations.
         start: iteration at which the batches begin.
     """

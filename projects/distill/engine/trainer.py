@@ -36,6 +36,7 @@ from ..checkpoint.save import (
 from ..config import student_class
 from ..config.resume import training_values
 from ..config.student import write_student
+from ..data.augment.mapper import AugmentingMapper
 from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
 from ..data.ignored_regions import IgnoredRegionsMapper
@@ -423,13 +424,15 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
 
 
-def train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """Return detectron2's mapper, or that of semantic labels, or that of ignored regions."""
+def train_mapper(cfg: CfgNode) -> Callable[..., Any]:
+    """Return detectron2's mapper, or that of semantic labels, ignored regions or augmentations."""
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
     if semantic or issubclass(student_class(cfg), SemanticSegmentor):
         return SemanticMapper(cfg, is_train=True)
     ignoring = any(data.get("ignored_regions") for data in metadata)
+    if cfg.INPUT.AUGMENT.STEPS:
+        return AugmentingMapper(cfg, ignoring)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
 
 

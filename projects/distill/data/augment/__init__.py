@@ -1,0 +1,1 @@
+"""Augmentations that combine images: mosaic, mixup, and what belongs to their recipes."""
