@@ -201,6 +201,25 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "needs it to be at most SOLVER.BASE_LR {c.SOLVER.BASE_LR}, and that to be above 0.",
     ),
     (
+        lambda c: (
+            c.SOLVER.LR_SCHEDULER_NAME == "WarmupFlatCosineLR"
+            or c.SOLVER.WARMUP_METHOD != "quadratic"
+        ),
+        "SOLVER.WARMUP_METHOD is quadratic, which SOLVER.LR_SCHEDULER_NAME "
+        "{c.SOLVER.LR_SCHEDULER_NAME} does not have; set that to WarmupFlatCosineLR, whose "
+        "SOLVER.FLAT_FRACTION may be 0.",
+    ),
+    (
+        lambda c: c.SOLVER.FLAT_FRACTION + c.SOLVER.TAIL_FRACTION < 1,
+        "SOLVER.FLAT_FRACTION is {c.SOLVER.FLAT_FRACTION} and SOLVER.TAIL_FRACTION "
+        "{c.SOLVER.TAIL_FRACTION}; they leave no iteration to the cosine: lower one of them.",
+    ),
+    (
+        lambda c: c.SOLVER.WARMUP_MOMENTUM < 0 or c.SOLVER.OPTIMIZER == "SGD",
+        "SOLVER.WARMUP_MOMENTUM is {c.SOLVER.WARMUP_MOMENTUM}, but SOLVER.OPTIMIZER "
+        "{c.SOLVER.OPTIMIZER} has no momentum; set it to -1.",
+    ),
+    (
         lambda c: not c.SOLVER.NESTEROV or c.SOLVER.OPTIMIZER != "SGD" or c.SOLVER.MOMENTUM > 0,
         "SOLVER.NESTEROV is True, which needs a SOLVER.MOMENTUM above 0.",
     ),

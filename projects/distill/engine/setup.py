@@ -58,7 +58,7 @@ def be_deterministic() -> None:
 def scale_to_workers(cfg: CfgNode) -> CfgNode:
     """Scale the schedule to the number of processes, as detectron2's ``auto_scale_workers`` does.
 
-    The moving average and the schedules of the heads are scaled, too.
+    The moving average, the schedules of the heads and YOLOX's L1 loss are scaled, too.
     """
     scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
@@ -69,6 +69,8 @@ def scale_to_workers(cfg: CfgNode) -> CfgNode:
     ema = scaled.SOLVER.EMA
     ema.DECAY **= 1 / factor  # as much of the average is forgotten over as many images
     ema.WARMUP_ITERS = round(ema.WARMUP_ITERS * factor)
+    if scaled.MODEL.YOLOX.L1_FROM_ITER > 0:
+        scaled.MODEL.YOLOX.L1_FROM_ITER = round(scaled.MODEL.YOLOX.L1_FROM_ITER * factor)
     for head in scaled.MODEL.DISTILL.HEADS:
         section = scaled.MODEL.DISTILL[head.upper()]
         for key in [key for key in section if key.endswith(("_ITER", "_ITERS"))]:
