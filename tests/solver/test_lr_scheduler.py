@@ -14,7 +14,6 @@ from distill.solver.lr_scheduler import build_lr_scheduler
 from tests.support.cases import for_each
 from tests.support.networks import tiny_cfg
 
-
 # Learning rates that the authors' code sets (float64), by iteration.
 YOLOX = {
     **{1: 4e-08, 250: 0.0025, 500: 0.01, 501: 0.01, 10_000: 0.00754766, 20_000: 0.00250131},

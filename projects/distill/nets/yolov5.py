@@ -59,8 +59,8 @@ class YOLOv5(ObjectnessDetector):
     Three factors follow from the data: 3 / levels for all, K / 80 for the classes,
     and height · width / 640² of the padded images for the objectness.
 
-    Means over matches are those of each process and part. Only the objectness has, with images of one size,
-    the gradient of one process with the joint batch.
+    Means over matches are those of each process and part. Only the objectness has, with images of
+    one size, the gradient of one process with the joint batch.
 
     Args:
         prior_sizes: (width, height) in pixels of the anchors of each level.

@@ -15,8 +15,8 @@ EXTRA_LR = "extra_lr"
 class WarmupHook(HookBase):
     """Hook that warms up the learning rate of biases, and the momentum.
 
-    At iteration t of w, biases have the learning rate of the schedule and (1 − t / w) · ``extra_lr``
-    of their group. The momentum is (1 − t / w) · first + (t / w) · last. Both are functions of the
+    At iteration t of w, biases have the schedule's learning rate plus (1 − t / w) · ``extra_lr`` of
+    their group. The momentum is (1 − t / w) · first + (t / w) · last. Both are functions of the
     iteration, so a checkpoint needs no state of this hook.
 
     Args:
@@ -57,7 +57,7 @@ def split_biases(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> None:
     if cfg.SOLVER.WARMUP_BIAS_FACTOR < 0:
         return
     named = model.named_parameters()
-    biases = {x for name, x in named if name.rpartition(".")[2] == "bias"}
+    biases: set[Tensor] = {x for name, x in named if name.rpartition(".")[2] == "bias"}
     groups = optimizer.param_groups
     groups[:] = [part for group in groups for part in _split(group, biases, extra)]
 
