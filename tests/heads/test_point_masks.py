@@ -95,9 +95,7 @@ def test_a_teacher_that_pads_further() -> None:
 
     model.teacher.family.ask = padded
     found = kd_losses(model, batch())
-    assert found[LOSS].item() == pytest.approx(
-        plain[LOSS].item(), rel=0.2
-    )
+    assert found[LOSS].item() == pytest.approx(plain[LOSS].item(), rel=0.2)
 
 
 def test_classes_that_the_teacher_lacks_do_not_count() -> None:

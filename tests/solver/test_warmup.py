@@ -99,6 +99,13 @@ def test_adamw_has_no_momentum() -> None:
         check_values(cfg)
 
 
+def test_a_sum_is_not_scaled_twice() -> None:
+    scaled = ("SOLVER.REFERENCE_WORLD_SIZE", 8)
+    check_values(tiny_cfg("yolox", *scaled))
+    with pytest.raises(ConfigError, match="YOLOv5's loss grows with the batch itself"):
+        check_values(tiny_cfg("yolov5", *scaled))
+
+
 # ---- Groups of parameters
 
 

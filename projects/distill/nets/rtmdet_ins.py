@@ -91,9 +91,7 @@ class RTMDetIns(RTMDet):
         targets: DynamicTargets,
     ) -> dict[str, Tensor]:
         number = reduce_mean((targets.matched >= 0).sum()).clamp(min=1)
-        rows = [
-            matched_rows(len(truth), *row) for truth, *row in zip(gt_instances, *targets[2:])
-        ]
+        rows = [matched_rows(len(truth), *row) for truth, *row in zip(gt_instances, *targets[2:])]
         logits = self.mask_logits(*predictions[2:], rows).split([len(x) for x in rows])
         losses = [
             self.mask_loss(*image, number)
