@@ -184,7 +184,7 @@ def test_a_base_does_not_distil(path: Path) -> None:
     assert not loaded_safely(path).MODEL.DISTILL.HEADS
 
 
-@for_each("path", NETWORKS)
+@pytest.mark.parametrize("path", NETWORKS, ids=name_of)
 def test_a_network_is_named_by_the_rule(path: Path) -> None:
     assert not loaded_safely(path).MODEL.DISTILL.HEADS
     assert re.fullmatch(f"{DATA}-{TASK}/({NETWORK}|{WHOLE_NETWORK})", name_of(path))
@@ -329,18 +329,18 @@ def check_sized(path: Path, cfg: CfgNode) -> None:
     data, rtmdet, solver = path.parent.name, detector.startswith("rtmdet"), cfg.SOLVER
     backbone = cfg.MODEL.CSPNEXT if rtmdet else cfg.MODEL.CSPDARKNET
     key = "rtmdet tiny" if rtmdet and size == "tiny" else size
-    assert (backbone.DEPTH, backbone.WIDTH) == DEPTH_WIDTH[key] and backbone.SQUARE_PAD == 640
+    assert DEPTH_WIDTH[key] == (backbone.DEPTH, backbone.WIDTH) and backbone.SQUARE_PAD == 640
     name = "timm_yolo" if timm else "cspnext" if rtmdet else detector
-    assert cfg.MODEL.BACKBONE.NAME == f"build_{name}_pafpn_backbone"
+    assert f"build_{name}_pafpn_backbone" == cfg.MODEL.BACKBONE.NAME
     images = IMAGES["rtmdet" if rtmdet else data]
     epoch = images / solver.IMS_PER_BATCH
-    assert solver.MAX_ITER == int(EPOCHS[data] * epoch)
-    assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS == rtmdet
+    assert int(EPOCHS[data] * epoch) == solver.MAX_ITER
+    assert rtmdet == cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     assert (solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS) == (0, 0)
-    assert cfg.TEST.DETECTIONS_PER_IMAGE == (100 if detector == "rtmdet_ins" else 300)
+    assert (100 if detector == "rtmdet_ins" else 300) == cfg.TEST.DETECTIONS_PER_IMAGE
     ratio = solver.BASE_LR_END / solver.BASE_LR
     if rtmdet:
-        assert cfg.MODEL.RTMDET.EXP_ON_REG == (detector != "rtmdet" or size in "mlx")
+        assert (detector != "rtmdet" or size in "mlx") == cfg.MODEL.RTMDET.EXP_ON_REG
         assert solver.OPTIMIZER == "ADAMW" and solver.WEIGHT_DECAY == 0.05
         assert (solver.BASE_LR / solver.IMS_PER_BATCH, ratio) == (0.004 / 256, 0.05)
         assert (solver.WARMUP_ITERS, solver.FLAT_FRACTION) == (1000, 0.5)
@@ -350,11 +350,11 @@ def check_sized(path: Path, cfg: CfgNode) -> None:
         0.05 if (data, detector) == ("COCO-Detection", "yolox") else 0.1
     )
     if detector == "yolox":
-        assert solver.WARMUP_ITERS == int(5 * epoch) and solver.FLAT_FRACTION == 0
+        assert int(5 * epoch) == solver.WARMUP_ITERS and solver.FLAT_FRACTION == 0
         last = (EPOCHS[data] - 15) * epoch
         assert abs(cfg.MODEL.YOLOX.L1_FROM_ITER - last) < 1
     else:
-        assert solver.WARMUP_ITERS == (250 if data == "KITTI-Detection" else round(3 * epoch))
+        assert (250 if data == "KITTI-Detection" else round(3 * epoch)) == solver.WARMUP_ITERS
         assert (solver.WARMUP_BIAS_FACTOR, solver.WARMUP_MOMENTUM) == (10, 0.8)
 
 
@@ -369,6 +369,11 @@ def check_semantic(name: str, cfg: CfgNode) -> None:
     assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
 
 
+def is_quick(path: Path) -> bool:
+    """Networks, but for timm's, which are built twice, and one distillation per method and data."""
+    return (path in NETWORKS or path in FIRST) and "convnext" not in path.stem
+
+
 @pytest.fixture(scope="module")
 def meta_models() -> dict[str, torch.nn.Module]:
     """Teachers by description of their configs: many distillations share one."""
@@ -378,7 +383,7 @@ def meta_models() -> dict[str, torch.nn.Module]:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(p, marks=[] if p in NETWORKS or p in FIRST else pytest.mark.slow)
+        pytest.param(p, marks=[] if is_quick(p) else pytest.mark.slow)
         for p in NETWORKS + DISTILLATIONS
         if p not in SHAPES
     ],

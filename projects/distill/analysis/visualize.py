@@ -100,7 +100,8 @@ def ima_grid(head: IMA, view: View) -> Grid:
 def crop_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
     """Return one column per instance, the largest ones (scopes box and mask)."""
     found, weight = head.instances(view.student, view.teacher)
-    boxes, crops = Boxes(found[0]), {}
+    boxes = Boxes(found[0])
+    crops: dict[int, tuple[Tensor, Tensor, float]] = {}
     for rows, s, t in head.crops(maps, found):
         scales = head.scales(s, t, None if weight is None else weight[rows]).tolist()
         numbers = torch.arange(len(boxes), device=s.device)[rows].tolist()

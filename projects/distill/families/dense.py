@@ -167,6 +167,7 @@ class DenseFamily(Family):
 
     def _read_masks(self, recorder: Recorder) -> PointMasks:
         (kernels, _, rows), logits = recorder[MASK_LOGITS]
+        assert self.assignment, "a detector of masks assigns points to objects"
         labels = recorder[self.assignment].output[0]
         own = [x[index].where(index >= 0, self.num_classes) for x, index in zip(labels, rows)]
         return PointMasks(rows, logits, torch.cat(own), [tuple(x.shape[-2:]) for x in kernels])

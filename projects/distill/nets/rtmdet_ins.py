@@ -92,7 +92,8 @@ class RTMDetIns(RTMDet):
     ) -> dict[str, Tensor]:
         number = reduce_mean((targets.matched >= 0).sum()).clamp(min=1)
         rows = [matched_rows(len(truth), *row) for truth, *row in zip(gt_instances, *targets[2:])]
-        logits = self.mask_logits(*predictions[2:], rows).split([len(x) for x in rows])
+        kernels, prototypes = predictions[2:]
+        logits = self.mask_logits(kernels, prototypes, rows).split([len(x) for x in rows])
         losses = [
             self.mask_loss(*image, number)
             for image in zip(logits, gt_instances, rows, targets.matched)
