@@ -147,6 +147,16 @@ class IMA(FPNDistillHead):
         else:
             cls.check_scope(scope, student)
         ret = super().from_config(cfg, student, teacher)
+        channels = sorted({theirs for _, theirs in ret["channels"]})
+        if scope in CROPPED and len(channels) > 1:
+            node = cls.config_node(cfg)
+            if node.SCOPE != "auto" or node.INSTANCES == "teacher":
+                raise ConfigError(
+                    f"MODEL.DISTILL.IMA.SCOPE {scope} stacks crops of all levels, but the "
+                    f"teacher's have {channels} channels; set SCOPE image and INSTANCES "
+                    "ground_truth."
+                )
+            scope = "image"
         strides = [x.stride for x in ret["levels"]]
         if scope in CROPPED and strides != [strides[0] * 2**i for i in range(len(strides))]:
             raise ConfigError(
@@ -200,11 +210,11 @@ class IMA(FPNDistillHead):
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
-        """Return the levels to compare; crops are from those of the student's own boxes."""
+        """Return the levels to compare; crops are from those that the student's detector reads."""
         names = super().level_names(cfg, student)
-        if not names and cls.resolved_scope(cfg, student) in CROPPED and "rois" in student.outputs:
-            return student.box_in_features
-        return names
+        if names or cls.resolved_scope(cfg, student) not in CROPPED:
+            return names
+        return student.box_in_features or tuple(student.dense.levels if student.dense else ())
 
     @classmethod
     def resolved_scope(cls, cfg: CfgNode, student: NetworkInfo) -> str:
