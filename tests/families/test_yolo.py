@@ -137,15 +137,10 @@ def test_levels_of_different_channels() -> None:
     gid(tiny_cfg("yolox", "MODEL.DISTILL.GID.SHARED_ADAPTER", False), yolo, equal)
 
 
-def test_crops_of_instances_need_levels_of_equal_channels() -> None:
-    yolo = network_info("teacher", tiny_model("yolox", *own_neck("yolox")))
-    equal = network_info("teacher", tiny_model("yolox"))
-    ima, scope = DISTILL_HEAD_REGISTRY.get("IMA"), "MODEL.DISTILL.IMA.SCOPE"
-    assert [ima(tiny_cfg("yolox"), x, x).scope for x in (equal, yolo)] == ["box", "image"]
-    assert ima(tiny_cfg("yolox", scope, "box"), yolo, equal).scope == "box"
-    for key, value in ((scope, "box"), ("MODEL.DISTILL.IMA.INSTANCES", "teacher")):
-        with pytest.raises(ConfigError, match=r"\[32, 64, 128\] channels; set SCOPE image"):
-            ima(tiny_cfg("yolox", key, value), equal, yolo)
+def test_instances_are_cropped_from_levels_of_different_channels() -> None:
+    head = distilled("yolox", ["IMA"], *own_neck("yolox")).heads["IMA"]
+    assert head.scope == "box"
+    assert [x.student for x in head.levels] == ["p3", "p4", "p5"]
 
 
 @for_each("head", ["CrossKD", "LD", "ROIKD", "MaskLogitKD"])

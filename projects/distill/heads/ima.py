@@ -147,16 +147,6 @@ class IMA(FPNDistillHead):
         else:
             cls.check_scope(scope, student)
         ret = super().from_config(cfg, student, teacher)
-        channels = sorted({theirs for _, theirs in ret["channels"]})
-        if scope in CROPPED and len(channels) > 1:
-            node = cls.config_node(cfg)
-            if node.SCOPE != "auto" or node.INSTANCES == "teacher":
-                raise ConfigError(
-                    f"MODEL.DISTILL.IMA.SCOPE {scope} stacks crops of all levels, but the "
-                    f"teacher's have {channels} channels; set SCOPE image and INSTANCES "
-                    "ground_truth."
-                )
-            scope = "image"
         strides = [x.stride for x in ret["levels"]]
         if scope in CROPPED and strides != [strides[0] * 2**i for i in range(len(strides))]:
             raise ConfigError(
