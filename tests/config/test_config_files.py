@@ -369,6 +369,26 @@ def check_semantic(name: str, cfg: CfgNode) -> None:
     assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
 
 
+# Parameters of the authors' networks, counted on their code.
+PARAMETERS = {
+    "COCO-Detection/rtmdet_tiny": 4_896_168,
+    "COCO-Detection/rtmdet_s": 8_886_924,
+    "COCO-Detection/rtmdet_m": 24_709_188,
+    "COCO-Detection/rtmdet_l": 52_315_804,
+    "COCO-Detection/rtmdet_x": 94_855_572,
+    "COCO-Detection/yolov5_s": 7_235_389,
+    "COCO-Detection/yolox_s": 8_968_255,
+    "COCO-InstanceSegmentation/rtmdet_ins_tiny": 5_638_187,
+    "COCO-InstanceSegmentation/rtmdet_ins_s": 10_183_311,
+    "COCO-InstanceSegmentation/rtmdet_ins_m": 27_575_111,
+    "COCO-InstanceSegmentation/rtmdet_ins_l": 57_365_663,
+    "COCO-InstanceSegmentation/rtmdet_ins_x": 102_703_767,
+    "KITTI-Detection/yolov5_s": 7_027_720,
+    "KITTI-Detection/yolov5_m": 20_879_400,
+    "KITTI-Detection/yolov5_s_convnext_tiny": 27_818_592 + 517_888 + 2_834_688 + 21_576,
+}
+
+
 def is_quick(path: Path) -> bool:
     """Networks, but for timm's, which are built twice, and one distillation per method and data."""
     return (path in NETWORKS or path in FIRST) and "convnext" not in path.stem
@@ -417,6 +437,8 @@ def test_a_network_is_built(
         model = build_distill_model(cfg)
     if path in NETWORKS:
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE and not loaded
+        if expected := PARAMETERS.get(name_of(path)):
+            assert sum(x.numel() for x in model.parameters()) == expected
         return
     assert isinstance(model, DistillModel) and list(model.heads) == list(cfg.MODEL.DISTILL.HEADS)
     if path.stem.startswith("self-"):

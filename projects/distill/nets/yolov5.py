@@ -56,8 +56,8 @@ class YOLOv5(ObjectnessDetector):
     and ``loss_cls``. As in the authors' code they are multiplied by the number of images of all
     processes and of all parts of a batch (``SOLVER.ACCUMULATE``), whose gradients are averaged. So
     the gradient is that of a sum over images, and learning rates are smaller than those of means.
-    Three factors follow from the data: 3 / levels for all, K / 80 for the classes,
-    and height · width / 640² of the padded images for the objectness.
+    Three factors follow from the data: 3 / levels for all, K / 80 for the classes, and height ·
+    width / 640² of the padded images for the objectness.
 
     Means over matches are those of each process and part. Only the objectness has, with images of
     one size, the gradient of one process with the joint batch.
