@@ -35,6 +35,7 @@ ALLOWED = {
     ".solver": "* .errors .config .checkpoint",
     ".engine": "* .errors .section .config .checkpoint .utils .data .evaluation .heads .families"
     " .structures .modeling .solver",
+    ".convert": "* .errors .config .checkpoint .utils .data.datasets .modeling .engine",
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",
     ".launch": "* .errors .config .checkpoint .utils .data .engine .doctor",

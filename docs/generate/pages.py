@@ -37,6 +37,7 @@ ROOMS = {  # pages of the API, the most important first
     "distill.engine": "Training",
     "distill.solver": "Optimizer and averages",
     "distill.checkpoint": "Checkpoints",
+    "distill.convert": "Conversion of weights",
     "distill.data": "Data",
     "distill.evaluation": "Evaluation",
     "distill.launch": "Launching",

@@ -6,8 +6,9 @@ from distill.experiments.support_matrix import NETWORKS, SupportMatrix, support_
 from distill.heads import DISTILL_HEAD_REGISTRY
 from distill.utils.progress import Progress
 
-pytestmark = pytest.mark.slow
-WORKING = 1  # pairs and heads that work; raise it when a head or a network is added
+# One worker runs both tests, because the matrix takes long.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("support matrix")]
+WORKING = 3832  # pairs and heads that work; raise it when a head or a network is added
 
 
 @pytest.fixture(scope="module")
