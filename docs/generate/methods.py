@@ -18,7 +18,10 @@ DOCS = Path(__file__).resolve().parents[1]
 CONFIGS = DOCS.parent / "configs"
 KINDS = {  # kinds of networks, by their names in the support matrix
     "R-CNN": ("Faster R-CNN", "Mask R-CNN", "Cascade Mask R-CNN", "Panoptic FPN"),
-    "dense detectors": ("RetinaNet", "FCOS", "ATSS", "GFL", "RepPoints"),
+    "dense detectors": (
+        *("RetinaNet", "FCOS", "ATSS", "GFL", "RepPoints"),
+        *("RTMDet", "RTMDet-Ins", "YOLOX", "YOLOv5"),
+    ),
     "semantic segmentation": ("Semantic FPN", "PSPNet", "DeepLabV3"),
 }
 ARCHITECTURES = {  # classes of students, in the tables of the authors' values

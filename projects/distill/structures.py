@@ -131,6 +131,23 @@ class Masks:
 
 
 @dataclass
+class PointMasks:
+    """Mask logits of whole images that belong to the points on which the student trains its masks.
+
+    Attributes:
+        rows: one (Ri,) tensor per image, indices of points among those of all levels; -1 for none.
+        logits: (ΣRi, H, W) on the cells of the finest level.
+        labels: (ΣRi,) indices of the student's classes in [0, K]; K for a row without a point.
+        sizes: (Hi, Wi) of each level in cells.
+    """
+
+    rows: list[Tensor]
+    logits: Tensor
+    labels: Tensor
+    sizes: list[tuple[int, int]]
+
+
+@dataclass
 class SemSeg:
     """Outputs of a semantic head before upsampling.
 
@@ -168,6 +185,7 @@ class NetworkOutputs:
     detections: list[Instances] = field(default_factory=list)
     rois: list[ROIs] = field(default_factory=list)
     masks: Masks | None = None
+    point_masks: PointMasks | None = None
     sem_seg: SemSeg | None = None
 
     @property

@@ -193,7 +193,7 @@ def test_alpha_of_each_instance(family: str, tmp_path: Path, shapes: Shapes) -> 
         assert all(np.isfinite(x.array).all() for x in cells)
     else:
         boxes, weight = head.instances(view.student, view.teacher)
-        s, t = head.crops(maps, boxes)
+        ((_, s, t),) = head.crops(maps, boxes)
         weight = torch.ones_like(s[:, :1]) if weight is None else weight
         notes = [noted(x) for (row, _), x in grid.items() if row == "image"]
         expected = [alpha(s[i], t[i], weight[i, 0] > 0) for i in range(len(s))]

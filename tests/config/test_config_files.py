@@ -37,6 +37,7 @@ from distill.engine import Trainer, setup_config
 from distill.modeling.meta_arch import build_distill_model
 from tests.support.cases import for_each
 from tests.support.trainings import Shared
+from tests.support.yolo import DEPTH_WIDTH
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -50,9 +51,10 @@ DENSE = ("fcos", "atss", "gfl", "reppoints")
 DATA = r"(COCO|PascalVOC|Cityscapes|KITTI|Shapes)"
 TASK = r"(Detection|InstanceSegmentation|PanopticSegmentation|SemanticSegmentation)"
 NETWORK = r"([a-z][a-z0-9_]*)_([RX]_\d+(?:_32x8d)?)(_FPN|_PAFPN)?(_\d+)?"
-# These detectors have backbones of their own, which are named by the channels of P3 of their neck.
-# The authors' names of sizes (tiny, s, ...) stay free for configs of these sizes.
-WHOLE_NETWORK = r"(rtmdet|rtmdet_ins|yolox|yolov5)_PAFPN_\d+"
+# These detectors have backbones of their own. The shapes' are named by the channels of P3 of their
+# neck, others by the authors' names of sizes.
+SIZED = r"(rtmdet|rtmdet_ins|yolox|yolov5)_(tiny|s|m|l|x)(_convnext_tiny)?"
+WHOLE_NETWORK = rf"(rtmdet|rtmdet_ins|yolox|yolov5)_PAFPN_\d+|{SIZED}"
 PAPER = r"[Nn]ot reproduced here\.|Not in the paper's tables|no paper has it\."  # whose numbers
 TWICE = {"SOLVER.MAX_ITER": 180_000, "SOLVER.STEPS": [120_000, 160_000]}  # 2x on COCO
 HEADS = {  # by method, where segmentation papers add further heads to it
@@ -80,6 +82,8 @@ KITTI = {  # the MSSD paper trains for 200 epochs with 16 images per iteration
     "MODEL.FCOS.NUM_CLASSES": 3,
     "MODEL.RETINANET.NUM_CLASSES": 3,
     "MODEL.ROI_HEADS.NUM_CLASSES": 3,
+    "MODEL.YOLOV5.NUM_CLASSES": 3,
+    "MODEL.YOLOX.NUM_CLASSES": 3,
     "SOLVER.BASE_LR": 0.01,
     "SOLVER.BASE_LR_END": 0.001,
     "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
@@ -175,12 +179,15 @@ def loaded_safely(path: Path) -> CfgNode:
     return cfg
 
 
-@for_each("path", BASES + NETWORKS)
-def test_a_file_is_named_by_the_rule(path: Path) -> None:
-    cfg = loaded_safely(path)
-    assert not cfg.MODEL.DISTILL.HEADS
-    if path in NETWORKS:
-        assert re.fullmatch(f"{DATA}-{TASK}/({NETWORK}|{WHOLE_NETWORK})", name_of(path))
+@for_each("path", BASES)
+def test_a_base_does_not_distil(path: Path) -> None:
+    assert not loaded_safely(path).MODEL.DISTILL.HEADS
+
+
+@pytest.mark.parametrize("path", NETWORKS, ids=name_of)
+def test_a_network_is_named_by_the_rule(path: Path) -> None:
+    assert not loaded_safely(path).MODEL.DISTILL.HEADS
+    assert re.fullmatch(f"{DATA}-{TASK}/({NETWORK}|{WHOLE_NETWORK})", name_of(path))
 
 
 @pytest.mark.parametrize("path", DISTILLATIONS, ids=name_of)
@@ -264,6 +271,9 @@ def backbone_settings(backbone: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", [p for p in NETWORKS if p not in SHAPES], ids=name_of)
 def test_a_network_has_the_settings_of_its_authors(path: Path) -> None:
+    if re.fullmatch(SIZED, path.stem):
+        check_sized(path, load(path))
+        return
     detector, backbone, neck, _ = re.fullmatch(NETWORK, path.stem).groups()  # type: ignore[union-attr]
     data = path.parent.name
     cfg = load(path)
@@ -309,6 +319,45 @@ def expected_dense(data: str, detector: str, neck: str) -> dict[str, Any]:
     return values
 
 
+IMAGES = {"rtmdet": 117_266, "COCO-Detection": 118_287, "KITTI-Detection": 3712}
+EPOCHS = {"COCO-Detection": 300, "COCO-InstanceSegmentation": 300, "KITTI-Detection": 200}
+
+
+def check_sized(path: Path, cfg: CfgNode) -> None:
+    """Compare with the authors' recipes; RTMDet's training images have objects."""
+    detector, size, timm = re.fullmatch(SIZED, path.stem).groups()  # type: ignore[union-attr]
+    data, rtmdet, solver = path.parent.name, detector.startswith("rtmdet"), cfg.SOLVER
+    backbone = cfg.MODEL.CSPNEXT if rtmdet else cfg.MODEL.CSPDARKNET
+    key = "rtmdet tiny" if rtmdet and size == "tiny" else size
+    assert DEPTH_WIDTH[key] == (backbone.DEPTH, backbone.WIDTH) and backbone.SQUARE_PAD == 640
+    name = "timm_yolo" if timm else "cspnext" if rtmdet else detector
+    assert f"build_{name}_pafpn_backbone" == cfg.MODEL.BACKBONE.NAME
+    images = IMAGES["rtmdet" if rtmdet else data]
+    epoch = images / solver.IMS_PER_BATCH
+    assert int(EPOCHS[data] * epoch) == solver.MAX_ITER
+    assert rtmdet == cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    assert (solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS) == (0, 0)
+    assert (100 if detector == "rtmdet_ins" else 300) == cfg.TEST.DETECTIONS_PER_IMAGE
+    ratio = solver.BASE_LR_END / solver.BASE_LR
+    if rtmdet:
+        assert (detector != "rtmdet" or size in "mlx") == cfg.MODEL.RTMDET.EXP_ON_REG
+        assert solver.OPTIMIZER == "ADAMW" and solver.WEIGHT_DECAY == 0.05
+        assert (solver.BASE_LR / solver.IMS_PER_BATCH, ratio) == (0.004 / 256, 0.05)
+        assert (solver.WARMUP_ITERS, solver.FLAT_FRACTION) == (1000, 0.5)
+        return
+    assert (solver.NESTEROV, solver.WEIGHT_DECAY, solver.BASE_LR) == (True, 0.0005, 0.01)
+    assert solver.IMS_PER_BATCH == 64 and ratio == (
+        0.05 if (data, detector) == ("COCO-Detection", "yolox") else 0.1
+    )
+    if detector == "yolox":
+        assert int(5 * epoch) == solver.WARMUP_ITERS and solver.FLAT_FRACTION == 0
+        last = (EPOCHS[data] - 15) * epoch
+        assert abs(cfg.MODEL.YOLOX.L1_FROM_ITER - last) < 1
+    else:
+        assert (250 if data == "KITTI-Detection" else round(3 * epoch)) == solver.WARMUP_ITERS
+        assert (solver.WARMUP_BIAS_FACTOR, solver.WARMUP_MOMENTUM) == (10, 0.8)
+
+
 def check_semantic(name: str, cfg: CfgNode) -> None:
     papers = {"pspnet_R_18": ("PSPHead", 18, 40_000), "deeplabv3_R_101": ("ASPPHead", 101, 80_000)}
     head, resnets = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.RESNETS
@@ -320,6 +369,31 @@ def check_semantic(name: str, cfg: CfgNode) -> None:
     assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
 
 
+# Parameters of the authors' networks, counted on their code.
+PARAMETERS = {
+    "COCO-Detection/rtmdet_tiny": 4_896_168,
+    "COCO-Detection/rtmdet_s": 8_886_924,
+    "COCO-Detection/rtmdet_m": 24_709_188,
+    "COCO-Detection/rtmdet_l": 52_315_804,
+    "COCO-Detection/rtmdet_x": 94_855_572,
+    "COCO-Detection/yolov5_s": 7_235_389,
+    "COCO-Detection/yolox_s": 8_968_255,
+    "COCO-InstanceSegmentation/rtmdet_ins_tiny": 5_638_187,
+    "COCO-InstanceSegmentation/rtmdet_ins_s": 10_183_311,
+    "COCO-InstanceSegmentation/rtmdet_ins_m": 27_575_111,
+    "COCO-InstanceSegmentation/rtmdet_ins_l": 57_365_663,
+    "COCO-InstanceSegmentation/rtmdet_ins_x": 102_703_767,
+    "KITTI-Detection/yolov5_s": 7_027_720,
+    "KITTI-Detection/yolov5_m": 20_879_400,
+    "KITTI-Detection/yolov5_s_convnext_tiny": 27_818_592 + 517_888 + 2_834_688 + 21_576,
+}
+
+
+def is_quick(path: Path) -> bool:
+    """Networks, but for timm's, which are built twice, and one distillation per method and data."""
+    return (path in NETWORKS or path in FIRST) and "convnext" not in path.stem
+
+
 @pytest.fixture(scope="module")
 def meta_models() -> dict[str, torch.nn.Module]:
     """Teachers by description of their configs: many distillations share one."""
@@ -329,7 +403,7 @@ def meta_models() -> dict[str, torch.nn.Module]:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(p, marks=[] if p in NETWORKS or p in FIRST else pytest.mark.slow)
+        pytest.param(p, marks=[] if is_quick(p) else pytest.mark.slow)
         for p in NETWORKS + DISTILLATIONS
         if p not in SHAPES
     ],
@@ -363,6 +437,8 @@ def test_a_network_is_built(
         model = build_distill_model(cfg)
     if path in NETWORKS:
         assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE and not loaded
+        if expected := PARAMETERS.get(name_of(path)):
+            assert sum(x.numel() for x in model.parameters()) == expected
         return
     assert isinstance(model, DistillModel) and list(model.heads) == list(cfg.MODEL.DISTILL.HEADS)
     if path.stem.startswith("self-"):

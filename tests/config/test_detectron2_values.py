@@ -22,7 +22,7 @@ READERS = {
     "SOLVER.LR_SCHEDULER_NAME": values.build_lr_scheduler,
     "SOLVER.WARMUP_METHOD": values.WarmupParamScheduler.__init__,
 }
-OURS = {"WarmupFlatCosineLR", "WarmupPolyLR"}
+OURS = {"WarmupFlatCosineLR", "WarmupPolyLR", "quadratic"}
 
 
 @pytest.mark.parametrize("key", READERS)

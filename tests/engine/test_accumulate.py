@@ -15,7 +15,7 @@ from distill.engine import Trainer
 from distill.engine.nonfinite import FiniteGuard
 from distill.engine.train_loop import TrainLoop, mean_losses, micro_batches, seed_step
 from distill.errors import ConfigError
-from tests.support.networks import distill_opts, distilled, image_dict
+from tests.support.networks import distill_opts, distilled, image_dict, tiny_model
 from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 from tests.support.trainings import Shapes, trainable_cfg, write_teacher
 
@@ -80,6 +80,21 @@ def test_otherwise_they_have_the_mean_of_their_gradients(tmp_path: Path) -> None
             (sum(model(part).values()) / 2).backward()
     expected = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     assert_alike(found, expected)
+
+
+def test_the_parts_of_yolov5_are_added(tmp_path: Path) -> None:
+    """As the authors add the gradients of batches, each of which is a sum over its images."""
+    batch = [image_dict(0, 64, 64, objects=5), image_dict(1, 64, 64, objects=1)]
+    parts = tiny_model("yolov5", "SOLVER.ACCUMULATE", 2).train()
+    found = gradients(parts, batch, 2, tmp_path)
+    model = tiny_model("yolov5").train()
+    with EventStorage():
+        losses = [model(part) for part in micro_batches(batch, 2)]
+        whole, in_parts = model(batch), mean_losses(parts([x]) for x in batch)
+    sum(x for part in losses for x in part.values()).backward()
+    assert_alike(found, {k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    # The objectness is a mean over all cells, so that it is exactly that of the whole batch.
+    torch.testing.assert_close(in_parts["loss_obj"], whole["loss_obj"])
 
 
 def test_parts_have_random_numbers_of_their_own() -> None:

@@ -59,6 +59,14 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "balance, mixed precision": ("faster", (*BALANCE, "SOLVER.AMP.ENABLED", True)),
     "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
     "average": ("faster", ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 3)),
+    "warm-up of momentum and biases": (
+        "faster",
+        (
+            *("SOLVER.WARMUP_MOMENTUM", 0.8, "SOLVER.WARMUP_BIAS_FACTOR", 10.0),
+            *("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.TAIL_FRACTION", 0.2),
+            *("SOLVER.WARMUP_METHOD", "quadratic", "SOLVER.ACCUMULATE", 2),
+        ),
+    ),
     "flat cosine": ("faster", ("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR")),
     "crops": ("faster", ("INPUT.CROP.ENABLED", True)),
     "no seed": ("faster", ("SEED", -1)),

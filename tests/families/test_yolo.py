@@ -9,6 +9,7 @@ from torch import nn
 
 from distill.errors import ConfigError
 from distill.heads import DISTILL_HEAD_REGISTRY
+from distill.losses import cwd
 from distill.nets.dense import ObjectnessDetector
 from distill.structures import NetworkOutputs
 from tests.support.cases import for_each
@@ -67,6 +68,62 @@ def test_mssd_pairs_the_authors_maps(family: str) -> None:
     assert all(x.isfinite() and x.requires_grad for x in losses.values()) and sum(losses.values())
 
 
+# ---- The maps before the norms of RTMDet's neck
+
+
+MMYOLO = (
+    *("MODEL.DISTILL.CWD.NORMALIZE", "channel", "MODEL.DISTILL.CWD.WEIGHT", 1.0),
+    *("MODEL.DISTILL.CWD.IN_FEATURES", ("conv_p3", "conv_p4", "conv_p5")),
+    *("MODEL.DISTILL.CWD.STOP_ITER", 280),
+)
+
+
+@for_each("norm", ["BN", ""])
+@torch.no_grad()
+def test_the_convolutions_of_the_neck(norm: str) -> None:
+    opts = (*own_neck("rtmdet"), "MODEL.CSPNEXT.NORM", norm)
+    model: Any = tiny_model("rtmdet", *opts).eval()
+    maps = model.backbone(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
+    layer = model.backbone.graph["p4"]
+    inner = layer.conv(maps["o4"])
+    torch.testing.assert_close(maps["conv_p4"], inner)
+    torch.testing.assert_close(maps["p4"], layer(maps["o4"]))
+    torch.testing.assert_close(maps["p4"], nn.functional.silu(layer.norm(inner)))
+    info = network_info("student", model)
+    assert {"conv_p3", "conv_p4", "conv_p5", "o3", "o4", "o5"} == {*info.inner}
+    assert info.outer_maps.keys() == {"p3", "p4", "p5"}
+    assert info.features["conv_p4"] == info.features["p4"]
+
+
+@for_each("family", ["rtmdet", "rtmdet_ins"])
+def test_the_recipe_of_mmyolo(family: str) -> None:
+    """Same maps of both networks, normalized, with weight 1 per level, until an iteration."""
+    teacher = outspoken_model(family, *own_neck(family, 0.25), seed=1)
+    model = distilled(family, ["CWD"], *own_neck(family), *MMYOLO, teacher=teacher)
+    assert [(x.student, x.teacher) for x in model.heads["CWD"].levels] == [
+        (f"conv_p{k}", f"conv_p{k}") for k in (3, 4, 5)
+    ]
+    losses, student, asked = record_outputs(model, batch())
+    adapt = model.heads["CWD"].adapters["conv_p4"]
+    expected = cwd(adapt(student.features["conv_p4"]), asked.features["conv_p4"], 1.0, "channel")
+    torch.testing.assert_close(losses["loss_cwd/conv_p4"], expected)
+    sum(losses.values()).backward()
+    neck: Any = model.student.backbone.graph
+    assert neck["p4"].conv.weight.grad.abs().sum() > 0 and neck["p4"].norm.weight.grad is None
+    stopped = kd_losses(model, batch(), iteration=280)
+    assert not any(stopped.values())
+
+
+def test_other_teachers_have_only_outputs() -> None:
+    mkd = DISTILL_HEAD_REGISTRY.get("MKD")
+    cfg = tiny_cfg("rtmdet", "MODEL.DISTILL.MKD.IN_FEATURES", ("conv_p3", "p4"))
+    student = network_info("student", tiny_model("rtmdet", *own_neck("rtmdet")))
+    head = mkd(cfg, student, network_info("teacher", tiny_model("fcos")))
+    assert [(x.student, x.teacher) for x in head.levels] == [("conv_p3", "p3"), ("p4", "p4")]
+    with pytest.raises(ConfigError, match="has no output 'conv_p3'"):
+        mkd(cfg, network_info("student", tiny_model("yolox", *own_neck("yolox"))), student)
+
+
 def test_levels_of_different_channels() -> None:
     yolo = network_info("student", tiny_model("yolox", *own_neck("yolox")))
     equal = network_info("student", tiny_model("yolox"))
@@ -80,15 +137,10 @@ def test_levels_of_different_channels() -> None:
     gid(tiny_cfg("yolox", "MODEL.DISTILL.GID.SHARED_ADAPTER", False), yolo, equal)
 
 
-def test_crops_of_instances_need_levels_of_equal_channels() -> None:
-    yolo = network_info("teacher", tiny_model("yolox", *own_neck("yolox")))
-    equal = network_info("teacher", tiny_model("yolox"))
-    ima, scope = DISTILL_HEAD_REGISTRY.get("IMA"), "MODEL.DISTILL.IMA.SCOPE"
-    assert [ima(tiny_cfg("yolox"), x, x).scope for x in (equal, yolo)] == ["box", "image"]
-    assert ima(tiny_cfg("yolox", scope, "box"), yolo, equal).scope == "box"
-    for key, value in ((scope, "box"), ("MODEL.DISTILL.IMA.INSTANCES", "teacher")):
-        with pytest.raises(ConfigError, match=r"\[32, 64, 128\] channels; set SCOPE image"):
-            ima(tiny_cfg("yolox", key, value), equal, yolo)
+def test_instances_are_cropped_from_levels_of_different_channels() -> None:
+    head = distilled("yolox", ["IMA"], *own_neck("yolox")).heads["IMA"]
+    assert head.scope == "box"
+    assert [x.student for x in head.levels] == ["p3", "p4", "p5"]
 
 
 @for_each("head", ["CrossKD", "LD", "ROIKD", "MaskLogitKD"])

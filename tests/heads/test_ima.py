@@ -203,6 +203,39 @@ def test_large_boxes_are_read_on_coarse_levels():
         torch.testing.assert_close(loss, torch.tensor(expected))
 
 
+def wide_levels(scope="box"):
+    """A head of two levels, of 1 and 3 channels, and student and teacher maps of 512 pixels."""
+    levels = [Level("p4", "p4", 16, 16), Level("p5", "p5", 32, 32)]
+    options = ima_head(scope).options | {"standardize": False}
+    head = IMA(levels=levels, channels=[(1, 1), (3, 3)], scope=scope, mask_ratio=0.0, **options)
+    shapes = {"p4": (2, 1, 32, 32), "p5": (2, 3, 16, 16)}
+    student = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
+    teacher = {name: torch.full(x, 2.0 + k) for k, (name, x) in enumerate(shapes.items())}
+    return head, student, teacher
+
+
+@pytest.mark.parametrize("sizes, expected", [((100.0, 90.0, 500.0), 17 / 3), ((500.0,), 9.0)])
+@pytest.mark.parametrize("scope", ["box", "mask"])
+def test_levels_of_different_channels(scope, sizes, expected):
+    """Each instance is cropped from its level, and all weigh the same."""
+    head, student, teacher = wide_levels(scope)
+    boxes = [(0.0, 0.0, size, size) for size in sizes]
+    instances = [halves(boxes, size=512, part="all"), halves([], size=512)]
+    pair = (outputs((512, 512), instances, **maps) for maps in (student, teacher))
+    loss = head(*pair)["loss_ima"]
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    loss.backward()
+    assert student["p5"].grad[0].abs().sum() > 0 and student["p5"].grad[1].abs().sum() == 0
+
+
+def test_levels_of_different_channels_without_instances():
+    head, student, teacher = wide_levels()
+    pair = (outputs((512, 512), [halves([])] * 2, **maps) for maps in (student, teacher))
+    loss = head(*pair)["loss_ima"]
+    loss.backward()
+    assert loss == 0 and all((x.grad == 0).all() for x in student.values())
+
+
 @pytest.mark.parametrize("scope", ["box", "mask"])
 def test_a_batch_without_instances_is_a_connected_zero(scope):
     one = ima_head(scope, channels=(2, 3))

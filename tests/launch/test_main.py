@@ -35,13 +35,14 @@ def test_the_heads_schedules_scale_with_the_workers() -> None:
     """And the average's decay, as the iterations do when a schedule for 8 GPUs runs on one."""
     opts = ("MODEL.DISTILL.FITNET.WARMUP_ITERS", 10, "MODEL.DISTILL.FITNET.STOP_ITER", 60)
     cfg = tiny_cfg("faster", *distill_opts("faster", ["FitNet"]), *opts)
-    cfg.SOLVER.EMA.DECAY = 0.99
+    cfg.SOLVER.EMA.DECAY, cfg.MODEL.YOLOX.L1_FROM_ITER = 0.99, 70
     cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 8, 16, 90
     scaled = scale_to_workers(cfg)
     assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.IMS_PER_BATCH) == (720, 2)
     assert scaled.MODEL.DISTILL.FITNET.WARMUP_ITERS == 80
     assert scaled.MODEL.DISTILL.FITNET.STOP_ITER == 480
     assert scaled.SOLVER.EMA.WARMUP_ITERS == 16_000
+    assert scaled.MODEL.YOLOX.L1_FROM_ITER == 560
     assert math.isclose(scaled.SOLVER.EMA.DECAY, 0.99 ** (1 / 8))
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 1
     assert scale_to_workers(cfg).MODEL.DISTILL.FITNET.STOP_ITER == 60

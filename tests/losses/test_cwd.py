@@ -8,6 +8,7 @@ import torch
 from scipy.special import rel_entr, softmax
 
 from distill.losses import channel_alignment, cwd
+from tests.reference import literal
 
 
 def maps(seed=0, shape=(2, 3, 5, 7), dtype=torch.float32):
@@ -68,3 +69,30 @@ def test_no_gradient_reaches_the_teacher():
 def test_temperature_out_of_range(temperature):
     with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature}"):
         cwd(*maps(), temperature)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_normalized_against_numpy(tau):
+    student, teacher = maps(5, (2, 3, 5, 4))
+    pair = [literal.channel_normalized(x.double().numpy()) for x in (student, 100 * teacher)]
+    found = cwd(student, 100 * teacher, tau, normalize="channel")
+    np.testing.assert_allclose(found, literal_cwd(*pair, tau), rtol=1e-4)
+
+
+def test_the_scale_of_a_normalized_channel_does_not_matter():
+    student, teacher = maps(6, dtype=torch.float64)
+    scale = torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    expected = cwd(student, teacher, normalize="channel")
+    found = cwd(student * scale + scale, teacher * scale.flip(0), normalize="channel")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    assert torch.autograd.gradcheck(
+        lambda s: cwd(s, teacher[:, :, :2, :2], normalize="channel"),
+        student[:, :, :2, :2].clone().requires_grad_(),
+    )
+
+
+def test_maps_of_too_few_values_are_not_normalized():
+    student, teacher = maps(7, (1, 3, 1, 7))
+    assert cwd(student.requires_grad_(), teacher, normalize="channel") == 0
+    with pytest.raises(ValueError, match="normalize must be none or channel, got 'cells'"):
+        cwd(student, teacher, normalize="cells")

@@ -76,7 +76,7 @@ LOSSES = {
 }
 NO_LOSSES = {
     "IMA_STATISTICS",
-    "MKD_NORMALIZE",
+    "NORMALIZE",
     "MKD_TERMS",
     "TID_AREAS",
     "TID_OUTSIDE_KEY",

@@ -23,6 +23,7 @@ CASES = {
     "ROIKD": ("mask", ("ROIKD",), ()),
     "ROIKD, cascade": ("cascade", ("ROIKD",), ()),
     "MaskLogitKD": ("mask", ("MaskLogitKD",), ()),
+    "PointMaskKD": ("rtmdet_ins", ("PointMaskKD",), ()),
     "DenseKD, RPN": ("mask", ("DenseKD",), ()),
     "DenseKD, RetinaNet": ("retinanet", ("DenseKD",), ()),
     "IMA, image": ("mask", ("IMA",), ("MODEL.DISTILL.IMA.SCOPE", "image")),
@@ -42,7 +43,7 @@ CASES = {
     "MasKD, masks": ("semantic", ("MasKDLogits",), ("MODEL.DISTILL.MASKDLOGITS.TOKEN_ITERS", 0)),
     "MSSD": ("mask", ("MSSD",), (*PAFPN, "MODEL.DISTILL.MSSD.WEIGHT", 0.01)),
 }
-NEED_OBJECTS = ("MaskLogitKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")
+NEED_OBJECTS = ("MaskLogitKD", "PointMaskKD", "IMA, box", "IMA, mask", "TID, RPN", "TID, RetinaNet")
 OBJECTS = {"uneven": (3, 1), "none in one": (3, 0), "none at all": (0, 0)}  # by rank
 
 

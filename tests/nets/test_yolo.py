@@ -142,12 +142,13 @@ def test_outputs_are_as_announced(architecture: str) -> None:
     assert backbone.padding_constraints == {"size_divisibility": 32, "square_size": 0}
     assert backbone.shallow_features == {f"{deep}{k}": f"c{k}" for k in (3, 4, 5)}
     shapes = backbone.output_shape()
-    assert set(shapes) == {f"{x}{k}" for x in {"p", "c", deep} for k in (3, 4, 5)}
+    inner = {"conv_p"} if deep == "o" else set()
+    assert set(shapes) == {f"{x}{k}" for x in {"p", "c", deep, *inner} for k in (3, 4, 5)}
     outputs = backbone(torch.rand(1, 3, 64, 96))
     assert set(outputs) == set(shapes)
     for name, shape in shapes.items():
-        assert shape.stride == 2 ** int(name[1])
-        width = 256 if deep == "o" and name[0] == "p" else 2 * 4 * 2 ** int(name[1]) * 4
+        assert shape.stride == 2 ** int(name[-1])
+        width = 256 if deep == "o" and name[-2] == "p" else 2 * 4 * 2 ** int(name[-1]) * 4
         assert shape.channels == width // 8
         assert outputs[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
 
@@ -367,7 +368,8 @@ def test_heads_find_the_levels(architecture: str) -> None:
     model = yolo(architecture)
     own, fpn = network_info("student", model), network_info("teacher", tiny_model("retinanet"))
     deep = [f"{DEEP[architecture]}{k}" for k in (3, 4, 5)]
-    assert list(own.inner) == [k for k in deep if k[0] == "o"]
+    convs = [f"conv_p{k}" for k in (3, 4, 5)]
+    assert list(own.inner) == ([*deep, *convs] if deep[0] == "o3" else [])
     cfg = get_distill_cfg()
     for student, teacher in ((own, own), (own, fpn), (fpn, own)):
         levels = FitNet.from_config(cfg, student, teacher)["levels"]

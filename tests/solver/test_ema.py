@@ -54,6 +54,25 @@ def test_the_average_against_a_loop(warmup: int) -> None:
     assert all(torch.equal(x, trained[name]) for name, x in model.state_dict().items())
 
 
+# Averages of a weight of t / 1000 at update t, by the authors' code (float64). YOLOv5's averages
+# start at 0 before update 1. RTMDet counts from 0, and its update 0 copies.
+YOLOV5 = {1: 0.0009995, 2: 0.001999, 10: 0.00999499, 100: 0.0999488, 1000: 0.999352, 3000: 2.99653}
+RTMDET = {0: 0.0, 1: 0.000999001, 2: 0.0019985, 10: 0.00999449, 100: 0.0999482, 1000: 0.999351}
+
+
+@pytest.mark.parametrize("decay, first, expected", [(0.9999, 1, YOLOV5), (0.9998, 0, RTMDET)])
+def test_the_averages_of_the_authors(decay: float, first: int, expected: dict[int, float]) -> None:
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    ema = EMAHook(model, decay, 2000)
+    for update in range(first, 1001):
+        nn.init.constant_(model.weight, update / 1000)
+        ema.trainer = SimpleNamespace(iter=update - first)  # type: ignore[assignment]
+        ema.after_step()
+        if update in expected:
+            assert ema.kept["weight"].item() == pytest.approx(expected[update], rel=1e-4), update
+
+
 @pytest.mark.e2e
 def test_a_checkpoint_has_both(shapes: Shapes, tmp_path: Path) -> None:
     """``model`` is the average and a stock checkpoint; the training continues with the weights."""

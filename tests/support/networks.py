@@ -61,6 +61,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "gfl": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "CrossKD", "GID", "LD"),
     "reppoints": ("FitNet", "IMA", "MKD", "TID", "DenseKD"),
     **dict.fromkeys(YOLO, ("FitNet", "IMA", "MKD", "TID", "DenseKD", "GID", "LGD")),
+    "rtmdet_ins": ("FitNet", "IMA", "MKD", "TID", "DenseKD", "GID", "LGD", "PointMaskKD"),
     "yolov5": (
         *("FitNet", "IMA", "MKD", "TID", "DenseKD"),
         *("GID", "CWD", "MasKD", "LGD", *FEATURE_HEADS),

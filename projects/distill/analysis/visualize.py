@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
@@ -106,25 +105,28 @@ def ima_grid(head: IMA, view: View) -> Grid:
 def crop_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
     """Return one column per instance, the largest ones (scopes box and mask)."""
     found, weight = head.instances(view.student, view.teacher)
-    s, t = head.crops(maps, found)
-    scales = head.scales(s, t, weight).tolist()
-    boxes, pooler = Boxes(found[0]), head.pooler
+    boxes = Boxes(found[0])
+    crops: dict[int, tuple[Tensor, Tensor, float]] = {}
+    for rows, s, t in head.crops(maps, found):
+        scales = head.scales(s, t, None if weight is None else weight[rows]).tolist()
+        numbers = torch.arange(len(boxes), device=s.device)[rows].tolist()
+        crops |= dict(zip(numbers, zip(s, t, scales)))
     labels = view.image.labels
     if head.source == "teacher":
         labels = [f"detection {i + 1}" for i in range(len(boxes))]
-    canonical = pooler.canonical_box_size, pooler.canonical_level
-    levels = assign_boxes_to_levels([boxes], pooler.min_level, pooler.max_level, *canonical)
+    levels = head.levels_of([boxes])
     grid: Grid = {}
     for i in sorted(boxes.area().argsort(descending=True)[:MAX_OBJECTS].tolist()):
         column, level = labels[i], head.levels[int(levels[i])]
+        student, teacher, scale = crops[i]
         left, top, right, bottom = found[0][i].tolist()
         area = Panel(None, (left, top, right, bottom), zoom=True)
-        note = f"{level.student}, stride {level.stride}\n{ALPHA} {scales[i]:.2f}"
+        note = f"{level.student}, stride {level.stride}\n{ALPHA} {scale:.2f}"
         grid["image", column] = replace(area, note=note)
         if weight is not None:
             grid["mask", column] = replace(area, array=array(weight[i, 0]), limits=(0, 1))
-        grid["student mean|F|", column] = replace(area, array=array(magnitude(s[i])))
-        grid["teacher mean|F|", column] = replace(area, array=array(magnitude(t[i])))
+        grid["student mean|F|", column] = replace(area, array=array(magnitude(student)))
+        grid["teacher mean|F|", column] = replace(area, array=array(magnitude(teacher)))
     return grid
 
 

@@ -272,6 +272,21 @@ KEYS: dict[str, Key] = {
     "SOLVER.FLAT_FRACTION": Key(
         0.5, "share of SOLVER.MAX_ITER before the cosine of WarmupFlatCosineLR", BELOW_1
     ),
+    "SOLVER.TAIL_FRACTION": Key(
+        0.0, "share of SOLVER.MAX_ITER after that cosine, at SOLVER.BASE_LR_END", BELOW_1
+    ),
+    "SOLVER.WARMUP_BIAS_FACTOR": Key(
+        -1.0,
+        "learning rate of biases at iteration 0 over SOLVER.BASE_LR, 10 in YOLOv5; -1: "
+        "SOLVER.WARMUP_FACTOR, as that of the other parameters",
+        Rule(lambda x: x == -1 or x >= 0, "-1 or at least 0"),
+    ),
+    "SOLVER.WARMUP_MOMENTUM": Key(
+        -1.0,
+        "momentum at iteration 0, 0.8 in YOLOv5; it rises linearly in SOLVER.WARMUP_ITERS. -1: "
+        "SOLVER.MOMENTUM from the start",
+        Rule(lambda x: x == -1 or 0 <= x < 1, "-1, or in [0, 1)"),
+    ),
     "SOLVER.KEEP_CHECKPOINTS": Key(
         0,
         "number of periodic checkpoints to keep, the newest ones; 0: all. model_final and "

@@ -175,6 +175,12 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "SOLVER.REFERENCE_WORLD_SIZE {c.SOLVER.REFERENCE_WORLD_SIZE}.",
     ),
     (
+        lambda c: not c.SOLVER.REFERENCE_WORLD_SIZE or student_architecture(c) != "YOLOv5",
+        "SOLVER.REFERENCE_WORLD_SIZE is {c.SOLVER.REFERENCE_WORLD_SIZE}, which scales the learning "
+        "rate with the batch, but YOLOv5's loss grows with the batch itself; set it to 0, and "
+        "SOLVER.ACCUMULATE to as many parts as memory needs.",
+    ),
+    (
         lambda c: not c.SOLVER.PATIENCE or (c.TEST.BEST_METRIC and c.TEST.EVAL_PERIOD),
         "SOLVER.PATIENCE is {c.SOLVER.PATIENCE}, but TEST.BEST_METRIC is '{c.TEST.BEST_METRIC}' "
         "and TEST.EVAL_PERIOD {c.TEST.EVAL_PERIOD}; it needs both: set them, or PATIENCE to 0.",
@@ -199,6 +205,25 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         ),
         "SOLVER.BASE_LR_END is {c.SOLVER.BASE_LR_END}; {c.SOLVER.LR_SCHEDULER_NAME} "
         "needs it to be at most SOLVER.BASE_LR {c.SOLVER.BASE_LR}, and that to be above 0.",
+    ),
+    (
+        lambda c: (
+            c.SOLVER.LR_SCHEDULER_NAME == "WarmupFlatCosineLR"
+            or c.SOLVER.WARMUP_METHOD != "quadratic"
+        ),
+        "SOLVER.WARMUP_METHOD is quadratic, which SOLVER.LR_SCHEDULER_NAME "
+        "{c.SOLVER.LR_SCHEDULER_NAME} does not have; set that to WarmupFlatCosineLR, whose "
+        "SOLVER.FLAT_FRACTION may be 0.",
+    ),
+    (
+        lambda c: c.SOLVER.FLAT_FRACTION + c.SOLVER.TAIL_FRACTION < 1,
+        "SOLVER.FLAT_FRACTION is {c.SOLVER.FLAT_FRACTION} and SOLVER.TAIL_FRACTION "
+        "{c.SOLVER.TAIL_FRACTION}; they leave no iteration to the cosine: lower one of them.",
+    ),
+    (
+        lambda c: c.SOLVER.WARMUP_MOMENTUM < 0 or c.SOLVER.OPTIMIZER == "SGD",
+        "SOLVER.WARMUP_MOMENTUM is {c.SOLVER.WARMUP_MOMENTUM}, but SOLVER.OPTIMIZER "
+        "{c.SOLVER.OPTIMIZER} has no momentum; set it to -1.",
     ),
     (
         lambda c: not c.SOLVER.NESTEROV or c.SOLVER.OPTIMIZER != "SGD" or c.SOLVER.MOMENTUM > 0,

@@ -86,5 +86,10 @@ NAME_RULES: dict[str, Rule] = {
         "WarmupStepWithFixedGammaLR",
         "WarmupPolyLR",  # detectron2's DeepLab has it
     ),
-    "SOLVER.WARMUP_METHOD": named_in(WarmupParamScheduler.__init__, "linear", "constant"),
+    "SOLVER.WARMUP_METHOD": named_in(
+        WarmupParamScheduler.__init__,
+        "linear",
+        "constant",
+        "quadratic",  # this package has it
+    ),
 }

@@ -105,6 +105,8 @@ def described(outputs: NetworkOutputs, net: NetworkInfo) -> dict[OutputKey, Tens
         add("rois deltas", str(k), rois.deltas, f"stage {k}")
     if outputs.masks:
         add("masks logits", "0", outputs.masks.logits, "masks")
+    if outputs.point_masks:
+        add("point_masks logits", "0", outputs.point_masks.logits, "masks")
     if outputs.sem_seg:
         cell = net.sem_seg.stride if net.sem_seg else None
         add("sem_seg features", "0", outputs.sem_seg.features, "sem_seg", cell)

@@ -58,7 +58,8 @@ def be_deterministic() -> None:
 def scale_to_workers(cfg: CfgNode) -> CfgNode:
     """Scale the schedule to the number of processes, as detectron2's ``auto_scale_workers`` does.
 
-    The moving average, the switch of augmentations and the schedules of the heads are scaled, too.
+    The moving average, the switch of augmentations, the schedules of the heads and YOLOX's L1
+    loss are scaled, too.
     """
     scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
@@ -71,6 +72,8 @@ def scale_to_workers(cfg: CfgNode) -> CfgNode:
     ema.WARMUP_ITERS = round(ema.WARMUP_ITERS * factor)
     augment = scaled.INPUT.AUGMENT
     augment.SWITCH_ITER = round(augment.SWITCH_ITER * factor)
+    if scaled.MODEL.YOLOX.L1_FROM_ITER > 0:
+        scaled.MODEL.YOLOX.L1_FROM_ITER = round(scaled.MODEL.YOLOX.L1_FROM_ITER * factor)
     for head in scaled.MODEL.DISTILL.HEADS:
         section = scaled.MODEL.DISTILL[head.upper()]
         for key in [key for key in section if key.endswith(("_ITER", "_ITERS"))]:

@@ -54,6 +54,7 @@ from ..modeling.meta_arch import (
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
+from ..solver.warmup import build_warmup, split_biases
 from ..utils.old_names import HOOKS, with_renamed_keys
 from .evaluators import build_evaluators, check_metric_names, check_results, check_test_sets
 from .hooks import (
@@ -191,8 +192,7 @@ class Trainer(DefaultTrainer):
         before.append(TelemetryHook(cfg.SOLVER.IMS_PER_BATCH, left_out))
         if self.heads and self.balance is None:
             before.insert(0, KDRatioHook(tuple(self.heads)))
-        if self.ema:
-            before.insert(0, self.ema)
+        before = [hook for hook in (self.ema, build_warmup(cfg)) if hook] + before
         before.append(LossHealthHook(self.heads, self.balance))
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
         return [*before, *writers, periodic, *([final] if cfg.TEST.BEST_METRIC else [])]
@@ -360,19 +360,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
-        params = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = torch.optim.AdamW(
-            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
-        )
-        return maybe_add_gradient_clipping(cfg, optimizer)
+        sgd = cfg.SOLVER.OPTIMIZER == "SGD"
+        optimizer = super().build_optimizer(cfg, model) if sgd else build_adamw(cfg, model)
+        split_biases(cfg, optimizer, model)
+        return optimizer
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -422,6 +413,21 @@ class Trainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
+
+
+def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build AdamW with the groups of parameters that detectron2's SGD has."""
+    params = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    optimizer = torch.optim.AdamW(
+        params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
+    )
+    return maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def train_mapper(cfg: CfgNode) -> Callable[..., Any]:

@@ -108,6 +108,8 @@ ALL_LEVELS: dict[str, dict[str, Any]] = {
 FRCNN = ("faster_rcnn_R_10_FPN_32", "faster_rcnn_R_18_FPN_64")
 RETINANET = ("retinanet_R_18_FPN_32", "retinanet_R_18_FPN_64")
 GFL = ("gfl_R_18_FPN_32", "gfl_R_18_FPN_64")
+RTMDET = ("rtmdet_PAFPN_32", "rtmdet_PAFPN_64")
+CONVOLUTIONS = ("conv_p3", "conv_p4", "conv_p5")  # of RTMDet's neck, before their norms
 DENSE = (("TID", "atss"), ("IMA", "fcos"), ("IMA", "reppoints"))
 TID_VARIANTS: dict[str, dict[str, Any]] = {
     "cls_only": {"SCORE": "cls"},
@@ -125,6 +127,7 @@ TID_SWITCHES = switches(
     zero=ZERO,
     **{f"zero_{name}": {**ZERO, **keys} for name, keys in TID_VARIANTS.items()},
 )
+MSSD_TERMS = switches("MSSD", distill_only={"MASK_WEIGHT": 0.0}, mask_only={"DISTILL_WEIGHT": 0.0})
 INSTANCES = switches("IMA", scope_image={"SCOPE": "image"}, detections={"INSTANCES": "teacher"})
 STUDIES = {
     "ima": Study(
@@ -192,6 +195,31 @@ STUDIES = {
             method, f"{detector}_R_18_FPN_32", f"{detector}_R_18_FPN_64", {}
         )
         for method, detector in DENSE
+    },
+    "mkd_rtmdet": Study(
+        "MKD", *RTMDET, switches("MKD", **MKD_VARIANTS, convolutions={"IN_FEATURES": CONVOLUTIONS})
+    ),
+    "cwd_rtmdet": Study(
+        "CWD",
+        *RTMDET,
+        switches(
+            "CWD",
+            to_the_end={"STOP_ITER": 0},
+            not_normalized={"NORMALIZE": "none"},
+            outputs={"IN_FEATURES": ()},
+        ),
+    ),
+    "mkd_rtmdet_ins": Study(
+        "MKD",
+        "rtmdet_ins_PAFPN_32",
+        "rtmdet_ins_PAFPN_64",
+        {**switches("MKD", normalized=NORMALIZED), **methods(PointMaskKD={})},
+        "Shapes-InstanceSegmentation",
+        "mask AP",
+    ),
+    **{
+        f"mssd_{detector}": Study("MSSD", f"{detector}_PAFPN_32", "self", MSSD_TERMS)
+        for detector in ("yolov5", "yolox")
     },
     "mssd_fcos": Study("MSSD", "fcos_R_18_PAFPN_32", "self", {}),
 }

@@ -34,7 +34,7 @@ R_CNN, DENSE = "build_shallow_resnet_{}_backbone", "build_retinanet_shallow_resn
 P3_TO_P7: list[Any] = [
     *("MODEL.REPPOINTS.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], "MODEL.REPPOINTS.NORM", "")
 ]
-# Name of a config, overrides, and the backbone of a neck, or "" without a neck.
+# Name of a config, overrides, and the backbone for any neck; "": the config names the backbone.
 NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
     "Faster R-CNN": ("Shapes-Detection/faster_rcnn_R_10_FPN_32", (), R_CNN),
     "Mask R-CNN": ("Shapes-InstanceSegmentation/mask_rcnn_R_10_FPN_32", (), R_CNN),
@@ -45,6 +45,10 @@ NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
     "ATSS": ("Shapes-Detection/atss_R_18_FPN_32", (), DENSE),
     "GFL": ("Shapes-Detection/gfl_R_18_FPN_32", (), DENSE),
     "RepPoints": ("Shapes-Detection/reppoints_R_18_FPN_32", P3_TO_P7, DENSE),
+    "RTMDet": ("Shapes-Detection/rtmdet_PAFPN_32", (), ""),
+    "RTMDet-Ins": ("Shapes-InstanceSegmentation/rtmdet_ins_PAFPN_32", (), ""),
+    "YOLOX": ("Shapes-Detection/yolox_PAFPN_32", (), ""),
+    "YOLOv5": ("Shapes-Detection/yolov5_PAFPN_32", (), ""),
     "Semantic FPN": ("Shapes-SemanticSegmentation/semantic_fpn_R_10_FPN_32", (), R_CNN),
     "PSPNet": ("Shapes-SemanticSegmentation/pspnet_R_10", (), ""),
     "DeepLabV3": ("Shapes-SemanticSegmentation/deeplabv3_R_18", (), ""),
@@ -82,9 +86,9 @@ def support_matrix(progress: Progress) -> SupportMatrix:
         }
     heads = [name for name, cls in DISTILL_HEAD_REGISTRY if not cls.needs_teacher]
     without_teacher = {}
-    for student, (_, _, backbone) in NETWORKS.items():
-        if backbone:
-            cfg = config(student, "pafpn")
+    for student in NETWORKS:
+        cfg = config(student, "pafpn")
+        if "pafpn" in cfg.MODEL.BACKBONE.NAME:
             without_teacher[student] = try_heads(cfg, build_model(cfg).train(), None, heads)
     return SupportMatrix(pairs, without_teacher)
 

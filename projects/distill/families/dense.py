@@ -18,6 +18,7 @@ from ..structures import (
     HeadFeatures,
     NetworkInfo,
     NetworkOutputs,
+    PointMasks,
 )
 from .base import Family, whole_images
 from .detector_losses import DetectorLosses
@@ -69,8 +70,15 @@ def decode_dense(detector: Any, outputs: NetworkOutputs, needs: Collection[str])
         outputs.dense_boxes.append(boxes.view(*deltas.shape[:2], 4))
 
 
+MASK_LOGITS = "mask_logits()"
+
+
 class DenseFamily(Family):
-    """A ``DenseDetector`` whose head returns per-level logits first and box deltas second."""
+    """A ``DenseDetector`` whose head returns per-level logits first and box deltas second.
+
+    A detector of masks has a method ``mask_logits`` as :class:`~distill.nets.RTMDetIns`. Its head
+    returns kernels and prototypes next.
+    """
 
     architecture = DenseDetector
 
@@ -91,6 +99,8 @@ class DenseFamily(Family):
             outputs.add("targets")
         if len(self.subnets) == len(SUBNETS):
             outputs.add("head_features")
+        if hasattr(self.model, "mask_logits"):
+            outputs.add("point_masks")
         return frozenset(outputs)
 
     def info(
@@ -109,8 +119,10 @@ class DenseFamily(Family):
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:
         names = super().recorded_modules(needs) + (["head"] if "dense" in needs else [])
-        if "targets" in needs and self.assignment:
+        if not {"targets", "point_masks"}.isdisjoint(needs) and self.assignment:
             names.append(self.assignment)
+        if "point_masks" in needs:
+            names.append(MASK_LOGITS)
         return names + (self._subnet_modules() if "head_features" in needs else [])
 
     def _subnet_modules(self) -> list[str]:
@@ -126,6 +138,8 @@ class DenseFamily(Family):
             assigned = recorder[self.assignment].output  # detectron2's: lists, one entry per image
             labels, boxes = (x if isinstance(x, Tensor) else torch.stack(x) for x in assigned[:2])
             outputs.targets = DenseTargets(labels, boxes)
+        if "point_masks" in needs:
+            outputs.point_masks = self._read_masks(recorder)
         decode_dense(self.model, outputs, needs)
         return outputs
 
@@ -133,7 +147,7 @@ class DenseFamily(Family):
         self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
     ) -> NetworkOutputs:
         outputs = super().ask(images, student, needs)
-        if not {"dense", "detections"}.isdisjoint(needs):
+        if not {"dense", "detections", "point_masks"}.isdisjoint(needs):
             maps = [outputs.features[f] for f in self.model.head_in_features]
             with record(
                 self.model, self._subnet_modules() if "head_features" in needs else []
@@ -143,11 +157,28 @@ class DenseFamily(Family):
                 outputs.dense = self._dense(output, student.dense)
             if "head_features" in needs:
                 outputs.head_features = self._head_features(recorder, student.dense)
+            if "point_masks" in needs:
+                outputs.point_masks = self._ask_masks(output, student.point_masks)
             if "detections" in needs:
                 own = [[x.clone() for x in levels] for levels in output]  # it rewrites the logits
                 outputs.detections = self.model.forward_inference(whole_images(images), maps, own)
         decode_dense(self.model, outputs, needs)
         return outputs
+
+    def _read_masks(self, recorder: Recorder) -> PointMasks:
+        (kernels, _, rows), logits = recorder[MASK_LOGITS]
+        assert self.assignment, "a detector of masks assigns points to objects"
+        labels = recorder[self.assignment].output[0]
+        own = [x[index].where(index >= 0, self.num_classes) for x, index in zip(labels, rows)]
+        return PointMasks(rows, logits, torch.cat(own), [tuple(x.shape[-2:]) for x in kernels])
+
+    def _ask_masks(self, output: Sequence[Any], student: PointMasks | None) -> PointMasks:
+        """Return this network's masks at the student's points, on the student's cells."""
+        assert student is not None, "the student's masks have the points to ask for"
+        kernels, prototypes = (
+            [x[..., :h, :w] for x, (h, w) in zip(maps, student.sizes)] for maps in output[2:]
+        )
+        return replace(student, logits=self.model.mask_logits(kernels, prototypes, student.rows))
 
     def _head_features(
         self, recorder: Recorder, student: DenseOutputs | None = None

@@ -1,11 +1,15 @@
 """Instance mask alignment (IMA): definition of an instance, and its features."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.poolers import (
+    ROIPooler,
+    assign_boxes_to_levels,
+    convert_boxes_to_pooler_format,
+)
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
@@ -30,6 +34,19 @@ IMA_SCOPES = ("auto", "image", "box", "mask", "class")
 IMA_INSTANCES = ("ground_truth", "teacher")
 CROPPED = ("box", "mask")  # the scopes that crop instances from the level that fits their size
 CROP_SIZE = 14  # cells of a cropped instance, as in the mask head of Mask R-CNN
+
+
+class Crops(NamedTuple):
+    """Features of instances that are cropped from levels of equal channels.
+
+    Attributes:
+        rows: index of these instances among all.
+        student, teacher: (R, C, CROP_SIZE, CROP_SIZE).
+    """
+
+    rows: Any
+    student: Tensor
+    teacher: Tensor
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -130,16 +147,6 @@ class IMA(FPNDistillHead):
         else:
             cls.check_scope(scope, student)
         ret = super().from_config(cfg, student, teacher)
-        channels = sorted({theirs for _, theirs in ret["channels"]})
-        if scope in CROPPED and len(channels) > 1:
-            node = cls.config_node(cfg)
-            if node.SCOPE != "auto" or node.INSTANCES == "teacher":
-                raise ConfigError(
-                    f"MODEL.DISTILL.IMA.SCOPE {scope} stacks crops of all levels, but the "
-                    f"teacher's have {channels} channels; set SCOPE image and INSTANCES "
-                    "ground_truth."
-                )
-            scope = "image"
         strides = [x.stride for x in ret["levels"]]
         if scope in CROPPED and strides != [strides[0] * 2**i for i in range(len(strides))]:
             raise ConfigError(
@@ -217,9 +224,12 @@ class IMA(FPNDistillHead):
             return super().losses(student, teacher)
         maps = self.maps(student, teacher)
         boxes, weight = self.instances(student, teacher)
-        s, t = self.crops(maps, boxes)
-        count = s.new_full((), len(s), dtype=torch.float32)
-        loss = self.align(s, t, weight) * count / reduce_mean(count)
+        losses = []
+        for rows, s, t in self.crops(maps, boxes):
+            own = None if weight is None else weight[rows]
+            losses.append(self.align(s, t, own) * len(s))
+        count = losses[0].new_full((), sum(map(len, boxes)), dtype=torch.float32)
+        loss = sum(losses) / reduce_mean(count)
         return {"": loss + connected_zero(*(s[:1, :1, :1, :1] for s, _ in maps))}
 
     def instances(
@@ -240,13 +250,23 @@ class IMA(FPNDistillHead):
         boxes = [x.pred_boxes.tensor for x in found]
         return boxes, detected_masks(found) if masks else None
 
-    def crops(
-        self, maps: list[tuple[Tensor, Tensor]], boxes: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return both networks' (ΣRi, C, CROP_SIZE, CROP_SIZE) features of boxes."""
+    def crops(self, maps: list[tuple[Tensor, Tensor]], boxes: list[Tensor]) -> list[Crops]:
+        """Return both networks' features of boxes, by level if levels have other channels."""
         rois = [Boxes(b) for b in boxes]
-        s, t = (self.pooler(list(x), rois) for x in zip(*maps))
-        return s, t
+        if len({t.shape[1] for _, t in maps}) == 1:
+            return [Crops(slice(None), *(self.pooler(list(x), rois) for x in zip(*maps)))]
+        levels, indexed = self.levels_of(rois), convert_boxes_to_pooler_format(rois)
+        found = []
+        for k, (pair, pool) in enumerate(zip(maps, self.pooler.level_poolers)):
+            rows = (levels == k).nonzero()[:, 0]
+            found.append(Crops(rows, *(pool(x, indexed[rows]) for x in pair)))
+        return found
+
+    def levels_of(self, boxes: list[Boxes]) -> Tensor:
+        """Return the (ΣRi,) indices of the levels from which boxes are cropped."""
+        pooler = self.pooler
+        canonical = pooler.canonical_box_size, pooler.canonical_level
+        return assign_boxes_to_levels(boxes, pooler.min_level, pooler.max_level, *canonical)
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         if self.scope == "image":

@@ -6,7 +6,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..losses import MKD_NORMALIZE, MKD_TERMS, mkd
+from ..losses import MKD_TERMS, NORMALIZE, mkd
 from ..section import BELOW_1, COUNTS, POSITIVE, SWITCH, Key, Rule, Section, at_least, one_of
 from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
@@ -52,7 +52,7 @@ class MKD(FPNDistillHead):
             "none",
             "channel: all terms compare maps whose channels have mean 0 and deviation 1 (paper "
             "unclear); none: the maps themselves",
-            one_of(*MKD_NORMALIZE),
+            one_of(*NORMALIZE),
         ),
     )
 

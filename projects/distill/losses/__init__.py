@@ -28,9 +28,9 @@ from .ld import ld, ld_region
 from .lgd import lgd, lgd_labels, lgd_masks, lgd_pooled, lgd_rendered
 from .maskd import dice_overlap, maskd, receptive_masks
 from .mgd import mgd
-from .mkd import MKD_NORMALIZE, MKD_TERMS, channel_alignment, joint_attention, mkd, multi_scale
+from .mkd import MKD_TERMS, channel_alignment, joint_attention, mkd, multi_scale
 from .mssd import gaussian_mask, mssd
-from .normalize import channel_normalized
+from .normalize import NORMALIZE, channel_normalized
 from .pkd import pkd
 from .review import hcl
 from .skd import pairwise_affinity
@@ -50,8 +50,8 @@ from .tid import (
 
 __all__ = [
     "IMA_STATISTICS",
-    "MKD_NORMALIZE",
     "MKD_TERMS",
+    "NORMALIZE",
     "TID_AREAS",
     "TID_OUTSIDE_KEY",
     "TID_SCORES",

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from .cwd import cwd
 from .frequency import masked_energy
-from .normalize import channel_normalized
+from .normalize import NORMALIZE, channel_normalized
 from .reduce import connected_zero, mean_square, same_shape
 
 ATTENTION_TEMPERATURE = 0.5  # τ of the spatial attention; the paper gives no value
 DISTANCE_EPS = 1e-6  # below the root of a distance, whose gradient is infinite at 0
 MKD_TERMS = ("fea", "multiscale", "fdmd", "fad")
-MKD_NORMALIZE = ("none", "channel")
 
 
 def multi_scale(
@@ -130,7 +129,7 @@ def mkd(
     unknown = set(terms) - set(MKD_TERMS)
     if unknown:
         raise ValueError(f"terms must be among {', '.join(MKD_TERMS)}, got {sorted(unknown)}")
-    if normalize not in MKD_NORMALIZE:
+    if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be none or channel, got {normalize!r}")
     student, teacher = same_shape(student, teacher)
     if normalize == "channel":

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 LEAST_VALUES = 8  # per channel; fewer say little of its mean and deviation
+NORMALIZE = ("none", "channel")  # names of "the maps themselves" and channel_normalized
 NORMALIZE_EPS = 1e-5  # added to the variance, as in batch normalization
 
 

@@ -68,6 +68,7 @@ class CSPNetwork(NamedTuple):
         neck: layers of the neck, with outputs p3, p4 and p5.
         deep: names of the maps at the end of the bottom-up pathway. They differ from p3, p4 and p5
             if the neck has output convolutions.
+        exposed: outputs whose convolution's output, before norm and activation, is a map too.
         eps, momentum: values of the batch norms.
         divisor: as in :class:`~distill.nets.graph.Scaling`.
     """
@@ -77,6 +78,7 @@ class CSPNetwork(NamedTuple):
     bottom_up: tuple[Layer, ...]
     neck: tuple[Layer, ...]
     deep: tuple[str, ...] = DEEP
+    exposed: tuple[str, ...] = ()
     eps: float = 1e-3
     momentum: float = 0.03
     divisor: int = 1
@@ -89,15 +91,22 @@ class CSPNetwork(NamedTuple):
         """Return the style of the convolutions of backbone, neck and head."""
         return ConvStyle(norm, self.eps, self.momentum, depthwise=depthwise)
 
-    def graph(self, cfg: CfgNode, table: tuple[Layer, ...], inputs: dict[str, int]) -> Graph:
+    def graph(
+        self,
+        cfg: CfgNode,
+        table: tuple[Layer, ...],
+        inputs: dict[str, int],
+        exposed: tuple[str, ...] = (),
+    ) -> Graph:
         """Build layers as the config describes them.
 
         Args:
             inputs: channels of the maps that the layers read, by name.
+            exposed: as in :class:`~distill.nets.graph.Graph`.
         """
         node = cfg.MODEL[self.section]
         style = self.style(node.NORM, node.get("DEPTHWISE", False))
-        return Graph(table, inputs, self.scaling(cfg), style)
+        return Graph(table, inputs, self.scaling(cfg), style, exposed)
 
     def build_bottom_up(self, cfg: CfgNode, input_shape: ShapeSpec) -> GraphBackbone:
         """Build the backbone without a neck, with outputs c3, c4 and c5."""
@@ -117,7 +126,7 @@ class CSPNetwork(NamedTuple):
             adapters: layers before the neck, which make c3, c4 and c5 of the backbone's outputs.
         """
         inputs = {name: shape.channels for name, shape in bottom_up.output_shape().items()}
-        graph = self.graph(cfg, adapters + self.neck, inputs)
+        graph = self.graph(cfg, adapters + self.neck, inputs, self.exposed)
         shallow = dict(zip(self.deep, SHALLOW))
         return GraphBackbone(
             graph, DEEP, bottom_up=bottom_up, shallow_features=shallow, **self._padding(cfg)

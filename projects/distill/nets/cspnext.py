@@ -9,14 +9,16 @@ Both read ``MODEL.CSPNEXT``. ``DEPTH`` and ``WIDTH`` are 0.167 and 0.375 (tiny),
 Only the backbone has channel attention.
 
 The outputs of the bottom-up pathway before the neck's last convolutions are o3, o4 and o5. They
-have as many channels as c3, c4 and c5, their shallow maps.
+have as many channels as c3, c4 and c5, their shallow maps. The neck's last convolutions before
+norm and activation are conv_p3, conv_p4 and conv_p5. MMYOLO compares these in the distillation of
+RTMDet. Methods compare maps of both kinds only if their ``IN_FEATURES`` names them.
 
 The batch norms have PyTorch's own ε and momentum. The authors' classes default to 0.001 and 0.03,
 but each of their configs replaces these.
 """
 
 from .blocks import conv, csp, down, large_kernel, sppf
-from .csp_pan import CSPNetwork, pan_table
+from .csp_pan import DEEP, CSPNetwork, pan_table
 from .graph import Layer
 
 _CSP = csp(large_kernel, attention=True)
@@ -48,6 +50,7 @@ CSPNEXT = CSPNetwork(
         Layer("p5", conv(3), 256, inputs=("o5",)),
     ),
     deep=_DEEP,
+    exposed=DEEP,
     eps=1e-5,
     momentum=0.1,
 ).register()

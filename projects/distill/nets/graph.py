@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -64,6 +64,8 @@ class Graph(nn.ModuleDict):
         inputs: channels of the maps that :meth:`forward` gets, by name.
         scaling: multiples of depth and width.
         style: style of the convolutions.
+        exposed: names of layers of one convolution whose output before norm and activation is a map
+            too, "conv_p3" of a layer "p3".
 
     Attributes:
         channels: channels of every map by name, with those of the inputs.
@@ -75,6 +77,7 @@ class Graph(nn.ModuleDict):
         inputs: Mapping[str, int],
         scaling: Scaling,
         style: ConvStyle,
+        exposed: Sequence[str] = (),
     ):
         super().__init__()
         self.channels = dict(inputs)
@@ -88,14 +91,28 @@ class Graph(nn.ModuleDict):
             self.channels[layer.name] = after
             self.sources[layer.name] = sources
             above = layer.name
+        self.exposed = {name: f"conv_{name}" for name in exposed}
+        self.channels |= {inner: self.channels[name] for name, inner in self.exposed.items()}
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the maps (N, C, H, W) of all layers by name, with the inputs."""
         maps = dict(maps)
         for name, sources in self.sources.items():
             parts = [maps[source] for source in sources]
-            maps[name] = self[name](parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if name in self.exposed:
+                maps[self.exposed[name]], maps[name] = _in_two_steps(self[name], x)
+            else:
+                maps[name] = self[name](x)
         return maps
+
+
+def _in_two_steps(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps of a convolution and of the whole layer (:meth:`ConvStyle.conv`)."""
+    inner = layer.conv(x)
+    normalized = layer.norm(inner)
+    # The activation works in place, and without a norm both are one tensor.
+    return inner, layer.act(normalized.clone() if normalized is inner else normalized)
 
 
 class GraphBackbone(Backbone):
@@ -127,8 +144,9 @@ class GraphBackbone(Backbone):
         self.graph = graph
         self.shallow_features = dict(shallow_features or {})
         """Name of the shallow map of each level, by the name of the deep map."""
-        self.inner_features = tuple(k for k in self.shallow_features if k not in out_features)
-        """Deep maps that are no outputs of the neck; methods compare them only by name."""
+        deep = (k for k in self.shallow_features if k not in out_features)
+        self.inner_features = (*deep, *graph.exposed.values())
+        """Maps inside the neck, which methods compare only by name."""
         self.square_pad = square_pad
         # Heads pair the last maps of a stride, which are therefore the outputs of the neck.
         levels = (*self.shallow_features.values(), *self.inner_features, *out_features)

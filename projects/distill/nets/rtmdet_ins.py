@@ -90,51 +90,54 @@ class RTMDetIns(RTMDet):
         gt_instances: list[Instances],
         targets: DynamicTargets,
     ) -> dict[str, Tensor]:
-        kernels = self.flat(predictions[2], KERNEL)
         number = reduce_mean((targets.matched >= 0).sum()).clamp(min=1)
+        rows = [matched_rows(len(truth), *row) for truth, *row in zip(gt_instances, *targets[2:])]
+        kernels, prototypes = predictions[2:]
+        logits = self.mask_logits(kernels, prototypes, rows).split([len(x) for x in rows])
         losses = [
-            self.mask_loss(priors, *rows, number)
-            for rows in zip(kernels, predictions[3][0], gt_instances, zip(*targets[2:]))
+            self.mask_loss(*image, number)
+            for image in zip(logits, gt_instances, rows, targets.matched)
         ]
         return {"loss_mask": torch.stack(losses).sum()}
 
+    def mask_logits(
+        self, kernels: list[Tensor], prototypes: list[Tensor], rows: list[Tensor]
+    ) -> Tensor:
+        """Return the mask logits of some priors of all images, (ΣPi, H, W).
+
+        Args:
+            kernels: (N, 169, Hi, Wi) per level.
+            prototypes: one map (N, 8, H, W).
+            rows: (Pi,) priors of each image; -1: the logits are 0.
+        """
+        points, strides = points_and_strides(self.anchor_generator(kernels))
+        logits = []
+        for own, maps, index in zip(self.flat(kernels, KERNEL), prototypes[0], rows):
+            chosen = index.clamp(0)
+            counted = own[chosen].where((index >= 0)[:, None], 0)
+            logits.append(
+                dynamic_masks(counted, points[chosen], strides[chosen], maps, self.strides[0])
+            )
+        return torch.cat(logits)
+
     def mask_loss(
-        self,
-        priors: list[Boxes],
-        kernels: Tensor,
-        prototypes: Tensor,
-        truth: Instances,
-        targets: tuple[Tensor, Tensor],
-        number: Tensor,
+        self, logits: Tensor, truth: Instances, rows: Tensor, matched: Tensor, number: Tensor
     ) -> Tensor:
         """Return the loss of the masks of one image.
 
-        An object matches at most ``TOPK`` points. So many rows are computed for each, because to
-        count the matched ones would wait for the device.
-
         Args:
-            priors: the priors of each level.
-            kernels: (R, 169).
-            prototypes: (8, H, W).
+            logits: (P, H, W) of stride 8.
             truth: the objects, with bit masks.
-            targets: (R,) quality, and (R,) row of the object or -1.
+            rows: (P,) priors of the logits, or -1.
+            matched: (R,) row of the object of each prior, or -1.
             number: matched points in the batch.
         """
-        (points, strides), (quality, matched) = points_and_strides(priors), targets
-        count, size = min(TOPK * len(truth), len(matched)), [2 * n for n in prototypes.shape[1:]]
-        index = quality.where(matched >= 0, -1).topk(count).indices
-        rows, counts = matched[index].clamp(0), matched[index] >= 0
-        masks = prototypes.new_zeros(0, *size)
+        size = [2 * n for n in logits.shape[1:]]
+        masks = logits.new_zeros(0, *size)
         if len(truth):
             masks = sampled_masks(truth.gt_masks.tensor, *size)
-        logits = dynamic_masks(
-            kernels[index].where(counts[:, None], 0),
-            points[index],
-            strides[index],
-            prototypes,
-            self.strides[0],
-        )
-        return mask_loss(logits, masks[rows], number, self.mask_loss_weight, counts)
+        objects = matched[rows.clamp(0)].clamp(0)
+        return mask_loss(logits, masks[objects], number, self.mask_loss_weight, rows >= 0)
 
     def rows(self, predictions: Any) -> list[list[Tensor]]:
         """Return logits, and deltas together with kernels, as rows."""
@@ -179,6 +182,22 @@ class RTMDetIns(RTMDet):
             found.remove("kernels")
             found.pred_masks = ImageMasks(masks, found.image_size, stride)
         return results
+
+
+def matched_rows(objects: int, quality: Tensor, matched: Tensor) -> Tensor:
+    """Return the (P,) priors of an image that are matched, the best first, and then -1.
+
+    An object matches at most ``TOPK`` points. So many rows are returned for each, because to count
+    the matched ones would wait for the device.
+
+    Args:
+        objects: number of objects of the image.
+        quality: (R,) IoU with the matched object.
+        matched: (R,) row of the object, or -1.
+    """
+    count = min(TOPK * objects, len(matched))
+    index = quality.where(matched >= 0, -1).topk(count).indices
+    return index.where(matched[index] >= 0, -1)
 
 
 def with_bit_masks(truth: Instances) -> Instances:

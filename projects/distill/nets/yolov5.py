@@ -54,12 +54,13 @@ class YOLOv5(ObjectnessDetector):
 
     The losses are those of :func:`~distill.nets.assign.yolov5_loss`, ``loss_box_reg``, ``loss_obj``
     and ``loss_cls``. As in the authors' code they are multiplied by the number of images of all
-    processes. So the gradient is that of a sum over images, and learning rates are smaller than
-    those of means. Three factors follow from the data: 3 / levels for all, K / 80 for the classes,
-    and height · width / 640² of the padded images for the objectness.
+    processes and of all parts of a batch (``SOLVER.ACCUMULATE``), whose gradients are averaged. So
+    the gradient is that of a sum over images, and learning rates are smaller than those of means.
+    Three factors follow from the data: 3 / levels for all, K / 80 for the classes, and height ·
+    width / 640² of the padded images for the objectness.
 
-    Means over matches are those of each process. Only the objectness has, with images of one size,
-    the gradient of one process with the joint batch.
+    Means over matches are those of each process and part. Only the objectness has, with images of
+    one size, the gradient of one process with the joint batch.
 
     Args:
         prior_sizes: (width, height) in pixels of the anchors of each level.
@@ -67,6 +68,7 @@ class YOLOv5(ObjectnessDetector):
         obj_balance: weight of the objectness of each level.
         box_loss_weight, obj_loss_weight, cls_loss_weight: factors of the losses for 80 classes,
             three levels and images of 640 x 640 pixels.
+        parts: parts of a batch, of which the mean of the gradients is taken.
         kwargs: arguments of :class:`~distill.nets.dense.PriorDetector`.
     """
 
@@ -103,6 +105,7 @@ class YOLOv5(ObjectnessDetector):
         box_loss_weight: float = 0.05,
         obj_loss_weight: float = 1.0,
         cls_loss_weight: float = 0.5,
+        parts: int = 1,
         **kwargs: Any,
     ):
         transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
@@ -110,6 +113,7 @@ class YOLOv5(ObjectnessDetector):
         self.anchor_ratio = anchor_ratio
         self.obj_balance = obj_balance
         self.gains = (box_loss_weight, obj_loss_weight, cls_loss_weight)
+        self.parts = parts
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -134,6 +138,7 @@ class YOLOv5(ObjectnessDetector):
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "obj_loss_weight": node.OBJ_LOSS_WEIGHT,
             "cls_loss_weight": node.CLS_LOSS_WEIGHT,
+            "parts": cfg.SOLVER.get("ACCUMULATE", 1),  # absent without this package's trainer
         }
 
     def losses(
@@ -145,7 +150,7 @@ class YOLOv5(ObjectnessDetector):
         losses = yolov5_loss(
             gains=self._gains(maps), balance=self.obj_balance, **self._fit(maps, truth)
         )
-        images = len(truth) * comm.get_world_size()
+        images = len(truth) * self.parts * comm.get_world_size()
         names = {"loss_box_reg": "box", "loss_obj": "obj", "loss_cls": "cls"}
         return {name: images * losses[key] for name, key in names.items()}
 
