@@ -11,6 +11,7 @@ from inspect import cleandoc
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))  # also while pages are written
@@ -60,6 +61,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     with Progress() as progress:
         matrix = support_matrix(progress)
+    failures = [f"{name}: {reason}" for name, reason in matrix.steps.items() if reason]
+    if failures:
+        raise PluginError(f"The support matrix has failures: {'; '.join(failures)}.")
     pages = {
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
         "reference/methods.md": methods_page(matrix),

@@ -1,4 +1,4 @@
-"""Test every head with every pair of networks."""
+"""Test every head with a part of the pairs of networks; `make docs` tries all of them."""
 
 import pytest
 
@@ -8,28 +8,30 @@ from distill.utils.progress import Progress
 
 # One worker runs both tests, because the matrix takes long.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("support matrix")]
-WORKING = 3832  # pairs and heads that work; raise it when a head or a network is added
+WORKING = 832  # pairs and heads that work; raise it when a head or a network is added
+
+
+def teachers(student: str) -> list[str]:
+    """Return a network like the student, and two others; every network teaches three students."""
+    names = list(NETWORKS)
+    place = names.index(student)
+    return [names[(place + step) % len(names)] for step in (0, 1, 5)]
 
 
 @pytest.fixture(scope="module")
 def matrix() -> SupportMatrix:
     with Progress() as progress:
-        return support_matrix(progress)
+        return support_matrix(progress, teachers)
 
 
 def test_no_step_fails(matrix: SupportMatrix) -> None:
-    rows = [x for teachers in matrix.pairs.values() for x in teachers.values()]
-    rows += matrix.without_teacher.values()
-    reasons = {reason for row in rows for reason in row.values()}
-    assert not {x for x in reasons if x.startswith("FAILS")}
-    assert sum(not reason for row in rows for reason in row.values()) >= WORKING
+    assert not {name: reason for name, reason in matrix.steps.items() if reason}
+    assert len(matrix.steps) >= WORKING
 
 
-def test_every_pair_is_tried_and_every_head_works_somewhere(matrix: SupportMatrix) -> None:
-    assert list(matrix.pairs) == list(NETWORKS)
-    rows = [x for teachers in matrix.pairs.values() for x in teachers.values()]
-    assert len(rows) == len(NETWORKS) ** 2
-    working = {head for row in rows for head, reason in row.items() if not reason}
-    alone = matrix.without_teacher.values()
-    working |= {head for row in alone for head, reason in row.items() if not reason}
+def test_every_head_works_somewhere(matrix: SupportMatrix) -> None:
+    assert {student: list(x) for student, x in matrix.pairs.items()} == {
+        student: teachers(student) for student in NETWORKS
+    }
+    working = {name.split(",")[0] for name in matrix.steps}
     assert working == {name for name, _ in DISTILL_HEAD_REGISTRY}

@@ -109,7 +109,7 @@ FRCNN = ("faster_rcnn_R_10_FPN_32", "faster_rcnn_R_18_FPN_64")
 RETINANET = ("retinanet_R_18_FPN_32", "retinanet_R_18_FPN_64")
 GFL = ("gfl_R_18_FPN_32", "gfl_R_18_FPN_64")
 RTMDET = ("rtmdet_PAFPN_32", "rtmdet_PAFPN_64")
-CONVOLUTIONS = ("conv_p3", "conv_p4", "conv_p5")  # of RTMDet's neck, before their norms
+CONVOLUTIONS = ("conv_p3", "conv_p4", "conv_p5")  # RTMDet's neck before its norms
 DENSE = (("TID", "atss"), ("IMA", "fcos"), ("IMA", "reppoints"))
 TID_VARIANTS: dict[str, dict[str, Any]] = {
     "cls_only": {"SCORE": "cls"},

@@ -6,7 +6,7 @@ configs, at a few channels, with random weights. The documentation has a page of
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ NARROW: list[Any] = [
 # Predictors of boxes that have no size before a training.
 EMPTY_AT_START = {"FCOS": ("bbox_pred",), "RepPoints": ("init_points",)}
 SIZE = 64  # side of the images
+FAILS = "FAILS"  # begins the reason of a head that has taken a step in vain
 
 
 class SupportMatrix(NamedTuple):
@@ -74,15 +75,33 @@ class SupportMatrix(NamedTuple):
     pairs: dict[str, dict[str, dict[str, str]]]
     without_teacher: dict[str, dict[str, str]]
 
+    @property
+    def steps(self) -> dict[str, str]:
+        """What became of each step that no head refuses, "" if it went well, by its names."""
+        rows = {
+            f"{student} taught by {teacher}": row
+            for student, teachers in self.pairs.items()
+            for teacher, row in teachers.items()
+        }
+        return {
+            f"{head}, {name}": reason
+            for name, row in (rows | self.without_teacher).items()
+            for head, reason in row.items()
+            if not reason or reason.startswith(FAILS)
+        }
 
-def support_matrix(progress: Progress) -> SupportMatrix:
-    """Try every head on every pair of networks."""
+
+def support_matrix(
+    progress: Progress, teachers: Callable[[str], Iterable[str]] = lambda student: NETWORKS
+) -> SupportMatrix:
+    """Try every head on every student with each of its teachers, by default all networks."""
     heads = [name for name, cls in DISTILL_HEAD_REGISTRY if cls.needs_teacher]
     pairs = {}
     for student in progress.track(list(NETWORKS), description="students"):
         cfg, own = config(student), network(student, "student")
         pairs[student] = {
-            teacher: try_heads(cfg, own, network(teacher, "teacher"), heads) for teacher in NETWORKS
+            teacher: try_heads(cfg, own, network(teacher, "teacher"), heads)
+            for teacher in teachers(student)
         }
     heads = [name for name, cls in DISTILL_HEAD_REGISTRY if not cls.needs_teacher]
     without_teacher = {}
@@ -152,11 +171,11 @@ def try_heads(
         )
         norms = [x.norm() for x in gradients if x is not None]
         if not all(x.isfinite() for x in (*of_head, *norms)):
-            found[head] = "FAILS: a loss or gradient is not finite"
+            found[head] = f"{FAILS}: a loss or gradient is not finite"
         elif not any(norms):
-            found[head] = "FAILS: no gradient reaches the student"
+            found[head] = f"{FAILS}: no gradient reaches the student"
     student.zero_grad()
     sum(losses.values()).backward()  # type: ignore[union-attr]
     if not nn.utils.clip_grad_norm_(student.parameters(), math.inf).isfinite():
-        found |= dict.fromkeys(built, "FAILS: a gradient of the student is not finite")
+        found |= dict.fromkeys(built, f"{FAILS}: a gradient of the student is not finite")
     return found
