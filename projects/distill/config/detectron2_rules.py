@@ -176,8 +176,9 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
     ),
     (
         lambda c: not c.SOLVER.REFERENCE_WORLD_SIZE or student_architecture(c) != "YOLOv5",
-        "SOLVER.REFERENCE_WORLD_SIZE is {c.SOLVER.REFERENCE_WORLD_SIZE}, but YOLOv5's loss grows with "
-        "the batch itself. Set it to 0, and SOLVER.ACCUMULATE to as many parts as memory needs.",
+        "SOLVER.REFERENCE_WORLD_SIZE is {c.SOLVER.REFERENCE_WORLD_SIZE}, but YOLOv5's loss grows "
+        "with the batch itself. Set it to 0, and SOLVER.ACCUMULATE to as many parts as memory "
+        "needs.",
     ),
     (
         lambda c: not c.SOLVER.PATIENCE or (c.TEST.BEST_METRIC and c.TEST.EVAL_PERIOD),

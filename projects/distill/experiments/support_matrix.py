@@ -77,7 +77,7 @@ class SupportMatrix(NamedTuple):
 
     @property
     def steps(self) -> dict[str, str]:
-        """What became of each step that no head refuses, "" if it went well, by its names."""
+        """Reason why a step fails, "" if it does not, by its names; all that no head refuses."""
         rows = {
             f"{student} taught by {teacher}": row
             for student, teachers in self.pairs.items()

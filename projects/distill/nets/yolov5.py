@@ -53,9 +53,9 @@ class YOLOv5(ObjectnessDetector):
     here this limit holds per level.
 
     The losses are those of :func:`~distill.nets.assign.yolov5_loss`, ``loss_box_reg``, ``loss_obj``
-    and ``loss_cls``. As in the authors' code they are multiplied by the number of images of a
-    whole batch, that of all processes and of all its parts (``SOLVER.ACCUMULATE``). Gradients are
-    averaged over these. So the gradient is that of a sum over images, and learning rates are
+    and ``loss_cls``. As in the authors' code they are multiplied by the number of images of the
+    whole batch. This batch is that of all processes and parts (``SOLVER.ACCUMULATE``), over which
+    gradients are averaged. So the gradient is that of a sum over images, and learning rates are
     smaller than those of means.
     Three factors follow from the data: 3 / levels for all, K / 80 for the classes, and height ·
     width / 640² of the padded images for the objectness.
