@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from inspect import cleandoc
 from pathlib import Path
 
+import torch
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -59,6 +60,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
+    torch.set_num_threads(1)  # its networks are tiny; more threads wait for each other
     with Progress() as progress:
         matrix = support_matrix(progress)
     failures = [f"{name}: {reason}" for name, reason in matrix.steps.items() if reason]
