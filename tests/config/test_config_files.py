@@ -8,9 +8,10 @@ import json
 import os
 import pickle
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from distill import DistillModel
 from distill.config import (
@@ -39,6 +40,9 @@ from distill.modeling.meta_arch import build_distill_model
 from tests.support.cases import for_each
 from tests.support.trainings import Shared
 from tests.support.yolo import DEPTH_WIDTH
+
+# On one worker, because each would load every file and build every network.
+pytestmark = pytest.mark.xdist_group("config files")
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -148,6 +152,18 @@ def merges(path: Path) -> list[tuple[Path, str, Any]]:
             decoded = CfgNode._decode_cfg_value(value)
             merged.append((path, key, list(decoded) if isinstance(decoded, tuple) else decoded))
     return merged
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="this PyYAML has no libyaml")
+@for_each("path", list(FIRST)[:4])
+def test_libyaml_writes_the_same_text(path: Path) -> None:
+    """The tests write configs by libyaml; a user's PyYAML may not have it."""
+    cfg = load(path)
+    cfg.OUTPUT_DIR = "folder: of 'Zoë'" + 30 * " and more"
+    text = cfg.dump()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "SafeDumper", yaml.dumper.SafeDumper)
+        assert cfg.dump() == text
 
 
 def test_no_line_is_without_information() -> None:
@@ -399,8 +415,13 @@ def is_quick(path: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def meta_models() -> dict[str, torch.nn.Module]:
-    """Teachers by description of their configs: many distillations share one."""
+    """Students and teachers by :func:`described`: many distillations share one."""
     return {}
+
+
+def described(name: str, cfg: CfgNode) -> str:
+    """Return the keys that make a network of the architecture ``name``."""
+    return repr((name, {k: v for k, v in cfg.MODEL.items() if k != "DISTILL"}, cfg.INPUT))
 
 
 @pytest.mark.parametrize(
@@ -418,14 +439,18 @@ def test_a_network_is_built(
     """Build it on the meta device: no values of weights, and no download."""
     loaded: list[str] = []
 
-    def build_teacher(config: CfgNode) -> torch.nn.Module:
+    def build_once(name: str, config: CfgNode) -> torch.nn.Module:
         config.MODEL.DEVICE = "meta"
-        described = config.dump()
-        if described not in meta_models:
-            meta_models[described] = build_model(config)
-        return meta_models[described]
+        key = described(name, config)
+        if key not in meta_models:
+            meta_models[key] = META_ARCH_REGISTRY.get(name)(config)
+        return meta_models[key]
 
-    monkeypatch.setattr("distill.modeling.teacher.build_model", build_teacher)
+    students = mock.Mock(get=lambda name: partial(build_once, name))
+    monkeypatch.setattr("distill.modeling.meta_arch.META_ARCH_REGISTRY", students)
+    monkeypatch.setattr(
+        "distill.modeling.teacher.build_model", lambda x: build_once(x.MODEL.META_ARCHITECTURE, x)
+    )
     monkeypatch.setattr(
         "distill.modeling.teacher.load_strictly", lambda _, url, *a, **kw: loaded.append(url)
     )
@@ -500,15 +525,29 @@ def write_random_teacher(path: Path, folder: Path) -> None:
     torch.save({"model": model.state_dict()}, folder / "teacher.pth")
 
 
+@pytest.fixture(scope="module")
+def teachers() -> dict[str, torch.nn.Module]:
+    """Teachers by :func:`described`; each test loads the weights anew."""
+    return {}
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("path", SHAPES, ids=name_of)
 def test_a_config_of_the_shapes_trains_a_step(
     path: Path,
     mixed: dict[str, list[Any]],
+    teachers: dict[str, torch.nn.Module],
     shared: Shared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def build_teacher(config: CfgNode) -> torch.nn.Module:
+        key = described(config.MODEL.META_ARCHITECTURE, config)
+        if key not in teachers:
+            teachers[key] = build_model(config)
+        return teachers[key]
+
+    monkeypatch.setattr("distill.modeling.teacher.build_model", build_teacher)
     data = "semantic" if name_of(path).startswith("Shapes-SemanticSegmentation") else "coco"
     opts = [
         *mixed[data],

@@ -502,6 +502,11 @@ def test_an_untrained_teacher_is_no_better_than_chance(tmp_path: Path, shapes: S
     assert any("no better than chance" in x for x in report.warnings)
 
 
+# On one worker, because another one would only wait for the teacher.
+one_worker = pytest.mark.xdist_group("taught")
+
+
+@one_worker
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
@@ -525,6 +530,7 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     assert expected > 50
 
 
+@one_worker
 @pytest.mark.e2e
 def test_classes_in_another_order_are_matched_by_name(
     taught: list[Any], tmp_path: Path, shapes: Shapes

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def config(
     warmup = ("MODEL.DISTILL.IMA.WARMUP_ITERS", 4)
     opts = (*distillation, *teachers[family], *schedule, *warmup, *opts)
     return trainable_cfg(family, shapes, output, *opts, norm="BN")
+
+
+def copy_first_checkpoint(whole: Path, folder: Path) -> None:
+    """Copy the output of a run as it would be if the run had ended after its first checkpoint."""
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    for path in folder.glob("model_*"):
+        if path.name.split(".")[0] != "model_0000001":
+            path.unlink()
+    (folder / "last_checkpoint").unlink()
 
 
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -111,8 +121,7 @@ def test_resume_is_exact(
         semantic_images(monkeypatch)
     uninterrupted = train(config(family, shapes, teachers, tmp_path / "a", *opts))
     cfg = config(family, shapes, teachers, tmp_path / "b", *opts)
-    with pytest.raises(Interrupted):
-        train(cfg, Interruption(3))
+    copy_first_checkpoint(tmp_path / "a", tmp_path / "b")
     with pytest.raises(Interrupted):
         train(cfg, Interruption(4), resume=True, seed=98)
     cfg.DATALOADER.NUM_WORKERS = 2  # matters as little as the global seed

@@ -16,7 +16,8 @@ from distill.config import get_distill_cfg
 from distill.errors import ConfigError
 from distill.evaluation.coco_errors import coco_evaluation, coco_metrics
 from distill.evaluation.coco_format import load_results, load_truth
-from distill.experiments import prove, runner, step_times
+from distill.experiments import detections, prove, runner, step_times
+from distill.experiments.bootstrap import resamples
 from distill.experiments.detections import FILE
 from distill.experiments.prove_page import gain_text, render
 from distill.experiments.runner import Stage
@@ -122,6 +123,8 @@ class Fake:
 
         patch.setattr(runner.Runner, "run", train)
         patch.setattr(prove, "step_seconds", measure)
+        # The command takes no fewer than 100 resamples, which would be most of the time.
+        patch.setattr(detections, "resamples", lambda images, _, seed: resamples(images, 20, seed))
 
     def run(self, stage: Stage) -> dict[str, float | None]:
         path = stage.folder / "result.json"
