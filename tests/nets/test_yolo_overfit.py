@@ -12,7 +12,7 @@ from tests.support.trainings import register_own_sets
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SCHEDULES = {  # iterations and learning rate
-    "Shapes-Detection/rtmdet_PAFPN_32": (70, 0.008),
+    "Shapes-Detection/rtmdet_PAFPN_32": (80, 0.008),
     "Shapes-InstanceSegmentation/rtmdet_ins_PAFPN_32": (90, 0.008),
     "Shapes-Detection/yolox_PAFPN_32": (220, 0.005),
     "Shapes-Detection/yolov5_PAFPN_32": (220, 0.01),
