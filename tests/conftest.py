@@ -162,7 +162,7 @@ def _log_handlers() -> Iterator[None]:
 def _quick_yaml() -> Iterator[None]:
     """Write yaml by libyaml: experiments describe their runs by hundreds of dumped configs.
 
-    ``test_libyaml_writes_the_same_text`` compares it with PyYAML's own code.
+    ``test_libyaml_writes_the_same_text`` compares it with PyYAML's own code, on shipped configs.
     """
     with pytest.MonkeyPatch.context() as patch:
         if yaml.__with_libyaml__:
