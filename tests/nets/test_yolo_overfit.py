@@ -23,7 +23,7 @@ SCHEDULES = {  # iterations and learning rate
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_four_images_are_learned(name: str, tmp_path: Path, catalogues: None) -> None:
-    """Ten seconds of a CPU suffice: losses, assignment, decoding and inputs fit together."""
+    """Fifteen seconds of a CPU suffice: losses, assignment, decoding and inputs fit together."""
     root = tmp_path / "shapes"
     write_coco(root, "train", 4, config=SceneConfig(height=96, width=96))
     annotations = str(root / "annotations" / "instances_train.json")
