@@ -332,7 +332,8 @@ def check_sized(path: Path, cfg: CfgNode) -> None:
     backbone = cfg.MODEL.CSPNEXT if rtmdet else cfg.MODEL.CSPDARKNET
     key = "rtmdet tiny" if rtmdet and size == "tiny" else size
     assert DEPTH_WIDTH[key] == (backbone.DEPTH, backbone.WIDTH)
-    assert backbone.SQUARE_PAD == (0 if cfg.INPUT.MULTI_SCALE.PERIOD else 640)
+    square = 0 if cfg.INPUT.MULTI_SCALE.PERIOD else 640
+    assert square == backbone.SQUARE_PAD
     name = "timm_yolo" if timm else "cspnext" if rtmdet else detector
     assert f"build_{name}_pafpn_backbone" == cfg.MODEL.BACKBONE.NAME
     images = IMAGES["rtmdet" if rtmdet else data]
