@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 from filelock import FileLock
 
 # torch and detectron2 are imported where they are used. The first process of pytest-xdist only
@@ -156,18 +155,6 @@ def _log_handlers() -> Iterator[None]:
     for name in ("detectron2", "fvcore", "distill"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_yaml() -> Iterator[None]:
-    """Write yaml by libyaml: experiments describe their runs by hundreds of dumped configs.
-
-    ``test_libyaml_writes_the_same_text`` compares it with PyYAML's own code, on shipped configs.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if yaml.__with_libyaml__:
-            patch.setattr(yaml, "SafeDumper", yaml.CSafeDumper)
-        yield
 
 
 @pytest.fixture(autouse=True)

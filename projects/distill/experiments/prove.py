@@ -27,6 +27,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..config import teacher_config
+from ..config.detectron2_rules import leaves
 from ..config.load import scale_schedule
 from ..engine.evaluators import metric_names
 from ..errors import ConfigError
@@ -83,7 +84,7 @@ class Proof(PairedTrainings):
         self.details: dict[str, Any] = {}
 
     def _with_random_teacher(self, distilled: CfgNode) -> CfgNode:
-        described = f"{teacher_config(distilled, trained=False).dump()}{self.runner.code}"
+        described = f"{list(leaves(teacher_config(distilled, trained=False)))}{self.runner.code}"
         digest = hashlib.sha256(described.encode()).hexdigest()[:12]
         path = self.out / "stages" / f"{RANDOM}-{digest}.pth"
         random_teacher(path, distilled, self.teacher_seed + 1_000)
