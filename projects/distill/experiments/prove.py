@@ -79,6 +79,10 @@ class Proof(PairedTrainings):
         self.times = self._step_times()
         self.configs[EQUAL_TIME] = prolonged(self.configs[ALONE], self.times["ratio"])
         self.rows = {name: Row(name) for name in self.configs}
+        self.stages = {
+            name: {seed: self.runner.describe(name, seed, cfg) for seed in self.seeds}
+            for name, cfg in self.configs.items()
+        }
         self.plan = self._plan()
         self.decision: Decision | None = None
         self.details: dict[str, Any] = {}
@@ -113,9 +117,6 @@ class Proof(PairedTrainings):
         write_json(path, times)
         return times
 
-    def stage(self, name: str, seed: int) -> Stage:
-        return self.runner.describe(name, seed, self.configs[name])
-
     def _plan(self) -> dict[str, Any]:
         """Return what is fixed before the first run."""
         return {
@@ -129,8 +130,8 @@ class Proof(PairedTrainings):
             "step_times": self.times,
             "resamples": self.args.resamples,
             "stages": {
-                name: [self.stage(name, seed).folder.name for seed in self.seeds]
-                for name in self.configs
+                name: [stage.folder.name for stage in stages.values()]
+                for name, stages in self.stages.items()
             },
         }
 
@@ -158,7 +159,7 @@ class Proof(PairedTrainings):
         seconds, iterations = self.times["seconds"], self.plan["iterations"]
         # The random teacher costs as much as the trained one.
         per_step = {EQUAL_TIME: seconds[ALONE], RANDOM: seconds[self.distilled], **seconds}
-        stages = [self.stage(name, seed) for name in self.configs for seed in self.seeds]
+        stages = [stage for stages in self.stages.values() for stage in stages.values()]
         stages += [self.teacher] if self.teacher else []
         left = [x for x in stages if not (x.folder / "result.json").is_file()]
         steps = sum(x.cfg.SOLVER.MAX_ITER for x in left)
@@ -199,7 +200,7 @@ class Proof(PairedTrainings):
             for name, row in self.rows.items():
                 if seed in row.results or seed in row.failures:
                     continue
-                result = self.attempt(row, self.stage(name, seed))
+                result = self.attempt(row, self.stages[name][seed])
                 if result is None:
                     continue
                 self.metric = self.metric or chosen_metric(self.args.metric, result)
@@ -218,7 +219,7 @@ class Proof(PairedTrainings):
     def _details(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Return what the detections of the compared arms say beyond the metric."""
         arms = (*REFERENCES, self.distilled)
-        stages = {name: [self.stage(name, seed) for seed in seeds] for name in arms}
+        stages = {name: [self.stages[name][seed] for seed in seeds] for name in arms}
         metric = self.metric or ""
         reason = problem(self.cfg, metric, [x for arm in stages.values() for x in arm])
         if reason:
