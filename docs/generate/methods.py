@@ -100,7 +100,8 @@ def lines(matrix: SupportMatrix, data: dict[str, dict[str, Any]]) -> Iterator[st
         yield f"{description(cls)}\n"
         yield f"- Loss: {formula(cls, data.get(name, {}))}"
         yield f"- Student: {shortened(students(name, matrix))}"
-        yield f"- Paper: {paper(data.get(name, {})) or 'this package'}\n"
+        yield f"- Paper: {paper(data.get(name, {})) or 'this package'}"
+        yield f"- Balance: × {cls.balance_share:g} the ratio\n" if cls.balance_share != 1 else ""
         yield from key_table(rows[name])
         yield from presets(name, rows[name], students(name, matrix))
         yield from configs(name)

@@ -36,7 +36,8 @@ class Toy:
 
     def __init__(self, *heads: str, fade: float = 0.0, **strengths: float):
         authors, terms = dict.fromkeys(heads, 1.0), dict.fromkeys(heads, strengths)
-        self.balance = GradientBalance(authors, terms, ratio=2.0, fade=fade, max_iter=10)
+        shares = dict.fromkeys(heads, 1.0)
+        self.balance = GradientBalance(authors, terms, shares, ratio=2.0, fade=fade, max_iter=10)
         self.iteration = 0
         self.weights = authors
         self.adapter = nn.Parameter(torch.ones(()))
@@ -120,6 +121,16 @@ def test_weights_and_their_schedule_multiply_the_ratio() -> None:
         found = toy.step(FitNet=5.0)
         if toy.iteration > 1:
             assert found["kd_ratio/fitnet/backbone.p3"] == pytest.approx(2.0 * weight)
+
+
+def test_a_head_may_ask_for_a_share_of_the_ratio() -> None:
+    toy = Toy("AT")
+    toy.balance.shares["AT"] = 0.1
+    for _ in range(2):
+        found = toy.step(AT=5.0)
+    assert found["kd_ratio/at/backbone.p3"] == pytest.approx(0.2)
+    model = distilled("semantic", ["AT", "SKD", "CWD"], *ON)
+    assert model.balance.shares == {"AT": 0.1, "SKD": 0.1, "CWD": 1.0}
 
 
 def test_the_ratio_falls_to_0_at_the_end() -> None:
@@ -220,7 +231,8 @@ def test_a_term_alone_has_its_strength_and_keeps_its_loss() -> None:
 
 def test_other_backwards_are_scaled_and_not_measured() -> None:
     """Such as those of the cosines."""
-    balance = GradientBalance({"FitNet": 1.0}, {"FitNet": {}}, ratio=2.0, fade=0.0, max_iter=10)
+    one = {"FitNet": 1.0}
+    balance = GradientBalance(one, {"FitNet": {}}, one, ratio=2.0, fade=0.0, max_iter=10)
     measured = {"backbone": {"FitNet": [3.0, 1.0, 3.0]}}
     balance.load_state_dict({"measured": measured, "terms": {}})
     x = torch.ones(4, requires_grad=True)
@@ -321,6 +333,20 @@ def test_every_head_of_every_family_is_measured(family: str, tmp_path: Path) -> 
     steps(model, batches_of(2), tmp_path)
     measured = {head for heads in model.balance.measured.values() for head in heads}
     assert measured == set(HEADS[family])
+
+
+@pytest.mark.e2e
+def test_what_self_distillation_makes_of_the_student_has_its_own_gradient(tmp_path: Path) -> None:
+    """Before LGD distils, its teacher's detection losses reach the student as without balance."""
+    found = []
+    for mode in ("gradient", "none"):
+        opts = (*ON, "MODEL.DISTILL.BALANCE.MODE", mode, "MODEL.DISTILL.LGD.DETACH_ITERS", 9)
+        model = distilled("retinanet", ["LGD"], *opts)
+        steps(model, batches_of(2), tmp_path)
+        found.append([x.grad for x in model.student.parameters() if x.grad is not None])
+    assert found[0]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.e2e

@@ -188,8 +188,11 @@ def measure_heads(
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     images = model.family.preprocess([x["image"] for x in inputs], student.batch.padded_size)
 
+    def answer_to(head: nn.Module) -> NetworkOutputs | None:
+        return answer if head.needs_teacher else student
+
     def backward(head: nn.Module) -> None:
-        sum(head(student, answer).values()).backward()
+        sum(head(student, answer_to(head)).values()).backward()
 
     @torch.no_grad()
     def forward() -> None:
@@ -200,7 +203,7 @@ def measure_heads(
         with LargestTensor() as mode:
             backward(head)
         largest[name] = mode.numel / max(x.numel() for x in student.features.values())
-        kept[name] = mebibytes_kept(functools.partial(head, student, answer), head)
+        kept[name] = mebibytes_kept(functools.partial(head, student, answer_to(head)), head)
     times: dict[str, list[float]] = {name: [] for name in ("backbone", *heads)}
     for _ in progress.track(range(repeats), description="rounds"):
         times["backbone"].append(seconds(forward, cuda))

@@ -17,6 +17,7 @@ class AT(FPNDistillHead):
     """
 
     adapts = False
+    balance_share = 0.1
 
     def loss(self, student: Tensor, teacher: Tensor, stride: int, batch: Batch) -> Tensor:
         return at(student, teacher)

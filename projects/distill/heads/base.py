@@ -61,6 +61,13 @@ class DistillHead(nn.Module):
     needs_teacher: ClassVar[bool] = True
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
 
+    balance_share: ClassVar[float] = 1.0
+    """Share of ``MODEL.DISTILL.BALANCE.RATIO`` that the head gets while its WEIGHT is the default.
+
+    0.1 for losses of relations or attention: they leave most of a cell's values open, and the whole
+    ratio hinders the task.
+    """
+
     parts: tuple[str, ...] = ("",)
     """Keys of the dict of :meth:`losses`; "" if there is only one loss. All are returned at every
     iteration, because loggers would go on showing the last value of a missing one."""
@@ -155,8 +162,8 @@ class DistillHead(nn.Module):
         of terms name these in ``Key(term=...)``.
 
         Args:
-            student, teacher: :class:`NetworkOutputs`; a head without ``needs_teacher`` reads no
-                teacher.
+            student, teacher: :class:`NetworkOutputs`. The teacher of a head without
+                ``needs_teacher`` is the student itself. A balance does not scale gradients there.
         """
         raise NotImplementedError
 
@@ -170,7 +177,8 @@ class DistillHead(nn.Module):
 
         Args:
             student: the student's outputs.
-            teacher: the teacher's outputs; None while no active head needs them.
+            teacher: the teacher's outputs; None while no active head needs them. The student's own
+                for a head without ``needs_teacher``.
             weigh: returns the weighted losses by part; None: they are weighted by :meth:`factor`.
         """
         head = f"loss_{type(self).__name__.lower()}"

@@ -154,9 +154,9 @@ class LGD(DistillHead):
 
     See :class:`ImplicitTeacher` and :func:`distill.losses.lgd`. ``teacher`` is the student's own
     detection losses on these maps. Their gradient reaches its head and, through the objects'
-    appearances, its backbone. ``distill`` compares the student's adapted maps with the made ones.
-    This second run of the head leaves the student as it is. The authors' second run changes its
-    loss normalizer and running statistics.
+    appearances, its backbone. ``BALANCE`` does not scale that. ``distill`` compares the student's
+    adapted maps with the made ones. This second run of the head leaves the student as it is. The
+    authors' second run changes its loss normalizer and running statistics.
 
     In the first iterations the distillation loss trains only its adapter. The authors also freeze
     the backbone below the neck for the first 10000 (1x) or 20000 iterations, which is not done
@@ -236,7 +236,7 @@ class LGD(DistillHead):
         batch, maps = student.batch, [student.features[k] for k in self.levels]
         detached = [x.detach() for x in maps]
         made = self.teacher(
-            detached if self.detach_appearance else maps,
+            detached if self.detach_appearance else [teacher.features[k] for k in self.levels],
             batch.boxes,
             [x.gt_classes for x in batch.instances],
             batch.padded_size,

@@ -78,6 +78,7 @@ class RelationDistillHead(FPNDistillHead):
         )
     )
     adapts = False
+    balance_share = 0.1
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:

@@ -43,7 +43,8 @@ class GradientBalance:
     Args:
         authors: the authors' weight of each head, with which its parameters learn.
         strengths: factors of the terms of each head over the authors' factors.
-        ratio: |f · g| / |t| that all heads of a tensor together get.
+        shares: share of the ratio that each head gets with the authors' weight.
+        ratio: |f · g| / |t| that all heads of a tensor together get if their shares are 1.
         fade: share of the training, at its end, in which the ratio falls linearly to 0.
         max_iter: iterations of the training.
     """
@@ -52,12 +53,14 @@ class GradientBalance:
         self,
         authors: Mapping[str, float],
         strengths: Mapping[str, Mapping[str, float]],
+        shares: Mapping[str, float],
         *,
         ratio: float,
         fade: float,
         max_iter: int,
     ):
         self.authors = dict(authors)
+        self.shares = dict(shares)
         self.ratio = ratio
         self.fade = fade
         self.max_iter = max_iter
@@ -93,7 +96,7 @@ class GradientBalance:
             )
         self._watched.clear()
         self._branches.clear()
-        self._strengths = {name: weight / self.authors[name] for name, weight in heads.items()}
+        self._strengths = {k: x / self.authors[k] * self.shares[k] for k, x in heads.items()}
 
     def branch(self, head: str, recorder: Recorder) -> Recorder:
         """Return a recorder whose tensors are the branches of a head.

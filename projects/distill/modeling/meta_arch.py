@@ -110,11 +110,12 @@ class DistillModel(nn.Module):
         if self.teacher and teacher_needs:
             teacher = self.teacher.ask(student, teacher_needs)
         for name, head in self._heads():
+            taught_by = teacher if head.needs_teacher else student
             if self.balance is not None and head.factor() > 0:
                 own = self.family.read(self.balance.branch(name, recorder), batch, head.needs)
-                losses.update(head(own, teacher, partial(self.balance.weigh, name)))
+                losses.update(head(own, taught_by, partial(self.balance.weigh, name)))
             else:
-                losses.update(head(student, teacher))
+                losses.update(head(student, taught_by))
         return losses
 
     def _heads(self) -> list[tuple[str, DistillHead]]:
@@ -181,6 +182,7 @@ def build_balance(cfg: CfgNode, student: NetworkInfo) -> GradientBalance | None:
     return GradientBalance(
         {name: cls.authors_weight(student) for name, cls in heads.items()},
         {name: cls.term_strengths(cfg, student) for name, cls in heads.items()},
+        {name: cls.balance_share for name, cls in heads.items()},
         ratio=node.RATIO,
         fade=node.FADE,
         max_iter=cfg.SOLVER.MAX_ITER,
