@@ -326,8 +326,8 @@ def test_the_heads_own_gradients_are_those_without_a_balance() -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_head_of_every_family_is_measured(family: str, tmp_path: Path) -> None:
-    phases = [f"MODEL.DISTILL.{x}.TOKEN_ITERS" for x in ("MASKD", "MASKDLOGITS")]
-    opts = [*ON, *(y for x in phases for y in (x, 0)), "MODEL.DISTILL.FRS.WARMUP_ITERS", 0]
+    keys = ("MASKD.TOKEN_ITERS", "MASKDLOGITS.TOKEN_ITERS", "LGD.DETACH_ITERS", "FRS.WARMUP_ITERS")
+    opts = [*ON, *(x for key in keys for x in (f"MODEL.DISTILL.{key}", 0))]
     teacher = outspoken_model(family, seed=1, fpn=24)
     model = distilled(family, HEADS[family], *opts, teacher=teacher)
     steps(model, batches_of(2), tmp_path)
