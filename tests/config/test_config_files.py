@@ -514,29 +514,15 @@ def write_random_teacher(path: Path, folder: Path) -> None:
     torch.save({"model": model.state_dict()}, folder / "teacher.pth")
 
 
-@pytest.fixture(scope="module")
-def teachers() -> dict[str, torch.nn.Module]:
-    """Teachers by :func:`described`; each test loads the weights anew."""
-    return {}
-
-
 @pytest.mark.e2e
 @pytest.mark.parametrize("path", SHAPES, ids=name_of)
 def test_a_config_of_the_shapes_trains_a_step(
     path: Path,
     mixed: dict[str, list[Any]],
-    teachers: dict[str, torch.nn.Module],
     shared: Shared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def build_teacher(config: CfgNode) -> torch.nn.Module:
-        key = described(config.MODEL.META_ARCHITECTURE, config)
-        if key not in teachers:
-            teachers[key] = build_model(config)
-        return teachers[key]
-
-    monkeypatch.setattr("distill.modeling.teacher.build_model", build_teacher)
     data = "semantic" if name_of(path).startswith("Shapes-SemanticSegmentation") else "coco"
     opts = [
         *mixed[data],
