@@ -15,7 +15,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -q --numprocesses 
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := projects tools tests docs setup.py
 
-.PHONY: help demo test test-fast test-faults lint docs wheelhouse clean installed
+.PHONY: help demo test test-fast test-long test-faults lint docs wheelhouse clean installed
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make demo [SEEDS=3] [CONTROL=1]  train a teacher, a student and its distillation; compare them"
 	@echo "make test [ARGS='-k name']       run the tests (5 minutes on two cores)"
 	@echo "make test-fast [ARGS=...]        without those that train or start processes (90 seconds)"
+	@echo "make test-long [ARGS=...]        tutorials, the demo, networks that learn (2 minutes)"
 	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (8 minutes)"
 	@echo "make lint                        check style and types"
 	@echo "make docs                        build the documentation: site/index.html"
@@ -36,10 +37,13 @@ demo: installed
 	.venv/bin/python -m distill demo --seeds $(SEEDS) $(if $(filter-out 0,$(CONTROL)),--control)
 
 test: installed
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 test-fast: installed
 	$(PYTEST) -m "not e2e and not slow" $(ARGS)
+
+test-long: installed
+	$(PYTEST) -m long $(ARGS)
 
 test-faults: installed
 	$(PYTEST) tests/faults $(ARGS)

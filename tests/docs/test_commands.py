@@ -45,6 +45,7 @@ WRITTEN = {  # files that a page promises, with a text in each
 }
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [README, *TUTORIALS], ids=lambda page: page.stem)

@@ -175,6 +175,7 @@ def run_and_print_the_peak_memory(argv: list[str], folder: Path) -> int:
     return code
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @starts_processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

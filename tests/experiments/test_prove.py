@@ -40,6 +40,7 @@ def content(folder: Path) -> dict[str, Any]:
 # ---- With real trainings.
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_a_proof_with_two_seeds(
@@ -223,6 +224,7 @@ def test_self_distillation_has_no_random_teacher(
     assert found["verdict"] and found["random_teacher"] is None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupted_proof_ends_with_the_same_numbers(
     tmp_path: Path, shapes: Shapes, fake: Fake, monkeypatch: pytest.MonkeyPatch

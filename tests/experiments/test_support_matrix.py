@@ -7,7 +7,7 @@ from distill.heads import DISTILL_HEAD_REGISTRY
 from distill.utils.progress import Progress
 
 # One worker runs both tests, because the matrix takes long.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("support matrix")]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.xdist_group("support matrix")]
 WORKING = 832  # pairs and heads that work; raise it when a head or a network is added
 
 

@@ -19,6 +19,7 @@ SCHEDULES = {  # iterations and learning rate
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", SCHEDULES)
