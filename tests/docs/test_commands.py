@@ -41,7 +41,7 @@ STUDENT = "output/Shapes-Detection/faster_rcnn_R_10_FPN_32"
 WRITTEN = {  # files that a page promises, with a text in each
     "first-distillation": [("output/report.html", "distilled")],
     "own-data": [("output/student/student.yaml", "GeneralizedRCNN")],
-    "write-a-head": [(f"{STUDENT}/metrics.json", '"kd_ratio/cosine/backbone.p2"')],
+    "write-a-head": [(f"{STUDENT}/metrics.json", '"kd_ratio/angle/backbone.p2"')],
 }
 
 

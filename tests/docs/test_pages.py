@@ -75,7 +75,7 @@ def test_the_example_of_a_section_builds() -> None:
     (example,) = (x.text for x in blocks(page, "python") if "Section(" in x.text)
     namespace: dict[str, type[FPNDistillHead]] = {}
     exec(example, namespace)
-    section = namespace["Cosine"].section
+    section = namespace["Angle"].section
     assert section["WEIGHT"].default == 2.0 and section["MARGIN"].initial == -1
 
 

@@ -49,7 +49,17 @@ def test_a_named_level_without_equal_stride_takes_the_nearest():
 
 
 def test_networks_without_an_equal_stride_pair_all_levels_with_the_nearest():
-    assert pairs(levels_of(x=4, y=8), levels_of(z=16)) == [("x", "z"), ("y", "z")]
+    teacher = levels_of(z=16, w=32)
+    assert pairs(levels_of(x=4, y=8), teacher) == [("x", "z"), ("y", "z")]
+
+
+def test_a_teacher_of_one_stride_is_paired_with_the_nearest_level():
+    assert pairs(FPN, levels_of(tokens=14)) == [("p4", "tokens")]
+    assert pairs(FPN, levels_of(early=16, late=16)) == [("p4", "late")]
+    assert pairs(levels_of(res4=16, res5=16), levels_of(a=14, b=14, c=14)) == [
+        ("res4", "b"),
+        ("res5", "c"),
+    ]
 
 
 def test_dilated_stages_pair_the_deepest_with_the_deepest():

@@ -57,14 +57,14 @@ KEYS: dict[str, Key] = {
     "MODEL.DISTILL.TEACHER.CONFIG_FILE": Key(
         "",
         "any detectron2 config: path of a yaml file, or a name in detectron2's model zoo or this "
-        "package",
+        "package. timm/NAME: a model of timm, which teaches its features",
         TEXT,
     ),
     "MODEL.DISTILL.TEACHER.OPTS": Key([], "KEY VALUE ... overrides of the teacher's config", LIST),
     "MODEL.DISTILL.TEACHER.WEIGHTS": Key(
         "",
-        "path or URL; empty: MODEL.WEIGHTS of the teacher's config, or the model zoo's trained "
-        "weights",
+        "path or URL; empty: MODEL.WEIGHTS of the teacher's config, or the trained weights of the "
+        "model zoo or of timm",
         TEXT,
     ),
     "MODEL.DISTILL.TEACHER.CLASSES": Key(

@@ -3,18 +3,24 @@
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
 from ..errors import ConfigError
 from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets import add_config_read_by
+from ..utils.text import choices
 from .architecture import student_architecture
 from .load import find_config, load_config, permissions, refuse_permissions, refuse_python
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # it warns of its own use of pkg_resources
     from detectron2 import model_zoo
+
+
+TIMM = "timm/"
+"""Begins the name of a timm model that is a teacher of features."""
 
 
 def balance_mode(cfg: CfgNode) -> str:
@@ -80,9 +86,12 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
 def _read_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNode:
     if not node.CONFIG_FILE:
         raise ConfigError(
-            "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; name the teacher's yaml, or a model-zoo "
-            "config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml."
+            "MODEL.DISTILL.TEACHER.CONFIG_FILE is empty; name the teacher's yaml, a model-zoo "
+            "config such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml, or a model of timm such "
+            "as timm/vit_small_patch14_dinov2.lvd142m."
         )
+    if node.CONFIG_FILE.startswith(TIMM):
+        return _timm_teacher(node, trained, allowed)
     refuse_python("MODEL.DISTILL.TEACHER.CONFIG_FILE", node.CONFIG_FILE)
     # The zoo before this package: of the few names in both, the zoo has trained weights.
     zoo = None if os.path.isfile(node.CONFIG_FILE) else _zoo_file(node.CONFIG_FILE)
@@ -99,6 +108,35 @@ def _read_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
     refuse_permissions(teacher, "MODEL.DISTILL.TEACHER.OPTS", allowed)
     if node.WEIGHTS:
         teacher.MODEL.WEIGHTS = node.WEIGHTS
+    teacher.freeze()
+    return teacher
+
+
+def _timm_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNode:
+    """Return the config of a timm model that gives its features, with its own mean and std."""
+    import timm
+
+    name = node.CONFIG_FILE.removeprefix(TIMM)
+    if not timm.is_model(name):
+        near = choices(name, timm.list_models(pretrained=True))
+        raise ConfigError(
+            f"MODEL.DISTILL.TEACHER.CONFIG_FILE {node.CONFIG_FILE}: timm has no such model; "
+            f"nearest: {near}."
+        )
+    known: Any = timm.get_pretrained_cfg(name)
+    own = {
+        "MODEL.META_ARCHITECTURE": "FeatureExtractor",
+        "MODEL.BACKBONE.NAME": "build_timm_features",
+        "MODEL.TIMM.NAME": name,
+        "MODEL.TIMM.WEIGHTS": node.WEIGHTS,
+        "MODEL.TIMM.PRETRAINED": trained and not node.WEIGHTS,
+        "MODEL.PIXEL_MEAN": [255 * x for x in known.mean],
+        "MODEL.PIXEL_STD": [255 * x for x in known.std],
+        "INPUT.FORMAT": "RGB",
+    }
+    opts = [*(x for pair in own.items() for x in pair), *node.OPTS]
+    teacher = load_config("", opts, "MODEL.DISTILL.TEACHER.OPTS", allowed)
+    refuse_permissions(teacher, "MODEL.DISTILL.TEACHER.OPTS", allowed)
     teacher.freeze()
     return teacher
 

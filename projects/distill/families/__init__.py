@@ -9,10 +9,16 @@ from torch import nn
 from ..errors import ConfigError
 from .base import Family
 from .dense import DenseFamily
+from .features import FeatureFamily
 from .rcnn import RCNNFamily
 from .semantic import SemanticFamily
 
-FAMILIES: tuple[type[Family], ...] = (RCNNFamily, DenseFamily, SemanticFamily)
+FAMILIES: tuple[type[Family], ...] = (
+    RCNNFamily,
+    DenseFamily,
+    SemanticFamily,
+    FeatureFamily,
+)
 
 
 def build_family(model: nn.Module) -> Family:
@@ -30,4 +36,4 @@ def build_family(model: nn.Module) -> Family:
     )
 
 
-__all__ = ["DenseFamily", "Family", "RCNNFamily", "SemanticFamily", "build_family"]
+__all__ = ["DenseFamily", "Family", "FeatureFamily", "RCNNFamily", "SemanticFamily", "build_family"]

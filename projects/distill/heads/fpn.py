@@ -1,7 +1,7 @@
 """Bases of heads that compare the backbone's feature maps level by level."""
 
 import logging
-from math import ceil
+from math import ceil, log2
 from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ def match_levels(
     Args:
         student, teacher: ``NetworkInfo.maps`` of the networks.
         names: the student's levels to pair. If empty: every level of the backbone whose stride the
-            teacher has too; all levels if there is no such level.
+            teacher has too. If there is no such level, all levels; only the nearest if all maps of
+            the teacher have one stride.
         key: the config key that gave ``names``, for the message.
 
     Returns:
@@ -59,12 +60,19 @@ def match_levels(
                 f"it has: {choices(name, student)}."
             )
     if SEM_SEG_HEAD in names and SEM_SEG_HEAD not in teacher:
-        raise ConfigError(f"{key}: the teacher has no semantic head to compare '{SEM_SEG_HEAD}'.")
+        raise ConfigError(
+            f"{key}: the teacher has no semantic head to compare '{SEM_SEG_HEAD}'; name levels of "
+            f"the backbone: {', '.join(x for x in student if x != SEM_SEG_HEAD)}."
+        )
     ours, theirs = ({k: v for k, v in x.items() if k != SEM_SEG_HEAD} for x in (student, teacher))
     strides = {shape.stride for shape in theirs.values()}
-    wanted = names or [n for n, s in ours.items() if s.stride in strides] or list(ours)
+    wanted = names or [n for n, s in ours.items() if s.stride in strides]
+    if not wanted and len(strides) == 1:
+        (stride,) = strides
+        nearest = min((s.stride for s in ours.values()), key=lambda x: abs(log2(x / stride)))
+        wanted = [n for n, s in ours.items() if s.stride == nearest]
     pairs = []
-    for name in wanted:
+    for name in wanted or ours:
         partner = SEM_SEG_HEAD if name == SEM_SEG_HEAD else _partner(name, ours, theirs)
         pairs.append(Level(name, partner, student[name].stride, teacher[partner].stride))
     return sorted(pairs, key=lambda level: level.stride)
@@ -198,7 +206,7 @@ def on_grid(
     # Cells beyond the student's padded size are the teacher's own padding: cut, then resize.
     height, width = (ceil(round(x / teacher_stride, 6)) for x in batch.padded_size)
     teacher = teacher[..., :height, :width]
-    if not float(teacher_stride).is_integer():
+    if not log2(stride / teacher_stride).is_integer():
         return _resampled(teacher, teacher_stride / stride, student.shape[-2:])
     if teacher.shape[-2:] == student.shape[-2:]:
         return teacher
@@ -208,8 +216,8 @@ def on_grid(
 def _resampled(x: Tensor, ratio: float, size: tuple[int, ...]) -> Tensor:
     """Resize (N, C, H, W) maps by exactly ``ratio``, and cut them to ``size``.
 
-    Cells of a fraction of pixels seldom end with the padded size. So a ratio of numbers of cells
-    would shift the far cells.
+    Cells of a fraction of pixels, or of 14 pixels, seldom end with the padded size. So a ratio of
+    numbers of cells would shift the far cells.
     """
     height, width = size
     down, right = (max(ceil(n / ratio) + 1 - m, 0) for n, m in zip(size, x.shape[-2:]))

@@ -9,6 +9,7 @@ stays float64. No loss waits for the device. Where there is nothing to distill, 
 from .at import at
 from .boxes import padded
 from .cirkd import ClassQueues, class_pixels, class_regions, cross_image_relation, memory_contrast
+from .cosine import cosine
 from .crosskd import crosskd_aligned, crosskd_bins, crosskd_boxes, crosskd_classes
 from .cwd import cwd
 from .defeat import DeFeatTerms, defeat, defeat_masks
@@ -65,6 +66,7 @@ __all__ = [
     "channel_normalized",
     "class_pixels",
     "class_regions",
+    "cosine",
     "cross_image_relation",
     "crosskd_aligned",
     "crosskd_bins",

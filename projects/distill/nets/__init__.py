@@ -11,6 +11,7 @@ from .atss import ATSS
 from .config import add_config_read_by, add_nets_config
 from .deeplabv3 import ASPPHead
 from .fcos import FCOS
+from .features import FeatureExtractor
 from .gfl import GFL
 from .pafpn import PAFPN
 from .pspnet import PSPHead
@@ -18,7 +19,7 @@ from .reppoints import RepPoints
 from .resnet import build_dilated_resnet_backbone, build_shallow_resnet_backbone
 from .rtmdet import RTMDet
 from .rtmdet_ins import RTMDetIns
-from .timm import TimmBackbone, build_timm_backbone
+from .timm import TimmBackbone, build_timm_backbone, build_timm_features
 from .yolov5 import YOLOv5
 from .yolox import YOLOX
 
@@ -29,6 +30,7 @@ __all__ = [
     "PAFPN",
     "YOLOX",
     "ASPPHead",
+    "FeatureExtractor",
     "PSPHead",
     "RTMDet",
     "RTMDetIns",
@@ -40,5 +42,6 @@ __all__ = [
     "build_dilated_resnet_backbone",
     "build_shallow_resnet_backbone",
     "build_timm_backbone",
+    "build_timm_features",
     "necks",
 ]

@@ -1,8 +1,10 @@
-"""timm backbones with maps of several strides, as bottom-ups of detectron2's necks."""
+"""timm's models as bottom-ups of detectron2's necks, and as feature extractors that teach."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
+from math import ceil, lcm
 from typing import Any
 
 import torch
@@ -17,20 +19,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class TimmBackbone(Backbone):
     """The maps of a timm model under detectron2's names, by stride: "res2" (4) to "res5" (32).
 
+    Maps of other strides, or of one stride, have timm's names, such as "blocks.11".
+
     Args:
         features: timm model that was built with ``features_only=True``.
         norm_eval: True if batch norms keep their loaded statistics in training.
+        divisible: True if images must be padded to whole cells of every map.
     """
 
-    def __init__(self, features: nn.Module, norm_eval: bool = False):
+    def __init__(self, features: nn.Module, norm_eval: bool = False, divisible: bool = False):
         super().__init__()
         self.features = features
         self.norm_eval = norm_eval
         info: Any = features.feature_info
         strides, channels = info.reduction(), info.channels()
-        self._out_features = [f"res{stride.bit_length() - 1}" for stride in strides]
+        self._size_divisibility = lcm(*strides) if divisible else 0
+        self._out_features = info.module_name()
+        if _suit_a_neck(strides):
+            self._out_features = [f"res{stride.bit_length() - 1}" for stride in strides]
         self._out_feature_strides = dict(zip(self._out_features, strides))
         self._out_feature_channels = dict(zip(self._out_features, channels))
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return maps (N, C, H / stride, W / stride) by name for images (N, 3, H, W)."""
@@ -58,31 +70,97 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             one stride, a fixed image size or channels last have none. Also if there is no file
             ``WEIGHTS``, or if it lacks weights of the model.
     """
-    import timm
-
-    node = cfg.MODEL.TIMM
-    if not timm.is_model(node.NAME):
-        near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
-        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is not a model of timm; nearest: {near}")
-    if node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
-        raise ValueError(f"MODEL.TIMM.WEIGHTS '{node.WEIGHTS}' does not exist")
-    indices = tuple(node.OUT_INDICES) or _indices_from_stride_4(node.NAME, input_shape.channels)
-    options = {"features_only": True, "out_indices": indices, "in_chans": input_shape.channels}
-    if node.WEIGHTS:
-        features = _build_from_file(node.NAME, node.WEIGHTS, options)
-    else:
-        features = _build_from_timm(node.NAME, node.PRETRAINED, options)
+    node, channels = cfg.MODEL.TIMM, input_shape.channels
+    features = _built(node, channels, _stages(node, channels, _all_strides(node)))
     _check_maps(node.NAME, features, input_shape.channels)
+    strides = features.feature_info.reduction()
+    if not _suit_a_neck(strides):
+        raise ValueError(
+            f"MODEL.TIMM.NAME '{node.NAME}' has maps of strides {strides}; a neck needs rising "
+            "powers of 2, such as 4, 8, 16, 32"
+        )
     return TimmBackbone(features, node.NORM_EVAL)
 
 
-@torch.no_grad()
-def _check_maps(name: str, features: nn.Module, channels: int) -> None:
-    """Raise ValueError if the maps are not (N, C, H / stride, W / stride).
+@BACKBONE_REGISTRY.register()
+def build_timm_features(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Build ``MODEL.TIMM.NAME`` for a :class:`~distill.nets.features.FeatureExtractor`.
 
-    The strides must be rising powers of 2.
+    A transformer with one stride, such as DINOv2, has one map: the patch tokens of its last block
+    after the final norm, without class and register tokens. ``OUT_INDICES`` names other blocks,
+    to which the final norm is applied, too. Position embeddings are resized to the image.
+
+    Raises:
+        ValueError: as :func:`build_timm_backbone`, but maps may have any strides.
     """
-    height, width = 128, 192
+    node, channels = cfg.MODEL.TIMM, input_shape.channels
+    strides = _all_strides(node)
+    if len(set(strides)) == 1:
+        features = _built(node, channels, _tokens(node, channels))
+    else:
+        features = _built(node, channels, _stages(node, channels, strides))
+    _check_maps(node.NAME, features, channels)
+    return TimmBackbone(features, divisible=True)
+
+
+def _suit_a_neck(strides: Sequence[int]) -> bool:
+    """Return whether strides are rising powers of 2."""
+    return all(s.bit_count() == 1 for s in strides) and sorted(set(strides)) == list(strides)
+
+
+def _built(node: CfgNode, channels: int, create: Callable[..., Any]) -> Any:
+    """Return the model that ``create`` makes, with the weights that a config names."""
+    if node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
+        raise ValueError(f"MODEL.TIMM.WEIGHTS '{node.WEIGHTS}' does not exist")
+    if node.WEIGHTS:
+        return _with_weights_of_file(node, channels, create)
+    return _with_weights_of_timm(node, create)
+
+
+def _all_strides(node: CfgNode) -> list[int]:
+    """Return the strides of all maps of a model."""
+    import timm
+
+    if not timm.is_model(node.NAME):
+        near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
+        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is not a model of timm; nearest: {near}")
+    model: Any = timm.create_model(node.NAME, features_only=True)
+    return model.feature_info.reduction()
+
+
+def _stages(node: CfgNode, channels: int, strides: list[int]) -> Callable[..., Any]:
+    """Return a function that builds a model with maps of stages, of stride 4 and more."""
+    import timm
+
+    indices = tuple(node.OUT_INDICES) or tuple(i for i, x in enumerate(strides) if x >= 4)
+    options = {"features_only": True, "in_chans": channels, "out_indices": indices}
+    return partial(timm.create_model, node.NAME, **options)
+
+
+def _tokens(node: CfgNode, channels: int) -> Callable[..., Any]:
+    """Return a function that builds a transformer with maps of its normalized patch tokens."""
+    import timm
+    from timm.models._features import FeatureGetterNet
+
+    def create(**weights: Any) -> Any:
+        options = {"num_classes": 0, "in_chans": channels, **weights}
+        try:
+            model: Any = timm.create_model(node.NAME, dynamic_img_size=True, **options)
+        except TypeError:  # its positions suit any size
+            model = timm.create_model(node.NAME, **options)
+        features: Any = FeatureGetterNet(model, tuple(node.OUT_INDICES) or 1, norm=True)
+        features.pretrained_cfg = model.pretrained_cfg
+        return features
+
+    return create
+
+
+@torch.no_grad()
+def _check_maps(name: str, features: Any, channels: int) -> None:
+    """Raise ValueError if the maps are not (N, C, H / stride, W / stride)."""
+    strides = features.feature_info.reduction()
+    unit = lcm(*strides)
+    height, width = unit * ceil(128 / unit), unit * ceil(192 / unit)
     try:
         maps = features.eval()(torch.zeros(1, channels, height, width))
     except (AssertionError, RuntimeError) as e:
@@ -93,48 +171,33 @@ def _check_maps(name: str, features: nn.Module, channels: int) -> None:
         ) from e
     finally:
         features.train()
-    info: Any = features.feature_info
-    strides = info.reduction()
     shapes = [tuple(x.shape[1:]) for x in maps]
-    if shapes != [(c, height // s, width // s) for c, s in zip(info.channels(), strides)]:
+    expected = [
+        (c, height // s, width // s) for c, s in zip(features.feature_info.channels(), strides)
+    ]
+    if shapes != expected:
         raise ValueError(
             f"MODEL.TIMM.NAME '{name}' returns maps of shapes {shapes} for a {height} x {width} "
             "image; they must be (channels, height / stride, width / stride)"
         )
-    if any(s.bit_count() != 1 for s in strides) or sorted(set(strides)) != strides:
-        raise ValueError(
-            f"MODEL.TIMM.NAME '{name}' has maps of strides {strides}; a neck needs rising powers "
-            "of 2, such as 4, 8, 16, 32"
-        )
 
 
-def _indices_from_stride_4(name: str, channels: int) -> tuple[int, ...]:
-    """Return the indices of the maps of stride 4 and more."""
-    import timm
-
-    model: Any = timm.create_model(name, features_only=True, in_chans=channels)
-    strides = model.feature_info.reduction()
-    return tuple(i for i, stride in enumerate(strides) if stride >= 4)
-
-
-def _build_from_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Build a model, with timm's own weights if ``pretrained``."""
-    import timm
-
+def _with_weights_of_timm(node: CfgNode, create: Callable[..., Any]) -> Any:
+    """Return a model, with timm's own weights if ``PRETRAINED``."""
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        return create(pretrained=node.PRETRAINED)
     except Exception as e:
-        if not pretrained:
+        if not node.PRETRAINED:
             raise
         reason = " ".join(str(e).split())[:300]
         raise ValueError(
-            f"MODEL.TIMM.PRETRAINED is True, but the weights of {name} cannot be downloaded "
+            f"MODEL.TIMM.PRETRAINED is True, but the weights of {node.NAME} cannot be downloaded "
             f"({reason}); set it to False, or MODEL.TIMM.WEIGHTS to a file of these weights"
         ) from e
 
 
-def _build_from_file(name: str, path: str, options: dict[str, Any]) -> Any:
-    """Build a model with the weights of a file. No code of the file is executed.
+def _with_weights_of_file(node: CfgNode, channels: int, create: Callable[..., Any]) -> Any:
+    """Return a model with the weights of a file. No code of the file is executed.
 
     If a file lacks weights, timm leaves them at their initialization and only logs it. timm also
     renames and reshapes weights when it loads them. Therefore this compares values, not names. Only
@@ -145,24 +208,22 @@ def _build_from_file(name: str, path: str, options: dict[str, Any]) -> Any:
     """
     import timm
 
-    source = f"MODEL.TIMM.WEIGHTS '{path}'"
+    source = f"MODEL.TIMM.WEIGHTS '{node.WEIGHTS}'"
     try:
-        known = set(_digests(timm.models.load_state_dict(path).values()))
-        overlay = {"file": path}
-        model: Any = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay, **options
-        )
+        known = set(_digests(timm.models.load_state_dict(node.WEIGHTS).values()))
+        model = create(pretrained=True, pretrained_cfg_overlay={"file": node.WEIGHTS})
     except Exception as e:  # for corrupt files, the readers raise exceptions of many types
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{source} does not hold weights of {name} ({reason})") from e
+        raise ValueError(f"{source} does not hold weights of {node.NAME} ({reason})") from e
     state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    if options["in_chans"] != 3:
+    if channels != 3:
         first = model.pretrained_cfg["first_conv"].replace(".", "_")
-        state = {k: v for k, v in state.items() if not k.replace(".", "_").startswith(first)}
+        names = {k: k.removeprefix("model.").replace(".", "_") for k in state}
+        state = {k: v for k, v in state.items() if not names[k].startswith(first)}
     missing = [k for k, digest in zip(state, _digests(state.values())) if digest not in known]
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} of {len(state)} weights of {name}, such as "
+            f"{source} lacks {len(missing)} of {len(state)} weights of {node.NAME}, such as "
             f"{missing[0]}; name the file that belongs to MODEL.TIMM.NAME"
         )
     return model
