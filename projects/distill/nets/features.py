@@ -18,7 +18,7 @@ class FeatureExtractor(nn.Module):
 
     Args:
         backbone: gives maps (N, C, H / stride, W / stride) by name.
-        pixel_mean, pixel_std: of each channel of an image, in [0, 255].
+        pixel_mean, pixel_std: mean and deviation of each channel of images in [0, 255].
     """
 
     num_classes = 0

@@ -133,7 +133,7 @@ def _stages(node: CfgNode, channels: int, strides: list[int]) -> Callable[..., A
     import timm
 
     indices = tuple(node.OUT_INDICES) or tuple(i for i, x in enumerate(strides) if x >= 4)
-    options = {"features_only": True, "in_chans": channels, "out_indices": indices}
+    options: dict[str, Any] = {"features_only": True, "in_chans": channels, "out_indices": indices}
     return partial(timm.create_model, node.NAME, **options)
 
 
