@@ -510,12 +510,12 @@ def test_single_stage_teacher_of_a_cascade_answers_for_every_stage() -> None:
 # ---- Refusals, each one sentence at start-up.
 
 
-def _c4() -> DistillModel:
+def _c4(*heads: str) -> DistillModel:
     opts = ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["res4"])
     opts += ("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[32]])
     opts += ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 50)
     opts += ("MODEL.RESNETS.OUT_FEATURES", ["res4"], "MODEL.RESNETS.WIDTH_PER_GROUP", 4)
-    return distilled("faster", ["FitNet"], teacher=tiny_model("faster", *opts))
+    return distilled("faster", heads, teacher=tiny_model("faster", *opts))
 
 
 def _double_anchors() -> nn.Module:
@@ -559,7 +559,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: distilled("semantic", ["IMA"], "MODEL.DISTILL.IMA.SCOPE", "mask"),
         "IMA.SCOPE is mask, .* SemanticSegmentor",
     ),
-    "C4": (_c4, "Res5ROIHeads .*FPN"),
+    "boxes of C4": (lambda: _c4("ROIKD"), "ROIKD .*rois, which the teacher"),
     "RetinaNet model, R-CNN student": (
         lambda: DistillRetinaNet(student=tiny_model("faster"), teacher=None, heads=nn.ModuleDict()),
         "DistillRetinaNet distils DenseDetector students, not GeneralizedRCNN",
@@ -575,6 +575,13 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         "DistillSemanticSegmentor distils SemanticSegmentor students, not RetinaNet",
     ),
 }
+
+
+def test_a_c4_teaches_its_features_and_objectness() -> None:
+    model = _c4("FitNet", "IMA")
+    assert [x.student for x in model.heads["FitNet"].levels] == ["p4"]
+    found = kd_losses(model, [image_dict(0)])
+    assert all(x.isfinite() and x > 0 for x in found.values())
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -56,8 +56,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.DISTILL.TEACHER.CONFIG_FILE": Key(
         "",
-        "any detectron2 config: path of a yaml file, or a name in detectron2's model zoo or this "
-        "package. timm/NAME: a model of timm, which teaches its features",
+        "any detectron2 config: path of a yaml file or LazyConfig, or a name in detectron2's model "
+        "zoo or this package. timm/NAME: a model of timm, which teaches its features",
         TEXT,
     ),
     "MODEL.DISTILL.TEACHER.OPTS": Key([], "KEY VALUE ... overrides of the teacher's config", LIST),
@@ -103,6 +103,12 @@ KEYS: dict[str, Key] = {
         False,
         "read *.pkl files outside detectron2's catalogue too (only NumPy arrays and plain types); "
         "it counts only on the command line",
+        SWITCH,
+    ),
+    "MODEL.ALLOW_CODE": Key(
+        False,
+        "read LazyConfigs outside detectron2's model zoo too, which are code; it counts only on "
+        "the command line",
         SWITCH,
     ),
     "DATASETS.COCO_FORMAT": Key(

@@ -220,7 +220,11 @@ def merge_from_file(cfg: CfgNode, filename: str, allowed: Collection[str] = ()) 
             key named ``ALLOW_...``.
     """
     filename = find_config(filename)
-    refuse_python("Config file", filename)
+    if filename.endswith(".py"):
+        raise ConfigError(
+            f"Config file '{filename}' is a Python LazyConfig, which only a teacher can be: name a "
+            "yaml of the same model."
+        )
     allowed = {*permissions(cfg), *allowed}
     try:
         _merge(cfg, _read_yaml(filename), filename)
@@ -253,20 +257,6 @@ def refuse_permissions(cfg: CfgNode, source: str, allowed: Collection[str]) -> N
                 f"{key} is True in {source}, but it counts only on the command line; remove it "
                 f"there, or add '{key} True' to the command."
             )
-
-
-def refuse_python(key: str, name: str) -> None:
-    """Raise ConfigError if a config is one of detectron2's Python files.
-
-    Args:
-        key: where the name comes from, for the message.
-        name: path or name of a config.
-    """
-    if name.endswith(".py"):
-        raise ConfigError(
-            f"{key} '{name}' is a Python LazyConfig, which is not read because it runs code; name "
-            "a yaml of the same model."
-        )
 
 
 def _read_yaml(filename: str) -> CfgNode:

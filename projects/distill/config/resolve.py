@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -12,7 +13,8 @@ from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets import add_config_read_by
 from ..utils.text import choices
 from .architecture import student_architecture
-from .load import find_config, load_config, permissions, refuse_permissions, refuse_python
+from .lazy import CODE, describe_lazy, is_lazy, zoo_path
+from .load import find_config, load_config, permissions, refuse_permissions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # it warns of its own use of pkg_resources
@@ -47,6 +49,8 @@ def student_config(cfg: CfgNode) -> CfgNode:
     _copy_known(cfg, student)
     if "TIMM" in student.MODEL:
         student.MODEL.TIMM.PRETRAINED, student.MODEL.TIMM.WEIGHTS = False, ""
+    if "LAZY" in student.MODEL:
+        student.MODEL.ALLOW_CODE = cfg.MODEL.ALLOW_CODE
     student.MODEL.META_ARCHITECTURE = student_architecture(cfg)
     return student
 
@@ -92,7 +96,8 @@ def _read_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
         )
     if node.CONFIG_FILE.startswith(TIMM):
         return _timm_teacher(node, trained, allowed)
-    refuse_python("MODEL.DISTILL.TEACHER.CONFIG_FILE", node.CONFIG_FILE)
+    if is_lazy(node.CONFIG_FILE):
+        return _lazy_teacher(node, trained, allowed)
     # The zoo before this package: of the few names in both, the zoo has trained weights.
     zoo = None if os.path.isfile(node.CONFIG_FILE) else _zoo_file(node.CONFIG_FILE)
     try:
@@ -108,6 +113,21 @@ def _read_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
     refuse_permissions(teacher, "MODEL.DISTILL.TEACHER.OPTS", allowed)
     if node.WEIGHTS:
         teacher.MODEL.WEIGHTS = node.WEIGHTS
+    teacher.freeze()
+    return teacher
+
+
+def _lazy_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNode:
+    """Return the config of a LazyConfig's network; one of the model zoo is found by its name."""
+    zoo = zoo_path(node.CONFIG_FILE)
+    teacher = load_config("", [CODE, CODE in allowed])
+    describe_lazy(teacher, zoo or node.CONFIG_FILE, list(node.OPTS))
+    if node.WEIGHTS:
+        teacher.MODEL.WEIGHTS = node.WEIGHTS
+    elif trained and zoo:
+        teacher.MODEL.WEIGHTS = ""  # not those with which its own training started
+        with suppress(RuntimeError):  # the zoo has not trained it
+            teacher.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
     teacher.freeze()
     return teacher
 

@@ -29,6 +29,7 @@ _IGNORED = (
         "INPUT.*_TEST",
         "INPUT.AUGMENT.CACHE",
         "MODEL.*_TEST",
+        "MODEL.ALLOW_CODE",
         "MODEL.ALLOW_PICKLE",
         "MODEL.DEVICE",
         "MODEL.WEIGHTS",

@@ -10,7 +10,6 @@ from detectron2.modeling.roi_heads import BaseMaskRCNNHead, CascadeROIHeads, Sta
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..structures import Batch, Masks, NetworkInfo, NetworkOutputs, ROIs
 from .base import Family, whole_images
 from .dense import decode_dense, dense_outputs
@@ -26,7 +25,7 @@ MASK_PREDICTOR = "roi_heads.mask_head.predictor"
 
 
 class RCNNFamily(Family):
-    """R-CNNs with an FPN.
+    """R-CNNs; those with C4 have no box predictions to compare.
 
     Boxes are read from the arguments of ``box_pooler`` and ``mask_head``, because
     TRAIN_ON_PRED_BOXES rewrites those in the proposals. Labels are read from the output of
@@ -38,16 +37,10 @@ class RCNNFamily(Family):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         heads = self.model.roi_heads
-        if not isinstance(heads, StandardROIHeads):
-            raise ConfigError(
-                f"MODEL.ROI_HEADS.NAME {type(heads).__name__} shares its box and mask features in "
-                "one block, which cannot be distilled; use an FPN config with StandardROIHeads or "
-                "CascadeROIHeads."
-            )
-        predictors = heads.box_predictor
+        predictors, box_heads = heads.box_predictor, getattr(heads, "box_head", None)
         cascade = isinstance(heads, CascadeROIHeads)
         self.predictors = list(predictors) if cascade else [predictors]
-        self.box_heads = list(heads.box_head) if cascade else [heads.box_head]
+        self.box_heads = list(box_heads) if cascade else [box_heads]
         self.predictor_names = [
             f"roi_heads.box_predictor.{k}" if cascade else "roi_heads.box_predictor"
             for k in range(len(self.predictors))
@@ -55,13 +48,15 @@ class RCNNFamily(Family):
 
     @property
     def outputs(self) -> frozenset[str]:
-        outputs = {*super().outputs, "rois"}
+        outputs = {*super().outputs}
         if hasattr(self.model.proposal_generator, "rpn_head"):  # not with precomputed proposals
             outputs |= {"dense", "dense_boxes", "detections"}
         heads = self.model.roi_heads
         mask_head = getattr(heads, "mask_head", None)
-        if isinstance(mask_head, BaseMaskRCNNHead) and hasattr(mask_head, "predictor"):
-            outputs.add("masks")
+        if isinstance(heads, StandardROIHeads):  # C4 has one block for pooled features and boxes
+            outputs.add("rois")
+            if isinstance(mask_head, BaseMaskRCNNHead) and hasattr(mask_head, "predictor"):
+                outputs.add("masks")
         if hasattr(self.model, "sem_seg_head"):
             outputs.add("sem_seg")
         return frozenset(outputs)
@@ -76,7 +71,8 @@ class RCNNFamily(Family):
         info = super().info(name, classes, sem_seg_classes)
         generator, heads = self.model.proposal_generator, self.model.roi_heads
         sigmoid = any(getattr(x, "use_sigmoid_ce", False) for x in self.predictors)
-        info = replace(info, box_in_features=tuple(heads.box_in_features), use_sigmoid_ce=sigmoid)
+        cropped = getattr(heads, "box_in_features", None) or heads.in_features
+        info = replace(info, box_in_features=tuple(cropped), use_sigmoid_ce=sigmoid)
         if "dense" not in info.outputs:  # without an RPN, detector losses cannot be computed
             return info
         losses = DetectorLosses(self.model)

@@ -13,6 +13,7 @@ from .deeplabv3 import ASPPHead
 from .fcos import FCOS
 from .features import FeatureExtractor
 from .gfl import GFL
+from .lazy import LazyNetwork
 from .pafpn import PAFPN
 from .pspnet import PSPHead
 from .reppoints import RepPoints
@@ -31,6 +32,7 @@ __all__ = [
     "YOLOX",
     "ASPPHead",
     "FeatureExtractor",
+    "LazyNetwork",
     "PSPHead",
     "RTMDet",
     "RTMDetIns",

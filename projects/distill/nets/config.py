@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.projects.deeplab import add_deeplab_config
 
-from ..section import SWITCH, TEXT, WHOLES, Key, add_keys, at_least
+from ..section import LIST, SWITCH, TEXT, WHOLES, Key, add_keys, at_least
 from .atss import ATSS
 from .csp_pan import CSP_SECTION, CSPDARKNET_SECTION
 from .fcos import FCOS
@@ -34,6 +34,10 @@ _TIMM_KEYS = {
         False, "batch norms keep their loaded statistics in training", SWITCH
     ),
 }
+_LAZY_KEYS = {
+    "MODEL.LAZY.FILE": Key("", "path of a LazyConfig", TEXT),
+    "MODEL.LAZY.OPTS": Key([], "KEY VALUE ... overrides of the LazyConfig", LIST),
+}
 _CSP_KEYS = {
     part: {f"MODEL.{name}.{key}": value for key, value in section.items()}
     for part, name, section in (
@@ -55,6 +59,7 @@ _SEGMENTATION_KEYS = {
 NETS_KEYS: dict[str, Key] = {
     **_DENSE_KEYS,
     **_TIMM_KEYS,
+    **_LAZY_KEYS,
     **_CSP_KEYS["_cspnext_"],
     **_CSP_KEYS["_yolo"],
     **_SEGMENTATION_KEYS,
@@ -87,6 +92,8 @@ def add_config_read_by(network: CfgNode, cfg: CfgNode) -> None:
     if _reads_segmentation(network):
         add_deeplab_config(cfg)
         add_keys(cfg, _SEGMENTATION_KEYS)
+    if "LazyNetwork" in _architectures(network):
+        add_keys(cfg, _LAZY_KEYS)
     for part, keys in {"_timm_": _TIMM_KEYS, **_CSP_KEYS}.items():
         if part in network.MODEL.BACKBONE.NAME:
             add_keys(cfg, keys)

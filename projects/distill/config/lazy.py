@@ -1,0 +1,115 @@
+"""detectron2's LazyConfigs: Python files that describe a network by the calls that build it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import detectron2.model_zoo
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError
+from ..utils.text import clause
+
+CODE = "MODEL.ALLOW_CODE"
+ZOO = Path(detectron2.model_zoo.__file__).resolve().parent / "configs"
+CALL = "_target_"
+"""Key of the function that a node of a LazyConfig calls."""
+
+
+def is_lazy(name: str) -> bool:
+    """Return whether a file is a LazyConfig: a Python file, or a yaml that one was saved to."""
+    if name.endswith(".py"):
+        return True
+    return os.path.isfile(name) and any(
+        line.startswith(("model:", "dataloader:"))
+        for line in Path(name).read_text(errors="replace").splitlines()
+    )
+
+
+def zoo_path(name: str) -> str:
+    """Return the path of a file in detectron2's model zoo, or "".
+
+    A path that leads out of the zoo is none of its files.
+    """
+    path = (ZOO / name).resolve()
+    return str(path) if path.is_file() and path.is_relative_to(ZOO) else ""
+
+
+def load_lazy(path: str, overrides: Sequence[Any], *, allow_code: bool) -> DictConfig:
+    """Return the content of a LazyConfig with overrides.
+
+    Such a file is code. Those of detectron2's model zoo are read, others only if the user allows
+    it.
+
+    Args:
+        path: path of the file.
+        overrides: KEY VALUE pairs, such as ``model.num_classes 8``.
+        allow_code: value of ``MODEL.ALLOW_CODE``.
+
+    Raises:
+        ConfigError: it may not be read, cannot be read, or has no key of an override.
+    """
+    if not allow_code:
+        _refuse_code(path, overrides)
+    if not PathManager.isfile(path):
+        raise ConfigError(f"There is no LazyConfig '{path}'.")
+    try:
+        config = LazyConfig.load(path)
+    except Exception as e:  # it is code, which may raise anything
+        raise ConfigError(
+            f"LazyConfig '{path}' cannot be read: {type(e).__name__} {clause(e)}."
+        ) from e
+    if "model" not in config:
+        raise ConfigError(f"LazyConfig '{path}' has no `model`.")
+    for key, value in zip(overrides[0::2], overrides[1::2]):
+        _override(config, str(key), value, path)
+    return config
+
+
+def _refuse_code(path: str, overrides: Sequence[Any]) -> None:
+    remedy = f"add '{CODE} True' to the command if you trust it"
+    if not (path.endswith(".py") and Path(path).resolve().is_relative_to(ZOO)):
+        raise ConfigError(
+            f"The LazyConfig '{path}' runs code when it is read, and it is not one of detectron2's "
+            f"model zoo; {remedy}."
+        )
+    if CALL in repr(list(overrides)):
+        raise ConfigError(
+            f"An override of the LazyConfig '{path}' sets `{CALL}`, which calls any function; "
+            f"{remedy}."
+        )
+
+
+def _override(config: DictConfig, key: str, value: Any, path: str) -> None:
+    try:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        known = isinstance(node, DictConfig) and name in node
+        if known:
+            OmegaConf.update(config, key, value)
+    except (OmegaConfBaseException, ValueError) as e:
+        raise ConfigError(f"{key} of LazyConfig '{path}' cannot be set: {clause(e)}.") from e
+    if not known:
+        raise ConfigError(f"LazyConfig '{path}' has no key '{key}'.")
+
+
+def describe_lazy(cfg: CfgNode, path: str, overrides: Sequence[Any]) -> None:
+    """Let ``cfg`` describe the network of a LazyConfig, its weights, its images and its classes."""
+    lazy = load_lazy(path, overrides, allow_code=cfg.MODEL.ALLOW_CODE)
+    cfg.MODEL.META_ARCHITECTURE = "LazyNetwork"
+    cfg.MODEL.LAZY.FILE, cfg.MODEL.LAZY.OPTS = path, list(overrides)
+    cfg.MODEL.WEIGHTS = OmegaConf.select(lazy, "train.init_checkpoint") or ""
+    cfg.INPUT.FORMAT = next(
+        (
+            x
+            for key in ("model.input_format", "dataloader.train.mapper.image_format")
+            if (x := OmegaConf.select(lazy, key))
+        ),
+        cfg.INPUT.FORMAT,
+    )
+    names = OmegaConf.select(lazy, "dataloader.train.dataset.names") or ()
+    cfg.DATASETS.TRAIN = (names,) if isinstance(names, str) else tuple(names)
