@@ -33,7 +33,7 @@ def is_lazy(name: str) -> bool:
 def zoo_path(name: str) -> str:
     """Return the path of a file in detectron2's model zoo, or "".
 
-    A path that leads out of the zoo is none of its files.
+    No path that leads out of the zoo is returned.
     """
     path = (ZOO / name).resolve()
     return str(path) if path.is_file() and path.is_relative_to(ZOO) else ""

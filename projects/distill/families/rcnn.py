@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from detectron2.layers import cat
@@ -37,7 +38,8 @@ class RCNNFamily(Family):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         heads = self.model.roi_heads
-        predictors, box_heads = heads.box_predictor, getattr(heads, "box_head", None)
+        predictors: Any = heads.box_predictor
+        box_heads: Any = getattr(heads, "box_head", None)  # not with C4
         cascade = isinstance(heads, CascadeROIHeads)
         self.predictors = list(predictors) if cascade else [predictors]
         self.box_heads = list(box_heads) if cascade else [box_heads]

@@ -86,9 +86,9 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 def build_timm_features(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build ``MODEL.TIMM.NAME`` for a :class:`~distill.nets.features.FeatureExtractor`.
 
-    A transformer with one stride, such as DINOv2, has one map: the patch tokens of its last block
-    after the final norm, without class and register tokens. ``OUT_INDICES`` names other blocks,
-    to which the final norm is applied, too. Position embeddings are resized to the image.
+    A transformer with one stride, such as DINOv2, has one map: the normalized patch tokens of its
+    last block. Class and register tokens are left out. ``OUT_INDICES`` names other blocks, which
+    the final norm normalizes, too. Position embeddings are resized to the image.
 
     Raises:
         ValueError: as :func:`build_timm_backbone`, but maps may have any strides.
