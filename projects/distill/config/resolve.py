@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -49,7 +49,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     _copy_known(cfg, student)
     if "TIMM" in student.MODEL:
         student.MODEL.TIMM.PRETRAINED, student.MODEL.TIMM.WEIGHTS = False, ""
-    if "LAZY" in student.MODEL:
+    if not {"LAZY", "MODULE"}.isdisjoint(student.MODEL):
         student.MODEL.ALLOW_CODE = cfg.MODEL.ALLOW_CODE
     student.MODEL.META_ARCHITECTURE = student_architecture(cfg)
     return student
@@ -96,6 +96,8 @@ def _read_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
         )
     if node.CONFIG_FILE.startswith(TIMM):
         return _timm_teacher(node, trained, allowed)
+    if ".py:" in node.CONFIG_FILE:
+        return _module_teacher(node, trained, allowed)
     if is_lazy(node.CONFIG_FILE):
         return _lazy_teacher(node, trained, allowed)
     # The zoo before this package: of the few names in both, the zoo has trained weights.
@@ -132,6 +134,29 @@ def _lazy_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
     return teacher
 
 
+def _module_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNode:
+    """Return the config of a network of the user's own code, which sees RGB in [0, 255]."""
+    own = {
+        "MODEL.META_ARCHITECTURE": "FeatureExtractor",
+        "MODEL.BACKBONE.NAME": "build_module_backbone",
+        "MODEL.MODULE.FUNCTION": node.CONFIG_FILE,
+        "MODEL.MODULE.WEIGHTS": node.WEIGHTS if trained else "",
+        "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "INPUT.FORMAT": "RGB",
+    }
+    return _feature_extractor(own, node, allowed)
+
+
+def _feature_extractor(own: Mapping[str, Any], node: CfgNode, allowed: Sequence[str]) -> CfgNode:
+    """Return a config with these values and the overrides of the user."""
+    opts = [CODE, CODE in allowed, *(x for pair in own.items() for x in pair), *node.OPTS]
+    teacher = load_config("", opts, "MODEL.DISTILL.TEACHER.OPTS", allowed)
+    refuse_permissions(teacher, "MODEL.DISTILL.TEACHER.OPTS", allowed)
+    teacher.freeze()
+    return teacher
+
+
 def _timm_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNode:
     """Return the config of a timm model that gives its features, with its own mean and std."""
     import timm
@@ -148,17 +173,13 @@ def _timm_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
         "MODEL.META_ARCHITECTURE": "FeatureExtractor",
         "MODEL.BACKBONE.NAME": "build_timm_features",
         "MODEL.TIMM.NAME": name,
-        "MODEL.TIMM.WEIGHTS": node.WEIGHTS,
+        "MODEL.TIMM.WEIGHTS": node.WEIGHTS if trained else "",
         "MODEL.TIMM.PRETRAINED": trained and not node.WEIGHTS,
         "MODEL.PIXEL_MEAN": [255 * x for x in known.mean],
         "MODEL.PIXEL_STD": [255 * x for x in known.std],
         "INPUT.FORMAT": "RGB",
     }
-    opts = [*(x for pair in own.items() for x in pair), *node.OPTS]
-    teacher = load_config("", opts, "MODEL.DISTILL.TEACHER.OPTS", allowed)
-    refuse_permissions(teacher, "MODEL.DISTILL.TEACHER.OPTS", allowed)
-    teacher.freeze()
-    return teacher
+    return _feature_extractor(own, node, allowed)
 
 
 def _zoo_file(name: str) -> str | None:

@@ -96,7 +96,9 @@ class Runner:
 
     def _files(self, cfg: CfgNode) -> str:
         """Return hashes of the files that a config names, except those of other stages."""
-        found = {x for _, value in leaves(cfg) for x in texts(value) if os.path.isfile(x)}
+        named = (x for _, value in leaves(cfg) for x in texts(value))
+        parts = (part for x in named for part in (x, x.partition(":")[0]))  # file.py:function
+        found = {x for x in parts if os.path.isfile(x)}
         own = str(self.out / "stages") + os.sep
         return "".join(f" {content_hash(x)}" for x in sorted(found) if not x.startswith(own))
 

@@ -108,12 +108,12 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
     Raises:
         ConfigError, WeightsError: the network cannot be built, or its weights not loaded.
     """
-    described = teacher_config(cfg)
+    described = teacher_config(cfg, trained=trained)
     config = student_config(described)
     config.defrost()
     config.MODEL.DEVICE = "cpu"  # it follows the student's features
     whole = described.MODEL.META_ARCHITECTURE != "FeatureExtractor"
-    if trained and not whole and "TIMM" in config.MODEL:
+    if not whole and "TIMM" in config.MODEL:
         config.MODEL.TIMM = described.MODEL.TIMM  # it may name the weights
     with building("teacher"):
         model = build_model(config)

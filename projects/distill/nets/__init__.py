@@ -14,6 +14,7 @@ from .fcos import FCOS
 from .features import FeatureExtractor
 from .gfl import GFL
 from .lazy import LazyNetwork
+from .module import ModuleBackbone, build_module_backbone
 from .pafpn import PAFPN
 from .pspnet import PSPHead
 from .reppoints import RepPoints
@@ -33,6 +34,7 @@ __all__ = [
     "ASPPHead",
     "FeatureExtractor",
     "LazyNetwork",
+    "ModuleBackbone",
     "PSPHead",
     "RTMDet",
     "RTMDetIns",
@@ -42,6 +44,7 @@ __all__ = [
     "add_config_read_by",
     "add_nets_config",
     "build_dilated_resnet_backbone",
+    "build_module_backbone",
     "build_shallow_resnet_backbone",
     "build_timm_backbone",
     "build_timm_features",

@@ -38,6 +38,10 @@ _LAZY_KEYS = {
     "MODEL.LAZY.FILE": Key("", "path of a LazyConfig", TEXT),
     "MODEL.LAZY.OPTS": Key([], "KEY VALUE ... overrides of the LazyConfig", LIST),
 }
+_MODULE_KEYS = {
+    "MODEL.MODULE.FUNCTION": Key("", "file.py:function that returns a network", TEXT),
+    "MODEL.MODULE.WEIGHTS": Key("", "argument of the function", TEXT),
+}
 _CSP_KEYS = {
     part: {f"MODEL.{name}.{key}": value for key, value in section.items()}
     for part, name, section in (
@@ -60,6 +64,7 @@ NETS_KEYS: dict[str, Key] = {
     **_DENSE_KEYS,
     **_TIMM_KEYS,
     **_LAZY_KEYS,
+    **_MODULE_KEYS,
     **_CSP_KEYS["_cspnext_"],
     **_CSP_KEYS["_yolo"],
     **_SEGMENTATION_KEYS,
@@ -94,7 +99,7 @@ def add_config_read_by(network: CfgNode, cfg: CfgNode) -> None:
         add_keys(cfg, _SEGMENTATION_KEYS)
     if "LazyNetwork" in _architectures(network):
         add_keys(cfg, _LAZY_KEYS)
-    for part, keys in {"_timm_": _TIMM_KEYS, **_CSP_KEYS}.items():
+    for part, keys in {"_timm_": _TIMM_KEYS, "_module_": _MODULE_KEYS, **_CSP_KEYS}.items():
         if part in network.MODEL.BACKBONE.NAME:
             add_keys(cfg, keys)
     for name, section in _DETECTORS.items():
