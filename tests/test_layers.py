@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "projects" / "distill"
 # prefix.
 ALLOWED = {
     ".errors": "",
-    ".utils": "torch torchvision numpy detectron2 rich .errors .__version__",
+    ".utils": "torch torchvision numpy detectron2 jinja2 rich .errors .__version__",
     ".structures": "torch detectron2 .errors",
     ".section": "torch detectron2 .errors .utils",
     ".losses": "torch torchvision",
