@@ -283,7 +283,7 @@ def test_a_failed_training_has_no_verdict_and_is_repeated(
     assert found["verdict"] is None and len(fake.ran) == 7
     assert "out of <bounds>" in found["rows"]["equal-time"]["failures"]["1"]
     written = (tmp_path / "out" / "prove.html").read_text()
-    assert "out of &lt;bounds&gt;" in page and "<bounds>" not in page
+    assert "out of &lt;bounds&gt;" in written and "<bounds>" not in written
     failing = ""
     assert run(tmp_path, config, *arguments) == 0
     assert content(tmp_path)["verdict"] and fake.ran[7] == "equal-time 1"

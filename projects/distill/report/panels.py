@@ -21,6 +21,7 @@ STYLES = {
     "missed": ("#f0e442", "dashed"),
 }
 LONGEST_SIDE, QUALITY = 480, 82  # pixels of a shown image; JPEG quality
+LETTERS = 25  # heights of a letter in the width of an image
 
 
 class DrawnBox(NamedTuple):
@@ -44,7 +45,7 @@ class DrawnBox(NamedTuple):
         The label of a missed object is below it, because the label of a wrong box would hide it.
         """
         x, y, w, h = self.box
-        size = width / 22  # as the template's
+        size = width / LETTERS
         bottom = y + h + size if self.kind == "missed" else y - 0.25 * size
         at_right = x > 0.6 * width
         return {
@@ -70,6 +71,11 @@ class ComparedImage(NamedTuple):
     height: int
     jpeg: bytes
     panels: list[Panel]
+
+    @property
+    def font_size(self) -> float:
+        """Height of the letters in pixels of the image, so that they grow with it."""
+        return round(self.width / LETTERS, 2)
 
 
 class JudgedModel(NamedTuple):
@@ -135,7 +141,13 @@ def compared_image(
     height, width = pixels.shape[:2]
     draw = partial(_drawn, truth, masks)
     objects = [x for x in truth.imgToAnns[image] if not x["iscrowd"]]
-    panels = [Panel("ground truth", f"{len(objects)} objects", draw(objects, "object"))]
+    panels = [
+        Panel(
+            "ground truth",
+            f"{len(objects)} object{'s' * (len(objects) != 1)}",
+            draw(objects, "object"),
+        )
+    ]
     for model in models:
         right, wrong, missed = judged = model.judged[image]
         boxes = [
