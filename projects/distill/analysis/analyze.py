@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 
 from ..config import get_distill_cfg
 from ..config.detectron2_rules import is_writable
-from ..data.registration import register_own_sets
+from ..data.registration import register_files
 from ..errors import ConfigError, DistillError
 from ..evaluation.coco_errors import (
     CURVES,
@@ -93,15 +93,14 @@ def open_data(args: argparse.Namespace) -> Data:
     Raises:
         ConfigError, DataError: there is no such data set, or it cannot be evaluated.
     """
-    cfg, name = get_distill_cfg(), args.dataset
     if args.annotations:
-        name = f"{args.annotations} with {args.images}"
-        cfg.DATASETS.COCO_FORMAT = ((name, args.annotations, args.images),)
-        register_own_sets(cfg)
-    elif name not in DatasetCatalog.list():
+        cfg, name = register_files(args.annotations, args.images)
+    elif args.dataset in DatasetCatalog.list():
+        cfg, name = get_distill_cfg(), args.dataset
+    else:
         raise ConfigError(
-            f"--dataset '{name}' is not registered; give --annotations and --images, or one of: "
-            f"{nearest(name, DatasetCatalog.list())}."
+            f"--dataset '{args.dataset}' is not registered; give --annotations and --images, or "
+            f"one of: {nearest(args.dataset, DatasetCatalog.list())}."
         )
     opened = open_set(cfg, name)
     return Data(name, cfg.DATASETS.COCO_FORMAT, opened.truth, opened.image_root)

@@ -81,7 +81,7 @@ def line_chart(
         figure.add_scatter(
             x=list(points),
             y=[_rounded(y) for y in points.values()],
-            name=escape(line.name),
+            name=_text(line.name),
             mode="lines+markers" if dots or len(points) == 1 else "lines",
             line={"color": line.color, "dash": line.dash, "width": 2},
             marker={"size": 6},
@@ -109,9 +109,9 @@ def bar_chart(
     figure = go.Figure(layout=_layout(len(bars) > 1))
     for (series, values), color in zip(bars.items(), colors):
         figure.add_bar(
-            y=[escape(name) for name in names],
+            y=[_text(name) for name in names],
             x=[_rounded(values.get(name)) for name in names],
-            name=escape(series),
+            name=_text(series),
             orientation="h",
             marker={"color": color},
         )
@@ -139,9 +139,9 @@ def stacked_chart(
     figure = go.Figure(layout=_layout(True))
     for kind, color in zip(kinds, colors):
         figure.add_bar(
-            y=[escape(name) for name in parts],
+            y=[_text(name) for name in parts],
             x=[_rounded(sizes[kind]) for sizes in parts.values()],
-            name=escape(kind),
+            name=_text(kind),
             orientation="h",
             marker={"color": color, "line": {"color": "#444", "width": 1}},
         )
@@ -187,6 +187,11 @@ def _chart(id: str, figure: go.Figure, description: str, table: Table) -> Chart:
     options = {"full_html": False, "include_plotlyjs": False, "config": CONFIG, "div_id": id}
     html = Markup(figure.to_html(**options))
     return Chart(table.caption, description, html, figure.layout.height, table)
+
+
+def _text(name: str) -> str:
+    """Return a name for Plotly, which reads a few tags and entities in texts, but not "&quot;"."""
+    return escape(name, quote=False)
 
 
 def _thinned(items: Sequence[Any], most: int) -> list[Any]:

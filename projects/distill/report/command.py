@@ -11,16 +11,14 @@ detections if the training has written a report itself, with the key REPORT.
 import argparse
 from pathlib import Path
 
-from ..config import get_distill_cfg, load_config
+from ..config import load_config
 from ..config.detectron2_rules import is_writable
-from ..data.registration import register_own_sets
+from ..data.registration import register_files, register_own_sets
 from ..errors import ConfigError, DistillError
 from ..evaluation.coco_format import AnnotatedSet, open_set
 from ..utils.arguments import at_least
 from .install import check_installed
 from .runs import CONFIGS, Run, read_run, run_names
-
-OWN_SET = "the data of --annotations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +76,7 @@ def _test_set(args: argparse.Namespace, runs: list[Run]) -> tuple[AnnotatedSet |
         DistillError: the test set of the options cannot be opened.
     """
     if args.annotations:
-        cfg = get_distill_cfg()
-        cfg.DATASETS.COCO_FORMAT = ((OWN_SET, args.annotations, args.images),)
-        register_own_sets(cfg)
-        return open_set(cfg, OWN_SET), ""
+        return open_set(*register_files(args.annotations, args.images)), ""
     path = args.runs[-1] / CONFIGS[0]
     if not path.is_file():
         return None, f"{runs[-1].name} has no {CONFIGS[0]}; give --annotations and --images."

@@ -31,7 +31,7 @@ FILE = Path("inference", "coco_instances_results.json")  # written by detectron2
 KINDS = {"bbox": "boxes", "segm": "masks"}  # by COCO's type of IoU
 MIN_SCORE = 0.5  # of the detections in images
 Evaluations = dict[str, COCOeval]
-"""Evaluations of one run, by a key of :data:`KINDS`."""
+"""Evaluations of one run by a key of :data:`KINDS`, or of one kind by run."""
 
 
 class TeacherDetections(NamedTuple):
@@ -50,7 +50,10 @@ class TeacherDetections(NamedTuple):
 
 
 class ErrorKinds(NamedTuple):
-    """Area in percent below each of the :data:`CURVES` by run, for boxes or masks."""
+    """Area in percent below each of the :data:`CURVES` by run, for boxes or masks.
+
+    It is empty if the images have no objects.
+    """
 
     kind: str
     areas: dict[str, dict[str, float]]
@@ -111,7 +114,7 @@ def compare(data: AnnotatedSet, runs: Sequence[Run], shown: int, most: int) -> C
         except DataError as e:
             problems.append(f"{run.name}: {e}")
     kinds = [k for k in KINDS if found and all(k in x for x in found.values())]
-    errors = [ErrorKinds(KINDS[k], {n: _areas(x[k]) for n, x in found.items()}) for k in kinds]
+    errors = [ErrorKinds(KINDS[k], _areas({n: x[k] for n, x in found.items()})) for k in kinds]
     groups = _groups(data, kinds, found, teacher, shown) if kinds and shown else []
     return Comparison(len(images), len(every), errors, groups, problems)
 
@@ -136,11 +139,14 @@ def _has(kind: str, results: Any) -> bool:
     return kind == "bbox" or bool(has_masks)
 
 
-def _areas(evaluation: COCOeval) -> dict[str, float]:
-    areas = error_curves(evaluation).mean(1)
-    if np.isnan(areas).all():  # the images have no objects
-        return {}
-    return dict(zip(CURVES, (100 * mean_of_classes(areas)).tolist()))
+def _areas(evaluations: Evaluations) -> dict[str, dict[str, float]]:
+    """Return the areas by run; empty if the images have no objects."""
+    areas = {name: error_curves(x).mean(1) for name, x in evaluations.items()}  # (7, K)
+    return {
+        name: dict(zip(CURVES, (100 * mean_of_classes(x)).tolist()))
+        for name, x in areas.items()
+        if not np.isnan(x).all()
+    }
 
 
 def _read_teacher(run: Run, data: AnnotatedSet) -> TeacherDetections | None:

@@ -108,11 +108,6 @@ class Run:
         """Return the values of a scalar by iteration."""
         return {k: row[key] for k, row in self.rows.items() if key in row}
 
-    def final(self, key: str) -> float | None:
-        """Return the last value of a scalar, or None if it has no value."""
-        values = self.series(key)
-        return values[max(values)] if values else None
-
     @cached_property
     def keys(self) -> list[str]:
         """Names of all scalars, in alphabetical order."""
@@ -143,14 +138,17 @@ class Run:
     @property
     def max_iter(self) -> int | None:
         """Length of the training, None if it is unknown."""
-        return self.config.get("SOLVER.MAX_ITER")
+        number = self.config.get("SOLVER.MAX_ITER")
+        return number if isinstance(number, int) else None
 
     @cached_property
     def cost(self) -> Cost:
-        memory = self.series("memory_mb").values()
-        keys = ("time", "images_per_second", "data_share")
-        medians = (median(x) if (x := self.series(key).values()) else None for key in keys)
-        return Cost(*medians, max(memory, default=None))
+        seconds, images, data_share = (
+            median(values) if (values := self.series(key).values()) else None
+            for key in ("time", "images_per_second", "data_share")
+        )
+        memory = max(self.series("memory_mb").values(), default=None)
+        return Cost(seconds, images, data_share, memory)
 
 
 def parsed_metric(key: str) -> Metric | None:
@@ -163,14 +161,16 @@ def parsed_metric(key: str) -> Metric | None:
 
 
 def main_metric(runs: Sequence[Run]) -> Metric | None:
-    """Return the metric to judge runs by: ``TEST.BEST_METRIC`` of the last, or that of its task.
+    """Return the metric to judge runs by: ``TEST.BEST_METRIC``, or that of the task.
 
-    Returns None if they share no such metric.
+    The last run that has such a metric decides. None if there is no such run.
     """
-    shared = set.intersection(*(set(run.metrics) for run in runs))
-    own = [x for x in runs[-1].metrics if x in shared]
-    wanted = (f"/{x}" for x in (runs[-1].config.get("TEST.BEST_METRIC") or "-", *MAIN_METRICS))
-    return next((x for end in wanted for x in own if f"/{x.full}".endswith(end)), None)
+    for run in reversed(runs):
+        for wanted in (run.config.get("TEST.BEST_METRIC") or "-", *MAIN_METRICS):
+            for metric in run.metrics:
+                if f"/{metric.full}".endswith(f"/{wanted}"):
+                    return metric
+    return None
 
 
 def read_run(folder: Path, name: str, newest: tuple[int, Row] | None = None) -> Run:
