@@ -79,8 +79,8 @@ def test_a_run_and_its_baseline(tmp_path: Path, shapes: Shapes) -> None:
     assert overlaid in page.charts[0]
     assert "p2: 2 at iteration 19" in page.charts[2] and "p3: 0.1" in page.charts[3]
     assert "new: circle 2, square 2" in page.charts[6]
-    assert "right at 0.75 100.0" in page.charts[7].split("new: ")[1]
-    assert "right at 0.75 100.0" not in page.charts[7].split("new: ")[0]
+    assert "right at IoU 0.75 100.0" in page.charts[7].split("new: ")[1]
+    assert "right at IoU 0.75 100.0" not in page.charts[7].split("new: ")[0]
     # Only the first image has changed. The teacher confuses the classes in all.
     panels = [x["aria-label"] for x in page.all("svg", role="img")]
     assert len(page.all("image")) == 1 + 4 and len(panels) == 4 * 5

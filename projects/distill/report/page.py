@@ -19,7 +19,7 @@ from .runs import COSINE, FACTOR, RATIO, Run
 NAME = "report.html"  # in OUTPUT_DIR
 # Parts of the bars of errors: each CURVE less the one before it.
 PARTS = (
-    *("right at 0.75", "right at 0.5", "location", "similar class", "other class"),
+    *("right at IoU 0.75", "right at IoU 0.5", "location", "similar class", "other class"),
     *("background", "missed"),
 )
 PART_COLORS = ("#08519c", "#6baed6", "#fdd49e", "#fdbb84", "#ef6548", "#b30000", "#d9d9d9")

@@ -50,7 +50,7 @@ class DrawnBox(NamedTuple):
         at_right = x > 0.6 * width
         return {
             "x": round(min(x + w, width) if at_right else max(x, 0), 1),
-            "y": round(min(max(bottom, size), height - 0.25 * size), 1),
+            "y": round(min(max(bottom, 1.3 * size), height - 0.25 * size), 1),
             "text-anchor": "end" if at_right else "start",
         }
 
