@@ -27,7 +27,7 @@ from .teacher_outputs import classes_on, teacher_outputs
 logger = logging.getLogger(__name__)
 
 ANALYZED = 200  # test images of an analysis, which then takes seconds also on COCO
-TEACHER_IMAGES = 100  # of these, images on which the teacher detects
+TEACHER_IMAGES = 100  # analyzed images on which the teacher detects
 BASELINE = "baseline"  # title of its run
 Described = tuple[Teacher, NetworkInfo]
 

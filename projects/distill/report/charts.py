@@ -15,7 +15,7 @@ from ..utils.html import Table
 GREY = "#6b7280"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES = ("solid", "dash", "dot")  # if there are more lines than colours
-MOST_POINTS, MOST_ROWS = 400, 10  # of a line; of a table
+MOST_POINTS, MOST_ROWS = 400, 10  # per line; per table
 MOST_IN_WORDS = 4  # lines that a description lists
 HEIGHT, BAR_HEIGHT = 270, 26  # pixels
 FONT = {"family": "system-ui, sans-serif", "size": 12, "color": "#1b2330"}
@@ -39,7 +39,7 @@ class Chart(NamedTuple):
     """Chart of a page.
 
     Attributes:
-        title: what it shows, with the unit.
+        title: measure and unit.
         description: its content in words, for screen readers.
         html: Plotly's HTML, which needs :func:`library` on the page.
         height: in pixels.
@@ -70,7 +70,7 @@ def line_chart(
 
     Args:
         id: unique on the page.
-        title: what it shows, with the unit.
+        title: measure and unit.
         lines: lines with at least one value.
         zero: let the axis begin at 0.
         dots: mark each value.

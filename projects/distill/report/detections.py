@@ -29,7 +29,7 @@ from .runs import TEACHER, Run
 
 FILE = Path("inference", "coco_instances_results.json")  # written by detectron2's evaluator
 KINDS = {"bbox": "boxes", "segm": "masks"}  # by COCO's type of IoU
-MIN_SCORE = 0.5  # of the detections in images
+MIN_SCORE = 0.5  # detections with a lower score are not shown
 Evaluations = dict[str, COCOeval]
 """Evaluations of one run by a key of :data:`KINDS`, or of one kind by run."""
 
@@ -150,7 +150,7 @@ def _areas(evaluations: Evaluations) -> dict[str, dict[str, float]]:
 
 
 def _read_teacher(run: Run, data: AnnotatedSet) -> TeacherDetections | None:
-    """Read the teacher's detections of a run, or None if there are none for this test set."""
+    """Read the teacher's detections of a run, or None without such a file for this test set."""
     path = run.folder / TEACHER
     if not path.is_file():
         return None

@@ -49,7 +49,7 @@ def write_report(
     Args:
         path: file of the page.
         runs: the runs; the first of several is the baseline.
-        data: their test set, for kinds of errors and images; None if there is none with boxes.
+        data: their test set, for kinds of errors and images; None if it has no boxes.
         shown: number of images to show for each reason.
         most: number of images to analyze.
         problem: sentence that says why there is no test set.
