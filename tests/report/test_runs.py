@@ -1,6 +1,7 @@
 """Test the content of a run's folder, and the results of several runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_the_sentence_on_top(tmp_path: Path, shapes: Shapes) -> None:
     assert verdict(base, best) == f"ap 13 has {more} after 40 of 40 iterations."
     assert verdict(base, best, other) == f"ap 13 is the best of 3 runs: {more}."
     assert "3.0 less than ap 13 (52.0)" in verdict(best, base)
+    assert Results([base, best]).comparable
+    elsewhere = replace(base, config={**base.config, "DATASETS.TEST": ["another"]})
+    assert not Results([base, elsewhere]).comparable
     assert "49.0 box AP, as much as ap 10 (49.0)" in verdict(base, read_run(folders[10], "same"))
 
 

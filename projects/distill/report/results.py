@@ -47,6 +47,12 @@ class Results:
         values = run.series(metric.full)
         return self.at if self.at in values else max(values)
 
+    @property
+    def comparable(self) -> bool:
+        """False if the configs name different test sets."""
+        tests = [x.config["DATASETS.TEST"] for x in self.runs if "DATASETS.TEST" in x.config]
+        return all(x == tests[0] for x in tests)
+
     # ---- The result
 
     def verdict(self) -> str:
