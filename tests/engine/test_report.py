@@ -45,7 +45,7 @@ def test_it_changes_no_bit_of_a_training(tmp_path: Path, shapes: Shapes) -> None
     text = (tmp_path / "new" / "report.html").read_text()
     teacher = json.loads((tmp_path / "new" / "report_teacher.json").read_text())
     assert len(teacher["images"]) == 6 and teacher["results"]
-    for part in ("new has ", "baseline", "Images where the teacher is wrong", "after 2 of 2"):
+    for part in ("new has ", "base: F1 ", "Images where the teacher is wrong", "after 2 of 2"):
         assert part in text
 
 

@@ -121,21 +121,24 @@ def test_three_runs(tmp_path: Path, shapes: Shapes) -> None:
     assert [x for x in ("a", "b", "c") if f"Distillation by at of {x}" in page.text] == [*"abc"]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(tmp_path: Path, shapes: Shapes) -> None:
     run = write_run(tmp_path / "new", shapes, change=lambda x: None)
     assert "missed 100.0" in report([run]).charts[-1]  # no detection at all
     other = write_run(tmp_path / "other", shapes, change=lambda x: {**x, "image_id": 999})
     page = report([run, other])
     assert "Left out: other: " in page.text and "no image with image_id 999" in page.text
-    (run / "report_teacher.json").write_text('{"images": [999], "results": []}')
-    assert "teacher" not in report([run]).text.partition("Images of the test set")[2]
+    for images in ("[999]", "[{}]", "3"):
+        (run / "report_teacher.json").write_text(f'{{"images": {images}, "results": []}}')
+        assert "teacher" not in report([run]).text.partition("Images of the test set")[2]
     (run / "config.yaml").unlink()
     (run / "log.txt").unlink()
     page = report([run])
     assert "new has no config.yaml; give --annotations and --images." in page.text
     assert "The log has no environment." in page.text and "no warnings" in page.text
-    page = report([run], "--annotations", shapes[1], "--images", shapes[2])
+    page = report([run], "--annotations", shapes[1], "--images", str(tmp_path))
     assert "missed 100.0" in page.charts[-1]
+    assert "cannot be read as an image" in page.text and "No images are shown." in page.text
 
 
 def test_every_text_is_escaped(tmp_path: Path, shapes: Shapes) -> None:

@@ -18,7 +18,7 @@ from ..evaluation.own_coco import ResultCollector
 from ..modeling.teacher import Teacher
 from ..report.detections import FILE, TeacherDetections, spread
 from ..report.install import MISSING, installed
-from ..report.runs import Row, read_run
+from ..report.runs import Row, read_run, run_names
 from ..structures import NetworkInfo
 from ..utils.text import clause
 from .hooks import current_scalars
@@ -27,9 +27,13 @@ from .teacher_outputs import classes_on, teacher_outputs
 logger = logging.getLogger(__name__)
 
 ANALYZED = 200  # test images of an analysis, which then takes seconds also on COCO
-TEACHER_IMAGES = 100  # analyzed images on which the teacher detects
-BASELINE = "baseline"  # title of its run
+TEACHER_IMAGES = 100  # test images in which the teacher detects
 Described = tuple[Teacher, NetworkInfo]
+"""The teacher and its description."""
+
+
+def no_teacher() -> None:
+    """Stand for the teacher of a training without one."""
 
 
 class RunReport:
@@ -37,14 +41,14 @@ class RunReport:
 
     Args:
         cfg: the whole config.
-        teacher: function that returns the teacher and its description, or None without a teacher
-            that detects boxes. The teacher runs once.
+        teacher: function that returns the teacher, or None without one that detects boxes. It is
+            called once.
     """
 
-    def __init__(self, cfg: CfgNode, teacher: Callable[[], Described | None] = lambda: None):
+    def __init__(self, cfg: CfgNode, teacher: Callable[[], Described | None] = no_teacher):
         self.cfg = cfg
         self.folder = Path(cfg.OUTPUT_DIR)
-        self.teacher: Callable[[], Described | None] | None = teacher
+        self.teacher = teacher
 
     def write(self, newest: tuple[int, Row] | None = None) -> None:
         """Write the page.
@@ -62,10 +66,12 @@ class RunReport:
         from ..report.page import NAME, write_report
 
         node = self.cfg.REPORT
-        runs = [read_run(Path(node.BASELINE), BASELINE)] if node.BASELINE else []
-        runs.append(read_run(self.folder, self.folder.resolve().name, newest))
+        others = [Path(node.BASELINE)] if node.BASELINE else []
+        *names, own = run_names([*others, self.folder])
+        runs = [read_run(folder, name) for folder, name in zip(others, names)]
+        runs.append(read_run(self.folder, own, newest))
         data, problem = self._data
-        if data and self.teacher:
+        if data:
             self._detect(data)
         path = self.folder / NAME
         write_report(path, runs, data, shown=node.IMAGES, most=ANALYZED, problem=problem)
@@ -84,17 +90,16 @@ class RunReport:
             return None, str(e)
 
     def _detect(self, data: AnnotatedSet) -> None:
-        """Let the teacher detect in some test images, and keep its detections in a file."""
-        found, self.teacher = self.teacher() if self.teacher else None, None
-        if found is None:
+        """Let the teacher detect in some test images once, and keep its detections in a file."""
+        described, self.teacher = self.teacher(), no_teacher
+        if described is None:
             return
-        (name,), (teacher, info) = self.cfg.DATASETS.TEST, found
-        images = spread(sorted(data.truth.imgs), min(TEACHER_IMAGES, ANALYZED))
+        (name,), (teacher, info) = self.cfg.DATASETS.TEST, described
+        images = spread(sorted(data.truth.imgs), TEACHER_IMAGES)
         entries = [x for x in DatasetCatalog.get(name) if x["image_id"] in {*images}]
         collector = ResultCollector(name, class_indices(self.cfg, name), self.cfg.MODEL.MASK_ON)
-        for inputs, outputs in teacher_outputs(
-            self.cfg, teacher, classes_on(self.cfg, name, info), entries
-        ):
+        classes = classes_on(self.cfg, name, info)
+        for inputs, outputs in teacher_outputs(self.cfg, teacher, classes, entries):
             collector.process(inputs, outputs)
         TeacherDetections(images, collector.evaluate()).write(self.folder)
 

@@ -102,6 +102,7 @@ def bar_chart(
     """Return a chart of horizontal bars, one group per name, with a bar for each series.
 
     Args:
+        id, title: see :func:`line_chart`.
         bars: values of the groups by name, by series.
         colors: colour of each series.
     """
@@ -132,6 +133,7 @@ def stacked_chart(
     """Return a chart with one horizontal bar per name, made of parts.
 
     Args:
+        id, title: see :func:`line_chart`.
         parts: sizes of the parts in percent by part, by the name of the bar.
         colors: colour of each part.
     """

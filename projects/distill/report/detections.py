@@ -115,7 +115,12 @@ def compare(data: AnnotatedSet, runs: Sequence[Run], shown: int, most: int) -> C
             problems.append(f"{run.name}: {e}")
     kinds = [k for k in KINDS if found and all(k in x for x in found.values())]
     errors = [ErrorKinds(KINDS[k], _areas({n: x[k] for n, x in found.items()})) for k in kinds]
-    groups = _groups(data, kinds, found, teacher, shown) if kinds and shown else []
+    groups: list[ImageGroup] = []
+    if kinds and shown:
+        try:
+            groups = _groups(data, kinds, found, teacher, shown)
+        except DataError as e:  # an image is not there any more, say
+            problems.append(str(e))
     return Comparison(len(images), len(every), errors, groups, problems)
 
 
@@ -135,8 +140,8 @@ def _evaluation(
 
 def _has(kind: str, results: Any) -> bool:
     """Return whether detections have what is compared. If there are no detections, use boxes."""
-    has_masks = isinstance(results, list) and results and "segmentation" in results[0]
-    return kind == "bbox" or bool(has_masks)
+    first = results[0] if isinstance(results, list) and results else None
+    return kind == "bbox" or (isinstance(first, dict) and "segmentation" in first)
 
 
 def _areas(evaluations: Evaluations) -> dict[str, dict[str, float]]:
@@ -156,9 +161,10 @@ def _read_teacher(run: Run, data: AnnotatedSet) -> TeacherDetections | None:
         return None
     try:
         teacher = TeacherDetections(**json.loads(path.read_text("utf-8")))
+        known = bool(teacher.images) and {*teacher.images} <= data.truth.imgs.keys()
     except (OSError, ValueError, TypeError):
         return None
-    return teacher if teacher.images and {*teacher.images} <= data.truth.imgs.keys() else None
+    return teacher if known else None
 
 
 # ---- Images

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,7 +257,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(_leaves(content)) if isinstance(content, dict) else {}
 
 
-def _leaves(node: Mapping[Any, Any], prefix: str = "") -> Any:
+def _leaves(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
