@@ -85,7 +85,7 @@ def test_without_plotly_a_training_says_once_what_to_install(
     with caplog.at_level(logging.INFO):
         train(config(shapes, tmp_path, "new", heads=False))
     (line,) = [x.getMessage() for x in caplog.records if "report" in x.getMessage()]
-    assert line.endswith("Install plotly for the report: pip install 'distill[report]'.")
+    assert line.endswith("Install plotly for the report: pip install plotly.")
     assert not (tmp_path / "new" / "report.html").exists()
 
 

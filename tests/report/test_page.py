@@ -212,7 +212,7 @@ def test_without_plotly(
 ) -> None:
     monkeypatch.setattr(install, "find_spec", lambda name: None)
     assert cli.main(["report", str(tmp_path)]) == 2
-    line = "error: Install plotly for the report: pip install 'distill[report]'.\n"
+    line = "error: Install plotly for the report: pip install plotly.\n"
     assert capsys.readouterr().err == line
 
 

@@ -63,16 +63,13 @@ def style(number: int) -> tuple[str, str]:
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
-def line_chart(
-    id: str, title: str, lines: Sequence[Line], zero: bool = True, dots: bool = False
-) -> Chart:
+def line_chart(id: str, title: str, lines: Sequence[Line], dots: bool = False) -> Chart:
     """Return a chart of values over iterations.
 
     Args:
         id: unique on the page.
         title: measure and unit.
         lines: lines with at least one value.
-        zero: let the axis begin at 0.
         dots: mark each value.
     """
     figure = go.Figure(layout=_layout(len(lines) > 1))
@@ -87,7 +84,7 @@ def line_chart(
             marker={"size": 6},
         )
     figure.update_xaxes(title={"text": "iteration", "standoff": 4}, rangemode="tozero")
-    figure.update_yaxes(rangemode="tozero" if zero else "normal")
+    figure.update_yaxes(rangemode="tozero")
     columns = ["iteration", *(x.name for x in lines)]
     every = sorted({k for line in lines for k in line.values})
     rows: list[list[Any]] = [

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from ..errors import ConfigError
 
-MISSING = "Install plotly for the report: pip install 'distill[report]'."
+MISSING = "Install plotly for the report: pip install plotly."
 
 
 def installed() -> bool:
