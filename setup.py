@@ -21,6 +21,8 @@ REQUIREMENTS = [
     "fvcore>=0.1.5,<0.1.6",
     "hydra-core>=1.3,<1.4",
     "iopath>=0.1.9",
+    "jinja2>=3.1",
+    "markupsafe>=2",
     "matplotlib>=3.8",
     "omegaconf>=2.3,<2.4",
     "opencv-python-headless>=4.9",
@@ -46,7 +48,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "projects", "distill.configs": "configs"},
     packages=[*find_packages("projects", include=["distill", "distill.*"]), "distill.configs"],
-    package_data={"distill.configs": ["**/*.yaml"]},
+    package_data={"distill": ["templates/*"], "distill.configs": ["**/*.yaml"]},
     entry_points={"console_scripts": ["distill = distill.cli:main"]},
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
@@ -55,10 +57,12 @@ setup(
             "filelock",
             "hypothesis>=6",
             "mypy>=1.10",
+            "plotly>=6",
             "pytest>=8.4,<9.2",  # 9.2: pytest-xdist 3.8 does not see its groups
             "pytest-xdist>=3.6",
             "ruff>=0.6",
         ],
+        "report": ["plotly>=6"],  # report.html of a training, and `distill report`
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )

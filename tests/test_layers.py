@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "projects" / "distill"
 # prefix.
 ALLOWED = {
     ".errors": "",
-    ".utils": "torch torchvision numpy detectron2 rich .errors .__version__",
+    ".utils": "torch torchvision numpy detectron2 jinja2 rich .errors .__version__",
     ".structures": "torch detectron2 .errors",
     ".section": "torch detectron2 .errors .utils",
     ".losses": "torch torchvision",
@@ -33,16 +33,17 @@ ALLOWED = {
     ".evaluation": "* .errors .data .utils",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures .utils",
     ".solver": "* .errors .config .checkpoint",
+    ".report": "* .errors .config .data .evaluation .utils",
     ".engine": "* .errors .section .config .checkpoint .utils .data .evaluation .heads .families"
-    " .structures .modeling .solver",
+    " .structures .modeling .solver .report",
     ".convert": "* .errors .config .checkpoint .utils .data.datasets .modeling .engine",
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",
     ".launch": "* .errors .config .checkpoint .utils .data .engine .doctor",
     ".experiments": "* .errors .section .config .checkpoint .utils .data .evaluation .heads"
-    " .families .structures .modeling .engine .launch.termination",
+    " .families .structures .modeling .engine .launch.termination .report",
     ".analysis": "* .errors .section .config .checkpoint .utils .data .evaluation .losses .heads"
-    " .structures .modeling .engine",
+    " .structures .modeling .engine .report",
     ".api": ".nets .config .section .data.cityscapes .data.kitti .heads .modeling",
     "": ".api",  # distill/__init__.py
     ".cli": ".errors .utils .launch .__version__",  # and the module of a command, by its name

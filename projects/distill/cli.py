@@ -39,6 +39,7 @@ COMMANDS = {
     "compare": Command("experiments.compare", "train one student with many methods, and compare"),
     "prove": Command("experiments.prove", "decide if a distillation pays, for equal time"),
     "ablate": Command("experiments.ablation", "compare the variants of a method on rendered data"),
+    "report": Command("report.command", "write a page about trainings, which may still run"),
     "analyze": Command("analysis.analyze", "compare the detections of several models"),
     "visualize": Command("analysis.visualize", "draw what methods look at in an image"),
     "replay": Command("doctor.replay", "repeat a training step that was not finite"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import encode
 
 from distill.errors import DataError
 from distill.evaluation.coco_errors import (
@@ -313,6 +315,66 @@ def test_images_are_judged_by_hand() -> None:
     assert judged[1] == ([1, 3], [2, 4], [])
 
 
+def run_lengths(box: Box) -> dict[str, Any]:
+    """Return the mask of a box, as detectron2 writes it."""
+    x, y, width, height = map(round, box)
+    mask = np.zeros((300, 300), np.uint8, order="F")
+    mask[y : y + height, x : x + width] = 1
+    encoded = encode(mask)
+    return {**encoded, "counts": encoded["counts"].decode()}
+
+
+def mask_results(found: Sequence[tuple[Found, Box]]) -> list[dict[str, Any]]:
+    """Return detections whose masks are other boxes."""
+    return [
+        {"image_id": image, "category_id": c, "bbox": list(box), "score": score}
+        | {"segmentation": run_lengths(mask)}
+        for (image, c, box, score), mask in found
+    ]
+
+
+def mask_areas(truth: COCO, results: list[dict[str, Any]], kind: str) -> dict[str, list[float]]:
+    loaded = load_results(truth, results, "test", kind)
+    curves = error_curves(coco_evaluation(truth, loaded, iou_type=kind))
+    return {name: x.round(6).tolist() for name, x in zip(CURVES, curves.mean(1))}
+
+
+def test_errors_of_masks() -> None:
+    """The boxes are right. One mask lies elsewhere, and one on an object of another class."""
+    truth = dataset([(1, CAT, HERE), (2, CAT, HERE), (2, DOG, THERE)])
+    for x in truth.anns.values():
+        x["segmentation"] = run_lengths(x["bbox"])
+    found = [((1, CAT, HERE, 0.9), NOWHERE), ((2, CAT, HERE, 0.8), THERE)]
+    results = mask_results([*found, ((2, DOG, THERE, 0.7), THERE)])
+    boxes, masks = (mask_areas(truth, results, kind) for kind in ("bbox", "segm"))
+    assert boxes["C75"][:2] == [1, 1] and all(math.isnan(x[2]) for x in boxes.values())
+    assert masks["C50"][:2] == masks["Loc"][:2] == [0, 1]
+    assert masks["BG"][0] == 0 and masks["FN"][0] == 1  # no mask of a cat is found at all
+    right = mask_results([((1, CAT, HERE, 0.9), HERE), ((2, CAT, HERE, 0.8), THERE)])
+    right += mask_results([((2, CAT, HERE, 0.7), HERE), ((2, DOG, THERE, 0.7), THERE)])
+    masks = mask_areas(truth, right, "segm")
+    assert masks["C50"][0] < 1 and masks["Oth"][0] == masks["Sim"][0] == 1  # dogs are similar
+
+
+def test_masks_have_their_own_area() -> None:
+    results = mask_results([((1, CAT, HERE, 0.9), (10, 10, 20, 5))])
+    truth = dataset([(1, CAT, HERE)])
+    assert load_results(truth, results, "a.json", "segm").anns[1]["area"] == 100
+    assert load_results(truth, results, "a.json").anns[1]["area"] == 10000
+
+
+def test_some_images_only() -> None:
+    truth = dataset([(1, CAT, HERE), (2, CAT, HERE)])
+    results = [{**GOOD, "image_id": i, "bbox": list(HERE)} for i in (1, 2)]
+    loaded = load_results(truth, results, "a.json", images=[2])
+    assert [x["image_id"] for x in loaded.anns.values()] == [2]
+    evaluation = coco_evaluation(truth, loaded, images=[2])
+    assert judge(evaluation, 0.5) == {2: ([1], [], [])}
+    (area,) = (x for x in error_curves(evaluation)[1].mean(0) if not math.isnan(x))
+    assert area == pytest.approx(1)  # image 1 would be missed
+    assert judge(coco_evaluation(truth, loaded, images=[1]), 0.5) == {1: ([], [], [1])}
+
+
 # -------------------------------------------------------------------------------------- results
 
 
@@ -336,6 +398,12 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unusable image id": ([{**GOOD, "image_id": [1]}], "no image with image_id [1]"),
     "category": ([{**GOOD, "category_id": 0}], "no category with category_id 0"),
 }
+
+
+@pytest.mark.parametrize("mask", [[[1, 2, 3, 4, 5, 6]], {"size": [9, 300], "counts": "1"}, {}])
+def test_wrong_masks_are_refused(mask: Any) -> None:
+    with pytest.raises(DataError, match=r"must be compressed run lengths of size \[300, 300\]"):
+        load_results(dataset([(1, CAT, HERE)]), [{**GOOD, "segmentation": mask}], "a.json", "segm")
 
 
 @pytest.mark.parametrize("case", WRONG)

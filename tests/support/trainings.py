@@ -83,6 +83,7 @@ def trainable_cfg(family: str, shapes: Shapes, output: Path, *opts: Any, **kw: A
     cfg.SOLVER.IMS_PER_BATCH = 2
     cfg.SOLVER.BASE_LR = 0.01
     cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.REPORT.ENABLED = False  # it has its own tests
     cfg.OUTPUT_DIR = str(output)
     merge_from_list(cfg, list(opts))
     register_own_sets(cfg)

@@ -11,8 +11,7 @@ The report is one HTML file that needs no other, and its numbers are in a JSON f
 
 import argparse
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,14 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
+from detectron2.data import DatasetCatalog
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
 from ..config import get_distill_cfg
 from ..config.detectron2_rules import is_writable
-from ..data.registration import register_own_sets
-from ..errors import ConfigError, DataError, DistillError
+from ..data.registration import register_files
+from ..errors import ConfigError, DistillError
 from ..evaluation.coco_errors import (
     CURVES,
     Judged,
@@ -36,16 +34,18 @@ from ..evaluation.coco_errors import (
     coco_metrics,
     error_curves,
     judge,
+    mean_of_classes,
 )
-from ..evaluation.coco_format import load_results, load_truth, read_results
+from ..evaluation.coco_format import load_results, open_set, read_results
+from ..report.panels import JudgedModel, compared_image, most_different
 from ..utils.arguments import at_least, size
 from ..utils.io import write_json, write_text
 from ..utils.progress import Progress
 from ..utils.provenance import command, versions
 from ..utils.text import nearest
-from .figures import DrawnBox, draw_curves, draw_panels
+from .figures import draw_curves
 from .models import WEIGHTS, Triples, detect, read_config
-from .page import render
+from .page import page
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,17 @@ def open_data(args: argparse.Namespace) -> Data:
     Raises:
         ConfigError, DataError: there is no such data set, or it cannot be evaluated.
     """
-    cfg, name = get_distill_cfg(), args.dataset
     if args.annotations:
-        name = f"{args.annotations} with {args.images}"
-        cfg.DATASETS.COCO_FORMAT = ((name, args.annotations, args.images),)
-        register_own_sets(cfg)
-    elif name not in DatasetCatalog.list():
+        cfg, name = register_files(args.annotations, args.images)
+    elif args.dataset in DatasetCatalog.list():
+        cfg, name = get_distill_cfg(), args.dataset
+    else:
         raise ConfigError(
-            f"--dataset '{name}' is not registered; give --annotations and --images, or one of: "
-            f"{nearest(name, DatasetCatalog.list())}."
+            f"--dataset '{args.dataset}' is not registered; give --annotations and --images, or "
+            f"one of: {nearest(args.dataset, DatasetCatalog.list())}."
         )
-    truth = load_truth(cfg, name)
-    metadata = MetadataCatalog.get(name)
-    root = metadata.get("image_root") or ""
-    in_file = metadata.get("json_file")  # otherwise detectron2's reader gives whole paths
-    return Data(name, cfg.DATASETS.COCO_FORMAT, truth, root if in_file else "")
+    opened = open_set(cfg, name)
+    return Data(name, cfg.DATASETS.COCO_FORMAT, opened.truth, opened.image_root)
 
 
 def analyze_model(
@@ -135,48 +131,6 @@ def analyze_model(
     shown = {i: x for i, x in detections.anns.items() if x["score"] >= args.min_score}
     metrics = coco_metrics(evaluation)
     return Analysis(name, str(path), shown, metrics, curves, judged, cost)
-
-
-def most_different(analyses: Sequence[Analysis], number: int) -> list[Any]:
-    """Return ids of the images with the largest difference between the highest and lowest F1.
-
-    Among equal ones, those with more objects come first, then those of lower id. Images on which
-    all models are equal are left out.
-    """
-    ranks = {}
-    for image, (right, _, missed) in analyses[0].judged.items():
-        scores = [x.judged[image].f1 for x in analyses]
-        gap = round(max(scores) - min(scores), 9)
-        if gap:
-            ranks[image] = (-gap, -len(right) - len(missed))
-    return sorted(ranks, key=lambda image: ranks[image])[:number]
-
-
-def draw_comparison(image: Any, analyses: Sequence[Analysis], data: Data) -> bytes:
-    """Draw an image with the ground truth and with the detections of each model, as a JPEG."""
-    path = os.path.join(data.image_root, data.truth.imgs[image]["file_name"])
-    try:
-        pixels = read_image(path, "RGB")
-    except (OSError, ValueError) as e:
-        raise DataError(f"'{path}' cannot be read as an image: {e}.") from e
-
-    def boxes(annotations: Iterable[dict[str, Any]], kind: str) -> list[DrawnBox]:
-        names = ((x, data.truth.cats[x["category_id"]]["name"]) for x in annotations)
-        return [
-            DrawnBox(x["bbox"], f"{k} {x['score']:.2f}" if "score" in x else k, kind)
-            for x, k in names
-        ]
-
-    objects = [x for x in data.truth.imgToAnns[image] if not x["iscrowd"]]
-    panels = {"ground truth": boxes(objects, "object")}
-    for model in analyses:
-        judged = model.judged[image]
-        panels[f"{model.name}, F1 {judged.f1:.2f}"] = [
-            *boxes((data.truth.anns[i] for i in judged.missed), "missed"),
-            *boxes((model.shown[i] for i in judged.wrong), "wrong"),
-            *boxes((model.shown[i] for i in judged.right), "right"),
-        ]
-    return draw_panels(pixels, panels)
 
 
 def as_report(
@@ -220,16 +174,11 @@ def model_report(analysis: Analysis) -> dict[str, Any]:
     return {
         "source": analysis.source,
         "metrics": {k: percent(x) for k, x in analysis.metrics.items()},
-        "errors": dict(zip(CURVES, map(percent, overall(areas)))),
+        "errors": dict(zip(CURVES, map(percent, mean_of_classes(areas)))),
         "errors_of_classes": [dict(zip(CURVES, map(percent, x))) for x in areas.T],
-        "precision": dict(zip(CURVES, overall(analysis.curves).round(4).tolist())),
+        "precision": dict(zip(CURVES, mean_of_classes(analysis.curves).round(4).tolist())),
         "efficiency": analysis.efficiency,
     }
-
-
-def overall(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean over the last axis, the classes, of those that have objects."""
-    return curves[..., ~np.isnan(curves).any(tuple(range(curves.ndim - 1)))].mean(-1)
 
 
 def percent(value: float) -> float | None:
@@ -322,15 +271,16 @@ def run(args: argparse.Namespace) -> int:
             with naming(name):
                 model = analyze_model(name, path, sources.pop(name), data, args, progress)
             analyses.append(model)
-        chosen = most_different(analyses, args.num_images)
+        chosen = most_different([x.judged for x in analyses], args.num_images)
         content = as_report(analyses, chosen, data, args)
         numbers = args.out.with_suffix(".json")
         with writing(numbers):
             write_json(numbers, content)
         drawn = progress.track(chosen, description="draw images")
-        images = [draw_comparison(image, analyses, data) for image in drawn]
-    curves = draw_curves({x.name: overall(x.curves) for x in analyses})
+        judged = [JudgedModel(x.name, x.shown, x.judged) for x in analyses]
+        images = [compared_image(data.truth, data.image_root, x, judged) for x in drawn]
+    curves = draw_curves({x.name: mean_of_classes(x.curves) for x in analyses})
     with writing(args.out):
-        write_text(args.out, render(content, curves, images))
+        write_text(args.out, page(content, curves, images))
     print(f"wrote {args.out} and {numbers}")
     return 0

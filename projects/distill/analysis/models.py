@@ -2,7 +2,6 @@
 
 import gc
 import statistics
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.evaluation import inference_on_dataset
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 from torch.nn.functional import interpolate
@@ -20,7 +18,7 @@ from ..config import load_config
 from ..data.datasets import class_indices, number_of_classes, predicted_classes
 from ..engine import Trainer, load_student, setup_config
 from ..errors import ConfigError
-from ..evaluation.own_coco import with_classes
+from ..evaluation.own_coco import ResultCollector
 from ..utils.progress import Progress
 from ..utils.text import quoted
 from ..utils.timing import seconds
@@ -57,7 +55,7 @@ def detect(
     measured = efficiency(model, next(iter(loader))[0], size)
     task = progress.add_task(title, total=len(loader))
     advance = {"after_inference": partial(progress.advance, task)}
-    collector = Collector(name, class_indices(cfg, name))
+    collector = ResultCollector(name, class_indices(cfg, name))
     return inference_on_dataset(model, loader, collector, advance), measured
 
 
@@ -143,35 +141,3 @@ def efficiency(
         "memory": memory,
         "fps": 1 / time,
     }
-
-
-class Collector(DatasetEvaluator):
-    """Keeps detected boxes as COCO's results, with the categories of the data set.
-
-    Args:
-        dataset_name: name of the data set.
-        class_indices: see :class:`distill.evaluation.own_coco.OwnCOCOEvaluator`.
-    """
-
-    def __init__(self, dataset_name: str, class_indices: Sequence[int] | None = None):
-        self.class_indices = class_indices
-        known = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id", {})
-        self.categories = {index: category for category, index in known.items()}
-        self.reset()
-
-    def reset(self) -> None:
-        self.results: list[dict[str, Any]] = []
-
-    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        for entry, output in zip(inputs, outputs):
-            instances = with_classes(output["instances"].to("cpu"), self.class_indices)
-            for other in ("pred_masks", "pred_keypoints"):
-                if instances.has(other):
-                    instances.remove(other)
-            self.results += instances_to_coco_json(instances, entry["image_id"])
-
-    def evaluate(self) -> list[dict[str, Any]]:
-        for result in self.results:
-            index = result["category_id"]
-            result["category_id"] = self.categories.get(index, index)
-        return self.results

@@ -334,6 +334,23 @@ KEYS: dict[str, Key] = {
     "TEST.SLIDING_WINDOW.STRIDE": Key(
         [256, 512], "vertical and horizontal stride in pixels, at most CROP_SIZE", HEIGHT_WIDTH
     ),
+    "REPORT.ENABLED": Key(
+        True,
+        "write OUTPUT_DIR/report.html at each evaluation, a page about the run; it needs plotly",
+        SWITCH,
+    ),
+    "REPORT.BASELINE": Key(
+        "",
+        "OUTPUT_DIR of the training to compare with in the report, such as that of the student "
+        "alone; empty: no comparison",
+        TEXT,
+    ),
+    "REPORT.IMAGES": Key(
+        4,
+        "test images in the report for each reason: those that changed most, and those where the "
+        "teacher is wrong; 0: no images",
+        WHOLE,
+    ),
     "DETERMINISTIC": Key(
         False,
         "deterministic algorithms on CUDA too, which are slower: an interrupted run ends "

@@ -1,5 +1,6 @@
 """The checks that run before any weight is loaded."""
 
+import os
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -49,6 +50,8 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    if training and cfg.REPORT.ENABLED:
+        _validate_report(cfg)
     _validate_augment(cfg)
     _validate_drawing(cfg)
     _validate_test_modes(cfg)
@@ -100,6 +103,23 @@ def _is_pipeline(steps: Sequence[str]) -> bool:
         and "mosaic" not in steps[1:]
         and "mixup" not in steps[: sized[0]]
     )
+
+
+def _validate_report(cfg: CfgNode) -> None:
+    """Refuse a baseline of the report that is no run, or the run itself."""
+    baseline = cfg.REPORT.BASELINE
+    if not baseline:
+        return
+    if os.path.realpath(baseline) == os.path.realpath(cfg.OUTPUT_DIR):
+        raise ConfigError(
+            f"REPORT.BASELINE '{baseline}' is OUTPUT_DIR itself; name another training, or empty "
+            "it."
+        )
+    if not os.path.isfile(os.path.join(baseline, "metrics.json")):
+        raise ConfigError(
+            f"REPORT.BASELINE is '{baseline}', which has no metrics.json; name the OUTPUT_DIR of a "
+            "training, or empty it."
+        )
 
 
 def _validate_drawing(cfg: CfgNode) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import get_distill_cfg
 from ..errors import DataError
 from .checks.coco_file import CocoFile
 from .checks.issues import Issue
@@ -107,6 +108,22 @@ def own_files(name: str) -> OwnFiles | None:
     """Read the files of a registered data set of a config; None for another data set."""
     reader: Callable[[], OwnFiles] | None = MetadataCatalog.get(name).get("own_files")
     return reader() if reader else None
+
+
+def register_files(annotations: str, images: str) -> tuple[CfgNode, str]:
+    """Register an annotation file in COCO format; return a config that has it, and its name.
+
+    Args:
+        annotations: the file.
+        images: folder of its images.
+
+    Raises:
+        DataError: the file or the folder is missing.
+    """
+    cfg, name = get_distill_cfg(), f"{annotations} with {images}"
+    cfg.DATASETS.COCO_FORMAT = ((name, annotations, images),)
+    register_own_sets(cfg)
+    return cfg, name
 
 
 def register_own_sets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:

@@ -2,22 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_test_loader,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from ..config import teacher_config
-from ..data.datasets import class_names, predicted_classes
-from ..data.loader import inference_mapper
+from ..data.datasets import class_names
 from ..engine.evaluators import build_evaluators
+from ..engine.teacher_outputs import classes_on, teacher_outputs
 from ..errors import ConfigError
 from ..heads.classes import ClassMap
 from ..modeling.teacher import Teacher
@@ -148,7 +143,6 @@ def no_better_than_chance(check: TeacherCheck) -> bool:
     return check.value <= chance + 2 * math.sqrt(chance * (1 - chance) / check.count)
 
 
-@torch.no_grad()
 def teacher_ap(cfg: CfgNode, teacher: Teacher, info: NetworkInfo, images: int) -> TeacherAP:
     """Measure the teacher on the first images of ``DATASETS.TEST[0]``, with its own preprocessing.
 
@@ -172,42 +166,17 @@ def teacher_ap(cfg: CfgNode, teacher: Teacher, info: NetworkInfo, images: int) -
             "and run `distill eval` with the teacher's config."
         )
     chosen = DatasetCatalog.get(name)[:images]
-    names = metadata.get("stuff_classes") if kind == "sem_seg" else predicted_classes(cfg, name)
-    classes = ClassMap(tuple(names or info.classes), info.classes)
+    classes = classes_on(cfg, name, info)
     if not len(classes.in_student):
         raise ConfigError(
             f"The teacher and '{name}' have no class name in common; set "
             "MODEL.DISTILL.TEACHER.CLASSES for --teacher-ap."
         )
-    mapper = inference_mapper(teacher_config(cfg))
     evaluator = build_evaluators(cfg, name, cfg.OUTPUT_DIR)[0]
     evaluator.reset()
-    teacher.model.to(cfg.MODEL.DEVICE)
-    for inputs in build_detection_test_loader(chosen, mapper=mapper):
-        outputs = [renamed(x, classes, cfg.MODEL.MASK_ON) for x in teacher.model(inputs)]
+    for inputs, outputs in teacher_outputs(cfg, teacher, classes, chosen):
         evaluator.process(inputs, outputs)
     part = {} if kind == "sem_seg" else {"img_ids": [x["image_id"] for x in chosen]}
     results = evaluator.evaluate(**part)
     metrics = {f"{task}/{k}": float(v) for task, row in results.items() for k, v in row.items()}
     return TeacherAP(name, len(chosen), metrics)
-
-
-def renamed(output: dict[str, Any], classes: ClassMap, masks: bool) -> dict[str, Any]:
-    """Map a prediction of the teacher to the classes of a data set, without other classes.
-
-    Args:
-        output: prediction for one image.
-        classes: classes of the data set and of the teacher.
-        masks: True if masks are evaluated.
-    """
-    if "instances" in output:
-        instances = output["instances"].to("cpu")
-        same = instances.pred_classes[:, None] == classes.in_teacher
-        instances.pred_classes = classes.in_student[same.int().argmax(1)]
-        if not masks and instances.has("pred_masks"):
-            instances.remove("pred_masks")
-        return {"instances": instances[same.any(1)]}
-    logits = output["sem_seg"].cpu()
-    ordered = logits.new_full((len(classes.position) - 1, *logits.shape[1:]), -math.inf)
-    ordered[classes.in_student] = logits[classes.in_teacher]
-    return {"sem_seg": ordered}

@@ -67,6 +67,7 @@ from .hooks import (
     TelemetryHook,
 )
 from .nonfinite import FiniteGuard
+from .report import Described, ReportHook, RunReport, reports
 from .resume import Changes, checked_changes, log_changes, schedule_misfits
 from .setup import be_deterministic, check_batch_size, scale_to_workers
 from .telemetry import RowWriter, add_row, drop_torn_row, rename_losses
@@ -195,7 +196,10 @@ class Trainer(DefaultTrainer):
         before = [hook for hook in (self.ema, build_warmup(cfg)) if hook] + before
         before.append(LossHealthHook(self.heads, self.balance))
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
-        return [*before, *writers, periodic, *([final] if cfg.TEST.BEST_METRIC else [])]
+        after = [final] if cfg.TEST.BEST_METRIC else []
+        if reports(cfg):
+            after.append(ReportHook(cfg.TEST.EVAL_PERIOD, RunReport(cfg, self._described_teacher)))
+        return [*before, *writers, periodic, *after]
 
     def _evaluation_hooks(self, evaluate: Callable[[], Any]) -> list[HookBase]:
         """Return the evaluation, and what depends on its results.
@@ -211,6 +215,13 @@ class Trainer(DefaultTrainer):
         if test.AUG.ENABLED:
             found.append(EvalHook(0, self._test_augmented, self.averaged))
         return found
+
+    def _described_teacher(self) -> Described | None:
+        """Return the teacher with its description, or None without one that detects boxes."""
+        if self.teacher is None:
+            return None
+        _, info = network_infos(self.cfg, build_family(self.student), self.teacher)
+        return (self.teacher, info) if info and info.has_boxes else None
 
     def _test_augmented(self) -> Any:
         results = self.test_with_TTA(self.cfg, self.student)
@@ -480,6 +491,8 @@ def evaluate_finished(cfg: CfgNode, path: str, trainer: type[Trainer] = Trainer)
         return
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     add_row(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), checkpoint["iteration"], metrics)
+    if reports(cfg):
+        RunReport(cfg).write()
     if not cfg.TEST.BEST_METRIC:
         return
     checkpointer = StudentCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)

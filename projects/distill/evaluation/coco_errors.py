@@ -30,18 +30,25 @@ MATCH_IOU, LOOSE_IOU = 0.5, 0.1  # IoU of judge(), and of all curves from Loc on
 
 
 class AbsorbingEval(COCOeval):
-    """COCOeval of boxes in which objects of other classes absorb the detections that match them.
+    """COCOeval in which objects of other classes absorb the detections that match them.
 
     An absorbed detection counts neither as right nor as wrong. Each object absorbs at most one
     detection, and only a detection that matches no object of its own class.
 
     Args:
         truth, detections: in COCO's format.
+        iou_type: "bbox" or "segm", see :func:`coco_evaluation`.
         absorbers: for each category of a detection, the other categories whose objects absorb it.
     """
 
-    def __init__(self, truth: COCO, detections: COCO, absorbers: Mapping[Any, Collection[Any]]):
-        super().__init__(truth, detections, "bbox")
+    def __init__(
+        self,
+        truth: COCO,
+        detections: COCO,
+        iou_type: str,
+        absorbers: Mapping[Any, Collection[Any]],
+    ):
+        super().__init__(truth, detections, iou_type)
         self.absorbers = absorbers
 
     def _prepare(self) -> None:
@@ -53,21 +60,31 @@ class AbsorbingEval(COCOeval):
             self._gts[image, category] = [*objects.get((image, category), ()), *ignored]
 
 
-def coco_evaluation(truth: COCO, detections: COCO, max_detections: int = 100) -> COCOeval:
-    """Run COCO's evaluation of boxes at IoU 0.1 and at 0.5, 0.55, ..., 0.95.
+def coco_evaluation(
+    truth: COCO,
+    detections: COCO,
+    max_detections: int = 100,
+    iou_type: str = "bbox",
+    images: Collection[Any] | None = None,
+) -> COCOeval:
+    """Run COCO's evaluation at IoU 0.1 and at 0.5, 0.55, ..., 0.95.
 
     Args:
         truth, detections: in COCO's format.
         max_detections: number of detections per image and class, by descending score; at least 10.
+        iou_type: "bbox", or "segm" for masks.
+        images: ids of the images to evaluate; None: all.
     """
-    evaluation = COCOeval(truth, detections, "bbox")
+    evaluation = COCOeval(truth, detections, iou_type)
+    if images is not None:
+        evaluation.params.imgIds = sorted(images)
     evaluation.params.iouThrs = np.append(LOOSE_IOU, evaluation.params.iouThrs)
     evaluation.params.maxDets = [1, 10, max_detections]
     return _run(evaluation)
 
 
 def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
-    """Return AP and AR of boxes as COCO defines them.
+    """Return AP and AR as COCO defines them.
 
     Args:
         evaluation: result of :func:`coco_evaluation`.
@@ -115,9 +132,18 @@ def error_curves(evaluation: COCOeval) -> Floats:
     return np.where(loc < 0, np.nan, curves)
 
 
+def mean_of_classes(curves: Floats) -> Floats:
+    """Return the mean over the last axis, the classes, of those that have objects."""
+    defined: Floats = curves[..., ~np.isnan(curves).any(tuple(range(curves.ndim - 1)))]
+    return defined.mean(-1)
+
+
 def _absorbing(evaluation: COCOeval, absorbers: Mapping[Any, Collection[Any]]) -> Floats:
     """Return the precision (R, K) at IoU 0.1 if objects of other classes absorb detections."""
-    absorbing = AbsorbingEval(evaluation.cocoGt, evaluation.cocoDt, absorbers)
+    absorbing = AbsorbingEval(
+        evaluation.cocoGt, evaluation.cocoDt, evaluation.params.iouType, absorbers
+    )
+    absorbing.params.imgIds = evaluation.params.imgIds
     absorbing.params.iouThrs = np.array([LOOSE_IOU])
     absorbing.params.maxDets = evaluation.params.maxDets[-1:]
     absorbing.params.areaRng = evaluation.params.areaRng[:1]

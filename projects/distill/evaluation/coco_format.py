@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import reprlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -15,10 +17,40 @@ from ..data.checks.coco_file import CocoFile
 from ..data.checks.issues import ESCAPE, is_number
 from ..data.datasets import find_issues
 from ..data.normalise import Rules
+from ..data.registration import is_own_set
 from ..errors import DataError
 from ..utils.text import clause
 
-_KEYS = ("image_id", "category_id", "bbox", "score")
+# Keys of a detection by the part that is compared. pycocotools takes the area of a mask only if
+# there is no box.
+_KEYS = {
+    "bbox": ("image_id", "category_id", "bbox", "score"),
+    "segm": ("image_id", "category_id", "segmentation", "score"),
+}
+
+
+@dataclass(frozen=True)
+class AnnotatedSet:
+    """A data set with boxes, and its images.
+
+    Attributes:
+        truth: its annotations.
+        image_root: folder of the images; "" if their names are whole paths.
+        max_detections: detections of a class in an image that its evaluation counts.
+    """
+
+    truth: COCO
+    image_root: str
+    max_detections: int = 100
+
+
+def open_set(cfg: CfgNode, name: str) -> AnnotatedSet:
+    """Open a registered data set as :func:`load_truth` does, and with its errors."""
+    metadata = MetadataCatalog.get(name)
+    in_file = metadata.get("json_file")  # otherwise detectron2's reader gives whole paths
+    # As the evaluators: a user's own images may have more objects than COCO's.
+    most = max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if is_own_set(cfg, name) else 100
+    return AnnotatedSet(load_truth(cfg, name), (in_file and metadata.get("image_root")) or "", most)
 
 
 def load_truth(cfg: CfgNode, name: str) -> COCO:
@@ -70,28 +102,38 @@ def read_results(path: str) -> Any:
         raise DataError(f"Predictions '{path}' are not valid JSON: {clause(e)}.") from e
 
 
-def load_results(truth: COCO, results: Any, source: str) -> COCO:
-    """Load detected boxes from COCO's format of results. Masks are left out.
+def load_results(
+    truth: COCO,
+    results: Any,
+    source: str,
+    iou_type: str = "bbox",
+    images: Collection[Any] | None = None,
+) -> COCO:
+    """Load detections from COCO's format of results.
 
     Args:
         truth: data set of the detections.
-        results: list of ``{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}``.
+        results: list of ``{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}``,
+            or with ``"segmentation"``, a mask in COCO's compressed run lengths.
         source: origin of the results, for messages.
+        iou_type: "bbox" loads the boxes, "segm" the masks.
+        images: ids of the images whose detections to keep; None: all.
 
     Raises:
         DataError: if this is not such a list, or belongs to another data set.
     """
     if not isinstance(results, list):
         raise DataError(f"{source} is a JSON {type(results).__name__}, not a list of detections.")
-    images, categories = set(truth.getImgIds()), set(truth.getCatIds())
+    keys, known, categories = _KEYS[iou_type], truth.imgs, set(truth.getCatIds())
     for number, entry in enumerate(results):
-        if problem := _problem(entry, images, categories):
+        if problem := _problem(entry, known, categories, keys):
             raise DataError(f"{source}, detection {number}: {problem}.")
-    boxes = [{key: entry[key] for key in _KEYS} for entry in results]
-    if not boxes:  # loadRes fails without detections
+    kept = known if images is None else set(images)
+    found = [{key: x[key] for key in keys} for x in results if x["image_id"] in kept]
+    if not found:  # loadRes fails without detections
         return _indexed({**truth.dataset, "annotations": []})
     with contextlib.redirect_stdout(io.StringIO()):
-        return truth.loadRes(boxes)
+        return truth.loadRes(found)
 
 
 def _indexed(content: dict[str, Any]) -> COCO:
@@ -103,23 +145,37 @@ def _indexed(content: dict[str, Any]) -> COCO:
     return coco
 
 
-def _problem(entry: Any, images: set[Any], categories: set[Any]) -> str:
+def _problem(
+    entry: Any, images: Mapping[Any, Any], categories: set[Any], keys: Sequence[str]
+) -> str:
     """Describe the error in a detection; return "" if there is no error."""
     if not isinstance(entry, dict):
         return f"{reprlib.repr(entry)} is not a JSON object"
-    if "bbox" not in entry:
+    if "bbox" in keys and "bbox" not in entry:
         other = next((k for k in ("segmentation", "keypoints") if k in entry), "")
         return f"it has no bbox{f', only a {other}' if other else ''}; the analysis needs boxes"
-    if missing := [key for key in _KEYS if key not in entry]:
+    if missing := [key for key in keys if key not in entry]:
         return f"it has no {missing[0]}"
-    box, score = entry["bbox"], entry["score"]
-    numbers = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
-    if not numbers or min(box[2:]) < 0:
-        return f"bbox {reprlib.repr(box)} must be [x, y, width, height] in pixels"
-    if not is_number(score):
-        return f"score {reprlib.repr(score)} is not a number"
+    if not is_number(entry["score"]):
+        return f"score {reprlib.repr(entry['score'])} is not a number"
     known = {"image_id": ("image", images), "category_id": ("category", categories)}
     for key, (noun, ids) in known.items():
         if not isinstance(entry[key], (int, float, str)) or entry[key] not in ids:
             return f"the data set has no {noun} with {key} {reprlib.repr(entry[key])}"
-    return ""
+    if "bbox" in keys:
+        return _box_problem(entry["bbox"])
+    return _mask_problem(entry["segmentation"], images[entry["image_id"]])
+
+
+def _box_problem(box: Any) -> str:
+    numbers = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    if numbers and min(box[2:]) >= 0:
+        return ""
+    return f"bbox {reprlib.repr(box)} must be [x, y, width, height] in pixels"
+
+
+def _mask_problem(mask: Any, image: dict[str, Any]) -> str:
+    size = [image["height"], image["width"]]
+    if isinstance(mask, dict) and mask.get("size") == size and isinstance(mask.get("counts"), str):
+        return ""
+    return f"segmentation {reprlib.repr(mask)} must be compressed run lengths of size {size}"

@@ -1,9 +1,12 @@
-"""COCO's evaluation of a user's own data set, whose classes are matched by name."""
+"""COCO's evaluation of a data set whose classes are matched by name, and COCO's results of it."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 
 from ..data.checks.coco_file import CocoFile
@@ -56,3 +59,42 @@ def with_classes(instances: Instances, class_indices: Sequence[int] | None) -> I
     kept = instances[classes >= 0]
     kept.pred_classes = classes[classes >= 0]
     return kept
+
+
+class ResultCollector(DatasetEvaluator):
+    """Keeps detections as COCO's results, with the categories of the data set.
+
+    Args:
+        dataset_name: name of the data set.
+        class_indices: see :class:`OwnCOCOEvaluator`.
+        masks: keep masks, too.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        class_indices: Sequence[int] | None = None,
+        masks: bool = False,
+    ):
+        self.class_indices = class_indices
+        self.left_out = ("pred_keypoints",) if masks else ("pred_masks", "pred_keypoints")
+        known = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id", {})
+        self.categories = {index: category for category, index in known.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for entry, output in zip(inputs, outputs):
+            instances = with_classes(output["instances"].to("cpu"), self.class_indices)
+            for other in self.left_out:
+                if instances.has(other):
+                    instances.remove(other)
+            self.results += instances_to_coco_json(instances, entry["image_id"])
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        for result in self.results:
+            index = result["category_id"]
+            result["category_id"] = self.categories.get(index, index)
+        return self.results

@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from pycocotools.coco import COCO
 
-from ..data.registration import is_own_set
 from ..evaluation.coco_errors import CURVES, coco_evaluation, error_curves
-from ..evaluation.coco_format import load_results, load_truth, read_results
+from ..evaluation.coco_format import AnnotatedSet, load_results, open_set, read_results
 from ..utils.progress import Progress
 from .bootstrap import (
     IOUS,
@@ -55,22 +53,20 @@ def read_detections(
 ) -> dict[str, list[Detections]]:
     """Return the detections of each run by arm, in the order of the seeds."""
     (name,) = cfg.DATASETS.TEST
-    truth = load_truth(cfg, name)
-    # As the evaluators: a user's own images may have more objects than COCO's.
-    most = max(100, cfg.TEST.DETECTIONS_PER_IMAGE) if is_own_set(cfg, name) else 100
+    data = open_set(cfg, name)
     total = sum(map(len, stages.values()))
     task = progress.add_task("analyze detections", total=total)
     found: dict[str, list[Detections]] = {name: [] for name in stages}
     for arm, runs in stages.items():
         for stage in runs:
-            found[arm].append(_of_run(truth, stage.folder / FILE, metric, most))
+            found[arm].append(_of_run(data, stage.folder / FILE, metric))
             progress.advance(task)
     return found
 
 
-def _of_run(truth: COCO, path: Path, metric: str, most: int) -> Detections:
-    results = load_results(truth, read_results(str(path)), f"'{path}'")
-    evaluation = coco_evaluation(truth, results, most)
+def _of_run(data: AnnotatedSet, path: Path, metric: str) -> Detections:
+    results = load_results(data.truth, read_results(str(path)), f"'{path}'")
+    evaluation = coco_evaluation(data.truth, results, data.max_detections)
     areas = 100 * np.nanmean(error_curves(evaluation).mean(1), axis=1)
     matches = class_matches(evaluation, metric.removeprefix(TASK))
     return Detections(dict(zip(CURVES, areas.tolist())), matches)

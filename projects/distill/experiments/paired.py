@@ -34,6 +34,7 @@ from ..heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed, unfinish
 from ..launch.termination import RERUN, RESUME, user_error
 from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
+from ..report.runs import MAIN_METRICS
 from ..section import check_choice
 from ..utils.arguments import add_config_arguments
 from ..utils.io import replacing
@@ -44,9 +45,6 @@ from .compare_report import Row
 from .runner import COST, Result, Runner, Stage
 from .shapes import Shapes
 from .summary import replicates
-
-# The first that an evaluation has; an instance segmenter has AP of boxes, too.
-METRICS = ("panoptic_seg/PQ", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/mIoU_present")
 
 
 class NetworkPair:
@@ -273,7 +271,7 @@ def chosen_metric(asked: str | None, result: Result) -> str:
     if asked is not None:
         check_choice("--metric", asked, names)
         return asked
-    for metric in METRICS:
+    for metric in MAIN_METRICS:
         for name in names:
             if f"/{name}".endswith(f"/{metric}"):
                 return name

@@ -49,7 +49,7 @@ from .paired import (
     student_alone,
     thawed,
 )
-from .prove_page import ALONE, EQUAL_TIME, RANDOM, REFERENCES, render
+from .prove_page import ALONE, EQUAL_TIME, RANDOM, REFERENCES, page
 from .step_times import step_seconds
 from .verdict import MOST_SEEDS, Gain
 
@@ -260,7 +260,7 @@ class Proof(PairedTrainings):
     def _write(self) -> None:
         report = self._report()
         write_json(self.out / "prove.json", report)
-        write_text(self.out / "prove.html", render(report))
+        write_text(self.out / "prove.html", page(report))
 
     def _print_verdict(self) -> None:
         if not self.decision:

@@ -2,14 +2,14 @@
 
 import io
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..evaluation.coco_errors import CURVES
-from ..utils.html import heading, image, page, paragraph, table
+from ..utils.html import Table, render
 from .runner import COST, SECONDS
 from .summary import mean_std
 from .verdict import Gain
@@ -25,35 +25,32 @@ Report = Mapping[str, Any]
 Values = Mapping[str, list[float | None]]  # by arm; one value per seed
 
 
-def render(report: Report) -> str:
-    """Write the page.
+def page(report: Report) -> str:
+    """Return the page.
 
     Args:
         report: content of the JSON file.
     """
-    verdict = report["verdict"] or "no verdict yet"
-    body = [
-        paragraph(report["plan"]["rule"]),
-        *map(paragraph, report["plan"]["notes"]),
-        *_gains(report),
-        heading("Trainings"),
-        _trainings(report),
-        *_control(report),
-        *_metrics(report),
-        heading("How to repeat it"),
-        table(["", ""], [[k, str(report[k])] for k in ("command", "commit", "device", "threads")]),
-    ]
-    return page(f"{verdict}: {report['distilled']}", body)
+    gains = {k: Gain(tuple(x)) for k, x in report["gains"].items() if x}
+    facts = [[k, str(report[k])] for k in ("command", "commit", "device", "threads")]
+    return render(
+        "proof.html",
+        title=f"{report['verdict'] or 'no verdict yet'}: {report['distilled']}",
+        report=report,
+        gains=_gains(report, gains) if gains else None,
+        drawing=draw(report, gains) if gains and report["decision"] else b"",
+        trainings=_trainings(report),
+        control=_control(report),
+        metrics=_metrics(report),
+        facts=Table("How to repeat it", ["", ""], facts),
+    )
 
 
 def label(report: Report, arm: str) -> str:
     return LABELS.get(arm) or f"distilled ({report['distilled']})"
 
 
-def _gains(report: Report) -> Iterator[str]:
-    gains = {k: Gain(tuple(x)) for k, x in report["gains"].items() if x}
-    if not gains:
-        return
+def _gains(report: Report, gains: Mapping[str, Gain]) -> Table:
     decision, boot = report["decision"], report["details"].get("bootstrap", {})
     ends = decision["bounds"] if decision else {}
     rows = [
@@ -66,22 +63,8 @@ def _gains(report: Report) -> Iterator[str]:
         ]
         for k, gain in gains.items()
     ]
-    yield heading(f"Gain in {report['metric']}")
-    columns = ("over", "mean", "interval over seeds", "interval over test images", "seeds")
-    yield table(columns, rows)
-    if decision:
-        yield image(draw(report, gains), "png", "gain of each seed, with the intervals")
-    yield paragraph(
-        "The verdict uses the interval over seeds only. The interval over test images has 95 %. It "
-        "is a bootstrap of the same runs on resampled images: another source of error."
-    )
-    if "problem" in report["details"]:
-        yield paragraph(f"There is no bootstrap. {report['details']['problem']}")
-    if decision and decision["fresh_seeds"]:
-        yield paragraph(
-            f"With {decision['fresh_seeds']} fresh seeds, another proof would decide if means and "
-            "deviations stay as they are."
-        )
+    columns = ["over", "mean", "interval over seeds", "interval over test images", "seeds"]
+    return Table(f"Gain in {report['metric']}", columns, rows)
 
 
 def draw(report: Report, gains: Mapping[str, Gain]) -> bytes:
@@ -105,7 +88,7 @@ def draw(report: Report, gains: Mapping[str, Gain]) -> bytes:
     return stream.getvalue()
 
 
-def _trainings(report: Report) -> str:
+def _trainings(report: Report) -> Table:
     rows = []
     for arm, row in report["rows"].items():
         results = list(row["results"].values())
@@ -121,28 +104,27 @@ def _trainings(report: Report) -> str:
                 " ".join(f"Seed {k}: {x}" for k, x in row["failures"].items()),
             ]
         )
-    columns = ("", report["metric"] or "metric", "iterations", "s/step", "minutes", "failures")
-    return table(columns, rows)
+    columns = ["", report["metric"] or "metric", "iterations", "s/step", "minutes", "failures"]
+    return Table("Trainings", columns, rows)
 
 
-def _control(report: Report) -> Iterator[str]:
+def _control(report: Report) -> str:
+    """Return the gains of the random teacher in words, or "" without one."""
     control = report["random_teacher"]
     if control is None:
-        return
+        return ""
     means = [f"{statistics.mean(x):+.2f} over {LABELS[k]}" for k, x in control["gains"].items()]
-    yield paragraph(
-        f"The same rule about the random teacher says {control['verdict']}: {', '.join(means)}. If "
-        "it says GO, the gain does not come from what the teacher has learned."
-    )
+    return ", ".join(means)
 
 
 # ---- All metrics.
 
 
-def _metrics(report: Report) -> Iterator[str]:
+def _metrics(report: Report) -> list[Table]:
+    """Return the tables of all metrics, of the classes and of the kinds of errors."""
     metric, arms = report["metric"], (*REFERENCES, report["distilled"])
     if not metric or not all(report["gains"].values()):
-        return
+        return []
     results = {arm: report["rows"][arm]["results"] for arm in arms}
     seeds = [seed for seed in results[ALONE] if all(seed in x for x in results.values())]
     found = {arm: [x[seed] for seed in seeds] for arm, x in results.items()}
@@ -152,39 +134,27 @@ def _metrics(report: Report) -> Iterator[str]:
         name.removeprefix(task): {arm: [x.get(name) for x in found[arm]] for arm in arms}
         for name in names
     }
-    yield heading("All metrics")
-    yield paragraph(
-        "The gains have 95 % intervals over seeds, each for itself: one in twenty is wrong."
-    )
-    classes = [x for x in values if "-" in x]
-    yield _metric_table(report, {k: x for k, x in values.items() if k not in classes})
-    if classes:
-        yield heading("Classes")
-        yield _metric_table(report, {k: values[k] for k in classes})
+    classes = {k: x for k, x in values.items() if "-" in k}
+    tables = {"All metrics": {k: x for k, x in values.items() if k not in classes}}
+    tables["Classes"] = classes
     if "errors" in report["details"]:
-        yield heading("Kinds of errors")
-        yield paragraph(
-            "COCO's analysis of boxes: the area below the curve of precision over recall, as one "
-            "kind of error after another is ignored. The step from one row to the next is the cost "
-            "of that kind."
-        )
         errors = report["details"]["errors"]
-        kinds = {
+        tables["Kinds of errors"] = {
             f"{kind}: {meaning}": {arm: [x[kind] for x in errors[arm]] for arm in arms}
             for kind, meaning in CURVES.items()
         }
-        yield _metric_table(report, kinds)
+    return [_metric_table(report, name, x) for name, x in tables.items() if x]
 
 
-def _metric_table(report: Report, values: Mapping[str, Values]) -> str:
+def _metric_table(report: Report, caption: str, values: Mapping[str, Values]) -> Table:
     arms = (*REFERENCES, report["distilled"])
     columns = ["", *(label(report, x) for x in arms)]
     columns += [f"gain over {LABELS[x]}" for x in REFERENCES]
-    rows = []
+    rows: list[list[Any]] = []
     for name, arm in values.items():
         gains = [gain_text(arm[report["distilled"]], arm[x]) for x in REFERENCES]
         rows.append([name, *(mean_std(arm[x]) for x in arms), *gains])
-    return table(columns, rows)
+    return Table(caption, columns, rows)
 
 
 def gain_text(values: Sequence[float | None], others: Sequence[float | None]) -> str:

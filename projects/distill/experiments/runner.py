@@ -34,7 +34,7 @@ from ..config import student_config, teacher_config
 from ..config.detectron2_rules import leaves
 from ..engine import Trainer
 from ..evaluation.sliding_window import with_sliding_window
-from ..utils.io import file_hash, write_json
+from ..utils.io import file_hash, write_json, write_text
 from ..utils.progress import Progress
 from ..utils.provenance import PACKAGE, versions
 
@@ -109,6 +109,7 @@ class Runner:
             self.progress.add_task(f"{stage.title}: reused", completed=1, total=1)
             return json.loads(result.read_text())
         stage.folder.mkdir(parents=True, exist_ok=True)
+        write_text(stage.folder / "config.yaml", stage.cfg.dump())  # as detectron2's start does
         with quiet(stage.folder / "log.txt"):
             if not stage.weights.is_file():
                 self._train(stage)
@@ -236,7 +237,10 @@ class WatchedLoader:
 def quiet(log: Path) -> Iterator[None]:
     """Send the output of libraries and tracebacks to a file; the progress stays visible."""
     handler = logging.FileHandler(log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    # As detectron2's log.txt, in which `distill report` finds the warnings.
+    handler.setFormatter(
+        logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
+    )
     loggers = [logging.getLogger(n) for n in ("detectron2", "distill", "fvcore")]
     for logger in loggers:
         logger.addHandler(handler)
@@ -264,7 +268,7 @@ def code_digest() -> str:
     """Hash of the package's source, except the rooms that train nothing, and of the libraries."""
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor"):
+        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor", "report"):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -1,65 +1,66 @@
-"""One HTML page that needs no other file; every text is escaped."""
+"""HTML pages that need no other file, from the templates in ``distill/templates``.
 
-import base64
-from collections.abc import Iterable
-from html import escape
-from typing import Any
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-th, td {{ padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; }}
-figure {{ margin: 1.5em 0; }}
-dt {{ float: left; width: 3.5em; font-weight: bold; }}
-.key {{ background: #444; padding: 0 .4em; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
+Jinja2 escapes every text that a template inserts. The pages forbid the browser to load anything.
 """
 
+import base64
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
 
-def page(title: str, body: Iterable[str]) -> str:
-    """Return a whole page.
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+FOLDER = Path(__file__).resolve().parents[1] / "templates"
+
+
+class Table(NamedTuple):
+    """Table of a page; the first cell of a row is its heading.
+
+    Attributes:
+        caption: name of the table, for screen readers.
+        columns: headings of the columns.
+        rows: cells, as :func:`cell` takes them.
+    """
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page.
 
     Args:
-        body: elements as the functions below return them.
+        template: file in ``distill/templates``.
+        values: values that the template inserts.
     """
-    return PAGE.format(title=escape(title), body="\n".join(body))
-
-
-def heading(text: str) -> str:
-    return f"<h2>{escape(text)}</h2>"
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    head = "".join(f"<th>{escape(x)}</th>" for x in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell(x))}</td>" for x in row) + "</tr>\n" for row in rows
-    )
-    return f"<table>\n<tr>{head}</tr>\n{body}</table>"
+    return _environment().get_template(template).render(values)
 
 
 def cell(value: Any, digits: int = 1) -> str:
+    """Return a value as text: floats with some digits, "-" for None."""
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def image(data: bytes, kind: str, text: str) -> str:
-    encoded = base64.b64encode(data).decode()
-    return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{encoded}">'
+def data_uri(content: bytes, kind: str) -> str:
+    """Return an image as the address of itself.
+
+    Args:
+        kind: file format, such as "png".
+    """
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(cell=cell, data_uri=data_uri)
+    return environment
