@@ -27,6 +27,7 @@ from pycocotools.coco import COCO
 
 from ..config import get_distill_cfg
 from ..config.detectron2_rules import is_writable
+from ..data.checks.yolo_folder import SPLITS
 from ..data.registration import register_own_sets
 from ..errors import ConfigError, DataError, DistillError
 from ..evaluation.coco_errors import (
@@ -44,7 +45,7 @@ from ..utils.progress import Progress
 from ..utils.provenance import command, versions
 from ..utils.text import nearest
 from .figures import DrawnBox, draw_curves, draw_panels
-from .models import WEIGHTS, Triples, detect, read_config
+from .models import WEIGHTS, OwnSets, detect, read_config
 from .page import render
 
 
@@ -54,13 +55,13 @@ class Data:
 
     Attributes:
         name: its name in detectron2's catalogue.
-        triples: its entry of ``DATASETS.COCO_FORMAT``, if it needs one.
+        own: its entry in a config, if it needs one.
         truth: its annotations.
         image_root: folder of the images.
     """
 
     name: str
-    triples: Triples
+    own: OwnSets
     truth: COCO
     image_root: str
 
@@ -93,21 +94,23 @@ def open_data(args: argparse.Namespace) -> Data:
     Raises:
         ConfigError, DataError: there is no such data set, or it cannot be evaluated.
     """
-    cfg, name = get_distill_cfg(), args.dataset
+    cfg, name, own = get_distill_cfg(), args.dataset, {}
     if args.annotations:
-        name = f"{args.annotations} with {args.images}"
-        cfg.DATASETS.COCO_FORMAT = ((name, args.annotations, args.images),)
+        key, other = ("YOLO_FORMAT", args.split) if args.split else ("COCO_FORMAT", args.images)
+        name = f"{args.annotations} with {other}"
+        own = {key: ((name, args.annotations, other),)}
+        cfg.DATASETS[key] = own[key]
         register_own_sets(cfg)
     elif name not in DatasetCatalog.list():
         raise ConfigError(
-            f"--dataset '{name}' is not registered; give --annotations and --images, or one of: "
+            f"--dataset '{name}' is not registered; give --annotations, or one of: "
             f"{nearest(name, DatasetCatalog.list())}."
         )
     truth = load_truth(cfg, name)
     metadata = MetadataCatalog.get(name)
     root = metadata.get("image_root") or ""
     in_file = metadata.get("json_file")  # otherwise detectron2's reader gives whole paths
-    return Data(name, cfg.DATASETS.COCO_FORMAT, truth, root if in_file else "")
+    return Data(name, own, truth, root if in_file else "")
 
 
 def analyze_model(
@@ -247,8 +250,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError("There is no model; give --model NAME PATH at least once.")
     if double := [x for x in names if names.count(x) > 1]:
         raise ConfigError(f"--model '{double[0]}' is given twice; choose another name.")
-    if bool(args.dataset) == bool(args.annotations) or bool(args.annotations) != bool(args.images):
-        raise ConfigError("Give either --dataset, or --annotations and --images.")
+    others = [x for x in (args.images, args.split) if x]
+    if bool(args.dataset) == bool(args.annotations) or len(others) != bool(args.annotations):
+        raise ConfigError(
+            "Give either --dataset, or --annotations with --images (COCO's format) or --split "
+            "(YOLO's format)."
+        )
     for name, path in args.model:
         if not Path(path).exists():
             raise ConfigError(f"--model {name}: there is no file or folder '{path}'.")
@@ -280,9 +287,12 @@ def writing(path: Path) -> Iterator[None]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="name of a registered data set")
     parser.add_argument(
-        "--annotations", default="", help="file of another data set, in COCO's format"
+        "--annotations",
+        default="",
+        help="file of another data set: in COCO's format, or a data.yaml in YOLO's",
     )
-    parser.add_argument("--images", default="", help="folder of its images")
+    parser.add_argument("--images", default="", help="folder of its images, in COCO's format")
+    parser.add_argument("--split", choices=SPLITS, default="", help="its split, in YOLO's format")
     parser.add_argument(
         "--model",
         nargs=2,
@@ -315,7 +325,7 @@ def run(args: argparse.Namespace) -> int:
     sources, analyses = {}, []
     for name, path in paths.items():  # all, before the first network runs
         with naming(name):
-            trained = path.is_dir() and read_config(path, data.name, data.triples)
+            trained = path.is_dir() and read_config(path, data.name, data.own)
             sources[name] = trained or read_results(str(path))
     with Progress() as progress:
         for name, path in paths.items():

@@ -110,6 +110,12 @@ KEYS: dict[str, Key] = {
         "custom data without Python: (name, annotations.json, image folder) triples in COCO format",
         LIST,
     ),
+    "DATASETS.YOLO_FORMAT": Key(
+        (),
+        "custom data in YOLO's format: (name, data.yaml, split) triples, where the split is train, "
+        "val or test, and labels/*.txt has the objects of images/*.jpg",
+        LIST,
+    ),
     "DATASETS.VOC_FORMAT": Key(
         (),
         "custom data in PASCAL VOC's layout: (name, folder, split, class names) entries, where "
@@ -147,8 +153,8 @@ KEYS: dict[str, Key] = {
     ),
     "DATALOADER.CLIP_BOXES": Key(
         True,
-        "in DATASETS.COCO_FORMAT, clip boxes that are at most half outside their image; False: "
-        "such an image is wrongly annotated, see ON_BAD_IMAGE",
+        "in DATASETS.COCO_FORMAT and YOLO_FORMAT, clip boxes that are at most half outside their "
+        "image; False: such an image is wrongly annotated, see ON_BAD_IMAGE",
         SWITCH,
     ),
     "DATALOADER.TIMEOUT": Key(

@@ -41,6 +41,7 @@ from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets
 from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
+from ..data.registration import label_digests
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
 from ..modeling.balance import balance_of
@@ -110,7 +111,8 @@ class Trainer(DefaultTrainer):
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teacher: Teacher | None = getattr(model, "teacher", None)
-        self.values = training_values(given, self.teacher.weights_hash() if self.teacher else "")
+        teacher = self.teacher.weights_hash() if self.teacher else ""
+        self.values = training_values(given, teacher, label_digests(cfg))
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
