@@ -173,25 +173,13 @@ def write_yolo(sources: Sequence[Source], out: Path, copy: bool) -> Counter[str]
     Raises:
         DataError: two images have the same labels.
     """
-    left_out: Counter[str] = Counter()
-    classes = sources[0].classes
     for source in sources:
-        dicts = source.dicts
-        if source.classes != classes:
-            dicts = relabelled(dicts, indices_by_name(source.classes, classes))
-            lost = sum(len(x["annotations"]) for x in source.dicts)
-            lost -= sum(len(x["annotations"]) for x in dicts)
-            left_out[f"objects of classes that '{sources[0].name}' lacks"] += lost
+        _check_names(source)
+    left_out: Counter[str] = Counter()
+    for source in sources:
         images = Images(source, out, copy)
-        written: dict[str, str] = {}  # image by its labels
-        for entry in dicts:
-            path = entry["file_name"]
-            labels = label_path(str(images.place(path)))
-            if written.setdefault(labels, path) != path:
-                raise DataError(
-                    f"Data set '{source.name}': '{written[labels]}' and '{path}' would have the "
-                    "same file of labels; rename one."
-                )
+        for entry in _with_classes(source, sources[0], left_out):
+            labels = label_path(str(images.place(entry["file_name"])))
             write_text(labels, "".join(f"{x}\n" for x in label_lines(entry, left_out)))
     folders = {
         split: names
@@ -199,9 +187,30 @@ def write_yolo(sources: Sequence[Source], out: Path, copy: bool) -> Counter[str]
         if (names := [f"images/{x.name}" for x in sources if split in x.splits])
     }
     # Without a `path`, every tool takes the folder of this file.
-    content = {**folders, "names": dict(enumerate(classes))}
+    content = {**folders, "names": dict(enumerate(sources[0].classes))}
     write_text(out / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return left_out
+
+
+def _check_names(source: Source) -> None:
+    images: dict[str, str] = {}
+    for path in (x["file_name"] for x in source.dicts):
+        other = images.setdefault(os.path.splitext(path)[0], path)
+        if other != path:
+            raise DataError(
+                f"Data set '{source.name}': '{other}' and '{path}' would have the same file of "
+                "labels; rename one."
+            )
+
+
+def _with_classes(source: Source, first: Source, left_out: Counter[str]) -> list[dict[str, Any]]:
+    """Return the dataset dicts with the class indices of the first set."""
+    if source.classes == first.classes:
+        return source.dicts
+    dicts = relabelled(source.dicts, indices_by_name(source.classes, first.classes))
+    before, after = (sum(len(x["annotations"]) for x in part) for part in (source.dicts, dicts))
+    left_out[f"objects of classes that '{first.name}' lacks"] += before - after
+    return dicts
 
 
 # -------------------------------------------------------------------------------------------- COCO
