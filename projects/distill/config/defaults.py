@@ -28,6 +28,7 @@ from ..section import (
 )
 
 SCHEDULES = ("1x", "2x", "3x")
+TRACKERS = ("wandb", "mlflow", "trackio")
 SIZED_STEPS = ("jitter", "affine", "fit")  # steps of INPUT.AUGMENT that give images their size
 AUGMENT_STEPS = ("mosaic", *SIZED_STEPS, "mixup", "hsv", "flip")
 _RANGE = Rule(
@@ -320,6 +321,12 @@ KEYS: dict[str, Key] = {
         "set's name stands before it; empty: no such file",
         TEXT,
     ),
+    "TEST.VIS_IMAGES": Key(
+        4,
+        "images of each test set that an evaluation during a training draws with their labels and "
+        "predictions, for TensorBoard and TRACKERS; 0: none",
+        WHOLE,
+    ),
     "TEST.SLIDING_WINDOW.ENABLED": Key(
         False,
         "semantic segmentation: average the logits of overlapping windows instead of one pass",
@@ -333,6 +340,11 @@ KEYS: dict[str, Key] = {
     ),
     "TEST.SLIDING_WINDOW.STRIDE": Key(
         [256, 512], "vertical and horizontal stride in pixels, at most CROP_SIZE", HEIGHT_WIDTH
+    ),
+    "TRACKERS": Key(
+        (),
+        f"programs that get all scalars, the config and images of a training: {', '.join(TRACKERS)}",
+        TEXTS,
     ),
     "DETERMINISTIC": Key(
         False,

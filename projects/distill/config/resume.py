@@ -38,7 +38,7 @@ _IGNORED = (
     *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
     *("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
-    *("TEST.[!P]*", "VIS_PERIOD"),  # not TEST.PRECISE_BN, which changes the student
+    *("TEST.[!P]*", "TRACKERS", "VIS_PERIOD"),  # not TEST.PRECISE_BN, which changes the student
 )
 # Keys whose new value takes effect from the next iteration on.
 _APPLIED = (
