@@ -343,7 +343,8 @@ KEYS: dict[str, Key] = {
     ),
     "TRACKERS": Key(
         (),
-        f"programs that get all scalars, the config and images of a training: {', '.join(TRACKERS)}",
+        "programs that get all scalars, the config and the images of a training: "
+        f"{', '.join(TRACKERS)}",
         TEXTS,
     ),
     "DETERMINISTIC": Key(
