@@ -59,6 +59,9 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.6",
         ],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow>=2.14"],
+        "trackio": ["trackio>=0.20"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )

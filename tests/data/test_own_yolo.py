@@ -32,7 +32,7 @@ CLASSES = ("widget", "gear", "bolt")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 BOX, OTHER, TRIANGLE = "2 0.5 0.5 0.25 0.5", "0 0.25 0.75 0.5 0.25", "1 0.25 0.25 0.75 0.25 0.5 1"
 LABELS = {"a.png": f"{BOX}\n{TRIANGLE}\n", "b c.png": OTHER, "empty.png": "", "new.png": None}
-BOXES = {  # of LABELS: class and corners in pixels
+BOXES = {  # class and corners in pixels
     "a.png": [(2, [24, 12, 40, 36]), (1, [16, 12, 48, 48])],
     "b c.png": [(0, [0, 30, 32, 42])],
 }

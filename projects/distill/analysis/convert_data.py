@@ -67,7 +67,7 @@ def read_sources(cfg: CfgNode) -> list[Source]:
     Raises:
         DataError: one has no boxes, a fatal issue, or an image that does not exist.
     """
-    # What the config trains does not matter here, but all masks do.
+    # All masks are checked, and nothing else of the config matters.
     free = cfg.clone()
     free.defrost()
     free.merge_from_list(["MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", False])

@@ -15,10 +15,10 @@ from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
 LONGEST_SIDE = 480  # pixels of a drawn image
-MIN_SCORE = 0.3  # of a drawn detection
+MIN_SCORE = 0.3  # detections with a lower score are not drawn
 GAP = 4  # white pixels between two images
 
-GREY = (0.5, 0.5, 0.5)  # of a class without a name
+GREY = (0.5, 0.5, 0.5)  # classes without a name
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
