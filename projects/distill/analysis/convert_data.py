@@ -39,7 +39,7 @@ from ..errors import ConfigError, DataError
 from ..utils.arguments import add_config_arguments
 from ..utils.io import write_text
 
-SPLITS = {"TRAIN": "train", "TEST": "val"}  # names of the splits in YOLO's format, by key
+SPLIT_OF = {"TRAIN": "train", "TEST": "val"}  # split in YOLO's format, by key of DATASETS
 
 Points = NDArray[np.float64]
 """(P, 2) x and y."""
@@ -84,7 +84,7 @@ def read_sources(cfg: CfgNode) -> list[Source]:
         classes = list(MetadataCatalog.get(name).get("thing_classes") or ())
         if not classes or not all("annotations" in x for x in dicts):
             raise DataError(f"Data set '{name}' has no boxes; name sets with objects.")
-        splits = [split for key, split in SPLITS.items() if name in cfg.DATASETS[key]]
+        splits = [split for key, split in SPLIT_OF.items() if name in cfg.DATASETS[key]]
         found.append(Source(name, splits, classes, dicts))
     return found
 
@@ -183,7 +183,7 @@ def write_yolo(sources: Sequence[Source], out: Path, copy: bool) -> Counter[str]
             write_text(labels, "".join(f"{x}\n" for x in label_lines(entry, left_out)))
     folders = {
         split: names
-        for split in SPLITS.values()
+        for split in SPLIT_OF.values()
         if (names := [f"images/{x.name}" for x in sources if split in x.splits])
     }
     # Without a `path`, every tool takes the folder of this file.
@@ -237,11 +237,11 @@ def new_config(sources: Sequence[Source], to: str, out: Path) -> str:
     """Return the lines of a config that name the new data sets."""
     if to == "yolo":
         splits = {x for source in sources for x in source.splits}
-        names = {key: [f"{out.name}_{x}"] for key, x in SPLITS.items() if x in splits}
-        entries = [[names[key][0], str(out / "data.yaml"), SPLITS[key]] for key in names]
+        names = {key: [f"{out.name}_{x}"] for key, x in SPLIT_OF.items() if x in splits}
+        entries = [[names[key][0], str(out / "data.yaml"), SPLIT_OF[key]] for key in names]
     else:
         names = {
-            key: [x.name for x in sources if split in x.splits] for key, split in SPLITS.items()
+            key: [x.name for x in sources if split in x.splits] for key, split in SPLIT_OF.items()
         }
         files, images = out / "annotations", out / "images"
         entries = [[x.name, str(files / f"{x.name}.json"), str(images / x.name)] for x in sources]
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out '{args.out}' exists and is not empty; name a new folder.")
-    if wrong := next((x for x in names if Path(x).name != x), ""):
+    if wrong := next((x for x in names if Path(x).name != x or x == ".."), ""):
         raise ConfigError(f"The data set '{wrong}' would be no folder; rename it without slashes.")
     with contextlib.redirect_stdout(sys.stderr):  # libraries print what they load
         sources = read_sources(cfg)

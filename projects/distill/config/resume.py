@@ -1,7 +1,7 @@
 """Values on which a training depends: each checkpoint has them, and a resume compares them.
 
-Places of files are not compared, but their contents: data and a teacher may move. Of folders in
-VOC's layout and of semantic labels, only the class names are compared, because they are not read.
+Places of files are not compared, but their contents: data and a teacher may move. Folders in VOC's
+layout and semantic labels are not read for this, so only the class names of such data are compared.
 """
 
 import os

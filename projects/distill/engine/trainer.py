@@ -392,7 +392,8 @@ class Trainer(DefaultTrainer):
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators = build_evaluators(cfg, dataset_name, folder)
-        if has_event_storage() and comm.is_main_process() and not output_folder:  # not TEST.AUG
+        drawn = cfg.TEST.VIS_IMAGES and not output_folder  # not with TEST.AUG
+        if drawn and has_event_storage() and comm.is_main_process():
             classes = predicted_classes(cfg, dataset_name)
             evaluators.append(ImageEvaluator(dataset_name, classes))
         return DatasetEvaluators(evaluators)
