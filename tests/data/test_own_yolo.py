@@ -355,8 +355,9 @@ def test_a_resume_compares_labels_and_no_places(tmp_path: Path) -> None:
     key = f"DATASETS.YOLO_FORMAT '{cfg.DATASETS.TRAIN[0]}'"
 
     def values(folder: Path) -> dict[str, Any]:
-        DatasetCatalog.clear(), MetadataCatalog.pop(cfg.DATASETS.TRAIN[0])
-        cfg.DATASETS.YOLO_FORMAT = ((cfg.DATASETS.TRAIN[0], str(folder / "data.yaml"), "train"),)
+        (name,) = cfg.DATASETS.TRAIN
+        DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+        cfg.DATASETS.YOLO_FORMAT = ((name, str(folder / "data.yaml"), "train"),)
         register_own_sets(cfg)
         return training_values(cfg, "", label_digests(cfg))
 
