@@ -63,6 +63,9 @@ setup(
             "ruff>=0.6",
         ],
         "report": ["plotly>=6"],  # report.html of a training, and `distill report`
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow>=2.14"],
+        "trackio": ["trackio>=0.20"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )

@@ -205,6 +205,7 @@ KEYS = {
     "annotations": ["DATASETS.COCO_FORMAT", "{value}"],
     "a triple": ["DATASETS.COCO_FORMAT", "(('a', {quoted}, '.'),)"],
     "a triple's name": ["DATASETS.COCO_FORMAT", "(({quoted}, 'a.json', '.'),)"],
+    "a data.yaml": ["DATASETS.YOLO_FORMAT", "(('a', {quoted}, 'train'),)"],
     "the teacher's number": ["MODEL.DISTILL.TEACHER.OPTS", "['SEED', {quoted}]"],
     "the teacher's name": ["MODEL.DISTILL.TEACHER.OPTS", "['MODEL.BACKBONE.NAME', {quoted}]"],
 }

@@ -35,6 +35,9 @@ COMMANDS = {
     "doctor": Command("doctor", "check a distillation on two batches before it trains"),
     "convert": Command("convert", "convert the weights of RTMDet, YOLOX or YOLOv5 to a checkpoint"),
     "check-data": Command("analysis.check_data", "list every fault in the data sets of a config"),
+    "convert-data": Command(
+        "analysis.convert_data", "convert data sets to COCO's or YOLO's format"
+    ),
     "anchors": Command("analysis.anchors", "find anchors for the boxes of a training set"),
     "compare": Command("experiments.compare", "train one student with many methods, and compare"),
     "prove": Command("experiments.prove", "decide if a distillation pays, for equal time"),

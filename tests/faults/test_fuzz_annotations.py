@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill.analysis.convert_data import read_sources, write_yolo
 from distill.data.checks.images import inspect_images
 from distill.data.datasets import (
     check_labels,
@@ -207,6 +209,29 @@ def test_own_voc(tmp_path: Path) -> None:
     files = [*tmp_path.rglob("train.txt"), *(tmp_path / "Annotations").glob("*.xml")]
     cfg = config("MODEL.MASK_ON", False)
     cfg.DATASETS.VOC_FORMAT = (("fuzzed", str(tmp_path), "train", VOC_NAMES),)
+    spoil_files(tmp_path, files, cfg, lambda: register_own_sets(cfg))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_yolo(masks: bool, coco: Path, tmp_path: Path) -> None:
+    """Labels, ``data.yaml`` and a list of images; boxes, or polygons of masks."""
+    annotations, images = coco / "annotations" / "instances_train.json", coco / "images" / "train"
+    source = tiny_cfg("mask", "DATASETS.TRAIN", ("source",))
+    source.DATASETS.COCO_FORMAT = (("source", str(annotations), str(images)),)
+    register_own_sets(source)
+    sources = read_sources(source)
+    DatasetCatalog.remove("source"), MetadataCatalog.remove("source")
+    if not masks:
+        for x in (x for entry in sources[0].dicts for x in entry["annotations"]):
+            del x["segmentation"]
+    write_yolo(sources, tmp_path, copy=True)
+    path, listed = tmp_path / "data.yaml", tmp_path / "list.txt"
+    listed.write_text("".join(f"./images/source/{x.name} \n" for x in sorted(images.iterdir())))
+    path.write_text(path.read_text().replace("- images/source", "- list.txt"))
+    cfg = config("MODEL.MASK_ON", masks)
+    cfg.DATASETS.YOLO_FORMAT = (("fuzzed", str(path), "train"),)
+    files = [path, listed, *tmp_path.rglob("labels/**/*.txt")]
+    assert len(files) == 5
     spoil_files(tmp_path, files, cfg, lambda: register_own_sets(cfg))
 
 

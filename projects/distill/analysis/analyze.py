@@ -25,7 +25,8 @@ from pycocotools.coco import COCO
 
 from ..config import get_distill_cfg
 from ..config.detectron2_rules import is_writable
-from ..data.registration import register_files
+from ..data.checks.yolo_folder import SPLITS
+from ..data.registration import FORMATS, register_files
 from ..errors import ConfigError, DistillError
 from ..evaluation.coco_errors import (
     CURVES,
@@ -44,7 +45,7 @@ from ..utils.progress import Progress
 from ..utils.provenance import command, versions
 from ..utils.text import nearest
 from .figures import draw_curves
-from .models import WEIGHTS, Triples, detect, read_config
+from .models import WEIGHTS, OwnSets, detect, read_config
 from .page import page
 
 
@@ -54,13 +55,13 @@ class Data:
 
     Attributes:
         name: its name in detectron2's catalogue.
-        triples: its entry of ``DATASETS.COCO_FORMAT``, if it needs one.
+        own: its entry in a config, if it needs one.
         truth: its annotations.
         image_root: folder of the images.
     """
 
     name: str
-    triples: Triples
+    own: OwnSets
     truth: COCO
     image_root: str
 
@@ -94,16 +95,17 @@ def open_data(args: argparse.Namespace) -> Data:
         ConfigError, DataError: there is no such data set, or it cannot be evaluated.
     """
     if args.annotations:
-        cfg, name = register_files(args.annotations, args.images)
+        cfg, name = register_files(args.annotations, args.images, args.split)
     elif args.dataset in DatasetCatalog.list():
         cfg, name = get_distill_cfg(), args.dataset
     else:
         raise ConfigError(
-            f"--dataset '{args.dataset}' is not registered; give --annotations and --images, or "
-            f"one of: {nearest(args.dataset, DatasetCatalog.list())}."
+            f"--dataset '{args.dataset}' is not registered; give --annotations, or one of: "
+            f"{nearest(args.dataset, DatasetCatalog.list())}."
         )
     opened = open_set(cfg, name)
-    return Data(name, cfg.DATASETS.COCO_FORMAT, opened.truth, opened.image_root)
+    own = {key: cfg.DATASETS[key] for key in FORMATS if cfg.DATASETS[key]}
+    return Data(name, own, opened.truth, opened.image_root)
 
 
 def analyze_model(
@@ -196,8 +198,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError("There is no model; give --model NAME PATH at least once.")
     if double := [x for x in names if names.count(x) > 1]:
         raise ConfigError(f"--model '{double[0]}' is given twice; choose another name.")
-    if bool(args.dataset) == bool(args.annotations) or bool(args.annotations) != bool(args.images):
-        raise ConfigError("Give either --dataset, or --annotations and --images.")
+    others = [x for x in (args.images, args.split) if x]
+    if bool(args.dataset) == bool(args.annotations) or len(others) != bool(args.annotations):
+        raise ConfigError(
+            "Give either --dataset, or --annotations with --images (COCO's format) or --split "
+            "(YOLO's format)."
+        )
     for name, path in args.model:
         if not Path(path).exists():
             raise ConfigError(f"--model {name}: there is no file or folder '{path}'.")
@@ -229,9 +235,12 @@ def writing(path: Path) -> Iterator[None]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="name of a registered data set")
     parser.add_argument(
-        "--annotations", default="", help="file of another data set, in COCO's format"
+        "--annotations",
+        default="",
+        help="file of another data set: in COCO's format, or a data.yaml in YOLO's",
     )
-    parser.add_argument("--images", default="", help="folder of its images")
+    parser.add_argument("--images", default="", help="folder of its images, in COCO's format")
+    parser.add_argument("--split", choices=SPLITS, default="", help="its split, in YOLO's format")
     parser.add_argument(
         "--model",
         nargs=2,
@@ -264,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
     sources, analyses = {}, []
     for name, path in paths.items():  # all, before the first network runs
         with naming(name):
-            trained = path.is_dir() and read_config(path, data.name, data.triples)
+            trained = path.is_dir() and read_config(path, data.name, data.own)
             sources[name] = trained or read_results(str(path))
     with Progress() as progress:
         for name, path in paths.items():

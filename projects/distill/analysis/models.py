@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from ..config import load_config
 from ..data.datasets import class_indices, number_of_classes, predicted_classes
+from ..data.registration import FORMATS
 from ..engine import Trainer, load_student, setup_config
 from ..errors import ConfigError
 from ..evaluation.own_coco import ResultCollector
@@ -26,7 +28,8 @@ from ..utils.timing import seconds
 CONFIGS = ("student.yaml", "config.yaml")  # written by a training, the plain one first
 WEIGHTS = "model_final.pth"
 WARM_UP, REPEATS = 3, 20  # forwards of the network whose cost is measured
-Triples = tuple[tuple[str, str, str], ...]
+OwnSets = Mapping[str, Sequence[tuple[str, str, str]]]
+"""Entries of ``DATASETS``, by ``COCO_FORMAT`` or ``YOLO_FORMAT``."""
 
 
 def detect(
@@ -59,13 +62,13 @@ def detect(
     return inference_on_dataset(model, loader, collector, advance), measured
 
 
-def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
+def read_config(folder: Path, name: str, own: OwnSets) -> CfgNode:
     """Read the config of a training, with the data set ``name`` to test on.
 
     Args:
         folder: OUTPUT_DIR of the training.
         name: name of the data set.
-        triples: ``DATASETS.COCO_FORMAT``, with the data set if it needs that.
+        own: the entry of the data set, if it needs one.
     """
     config = next((folder / x for x in CONFIGS if (folder / x).is_file()), None)
     if config is None:
@@ -73,13 +76,15 @@ def read_config(folder: Path, name: str, triples: Triples) -> CfgNode:
             f"'{folder}' has neither {' nor '.join(CONFIGS)}; name the OUTPUT_DIR of a training or "
             "a file of predictions."
         )
-    own = ["DATASETS.COCO_FORMAT", triples, "DATASETS.TEST", (name,)]
+    opts: list[Any] = ["DATASETS.TEST", (name,)]
+    trained: Mapping[str, Any] = {}
     if (folder / CONFIGS[-1]).is_file():  # the plain config does not have the names of the classes
         trained = load_config(str(folder / CONFIGS[-1])).DATASETS
-        own[1] = (*(x for x in trained.COCO_FORMAT if x[0] != name), *triples)
-        own += ["DATASETS.VOC_FORMAT", trained.VOC_FORMAT]
-        own += ["DATASETS.KEEP_GROUP_CATEGORIES", trained.KEEP_GROUP_CATEGORIES]
-    return setup_config(str(config), own, training=False)
+        opts += ["DATASETS.KEEP_GROUP_CATEGORIES", trained["KEEP_GROUP_CATEGORIES"]]
+    for key in FORMATS:
+        others = [x for x in trained.get(key, ()) if x[0] != name]
+        opts += [f"DATASETS.{key}", (*others, *own.get(key, ()))]
+    return setup_config(str(config), opts, training=False)
 
 
 def check_classes(cfg: CfgNode, name: str) -> None:

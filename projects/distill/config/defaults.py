@@ -28,6 +28,7 @@ from ..section import (
 )
 
 SCHEDULES = ("1x", "2x", "3x")
+TRACKERS = ("wandb", "mlflow", "trackio")
 SIZED_STEPS = ("jitter", "affine", "fit")  # steps of INPUT.AUGMENT that give images their size
 AUGMENT_STEPS = ("mosaic", *SIZED_STEPS, "mixup", "hsv", "flip")
 _RANGE = Rule(
@@ -116,6 +117,12 @@ KEYS: dict[str, Key] = {
         "custom data without Python: (name, annotations.json, image folder) triples in COCO format",
         LIST,
     ),
+    "DATASETS.YOLO_FORMAT": Key(
+        (),
+        "custom data in YOLO's format: (name, data.yaml, split) triples, where the split is train, "
+        "val or test, and labels/*.txt has the objects of images/*.jpg",
+        LIST,
+    ),
     "DATASETS.VOC_FORMAT": Key(
         (),
         "custom data in PASCAL VOC's layout: (name, folder, split, class names) entries, where "
@@ -153,8 +160,8 @@ KEYS: dict[str, Key] = {
     ),
     "DATALOADER.CLIP_BOXES": Key(
         True,
-        "in DATASETS.COCO_FORMAT, clip boxes that are at most half outside their image; False: "
-        "such an image is wrongly annotated, see ON_BAD_IMAGE",
+        "in DATASETS.COCO_FORMAT and YOLO_FORMAT, clip boxes that are at most half outside their "
+        "image; False: such an image is wrongly annotated, see ON_BAD_IMAGE",
         SWITCH,
     ),
     "DATALOADER.TIMEOUT": Key(
@@ -320,6 +327,12 @@ KEYS: dict[str, Key] = {
         "set's name stands before it; empty: no such file",
         TEXT,
     ),
+    "TEST.VIS_IMAGES": Key(
+        4,
+        "images of each test set that an evaluation during a training draws with their labels and "
+        "predictions, for TensorBoard and TRACKERS; 0: none",
+        WHOLE,
+    ),
     "TEST.SLIDING_WINDOW.ENABLED": Key(
         False,
         "semantic segmentation: average the logits of overlapping windows instead of one pass",
@@ -350,6 +363,12 @@ KEYS: dict[str, Key] = {
         "test images in the report for each reason: those that changed most, and those where the "
         "teacher is wrong; 0: no images",
         WHOLE,
+    ),
+    "TRACKERS": Key(
+        (),
+        "programs that get all scalars, the config and the images of a training: "
+        f"{', '.join(TRACKERS)}",
+        TEXTS,
     ),
     "DETERMINISTIC": Key(
         False,

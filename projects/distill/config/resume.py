@@ -1,7 +1,7 @@
 """Values on which a training depends: each checkpoint has them, and a resume compares them.
 
-Places of files are not compared, but their contents: data and a teacher may move. Folders with many
-files are not read for this, so only the class names of such data are compared.
+Places of files are not compared, but their contents: data and a teacher may move. Folders in VOC's
+layout and semantic labels are not read for this, so only the class names of such data are compared.
 """
 
 import os
@@ -39,7 +39,12 @@ _IGNORED = (
     *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
     *("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
-    *("REPORT.*", "TEST.[!P]*", "VIS_PERIOD"),  # not TEST.PRECISE_BN, which changes the student
+    *(
+        "REPORT.*",
+        "TEST.[!P]*",
+        "TRACKERS",
+        "VIS_PERIOD",
+    ),  # not PRECISE_BN, which changes the student
 )
 # Keys whose new value takes effect from the next iteration on.
 _APPLIED = (
@@ -64,12 +69,15 @@ _BEFORE = {"MODEL.DISTILL.BALANCE.MODE": "none"}
 _OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "DATASETS.TRAIN")  # keys of its config that it depends on
 
 
-def training_values(cfg: CfgNode, teacher: str = "") -> dict[str, Any]:
+def training_values(
+    cfg: CfgNode, teacher: str = "", labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the values on which a training depends, as plain types by dotted name.
 
     Args:
         cfg: the whole config.
         teacher: hash of the teacher's weights, or "".
+        labels: hash of the labels of each training set of ``DATASETS.YOLO_FORMAT``, by its name.
     """
     heads = {name.upper() for name in cfg.MODEL.DISTILL.HEADS}
     others = {f"MODEL.DISTILL.{name.upper()}." for name, _ in DISTILL_HEAD_REGISTRY}
@@ -85,6 +93,8 @@ def training_values(cfg: CfgNode, teacher: str = "") -> dict[str, Any]:
     for name, annotations, _ in cfg.DATASETS.COCO_FORMAT:
         if name in cfg.DATASETS.TRAIN and os.path.isfile(annotations):
             values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)[:DIGITS]
+    for name, digest in (labels or {}).items():
+        values[f"DATASETS.YOLO_FORMAT '{name}'"] = digest[:DIGITS]
     for key in ("VOC_FORMAT", "SEM_SEG_FORMAT"):
         for name, *_, classes in cfg.DATASETS[key]:
             if name in cfg.DATASETS.TRAIN:

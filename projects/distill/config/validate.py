@@ -18,7 +18,7 @@ from ..families import FAMILIES
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..section import check_choice
 from .architecture import distill_architectures, student_architecture, student_class
-from .defaults import AUGMENT_STEPS, SIZED_STEPS, declared_keys
+from .defaults import AUGMENT_STEPS, SIZED_STEPS, TRACKERS, declared_keys
 from .detectron2_rules import check_read, check_rules, check_together, leaves
 from .resolve import teacher_config
 
@@ -55,6 +55,8 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
     _validate_augment(cfg)
     _validate_drawing(cfg)
     _validate_test_modes(cfg)
+    for name in cfg.TRACKERS:
+        check_choice("TRACKERS", name, TRACKERS)
 
 
 def _validate_data(cfg: CfgNode, training: bool) -> None:

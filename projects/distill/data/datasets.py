@@ -42,10 +42,11 @@ from .checks.issues import (
 )
 from .checks.keypoints import keypoint_issues
 from .checks.voc_folder import VOCFolder
+from .checks.yolo_folder import read_data_yaml
 from .cityscapes import check_ground_truth
 from .class_order import class_issues, in_one_order, indices_by_name, relabelled
 from .normalise import GROUPS, leave_out_groups
-from .registration import OwnFiles, is_own_set, own_files, own_set
+from .registration import OwnFiles, OwnSet, is_own_set, own_files, own_set
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     metadata = MetadataCatalog.get(name) if registered else None
     if own and (metadata is None or metadata.get("json_file") != own.places[0]):
         # It is a teacher's data set, or that of an earlier training, which is not registered here.
-        return _coco_names(own.places[0], cfg.DATASETS.KEEP_GROUP_CATEGORIES)
+        return _names_in_file(own, cfg.DATASETS.KEEP_GROUP_CATEGORIES)
     if metadata is None:
         return None
     if metadata.get(key) is None and metadata.get("evaluator_type") == "coco":
@@ -88,17 +89,23 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
-def _coco_names(annotations: str, keep_groups: bool) -> tuple[str, ...] | None:
-    """Return the category names in detectron2's order, by id, or None if they cannot be read."""
+def _names_in_file(own: OwnSet, keep_groups: bool) -> tuple[str, ...] | None:
+    """Return the class names of a data set that is not registered, or None if it is unreadable."""
+    path = own.places[0]
     try:
-        return _read_names(annotations, keep_groups, os.stat(annotations).st_mtime_ns)
-    except OSError:
+        if own.key == "YOLO_FORMAT":
+            return read_data_yaml(path).names
+        return _read_names(path, keep_groups, os.stat(path).st_mtime_ns)
+    except (OSError, ValueError):
         return None
 
 
 @cache
 def _read_names(annotations: str, keep_groups: bool, changed: int) -> tuple[str, ...] | None:
-    """Read the category names of a file once, as several test sets need those of the training."""
+    """Read the category names in detectron2's order, by id, or None if they cannot be read.
+
+    A file is read once, as several test sets need the names of the training.
+    """
     content = CocoFile(annotations, "").content
     try:
         if not keep_groups:
@@ -184,10 +191,10 @@ def _load(name: str, files: OwnFiles | None = None) -> list[dict[str, Any]]:
 def _reason(name: str) -> Issue | None:
     """Return the first issue for which detectron2 cannot read a data set; None if unknown."""
     metadata = MetadataCatalog.get(name)
-    files: OwnFiles | None = None
-    if metadata.get("json_file"):
+    files = own_files(name)
+    if files is None and metadata.get("json_file"):
         files = CocoFile(metadata.json_file, metadata.get("image_root") or "")
-    elif metadata.get("dirname") and metadata.get("split"):
+    elif files is None and metadata.get("dirname") and metadata.get("split"):
         files = VOCFolder(metadata.dirname, metadata.split, metadata.get("thing_classes") or ())
     issues = files.issues(masks=False) if files else ()
     voc = isinstance(files, VOCFolder)  # detectron2's reader needs all annotations of VOC

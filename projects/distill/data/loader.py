@@ -171,22 +171,27 @@ class TrainLoader:
 class EvaluationLoader:
     """detectron2's test loader with a DataError that names the bad image.
 
-    It never drops images, because the results would not be those of the whole test set.
+    It never drops images, because the results would not be those of the whole test set. The first
+    ``TEST.VIS_IMAGES`` images of a process have their dataset dict as ``truth``.
     """
 
     def __init__(self, cfg: CfgNode, name: str):
         mapper = GuardedMapper(inference_mapper(cfg))
         self.loader = build_detection_test_loader(cfg, name, mapper=mapper)
         self.loader.worker_init_fn = _start_worker
+        self.drawn = cfg.TEST.VIS_IMAGES
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        drawn = islice(self.loader.sampler, self.drawn)
         for batch in _fetched(self.loader):
             for entry in batch:
                 if isinstance(entry, BadImage):
                     raise _unusable(entry, "an evaluation needs all images of its data set")
+            for entry, index in zip(batch, drawn):
+                entry["truth"] = self.loader.dataset._dataset[index]
             yield batch
 
 

@@ -1,4 +1,4 @@
-"""Registration of the data sets that a config describes, in three formats.
+"""Registration of the data sets that a config describes, in four formats.
 
 Each has a reader of its files, which also checks them. Training, evaluation and ``distill
 check-data`` use it instead of detectron2's readers.
@@ -14,14 +14,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import get_distill_cfg
 from ..errors import DataError
+from ..utils.text import choices
 from .checks.coco_file import CocoFile
 from .checks.issues import Issue
 from .checks.semantic_folders import SemanticFolders
 from .checks.voc_folder import VOCFolder
+from .checks.yolo_folder import SPLITS, YOLOFolder
 from .normalise import Rules
 
 FORMATS = {
     "COCO_FORMAT": "(name, annotations.json, image folder) triple",
+    "YOLO_FORMAT": "(name, data.yaml, split) triple",
     "VOC_FORMAT": "(name, folder, split, class names) entry",
     "SEM_SEG_FORMAT": "(name, image folder, label folder, class names) entry",
 }
@@ -56,7 +59,7 @@ class OwnSet(NamedTuple):
         key: the key that has it, below ``DATASETS``.
         name: name of the data set.
         places: the two names of files, folders or splits that follow.
-        classes: class names; empty if the annotation file has them.
+        classes: class names; empty if a file has them.
     """
 
     key: str
@@ -85,7 +88,8 @@ def _own_set(key: str, entry: Any) -> OwnSet:
     names = parts[3:]
     classes = names[0] if names and isinstance(names[0], (tuple, list)) else ()
     texts = [*parts[:3], *classes]
-    complete = len(parts) == 3 if key == "COCO_FORMAT" else len(parts) == 4 and classes
+    triple = key in ("COCO_FORMAT", "YOLO_FORMAT")
+    complete = len(parts) == 3 if triple else len(parts) == 4 and classes
     if not complete or not all(isinstance(x, str) and x for x in texts):
         raise DataError(f"DATASETS.{key}: {entry!r:.200} is not a {FORMATS[key]}.")
     repeated = next((x for x in classes if list(classes).count(x) > 1), "")
@@ -110,20 +114,31 @@ def own_files(name: str) -> OwnFiles | None:
     return reader() if reader else None
 
 
-def register_files(annotations: str, images: str) -> tuple[CfgNode, str]:
-    """Register an annotation file in COCO format; return a config that has it, and its name.
+def register_files(annotations: str, images: str, split: str = "") -> tuple[CfgNode, str]:
+    """Register annotations of the command line; return a config that has them, and their name.
 
     Args:
-        annotations: the file.
-        images: folder of its images.
+        annotations: a file in COCO format, or the data.yaml of a data set in YOLO's format.
+        images: folder of the images of a file in COCO format.
+        split: split of a data set in YOLO's format.
 
     Raises:
         DataError: the file or the folder is missing.
     """
-    cfg, name = get_distill_cfg(), f"{annotations} with {images}"
-    cfg.DATASETS.COCO_FORMAT = ((name, annotations, images),)
+    key, other = ("YOLO_FORMAT", split) if split else ("COCO_FORMAT", images)
+    cfg, name = get_distill_cfg(), f"{annotations} with {other}"
+    cfg.DATASETS[key] = ((name, annotations, other),)
     register_own_sets(cfg)
     return cfg, name
+
+
+def label_digests(cfg: CfgNode) -> dict[str, str]:
+    """Return a hash of the labels of each training set of ``DATASETS.YOLO_FORMAT``, by its name."""
+    names = [
+        x.name for x in own_sets(cfg) if x.key == "YOLO_FORMAT" and x.name in cfg.DATASETS.TRAIN
+    ]
+    files = {name: own_files(name) for name in names}
+    return {name: x.digest for name, x in files.items() if isinstance(x, YOLOFolder)}
 
 
 def register_own_sets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
@@ -158,6 +173,25 @@ def _register_coco(cfg: CfgNode, own: OwnSet) -> None:
     )
 
 
+def _register_yolo(cfg: CfgNode, own: OwnSet) -> None:
+    path, split = own.places
+    if not os.path.isfile(path):
+        raise DataError(f"DATASETS.YOLO_FORMAT '{own.name}': there is no file '{path}'.")
+    if split not in SPLITS:
+        raise DataError(
+            f"DATASETS.YOLO_FORMAT '{own.name}': the split is '{split}'; it must be one of: "
+            f"{choices(split, SPLITS)}."
+        )
+    rules = Rules.from_config(cfg)
+    _register(
+        own,
+        partial(YOLOFolder, path, split, rules),
+        {"json_file": path, "split": split},  # detectron2's evaluator looks for a json_file
+        {"rules": rules},
+        evaluator_type="coco",
+    )
+
+
 def _register_voc(cfg: CfgNode, own: OwnSet) -> None:
     folder, split = own.places
     _check_folders(own, *(os.path.join(folder, x) for x in ("Annotations", "JPEGImages")))
@@ -188,6 +222,7 @@ def _register_semantic(cfg: CfgNode, own: OwnSet) -> None:
 
 _REGISTER = {
     "COCO_FORMAT": _register_coco,
+    "YOLO_FORMAT": _register_yolo,
     "VOC_FORMAT": _register_voc,
     "SEM_SEG_FORMAT": _register_semantic,
 }

@@ -23,6 +23,21 @@ def drop_torn_row(path: str) -> None:
             f.truncate(f.read().rfind(b"\n") + 1)
 
 
+def take_new(scalars: Mapping[str, tuple[float, int]], written: dict[str, int]) -> dict[str, int]:
+    """Return the iterations of the scalars that are new, and note them as written.
+
+    Args:
+        scalars: latest value and iteration of each scalar.
+        written: last iteration of each scalar that has been written; changed in place.
+    """
+    latest = {name: iteration for name, (_, iteration) in scalars.items()}
+    new = {
+        name: iteration for name, iteration in latest.items() if iteration > written.get(name, -1)
+    }
+    written |= new
+    return new
+
+
 class RowWriter(JSONWriter):
     """detectron2's writer of ``metrics.json``, which may write an iteration twice.
 
@@ -36,11 +51,7 @@ class RowWriter(JSONWriter):
 
     def write(self) -> None:
         scalars = get_event_storage().latest_with_smoothing_hint(self._window_size)
-        latest = {name: iteration for name, (_, iteration) in scalars.items()}
-        new = {
-            k: iteration for k, iteration in latest.items() if iteration > self._written.get(k, -1)
-        }
-        self._written |= new
+        new = take_new(scalars, self._written)
         for iteration in sorted(set(new.values())):
             row = {name: value for name, (value, at) in scalars.items() if at == iteration}
             text = json.dumps({**row, "iteration": iteration}, sort_keys=True)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from inspect import getattr_static
@@ -21,7 +22,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, SemanticSegmentor
 from detectron2.solver import LRScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, has_event_storage
 from torch import nn
 
 from ..checkpoint.compare import optimizer_misfits, refuse_misfits, tensor_misfits
@@ -38,9 +39,11 @@ from ..config.resume import training_values
 from ..config.student import write_student
 from ..data.augment.mapper import AugmentingMapper
 from ..data.cityscapes import SemanticMapper
-from ..data.datasets import check_labels, load_training_sets
+from ..data.datasets import check_labels, load_training_sets, predicted_classes
 from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
+from ..data.registration import label_digests
+from ..evaluation.images import ImageEvaluator
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
 from ..modeling.balance import balance_of
@@ -71,6 +74,7 @@ from .report import Described, ReportHook, RunReport, reports
 from .resume import Changes, checked_changes, log_changes, schedule_misfits
 from .setup import be_deterministic, check_batch_size, scale_to_workers
 from .telemetry import RowWriter, add_row, drop_torn_row, rename_losses
+from .trackers import TrackerWriter, check_installed
 from .train_loop import TrainLoop
 
 logger = logging.getLogger(__name__)
@@ -101,6 +105,7 @@ class Trainer(DefaultTrainer):
             be_deterministic()
         given, cfg = cfg, scale_to_workers(cfg)
         check_batch_size(cfg)
+        check_installed(cfg)
         self.sets = load_training_sets(cfg)
         self.check_evaluation(cfg)
         model = self.build_model(cfg)
@@ -111,7 +116,8 @@ class Trainer(DefaultTrainer):
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teacher: Teacher | None = getattr(model, "teacher", None)
-        self.values = training_values(given, self.teacher.weights_hash() if self.teacher else "")
+        teacher = self.teacher.weights_hash() if self.teacher else ""
+        self.values = training_values(given, teacher, label_digests(cfg))
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
@@ -171,7 +177,12 @@ class Trainer(DefaultTrainer):
         rename_losses(log)
         *others, rows, tensorboard = super().build_writers()
         rows.close()
-        return [*others, RowWriter(log), tensorboard]
+        trainer = weakref.proxy(self)
+        trackers = [
+            TrackerWriter(name, self.cfg, lambda: trainer.start_iter > 0)
+            for name in self.cfg.TRACKERS
+        ]
+        return [*others, RowWriter(log), *trackers, tensorboard]
 
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
@@ -391,7 +402,12 @@ class Trainer(DefaultTrainer):
             output_folder: for the files that they write; None: ``OUTPUT_DIR/inference``.
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        return DatasetEvaluators(build_evaluators(cfg, dataset_name, folder))
+        evaluators = build_evaluators(cfg, dataset_name, folder)
+        drawn = cfg.TEST.VIS_IMAGES and not output_folder  # not with TEST.AUG
+        if drawn and has_event_storage() and comm.is_main_process():
+            classes = predicted_classes(cfg, dataset_name)
+            evaluators.append(ImageEvaluator(dataset_name, classes))
+        return DatasetEvaluators(evaluators)
 
     @classmethod
     def check_evaluation(cls, cfg: CfgNode, *, training: bool = True) -> None:

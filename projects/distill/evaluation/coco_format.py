@@ -17,7 +17,7 @@ from ..data.checks.coco_file import CocoFile
 from ..data.checks.issues import ESCAPE, is_number
 from ..data.datasets import find_issues
 from ..data.normalise import Rules
-from ..data.registration import is_own_set
+from ..data.registration import is_own_set, own_files
 from ..errors import DataError
 from ..utils.text import clause
 
@@ -66,10 +66,11 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
         DataError: if the data set cannot be read or evaluated.
     """
     metadata = MetadataCatalog.get(name)
-    file = None
-    if metadata.get("json_file"):
-        rules = metadata.get("rules") or Rules(clip_boxes=False, keep_groups=True)
+    file = own_files(name)
+    if file is None and metadata.get("json_file"):
+        rules = Rules(clip_boxes=False, keep_groups=True)
         file = CocoFile(metadata.json_file, metadata.get("image_root") or "", rules)
+    if isinstance(file, CocoFile):
         issues = [*file.issues(masks=False), *file.evaluation_issues(masks=False)]
     else:
         issues = find_issues(cfg, name)[0]
@@ -77,9 +78,9 @@ def load_truth(cfg: CfgNode, name: str) -> COCO:
         # Issues of single images matter only in training. A path out of the folder always matters.
         if issue.fatal and (not issue.image or issue.kind == ESCAPE):
             raise DataError(f"Data set '{name}', {issue.where}: {issue.detail}.")
-    if not metadata.get("json_file") and not metadata.get("thing_classes"):
+    if not isinstance(file, CocoFile) and not metadata.get("thing_classes"):
         raise DataError(f"Data set '{name}' has no objects with boxes.")
-    content = file.content if file else convert_to_coco_dict(name)
+    content = file.content if isinstance(file, CocoFile) else convert_to_coco_dict(name)
     images = {x["id"] for x in content["images"]}
     annotations = [x for x in content.get("annotations", ()) if x["image_id"] in images]
     if all(x["iscrowd"] for x in annotations):

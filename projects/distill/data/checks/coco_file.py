@@ -42,6 +42,7 @@ class CocoFile:
 
     Attributes:
         path, image_root, rules: as given.
+        roots: folders in which images must be, see :func:`path_issues`.
         content: content of the file; empty if it cannot be read.
         problem: why the file cannot be read, or "".
         remarks: changes by :func:`normalise`.
@@ -51,6 +52,7 @@ class CocoFile:
         self.path = path
         self.image_root = image_root
         self.rules = rules
+        self.roots = [as_root(image_root)]
         self.content: dict[str, Any] = {}
         self.problem = self._read()
         self.remarks = normalise(self.content, path, image_root, rules) if rules else []
@@ -99,7 +101,7 @@ class CocoFile:
             if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
                 continue
             entry = self._entry(image)
-            if not any(path_issues(entry, [as_root(self.image_root)])):
+            if not any(path_issues(entry, self.roots)):
                 entries.append(entry)
         return entries
 
@@ -187,10 +189,9 @@ class CocoFile:
         return list(good.values())
 
     def _image_issues(self, images: Sequence[Mapping[str, Any]]) -> Iterator[Issue]:
-        roots = [as_root(self.image_root)]
         for image in images:
             path = os.path.join(self.image_root, image["file_name"])
-            yield from path_issues({"file_name": path}, roots)
+            yield from path_issues({"file_name": path}, self.roots)
             _, problem = image_size(image)
             if problem or image["width"] is None:
                 problem = problem or Problem("image without a size", "it has no size")
@@ -225,8 +226,13 @@ class CocoFile:
             droppable = problem.kind not in (WRONG_TYPE, "unknown category")
             yield problem.at(self._place(path, annotation), path if droppable else "")
 
-    @staticmethod
-    def _place(path: str, annotation: Mapping[str, Any]) -> str:
+    def _place(self, path: str, annotation: Mapping[str, Any]) -> str:
+        """Return the place of an annotation, for messages.
+
+        Args:
+            path: path of its image, or of the file if the image is unknown.
+            annotation: the annotation.
+        """
         return f"{path} (annotation {annotation['id']!r:.99})"
 
 

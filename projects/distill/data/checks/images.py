@@ -2,11 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
@@ -20,13 +21,17 @@ from ...utils.text import clause
 from ..cityscapes import label_problem
 from .issues import Issue, Problem, Size, image_size, name_of
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 LABEL_VALUES = "label_values"
 """Key of dataset dicts whose labels are decoded: number of classes, and value to ignore."""
 
 _TRANSPOSING = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 _TOO_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _WINDOW = 256  # number of images that are checked one by one if one of them kills its process
-_READERS = 16  # threads that read headers, most of which wait for the disk
+_READERS = 16  # threads that read files, most of which wait for the disk
 
 
 def _files(entry: Mapping[str, Any]) -> list[tuple[str, bool]]:
@@ -60,6 +65,23 @@ def header_issues(entry: Mapping[str, Any], sizes: bool = False) -> Iterator[Iss
         size = size or found
         if problem:
             yield problem.at(path, name_of(entry))
+
+
+def read_header(path: str) -> tuple[Size | None, Problem | None]:
+    """Return the width and height that detectron2 reads from an image, and its problem.
+
+    Both may be None. An image is read once by a process while it does not change.
+    """
+    try:
+        changed = os.stat(path).st_mtime_ns
+    except OSError:
+        changed = 0
+    return _known_header(path, changed)
+
+
+@cache
+def _known_header(path: str, changed: int) -> tuple[Size | None, Problem | None]:
+    return _header(path, labels=False, sizes=True)
 
 
 def _header(
@@ -214,6 +236,12 @@ def _orientation(image: Image.Image) -> int:
 # --------------------------------------------------------------------------------- many images
 
 
+def in_threads(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield the results of a function that mostly waits for the disk, in the order of ``items``."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(read, items)
+
+
 def inspect_headers(entries: Sequence[Mapping[str, Any]], title: str) -> list[Issue]:
     """Return the :func:`header_issues` of many images, which the processes of a run share.
 
@@ -222,8 +250,8 @@ def inspect_headers(entries: Sequence[Mapping[str, Any]], title: str) -> list[Is
         title: title of the bar that shows the progress on a terminal.
     """
     own = entries[comm.get_rank() :: comm.get_world_size()]
-    with ThreadPoolExecutor(_READERS) as pool, Progress(json=True, transient=True) as progress:
-        by_image = pool.map(lambda entry: list(header_issues(entry, sizes=True)), own)
+    with Progress(json=True, transient=True) as progress:
+        by_image = in_threads(lambda entry: list(header_issues(entry, sizes=True)), own)
         tracked = progress.track(by_image, total=len(own), description=title)
         found = [issue for issues in tracked for issue in issues]
     return [issue for part in comm.all_gather(found) for issue in part]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from .images import IMAGE_SUFFIXES
 from .issues import Issue
-
-_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 class SemanticFolders:
@@ -24,7 +23,7 @@ class SemanticFolders:
     """
 
     def __init__(self, images: str, labels: str):
-        files = sorted(x for x in os.listdir(images) if Path(x).suffix.lower() in _IMAGES)
+        files = sorted(x for x in os.listdir(images) if Path(x).suffix.lower() in IMAGE_SUFFIXES)
         stems = [Path(x).stem for x in files]
         self._dicts = [
             {
