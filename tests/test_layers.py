@@ -18,10 +18,10 @@ ALLOWED = {
     ".structures": "torch detectron2 .errors",
     ".section": "torch detectron2 .errors .utils",
     ".losses": "torch torchvision",
-    ".nets": "torch torchvision detectron2 fvcore timm .section .utils .losses.boxes"
+    ".nets": "torch torchvision detectron2 fvcore timm omegaconf .section .utils .losses.boxes"
     " .losses.reduce",
     ".heads": "* .losses .section .structures .errors .utils",
-    ".families": "* .losses.boxes .structures .errors .utils.training",
+    ".families": "* .losses.boxes .nets.features .structures .errors .utils.training",
     ".checkpoint": "",
     ".checkpoint.unpickler": "*",
     ".checkpoint.compare": "torch .errors .utils",

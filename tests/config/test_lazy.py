@@ -11,9 +11,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from distill import DistillModel
 from distill.config import load_config, teacher_config
-from distill.config.lazy import ZOO
 from distill.errors import ConfigError, WeightsError
 from distill.modeling.teacher import Teacher, build_teacher
+from distill.nets.lazy import ZOO
 from tests.support.networks import image_dict, kd_losses, tiny_cfg
 
 FILE, OPTS = "MODEL.DISTILL.TEACHER.CONFIG_FILE", "MODEL.DISTILL.TEACHER.OPTS"

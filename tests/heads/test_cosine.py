@@ -26,7 +26,7 @@ def test_value_by_hand() -> None:
     student = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
     teacher = torch.tensor([5.0, 0.0]).view(1, 2, 1, 1)
     torch.testing.assert_close(cosine(student, teacher), torch.tensor(0.4))
-    torch.testing.assert_close(cosine(7 * student, 0.1 * teacher), torch.tensor(0.4))
+    torch.testing.assert_close(cosine(7 * student, 1e-12 * teacher), torch.tensor(0.4))
     torch.testing.assert_close(cosine(-student, student), torch.tensor(2.0))
 
 

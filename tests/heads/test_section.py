@@ -270,15 +270,15 @@ def test_a_row_of_the_reference_says_all_of_a_key():
 
 
 @pytest.fixture
-def cosine():
+def angle():
     """A registered head, and its registration undone."""
 
     @DISTILL_HEAD_REGISTRY.register()
-    class Cosine(FPNDistillHead):
+    class Angle(FPNDistillHead):
         section = Section(
             WEIGHT=Presets(DenseDetector=2.0, GeneralizedRCNN=3.0),
             WARMUP_ITERS=100,
-            POWER=Key(1.0, "exponent of the cosine", POSITIVE),
+            POWER=Key(1.0, "exponent of the angle", POSITIVE),
             NEAR=Key(1.0, "factor of the nearest cells", at_least(0), term=True),
             FAR=Key(0.0, "factor of the other cells", at_least(0), term=True),
         )
@@ -288,39 +288,39 @@ def cosine():
             super().__init__(**kwargs)
             self.options = power, near, far
 
-    yield Cosine
-    DISTILL_HEAD_REGISTRY._obj_map.pop("Cosine")
+    yield Angle
+    DISTILL_HEAD_REGISTRY._obj_map.pop("Angle")
 
 
-def test_a_users_head_has_its_section(cosine):
-    section = get_distill_cfg().MODEL.DISTILL.COSINE
+def test_a_users_head_has_its_section(angle):
+    section = get_distill_cfg().MODEL.DISTILL.ANGLE
     assert section == {
         **{"WEIGHT": -1.0, "WARMUP_ITERS": 100, "STOP_ITER": 0, "IN_FEATURES": ()},
         **{"POWER": 1.0, "NEAR": 1.0, "FAR": 0.0},
     }
 
 
-def test_a_users_head_is_built_from_its_section(cosine):
-    head = built_head(cosine, "faster", "MODEL.DISTILL.COSINE.POWER", 2.0)
+def test_a_users_head_is_built_from_its_section(angle):
+    head = built_head(angle, "faster", "MODEL.DISTILL.ANGLE.POWER", 2.0)
     assert head.options == (2.0, 1.0, 0.0) and head.weight == 3.0
-    assert built_head(cosine, "retinanet").weight == 2.0
+    assert built_head(angle, "retinanet").weight == 2.0
 
 
 @pytest.mark.parametrize(
     "opts, words",
     [
-        (("POWER", 0.0), ["MODEL.DISTILL.COSINE.POWER is 0.0", "above 0"]),
+        (("POWER", 0.0), ["MODEL.DISTILL.ANGLE.POWER is 0.0", "above 0"]),
         (
             ("WEIGHT", -2.0),
-            ["MODEL.DISTILL.COSINE.WEIGHT is -2.0", "at least 0", "-1 for the auth"],
+            ["MODEL.DISTILL.ANGLE.WEIGHT is -2.0", "at least 0", "-1 for the auth"],
         ),
-        (("NEAR", 0.0), ["MODEL.DISTILL.COSINE: NEAR, FAR are all 0"]),
-        (("IN_FEATURES", (3,)), ["MODEL.DISTILL.COSINE.IN_FEATURES is (3,)", "list of texts"]),
+        (("NEAR", 0.0), ["MODEL.DISTILL.ANGLE: NEAR, FAR are all 0"]),
+        (("IN_FEATURES", (3,)), ["MODEL.DISTILL.ANGLE.IN_FEATURES is (3,)", "list of texts"]),
     ],
 )
-def test_a_users_head_gets_the_same_checks(opts, words, cosine):
+def test_a_users_head_gets_the_same_checks(opts, words, angle):
     cfg = users_cfg()
-    cfg.MODEL.DISTILL.COSINE[opts[0]] = opts[1]
+    cfg.MODEL.DISTILL.ANGLE[opts[0]] = opts[1]
     with pytest.raises(ConfigError) as error:
         validate_config(cfg, training=False)
     assert all(word in str(error.value) for word in words), error.value
@@ -329,25 +329,25 @@ def test_a_users_head_gets_the_same_checks(opts, words, cosine):
 def users_cfg():
     return tiny_cfg(
         "faster",
-        *("MODEL.META_ARCHITECTURE", "DistillRCNN", "MODEL.DISTILL.HEADS", ("Cosine",)),
+        *("MODEL.META_ARCHITECTURE", "DistillRCNN", "MODEL.DISTILL.HEADS", ("Angle",)),
     )
 
 
-def test_a_users_head_may_check_keys_together(cosine, monkeypatch):
+def test_a_users_head_may_check_keys_together(angle, monkeypatch):
     def check(cls, cfg):
-        raise ConfigError(f"{cfg.MODEL.DISTILL.COSINE.POWER} is odd")
+        raise ConfigError(f"{cfg.MODEL.DISTILL.ANGLE.POWER} is odd")
 
     cfg = users_cfg()
     validate_config(cfg, training=False)
-    monkeypatch.setattr(cosine, "check_config", classmethod(check))
+    monkeypatch.setattr(angle, "check_config", classmethod(check))
     with pytest.raises(ConfigError, match=r"1\.0 is odd"):
         validate_config(cfg, training=False)
 
 
-def test_a_head_that_is_registered_too_late_says_so(cosine):
+def test_a_head_that_is_registered_too_late_says_so(angle):
     cfg = users_cfg()
-    del cfg.MODEL.DISTILL["COSINE"]
-    with pytest.raises(ConfigError, match=r"Cosine has no config section; .*get_distill_cfg"):
+    del cfg.MODEL.DISTILL["ANGLE"]
+    with pytest.raises(ConfigError, match=r"Angle has no config section; .*get_distill_cfg"):
         validate_config(cfg, training=False)
 
 

@@ -36,6 +36,7 @@ def objects(x):
 
 LOSSES = {
     "at": (losses.at, MAP),
+    "cosine": (losses.cosine, MAP),
     "binary_kl": (losses.binary_kl, ROWS),
     "categorical_kl": (losses.categorical_kl, ROWS),
     "channel_alignment": (losses.channel_alignment, MAP),

@@ -89,7 +89,7 @@ def test_code_runs_only_if_the_user_allows_it(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("net = 3", "returns a int, no nn.Module"),
-        ("raise OSError('no such disk')", "cannot be built by 'build' .* OSError no such disk"),
+        ("raise OSError('no such disk')", "'build' of .* raises OSError no such disk"),
         ("del Net.strides", "needs an attribute `strides`"),
         ("Net.strides = {'fine': 16}", r"'fine' of stride 16 has shape \(1, 5, 4, 6\)"),
         ("Net.strides = {'other': 32}", "'other' of stride 32 has shape None"),

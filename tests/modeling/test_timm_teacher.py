@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from distill import DistillModel
-from distill.config import teacher_config
+from distill.config import teacher_config, validate_config
 from distill.errors import ConfigError, WeightsError
 from distill.heads.fpn import on_grid
 from distill.modeling.teacher import Teacher, build_teacher
@@ -151,5 +151,6 @@ def test_it_only_teaches() -> None:
     model = tokens_of("test_vit").model
     maps = model([{"image": torch.zeros(3, 40, 56)}])
     assert [tuple(x.shape[2:]) for x in maps.values()] == [(3, 4)]
-    with pytest.raises(ConfigError, match="it only teaches"):
-        model.train()([{"image": torch.zeros(3, 40, 56)}])
+    cfg = tiny_cfg("faster", "MODEL.META_ARCHITECTURE", "FeatureExtractor")
+    with pytest.raises(ConfigError, match="FeatureExtractor only teaches"):
+        validate_config(cfg, training=False)

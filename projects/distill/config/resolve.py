@@ -11,9 +11,9 @@ from detectron2.config import CfgNode, get_cfg
 from ..errors import ConfigError
 from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets import add_config_read_by
+from ..nets.lazy import CODE, describe_lazy, is_lazy, zoo_path
 from ..utils.text import choices
 from .architecture import student_architecture
-from .lazy import CODE, describe_lazy, is_lazy, zoo_path
 from .load import find_config, load_config, permissions, refuse_permissions
 
 with warnings.catch_warnings():
@@ -123,7 +123,10 @@ def _lazy_teacher(node: CfgNode, trained: bool, allowed: Sequence[str]) -> CfgNo
     """Return the config of a LazyConfig's network; one of the model zoo is found by its name."""
     zoo = zoo_path(node.CONFIG_FILE)
     teacher = load_config("", [CODE, CODE in allowed])
-    describe_lazy(teacher, zoo or node.CONFIG_FILE, list(node.OPTS))
+    try:
+        describe_lazy(teacher, zoo or node.CONFIG_FILE, list(node.OPTS))
+    except ValueError as e:
+        raise ConfigError(f"MODEL.DISTILL.TEACHER.CONFIG_FILE: {e}.") from e
     if node.WEIGHTS:
         teacher.MODEL.WEIGHTS = node.WEIGHTS
     elif trained and zoo:

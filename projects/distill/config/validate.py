@@ -23,6 +23,7 @@ from .detectron2_rules import check_read, check_rules, check_together, leaves
 from .resolve import teacher_config
 
 INHERITED_PARTS = ("neck", "head")
+ONLY_TEACH = ("FeatureExtractor", "LazyNetwork")
 
 
 def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
@@ -45,6 +46,11 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
     check_read(cfg)
     architectures = [name for name, _ in META_ARCH_REGISTRY]
     check_choice("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    if student_architecture(cfg) in ONLY_TEACH:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {student_architecture(cfg)} only teaches; set it to the "
+            "student's."
+        )
     _validate_data(cfg, training)
     if cfg.MODEL.DISTILL.HEADS or cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .reduce import same_shape, unit
+from .reduce import connected_zero, same_shape, unit
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -24,5 +24,10 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
+    if student.numel() == 0:
+        return connected_zero(student)
+    # The largest value becomes 1, so that tiny features have a direction, too.
+    largest = teacher.abs().amax((1, 2, 3), True)
+    teacher = teacher / largest.where(largest > 0, 1)
     cosines = (unit(student, 1) * unit(teacher, 1)).sum(1)
-    return (1 - cosines).sum() / max(cosines.numel(), 1)
+    return (1 - cosines).mean()

@@ -9,8 +9,6 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-
 
 @META_ARCH_REGISTRY.register()
 class FeatureExtractor(nn.Module):
@@ -45,16 +43,7 @@ class FeatureExtractor(nn.Module):
         return self.pixel_mean.device  # type: ignore[return-value]
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the maps of detectron2's inputs by name.
-
-        Raises:
-            ConfigError: it is trained, for which it has no loss.
-        """
-        if self.training:
-            raise ConfigError(
-                "MODEL.META_ARCHITECTURE FeatureExtractor has no loss: it only teaches. Set it to "
-                "the student's architecture."
-            )
+        """Return the maps of detectron2's inputs by name; it has no losses."""
         images = [
             (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
         ]

@@ -13,7 +13,6 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..utils.text import clause
 
 
@@ -92,17 +91,16 @@ def build_module_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     The function is called with ``MODEL.MODULE.WEIGHTS``. It is code, which only the user may allow.
 
     Raises:
-        ConfigError: there is no such file or function, or it is not allowed.
-        ValueError: it returns no network that can teach.
+        ValueError: it is not allowed, it fails, or it returns no network that can teach.
     """
     path, _, name = cfg.MODEL.MODULE.FUNCTION.rpartition(":")
     if not cfg.MODEL.get("ALLOW_CODE", False):
-        raise ConfigError(
+        raise ValueError(
             f"The teacher '{path}' is code; add 'MODEL.ALLOW_CODE True' to the command if you "
-            "trust it."
+            "trust it"
         )
     if not Path(path).is_file():
-        raise ConfigError(f"There is no file '{path}', which should build the teacher.")
+        raise ValueError(f"there is no file '{path}'")
     spec: Any = importlib.util.spec_from_file_location("distill_teacher", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -110,9 +108,7 @@ def build_module_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         function = getattr(module, name)
         network = function(cfg.MODEL.MODULE.WEIGHTS)
     except Exception as e:  # it is code, which may raise anything
-        raise ConfigError(
-            f"The teacher cannot be built by '{name}' of '{path}': {type(e).__name__} {clause(e)}."
-        ) from e
+        raise ValueError(f"'{name}' of '{path}' raises {type(e).__name__} {clause(e)}") from e
     if not isinstance(network, nn.Module):
         raise ValueError(f"'{name}' of '{path}' returns a {type(network).__name__}, no nn.Module")
     return ModuleBackbone(network)
