@@ -37,6 +37,8 @@ COMMANDS = {
     "check-data": Command("analysis.check_data", "list every fault in the data sets of a config"),
     "anchors": Command("analysis.anchors", "find anchors for the boxes of a training set"),
     "compare": Command("experiments.compare", "train one student with many methods, and compare"),
+    "export": Command("export.main", "export a student to ONNX or TorchScript"),
+    "predict": Command("export.predict", "detect objects in images, folders and videos"),
     "prove": Command("experiments.prove", "decide if a distillation pays, for equal time"),
     "ablate": Command("experiments.ablation", "compare the variants of a method on rendered data"),
     "analyze": Command("analysis.analyze", "compare the detections of several models"),

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterable
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -63,3 +64,8 @@ def cell(value: Any, digits: int = 1) -> str:
 def image(data: bytes, kind: str, text: str) -> str:
     encoded = base64.b64encode(data).decode()
     return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{encoded}">'
+
+
+def link_image(path: str) -> str:
+    """Return an image that is a file beside the page, by its path relative to the page."""
+    return f'<img alt="{escape(path)}" src="{escape(quote(path))}">'

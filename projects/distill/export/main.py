@@ -1,0 +1,292 @@
+"""Export a student to ONNX or TorchScript, and compare the file with its network.
+
+    distill export output/student --format onnx [--out student.onnx] [--size 640x640]
+        [--preprocessing outside] [--postprocessing outside] [--images 8] [--evaluate]
+
+The folder is the OUTPUT_DIR of a training. Before the file is kept, it runs on images of the test
+set, or of --image-folder. Its outputs must be those of the network, and its detections must be
+those of the network's own inference, one to one. A report is written beside the file.
+
+Images are resized and padded outside of the file. With --preprocessing inside, it normalizes them.
+With --postprocessing inside, it returns detections, otherwise the outputs of the layers.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..config.student import get_student_cfg
+from ..engine import Trainer, load_student, setup_config
+from ..engine.evaluators import check_test_sets
+from ..errors import ConfigError
+from ..utils.arguments import at_least, size
+from ..utils.io import write_json
+from ..utils.progress import Progress
+from ..utils.provenance import command, versions
+from .graphs import build_graph, exportable
+from .parity import Parity, compare, network_pixels, reference
+from .predict import folder_images
+from .runner import Prediction, Predictor, read_image
+from .writer import FORMATS, OPSET, OPSETS, export_info, keep_outputs, load, network_info, write
+
+CONFIG, TRAINED = "student.yaml", "config.yaml"  # files of a training
+WHERE = ("inside", "outside")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="OUTPUT_DIR of a training")
+    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: student.* in FOLDER")
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="WIDTHxHEIGHT",
+        help="fixed size of the input in pixels; default: any size",
+    )
+    for name, work in (("preprocessing", "normalization"), ("postprocessing", "NMS and masks")):
+        text = f"{work} inside or outside of the file; default: inside"
+        parser.add_argument(f"--{name}", choices=WHERE, default="inside", help=text)
+    parser.add_argument(
+        "--opset", type=int, choices=OPSETS, default=OPSET, help=f"of ONNX; default: {OPSET}"
+    )
+    parser.add_argument(
+        "--images", type=at_least(1), default=8, help="number of compared images; default: 8"
+    )
+    parser.add_argument(
+        "--image-folder", type=Path, metavar="DIR", help="images to compare, if not the test set"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="evaluate the network and the file on the test set"
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="overrides of the config by which the test set is found, after all options",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    with Progress() as progress:
+        cfg = student_cfg(args.folder)
+        if args.evaluate and args.postprocessing == "outside":
+            raise ConfigError("--evaluate needs detections; use --postprocessing inside.")
+        model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
+        files = image_files(args)
+        path = args.out or args.folder / f"student{FORMATS[args.format]}"
+        parity = export(cfg, model, path, files, args, progress)
+        report = {
+            "command": command(),
+            "versions": versions(),
+            "info": load(path).info,
+            "bytes": os.path.getsize(path),
+            "parity": asdict(parity),
+        }
+        if args.evaluate:
+            report["metrics"] = evaluate(test_cfg(args.folder, args.opts), model, path, progress)
+    write_json(path.with_suffix(".json"), report)
+    show(path, report)
+    return 0
+
+
+def student_cfg(folder: Path, device: str = "cpu") -> CfgNode:
+    """Return the config of the student in a folder, for a device.
+
+    Raises:
+        ConfigError: if the folder is not one of a training.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"'{folder}' has no {CONFIG}; name the OUTPUT_DIR of a training.")
+    cfg = get_student_cfg(str(folder / CONFIG))
+    cfg.MODEL.DEVICE = device
+    return cfg
+
+
+def student_predictor(folder: Path) -> tuple[Callable[[Image.Image], Prediction], list[str]]:
+    """Return a function that predicts with the student in a folder, and its class names."""
+    cfg = student_cfg(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
+    info = network_info(cfg, model, None)
+
+    def predict(image: Image.Image) -> Prediction:
+        return reference(model, network_pixels(image, info), image, info)
+
+    return predict, info["thing_classes"]
+
+
+def test_cfg(folder: Path, opts: Sequence[str] = ()) -> CfgNode:
+    """Return the config of the training in a folder, whose test sets are registered.
+
+    Args:
+        folder: OUTPUT_DIR of the training.
+        opts: KEY VALUE overrides.
+
+    Raises:
+        ConfigError: if there is no test set.
+    """
+    config = next(x for x in (folder / TRAINED, folder / CONFIG) if x.is_file())
+    cfg = setup_config(str(config), [*opts, "MODEL.DEVICE", "cpu"], training=False)
+    if not cfg.DATASETS.TEST:
+        raise ConfigError(f"DATASETS.TEST of '{config}' is empty; name images by --image-folder.")
+    check_test_sets(cfg)
+    return cfg
+
+
+def image_files(args: argparse.Namespace) -> list[str]:
+    """Return evenly spaced images of ``--image-folder``, or of the first test set.
+
+    Raises:
+        DistillError: if there are no images.
+    """
+    if args.image_folder is None:
+        name = test_cfg(args.folder, args.opts).DATASETS.TEST[0]
+        files = [x["file_name"] for x in DatasetCatalog.get(name)]
+    else:
+        files = [str(x) for x in folder_images(args.image_folder)]
+    step = max(len(files) / args.images, 1.0)
+    return [files[int(k * step)] for k in range(min(args.images, len(files)))]
+
+
+def export(
+    cfg: CfgNode,
+    model: nn.Module,
+    path: Path,
+    files: Sequence[str],
+    args: argparse.Namespace,
+    progress: Progress,
+) -> Parity:
+    """Write a file that is kept only if it agrees with its network.
+
+    Args:
+        cfg: config of the student.
+        model: the student.
+        path: the file.
+        files: images to compare.
+        args: the options ``format``, ``size``, ``preprocessing``, ``postprocessing``, ``opset``.
+        progress: display of the stages.
+
+    Raises:
+        ConfigError: if the network cannot be exported.
+        ParityError: if the file differs from its network.
+    """
+    normalizes, final = args.preprocessing == "inside", args.postprocessing == "inside"
+    copy = exportable(model)
+    graph = build_graph(copy, normalizes=normalizes)
+    chosen = build_graph(copy, normalizes=normalizes, with_raw=not final, with_final=final)
+    info = export_info(cfg, chosen, args.size and args.size[::-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    task = progress.add_task(f"export to {args.format}", total=2)
+    # In the same folder, so that the file can be renamed.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        full, kept = (Path(folder, f"{x}{FORMATS[args.format]}") for x in ("full", "kept"))
+        write(graph, info, full, args.format, args.opset)
+        progress.advance(task)
+        keep_outputs(chosen, full, kept, args.format)
+        progress.advance(task)
+        task = progress.add_task("compare with the network", total=len(files))
+        images = (read_image(x) for x in progress.track(files, task_id=task))
+        stock = build_graph(model, normalizes=normalizes, with_final=False)
+        parity = compare(model, stock, load(full), load(kept), images)
+        parity.check()
+        os.replace(kept, path)
+    return parity
+
+
+# ---- Evaluation.
+
+
+class ExportedModel(nn.Module):
+    """An exported file with the contract of a detectron2 network in evaluation.
+
+    Images are read from their files and resized by the runner, so all of it is evaluated.
+
+    Args:
+        predictor: the file.
+    """
+
+    def __init__(self, predictor: Predictor):
+        super().__init__()
+        self.predictor = predictor
+        self.eval()
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [as_output(self.predictor(read_image(x["file_name"]))) for x in batched_inputs]
+
+
+def as_output(prediction: Prediction) -> dict[str, Any]:
+    """Convert a prediction to the output of a detectron2 network for one image."""
+    instances = Instances(prediction.size)
+    instances.pred_boxes = Boxes(torch.from_numpy(prediction.boxes))
+    instances.scores = torch.from_numpy(prediction.scores)
+    instances.pred_classes = torch.from_numpy(prediction.classes)
+    if prediction.masks is not None:
+        instances.pred_masks = torch.from_numpy(prediction.masks)
+    output: dict[str, Any] = {"instances": instances}
+    if prediction.sem_seg is not None:
+        output["sem_seg"] = torch.from_numpy(prediction.sem_seg)
+    if prediction.segments is not None:
+        segments = torch.from_numpy(prediction.segments)
+        output["panoptic_seg"] = segments, list(prediction.segments_info)
+    return output
+
+
+def evaluate(
+    cfg: CfgNode, model: nn.Module, path: Path, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of the network and of a file on the test sets of a config.
+
+    Args:
+        cfg: the config, see :func:`test_cfg`.
+        model: the network.
+        path: the file.
+        progress: display of the stages.
+    """
+    exported = load(path)
+    file = ExportedModel(Predictor(exported.run, exported.inputs, exported.info))
+    results: dict[str, dict[str, float]] = {}
+    for title, network in {"network": model, "file": file}.items():
+        found = {}
+        for name in cfg.DATASETS.TEST:
+            loader = Trainer.build_test_loader(cfg, name)
+            task = progress.add_task(f"evaluate the {title} on {name}", total=len(loader))
+            advance = {"after_inference": partial(progress.advance, task)}
+            with tempfile.TemporaryDirectory() as out:
+                evaluator = Trainer.build_evaluator(cfg, name, out)
+                found[name] = inference_on_dataset(network, loader, evaluator, advance)
+        results[title] = flatten_results_dict(found)
+    return results
+
+
+def show(path: Path, report: dict[str, Any]) -> None:
+    """Print the report of an export."""
+    parity, console = report["parity"], Console()
+    console.print(
+        f"{path}: {report['bytes'] / 2**20:.1f} MiB. On {parity['images']} images the outputs of "
+        f"its layers differ by at most {parity['raw']:.0e}. {parity['detections']} detections are "
+        f"the same (boxes within {parity['box']:.0e} pixels, scores within {parity['score']:.0e}); "
+        f"{parity['excused']} near a threshold are in one of the two only.",
+        markup=False,
+    )
+    if "metrics" not in report:
+        return
+    table = Table("metric", "network", "file")
+    both = report["metrics"]
+    for name, value in both["network"].items():
+        table.add_row(name, *(f"{x:.3f}" for x in (value, both["file"].get(name, float("nan")))))
+    console.print(table)
