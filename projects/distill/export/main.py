@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
             "parity": asdict(parity),
         }
         if args.evaluate:
-            report["metrics"] = evaluate(test_cfg(args.folder, args.opts), model, path, progress)
+            test = test_cfg(args.folder, args.opts)
+            networks = {"network": model, "file": exported_model(path)}
+            report["metrics"] = {k: evaluate(test, x, progress, k) for k, x in networks.items()}
     write_json(path.with_suffix(".json"), report)
     show(path, report)
     return 0
@@ -130,7 +132,7 @@ def student_predictor(folder: Path) -> tuple[Callable[[Image.Image], Prediction]
     return predict, info["thing_classes"]
 
 
-def test_cfg(folder: Path, opts: Sequence[str] = ()) -> CfgNode:
+def test_cfg(folder: Path, opts: Sequence[Any] = ()) -> CfgNode:
     """Return the config of the training in a folder, whose test sets are registered.
 
     Args:
@@ -246,31 +248,28 @@ def as_output(prediction: Prediction) -> dict[str, Any]:
     return output
 
 
-def evaluate(
-    cfg: CfgNode, model: nn.Module, path: Path, progress: Progress
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of the network and of a file on the test sets of a config.
+def exported_model(path: Path) -> ExportedModel:
+    """Return the network of a file, for an evaluator."""
+    return ExportedModel(Predictor(*load(path)))
+
+
+def evaluate(cfg: CfgNode, network: nn.Module, progress: Progress, title: str) -> dict[str, float]:
+    """Return the metrics of a network on the test sets of a config.
 
     Args:
         cfg: the config, see :func:`test_cfg`.
-        model: the network.
-        path: the file.
-        progress: display of the stages.
+        network: a detectron2 network in evaluation mode, or an :class:`ExportedModel`.
+        progress, title: display of the stage.
     """
-    exported = load(path)
-    file = ExportedModel(Predictor(exported.run, exported.inputs, exported.info))
-    results: dict[str, dict[str, float]] = {}
-    for title, network in {"network": model, "file": file}.items():
-        found = {}
-        for name in cfg.DATASETS.TEST:
-            loader = Trainer.build_test_loader(cfg, name)
-            task = progress.add_task(f"evaluate the {title} on {name}", total=len(loader))
-            advance = {"after_inference": partial(progress.advance, task)}
-            with tempfile.TemporaryDirectory() as out:
-                evaluator = Trainer.build_evaluator(cfg, name, out)
-                found[name] = inference_on_dataset(network, loader, evaluator, advance)
-        results[title] = flatten_results_dict(found)
-    return results
+    found = {}
+    for name in cfg.DATASETS.TEST:
+        loader = Trainer.build_test_loader(cfg, name)
+        task = progress.add_task(f"evaluate the {title} on {name}", total=len(loader))
+        advance = {"after_inference": partial(progress.advance, task)}
+        with tempfile.TemporaryDirectory() as out:
+            evaluator = Trainer.build_evaluator(cfg, name, out)
+            found[name] = inference_on_dataset(network, loader, evaluator, advance)
+    return flatten_results_dict(found)
 
 
 def show(path: Path, report: dict[str, Any]) -> None:

@@ -223,7 +223,8 @@ def disagreement(actual: Array, expected: Array) -> float:
         return 0.0
     scale = np.maximum(np.abs(expected), np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
     difference = np.abs(actual - expected)
-    ratio = np.divide(difference, scale, out=np.zeros(scale.shape), where=difference > 0)
+    with np.errstate(divide="ignore"):  # a map of zeros
+        ratio = np.divide(difference, scale, out=np.zeros(scale.shape), where=difference != 0)
     return float(ratio.max())
 
 

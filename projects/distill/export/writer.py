@@ -277,14 +277,16 @@ def load_torchscript(path: Path) -> Exported:
     """Load a TorchScript file; arguments as :func:`load`."""
     extra = {METADATA: ""}
     try:
-        network = torch.jit.load(str(path), "cpu", extra)
+        with quiet():
+            network = torch.jit.load(str(path), "cpu", extra)
         info = json.loads(extra[METADATA])
     except (RuntimeError, ValueError) as e:
         raise ExportError(f"'{path}' was not written by `distill export`") from e
 
     @torch.no_grad()
     def run(feed: dict[str, Array]) -> dict[str, Array]:
-        outputs = network(*(torch.from_numpy(feed[name]) for name in INPUTS))
+        with torch.jit.optimized_execution(False):  # no new code for every size of an image
+            outputs = network(*(torch.from_numpy(feed[name]) for name in INPUTS))
         return {name: x.numpy() for name, x in zip(info["outputs"], outputs)}
 
     return Exported(run, INPUTS, info)
