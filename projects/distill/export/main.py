@@ -2,6 +2,7 @@
 
     distill export output/student --format onnx [--out student.onnx] [--size 640x640]
         [--preprocessing outside] [--postprocessing outside] [--images 8] [--evaluate]
+        [--opts KEY VALUE ...]
 
 The folder is the OUTPUT_DIR of a training. Before the file is kept, it runs on images of the test
 set, or of --image-folder. Its outputs must be those of the network, and its detections must be
@@ -75,10 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate", action="store_true", help="evaluate the network and the file on the test set"
     )
     parser.add_argument(
-        "opts",
+        "--opts",
         nargs=argparse.REMAINDER,
+        default=[],
         metavar="KEY VALUE",
-        help="overrides of the config by which the test set is found, after all options",
+        help="overrides of the config that names the test set, after all other options",
     )
 
 
