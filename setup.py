@@ -39,6 +39,8 @@ REQUIREMENTS = [
     "yacs>=0.1.8",
 ]
 
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "onnxslim>=0.1.50"]
+
 setup(
     name="distill",
     version=re.search(r'__version__ = "(.+)"', INIT.read_text("utf-8"))[1],
@@ -52,6 +54,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": [
+            *EXPORT,
             "filelock",
             "hypothesis>=6",
             "mypy>=1.10",
@@ -59,6 +62,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.6",
         ],
+        "export": EXPORT,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )

@@ -25,10 +25,11 @@ from distill.engine import load_student
 from distill.errors import DistillError
 from distill.experiments import support_matrix
 from distill.experiments.support_matrix import NETWORKS
-from distill.export.main import ExportedModel, evaluate, export, student_cfg, test_cfg
+from distill.export.main import ExportedModel, evaluate, export
 from distill.export.parity import network_pixels
 from distill.export.predict import folder_images
 from distill.export.runner import Array, Predictor, network_input, read_image
+from distill.export.student import student_cfg, test_cfg
 from distill.export.writer import FORMATS, OPSET, load, network_info
 from distill.utils.io import write_json
 from distill.utils.progress import Progress
@@ -137,7 +138,7 @@ class Row(NamedTuple):
         return {
             "bytes": path.stat().st_size,
             "seconds": taken,
-            "ms": median(lambda k: exported(padded[k], images[k].shape[1:])),
+            "ms": median(lambda k: exported(padded[k], (images[k].shape[1], images[k].shape[2]))),
             "parity": vars(parity),
             **self._metrics(file, form),
         }

@@ -50,7 +50,6 @@ from .paired import (
     thawed,
 )
 from .prove_page import ALONE, EQUAL_TIME, RANDOM, REFERENCES, render
-from .runner import Stage
 from .step_times import step_seconds
 from .verdict import MOST_SEEDS, Gain
 

@@ -262,7 +262,7 @@ def code_digest() -> str:
     """Hash of the package's source, except the rooms that train nothing, and of the libraries."""
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor"):
+        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor", "export"):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

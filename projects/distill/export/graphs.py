@@ -16,6 +16,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import BaseMaskRCNNHead, CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -243,16 +244,19 @@ class DenseGraph(Graph):
         deltas = torch.cat(regression)[rows]
         priors = torch.cat([x.tensor for x in self.model.anchor_generator(levels)])[rows]
         boxes = self.boxes(deltas, priors)
-        found = [boxes, best, classes, deltas, priors]
         if self.clips_before_nms:
-            found[0] = boxes = clipped(boxes, image_size)
+            boxes = clipped(boxes, image_size)
             above = indices(nonempty(boxes))
-            found = [x[above] for x in found]
-        order = class_nms(*found[:3], self.model.test_nms_thresh)
+            boxes, best, classes = boxes[above], best[above], classes[above]
+            deltas, priors = deltas[above], priors[above]
+        order = class_nms(boxes, best, classes, self.model.test_nms_thresh)
         order = order[: self.model.max_detections_per_image]
-        boxes, best, classes, deltas, priors = (x[order] for x in found)
-        values = {"boxes": clipped(boxes, image_size), "scores": best, "classes": classes}
-        return values | self.masks(maps, deltas, priors)
+        values = {
+            "boxes": clipped(boxes[order], image_size),
+            "scores": best[order],
+            "classes": classes[order],
+        }
+        return values | self.masks(maps, deltas[order], priors[order])
 
     def candidates(self, scores: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Select the candidates for NMS.
@@ -431,24 +435,28 @@ class RCNNGraph(Graph):
         rpn = self.model.proposal_generator
         levels = [features[name] for name in rpn.in_features]
         logits, deltas = rpn.rpn_head(levels)
-        anchors = rpn.anchor_generator(levels)
-        found = []
-        for level, (x, y, prior) in enumerate(zip(logits, deltas, anchors)):
-            objectness = x[0].permute(1, 2, 0).flatten()
-            regression = permute_to_N_HWA_K(y, 4)[0]
-            best, index = largest(objectness, rpn.pre_nms_topk[False])
-            valid = indices(best > -torch.inf)
-            best, index = best[valid], index[valid]
-            boxes = rpn.box2box_transform.apply_deltas(regression[index], prior.tensor[index])
-            found.append((clipped(boxes, image_size), best, torch.full_like(index, level)))
-        candidates = [torch.cat(x) for x in zip(*found)]
-        above = indices(nonempty(candidates[0], rpn.min_box_size))
-        candidates = [x[above] for x in candidates]
-        kept = class_nms(*candidates, rpn.nms_thresh)[: rpn.post_nms_topk[False]]
+        priors = rpn.anchor_generator(levels)
+        found = [self._candidates(k, *x) for k, x in enumerate(zip(logits, deltas, priors))]
+        boxes, scores, level = (torch.cat(x) for x in zip(*found))
+        boxes = clipped(boxes, image_size)
+        above = indices(nonempty(boxes, rpn.min_box_size))
+        order = class_nms(boxes[above], scores[above], level[above], rpn.nms_thresh)
         strides = rpn.anchor_generator.strides
         maps = {f"objectness_s{stride}": x for stride, x in zip(strides, logits)}
         maps |= {f"anchor_deltas_s{stride}": x for stride, x in zip(strides, deltas)}
-        return maps, candidates[0][kept]
+        return maps, boxes[above][order[: rpn.post_nms_topk[False]]]
+
+    def _candidates(
+        self, level: int, logits: Tensor, deltas: Tensor, priors: Boxes
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the boxes (C, 4), logits and level of a level's proposals before NMS."""
+        rpn = self.model.proposal_generator
+        best, index = largest(logits[0].permute(1, 2, 0).flatten(), rpn.pre_nms_topk[False])
+        valid = indices(best > -torch.inf)
+        best, index = best[valid], index[valid]
+        regression = permute_to_N_HWA_K(deltas, 4)[0, index]
+        boxes = rpn.box2box_transform.apply_deltas(regression, priors.tensor[index])
+        return boxes, best, torch.full_like(index, level)
 
     def classify(
         self, features: dict[str, Tensor], rpn: Values, proposals: Tensor, image_size: Tensor

@@ -15,7 +15,7 @@ With --postprocessing inside, it returns detections, otherwise the outputs of th
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,26 +27,33 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, Instances
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..config.student import get_student_cfg
-from ..engine import Trainer, load_student, setup_config
-from ..engine.evaluators import check_test_sets
+from ..engine import Trainer, load_student
 from ..errors import ConfigError
 from ..utils.arguments import at_least, size
 from ..utils.io import write_json
 from ..utils.progress import Progress
 from ..utils.provenance import command, versions
+from ..utils.text import clause
 from .graphs import build_graph, exportable
-from .parity import Parity, compare, network_pixels, reference
+from .parity import Parity, compare
 from .predict import folder_images
-from .runner import Prediction, Predictor, read_image
-from .writer import FORMATS, OPSET, OPSETS, export_info, keep_outputs, load, network_info, write
+from .runner import ExportError, Prediction, Predictor, read_image
+from .student import student_cfg, test_cfg
+from .writer import (
+    FORMATS,
+    NEAREST,
+    OPSET,
+    OPSETS,
+    export_info,
+    keep_outputs,
+    load,
+    write,
+)
 
-CONFIG, TRAINED = "student.yaml", "config.yaml"  # files of a training
 WHERE = ("inside", "outside")
 
 
@@ -109,49 +116,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def student_cfg(folder: Path, device: str = "cpu") -> CfgNode:
-    """Return the config of the student in a folder, for a device.
-
-    Raises:
-        ConfigError: if the folder is not one of a training.
-    """
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"'{folder}' has no {CONFIG}; name the OUTPUT_DIR of a training.")
-    cfg = get_student_cfg(str(folder / CONFIG))
-    cfg.MODEL.DEVICE = device
-    return cfg
-
-
-def student_predictor(folder: Path) -> tuple[Callable[[Image.Image], Prediction], list[str]]:
-    """Return a function that predicts with the student in a folder, and its class names."""
-    cfg = student_cfg(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
-    info = network_info(cfg, model, None)
-
-    def predict(image: Image.Image) -> Prediction:
-        return reference(model, network_pixels(image, info), image, info)
-
-    return predict, info["thing_classes"]
-
-
-def test_cfg(folder: Path, opts: Sequence[Any] = ()) -> CfgNode:
-    """Return the config of the training in a folder, whose test sets are registered.
-
-    Args:
-        folder: OUTPUT_DIR of the training.
-        opts: KEY VALUE overrides.
-
-    Raises:
-        ConfigError: if there is no test set.
-    """
-    config = next(x for x in (folder / TRAINED, folder / CONFIG) if x.is_file())
-    cfg = setup_config(str(config), [*opts, "MODEL.DEVICE", "cpu"], training=False)
-    if not cfg.DATASETS.TEST:
-        raise ConfigError(f"DATASETS.TEST of '{config}' is empty; name images by --image-folder.")
-    check_test_sets(cfg)
-    return cfg
-
-
 def image_files(args: argparse.Namespace) -> list[str]:
     """Return evenly spaced images of ``--image-folder``, or of the first test set.
 
@@ -206,7 +170,10 @@ def export(
         task = progress.add_task("compare with the network", total=len(files))
         images = (read_image(x) for x in progress.track(files, task_id=task))
         stock = build_graph(model, normalizes=normalizes, with_final=False)
-        parity = compare(model, stock, load(full), load(kept), images)
+        try:
+            parity = compare(model, stock, load(full), load(kept), images)
+        except ExportError as e:  # an operator that this version of onnxruntime lacks
+            raise ConfigError(f"{clause(e)}; use {NEAREST}.") from e
         parity.check()
         os.replace(kept, path)
     return parity

@@ -126,7 +126,7 @@ def load_network(path: Path) -> Network:
         ConfigError: if the path is neither.
     """
     if path.is_dir():
-        from .main import student_predictor
+        from .student import student_predictor
 
         return Network(*student_predictor(path))
     if not path.is_file():

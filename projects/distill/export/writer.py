@@ -153,7 +153,7 @@ def write_torchscript(graph: Graph, info: Info, path: Path, opset: int) -> None:
     content = {**info, "outputs": list(graph.values(*inputs))}
     extra = {METADATA: json.dumps(content)}
     with replacing(path) as f:
-        f.write(torch.jit.freeze(traced.eval()).save_to_buffer(extra))  # type: ignore[operator]
+        f.write(torch.jit.freeze(traced.eval()).save_to_buffer(extra))
 
 
 WRITERS: dict[str, Callable[[Graph, Info, Path, int], None]] = {
