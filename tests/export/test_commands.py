@@ -139,6 +139,8 @@ def test_wrong_folders_are_refused(
         (["predict", tmp_path / "text.ts", tmp_path / "empty"], "has no images"),
         (["predict", tmp_path / "text.ts", tmp_path / "text.txt"], "neither an image"),
         (["predict", tmp_path / "text.ts", tmp_path / "none"], "none' does not exist"),
+        (["export", images, "--out", "student.ts"], "--out 'student.ts' must end with .onnx"),
+        (["export", images, "--evaluate", "--postprocessing", "outside"], "needs detections"),
         (["export", images, "--size", "64x"], "is not a size such as"),
     ):
         assert cli.main([str(x) for x in command]) == 2

@@ -10,7 +10,7 @@ from torch import nn
 
 from distill.errors import ConfigError
 from distill.export import main, writer
-from distill.export.main import export
+from distill.export.main import Options, export
 from distill.export.parity import (
     Limits,
     Parity,
@@ -30,7 +30,6 @@ from tests.support.cases import for_each
 from tests.support.exports import (
     confident,
     exported,
-    options,
     parity_of,
     scene,
     scenes,
@@ -216,7 +215,7 @@ def test_a_file_is_kept_only_if_it_agrees(tmp_path: Path, monkeypatch: pytest.Mo
     files, out = [str(tmp_path / "image.png")], tmp_path / "out" / "student.ts"
     cfg = without_resizing(tiny_cfg("atss"))
     with Progress() as progress:
-        parity = export(cfg, model, out, files, options(), progress)
+        parity = export(cfg, model, out, files, Options("torchscript"), progress)
         assert parity.images == 1 and parity.detections > 10
         out.unlink()
 
@@ -228,7 +227,7 @@ def test_a_file_is_kept_only_if_it_agrees(tmp_path: Path, monkeypatch: pytest.Mo
         writer_exportable = main.exportable
         monkeypatch.setattr(main, "exportable", other_weights)
         with pytest.raises(ParityError, match="logits_s4 differs by"):
-            export(cfg, model, out, files, options(), progress)
+            export(cfg, model, out, files, Options("torchscript"), progress)
     assert list(out.parent.iterdir()) == []
 
 

@@ -1,6 +1,5 @@
 """Students, images and files of the tests of exports."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ PSP = (
 )
 ASPP = (*PSP[:2], "MODEL.SEM_SEG_HEAD.NAME", "ASPPHead", *PSP[4:])
 SIZES = ((90, 120), (50, 97))  # heights and widths of images
-SCORE = 0.01  # of networks that are not trained
+SCORE = 0.01  # networks that are not trained are sure of nothing
 
 
 def confident(family: str, *opts: Any) -> nn.Module:
@@ -87,10 +86,3 @@ def student_folder(family: str, folder: Path, classes: tuple[str, ...] = CLASSES
     torch.save({"model": outspoken_model(family).state_dict()}, folder / "model_final.pth")
     (folder / "classes.json").write_text(json.dumps({"thing_classes": classes}))
     return folder
-
-
-def options(**changed: Any) -> argparse.Namespace:
-    """Options of ``distill export``."""
-    values = {"format": "torchscript", "size": None, "opset": 20}
-    values |= {"preprocessing": "inside", "postprocessing": "inside"}
-    return argparse.Namespace(**{**values, **changed})

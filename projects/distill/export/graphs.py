@@ -1,8 +1,8 @@
 """Inference of one image as a function of tensors, which an exporter can follow.
 
 detectron2's own inference passes ``Instances`` and asks how many objects there are. A graph calls
-the same modules (backbone, heads, box transforms), and repeats only the selection of detections
-with operators that any number of objects can pass.
+the same modules: backbone, heads and box transforms. It repeats only the selection of detections,
+with operators that work for any number of objects.
 """
 
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -36,12 +36,12 @@ from ..errors import ConfigError
 from ..utils.arguments import at_least, size
 from ..utils.io import write_json
 from ..utils.progress import Progress
-from ..utils.provenance import command, versions
+from ..utils.provenance import command
 from ..utils.text import clause
 from .graphs import build_graph, exportable
 from .parity import Parity, compare
 from .predict import folder_images
-from .runner import ExportError, Prediction, Predictor, read_image
+from .runner import ExportError, Prediction, Predictor, Size, read_image
 from .student import student_cfg, test_cfg
 from .writer import (
     FORMATS,
@@ -55,6 +55,29 @@ from .writer import (
 )
 
 WHERE = ("inside", "outside")
+
+
+class Options(NamedTuple):
+    """What is in a file.
+
+    Attributes:
+        form: a key of :data:`FORMATS`.
+        size: height and width of the input in pixels, or None if they may vary.
+        normalizes: True if the file normalizes pixels.
+        final: True if the file selects detections; False if it returns the outputs of its layers.
+        opset: version of ONNX's operators.
+    """
+
+    form: str = "onnx"
+    size: Size | None = None
+    normalizes: bool = True
+    final: bool = True
+    opset: int = OPSET
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Options":
+        inside = (x == "inside" for x in (args.preprocessing, args.postprocessing))
+        return cls(args.format, args.size and args.size[::-1], *inside, args.opset)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"{work} inside or outside of the file; default: inside"
         parser.add_argument(f"--{name}", choices=WHERE, default="inside", help=text)
     parser.add_argument(
-        "--opset", type=int, choices=OPSETS, default=OPSET, help=f"of ONNX; default: {OPSET}"
+        "--opset",
+        type=int,
+        choices=OPSETS,
+        default=OPSET,
+        help=f"version of ONNX's operators; default: {OPSET}",
     )
     parser.add_argument(
         "--images", type=at_least(1), default=8, help="number of compared images; default: 8"
@@ -92,17 +119,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    options = Options.from_args(args)
+    path = args.out or args.folder / f"student{FORMATS[options.form]}"
+    if path.suffix != FORMATS[options.form]:
+        raise ConfigError(f"--out '{path}' must end with {FORMATS[options.form]}.")
+    if args.evaluate and not options.final:
+        raise ConfigError("--evaluate needs detections; use --postprocessing inside.")
     with Progress() as progress:
         cfg = student_cfg(args.folder)
-        if args.evaluate and args.postprocessing == "outside":
-            raise ConfigError("--evaluate needs detections; use --postprocessing inside.")
         model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
-        files = image_files(args)
-        path = args.out or args.folder / f"student{FORMATS[args.format]}"
-        parity = export(cfg, model, path, files, args, progress)
+        parity = export(cfg, model, path, image_files(args), options, progress)
         report = {
             "command": command(),
-            "versions": versions(),
             "info": load(path).info,
             "bytes": os.path.getsize(path),
             "parity": asdict(parity),
@@ -136,7 +164,7 @@ def export(
     model: nn.Module,
     path: Path,
     files: Sequence[str],
-    args: argparse.Namespace,
+    options: Options,
     progress: Progress,
 ) -> Parity:
     """Write a file that is kept only if it agrees with its network.
@@ -146,26 +174,26 @@ def export(
         model: the student.
         path: the file.
         files: images to compare.
-        args: the options ``format``, ``size``, ``preprocessing``, ``postprocessing``, ``opset``.
+        options: what is in the file.
         progress: display of the stages.
 
     Raises:
         ConfigError: if the network cannot be exported.
         ParityError: if the file differs from its network.
     """
-    normalizes, final = args.preprocessing == "inside", args.postprocessing == "inside"
+    form, normalizes, final = options.form, options.normalizes, options.final
     copy = exportable(model)
     graph = build_graph(copy, normalizes=normalizes)
     chosen = build_graph(copy, normalizes=normalizes, with_raw=not final, with_final=final)
-    info = export_info(cfg, chosen, args.size and args.size[::-1])
+    info = export_info(cfg, chosen, options.size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    task = progress.add_task(f"export to {args.format}", total=2)
+    task = progress.add_task(f"export to {form}", total=2)
     # In the same folder, so that the file can be renamed.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        full, kept = (Path(folder, f"{x}{FORMATS[args.format]}") for x in ("full", "kept"))
-        write(graph, info, full, args.format, args.opset)
+        full, kept = (Path(folder, f"{x}{FORMATS[form]}") for x in ("full", "kept"))
+        write(graph, info, full, form, options.opset)
         progress.advance(task)
-        keep_outputs(chosen, full, kept, args.format)
+        keep_outputs(chosen, full, kept, form)
         progress.advance(task)
         task = progress.add_task("compare with the network", total=len(files))
         images = (read_image(x) for x in progress.track(files, task_id=task))
@@ -246,11 +274,17 @@ def show(path: Path, report: dict[str, Any]) -> None:
     parity, console = report["parity"], Console()
     console.print(
         f"{path}: {report['bytes'] / 2**20:.1f} MiB. On {parity['images']} images the outputs of "
-        f"its layers differ by at most {parity['raw']:.0e}. {parity['detections']} detections are "
-        f"the same (boxes within {parity['box']:.0e} pixels, scores within {parity['score']:.0e}); "
-        f"{parity['excused']} near a threshold are in one of the two only.",
+        f"its layers differ by at most {parity['raw']:.0e}.",
         markup=False,
     )
+    if parity["detections"]:
+        console.print(
+            f"{parity['detections']} detections are the same: boxes within {parity['box']:.0e} "
+            f"pixels, scores within {parity['score']:.0e}, IoU of masks {parity['mask_iou']:.4f}. "
+            f"{parity['excused']} near a threshold are in one of the two only."
+        )
+    if "sem_seg" in report["info"].get("outputs", ()):
+        console.print(f"At least {parity['pixels']:.2%} of the pixels have the same class.")
     if "metrics" not in report:
         return
     table = Table("metric", "network", "file")

@@ -20,13 +20,13 @@ from .graphs import Graph
 from .runner import Array, Prediction, Predictor, Size, network_input, resized
 from .writer import Exported, Info
 
-RELATIVE = 1e-4  # of raw outputs, see :func:`disagreement`
+RELATIVE = 1e-4  # largest :func:`disagreement` of a raw output
 BOX_PIXELS = 0.1
 SCORE = 1e-4
 MASK_IOU = 0.999
 PIXELS = 0.999  # smallest share of pixels with the same class or segment
 NEAR = 1e-4  # a detection so near to a threshold may be found by only one of the two
-ROUNDING_STEPS = 4  # of the coordinates that NMS moves apart, in units of float32's spacing
+ROUNDING_STEPS = 4  # change of an IoU by a rounding step of all coordinates, in steps / side
 SHOWN = 3  # differences in a message
 
 
@@ -80,8 +80,8 @@ def compare(
     Raw outputs are compared element by element. The detections of the network's own inference are
     compared with those of the file one to one, in the size of the original image.
 
-    The second stage of an R-CNN is compared for the proposals of the file, because a proposal may
-    be as near to a threshold as a detection.
+    The second stage of an R-CNN is compared for the proposals of the file. A proposal may be as
+    near to a threshold as a detection.
 
     Args:
         model: the network.

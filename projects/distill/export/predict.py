@@ -37,7 +37,7 @@ from .runner import (
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 JPEG_QUALITY = 92
-FRAMES_PER_SECOND = 25.0  # of a video that does not know its own
+FRAMES_PER_SECOND = 25.0  # if a video does not know its own
 SHOWN_SCORE = 0.5
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 Predict = Callable[[Image.Image], Prediction]

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 METADATA = "distill"  # key of the metadata, as JSON, in an exported file
 MASK_THRESHOLD = 0.5
-OPACITY = 0.45  # of drawn masks
+OPACITY = 0.45  # drawn masks in [0, 1]
 GOLDEN = 0.618034  # hues at multiples of it are far from each other
 
 Array = NDArray[Any]

@@ -15,9 +15,9 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from .. import __version__
 from ..errors import ConfigError
 from ..utils.io import replacing
+from ..utils.provenance import versions
 from ..utils.text import first_sentence
 from .graphs import Graph
 from .runner import METADATA, Array, ExportError, Run, Size, onnx_session
@@ -27,7 +27,7 @@ OPSET = 20
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 INPUTS = ("image", "image_size")
 EXAMPLE = (4, 6)  # cells of the size divisibility in the image that a graph is traced with
-DIVISIBILITY = 32  # of the example for a network that accepts any size
+DIVISIBILITY = 32  # used for the example if a network accepts any size
 FAULT = re.compile(r"op='([\w:.]+)'|torch\.ops\.([\w.]+)")
 NEAREST = "the other of --format onnx and torchscript, or --postprocessing outside"
 Info = dict[str, Any]
@@ -67,8 +67,7 @@ def network_info(cfg: CfgNode, model: Any, size: Size | None) -> Info:
     mean, std = model.pixel_mean.flatten().tolist(), model.pixel_std.flatten().tolist()
     pad_value = getattr(model, "pad_value", None)
     return {
-        "distill": __version__,
-        "torch": torch.__version__,
+        "versions": versions(),
         "architecture": type(model).__name__,
         "thing_classes": class_names(cfg, "thing_classes"),
         "stuff_classes": class_names(cfg, "stuff_classes"),
@@ -122,19 +121,27 @@ def write_onnx(graph: Graph, info: Info, path: Path, opset: int) -> None:
     import onnxslim
 
     inputs = example(info)
+    names = list(graph.values(*inputs))
     program: Any = torch.onnx.export(
         graph,
         inputs,
         dynamo=True,
         input_names=INPUTS,
-        output_names=list(graph.values(*inputs)),
+        output_names=names,
         dynamic_shapes=None if info["size"] else (varying_sides(info), None),
         opset_version=opset,
         verbose=False,
     )
     model = onnxslim.slim(program.model_proto)
-    onnx.helper.set_model_props(model, {METADATA: json.dumps({**info, "opset": opset})})
     onnx.checker.check_model(model)
+    save_onnx(model, {**info, "opset": opset, "outputs": names}, path)
+
+
+def save_onnx(model: Any, info: Info, path: Path) -> None:
+    """Write a model of the package onnx with its metadata."""
+    from onnx.helper import set_model_props
+
+    set_model_props(model, {METADATA: json.dumps(info)})
     with replacing(path) as f:
         f.write(model.SerializeToString())
 
@@ -176,14 +183,11 @@ def keep_outputs(graph: Graph, source: Path, path: Path, form: str) -> None:
         if form == "torchscript":
             write_torchscript(graph, info, path, OPSET)
             return
-        import onnx
         import onnxslim
 
         names = list(graph.values(*example(info)))
         model = onnxslim.slim(str(source), outputs=names)
-        onnx.helper.set_model_props(model, {METADATA: json.dumps(info)})
-        with replacing(path) as f:
-            f.write(model.SerializeToString())
+        save_onnx(model, {**info, "outputs": names}, path)
 
 
 # ---- Errors and warnings of exporters.
