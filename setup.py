@@ -13,7 +13,7 @@ REQUIREMENTS = [
     "torch>=2.5",
     "torchvision>=0.20",
     "numpy>=1.26,<2.3",  # cityscapesscripts calls np.in1d
-    "pillow>=10,<13",  # cityscapesscripts reads instance masks as 32-bit PNG
+    "pillow>=10.1,<13",  # cityscapesscripts reads instance masks as 32-bit PNG
     "setuptools>=70.1,<82",  # detectron2.model_zoo imports pkg_resources
     "black",  # detectron2's LazyConfig.to_py
     "cityscapesscripts>=2.2",

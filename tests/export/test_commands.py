@@ -18,7 +18,7 @@ from distill import cli
 from distill.export import predict
 from distill.export.predict import (
     Network,
-    Writer,
+    PredictionFolder,
     class_names,
     folder_images,
     inputs_of,
@@ -151,15 +151,16 @@ def test_wrong_folders_are_refused(
 # ---- Files of predictions.
 
 
-def writer(out: Path, classes: list[str], found: Any = prediction, **kw: Any) -> Writer:
-    return Writer(Network(lambda image: found(image.height, image.width), classes), out, 0.5, **kw)
+def predictions(out: Path, classes: list[str], found: Any = prediction) -> PredictionFolder:
+    network = Network(lambda image: found(image.height, image.width), classes)
+    return PredictionFolder(network, out, 0.5)
 
 
 def test_an_unreadable_image_is_reported(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "b.png").write_bytes(b"\x89PNG broken")
-    written_to = writer(tmp_path / "out", ["cat", HOSTILE])
+    written_to = predictions(tmp_path / "out", ["cat", HOSTILE])
     for path in folder_images(images):
         written_to.add_image(path)
     written_to.close()
@@ -175,7 +176,7 @@ def test_an_image_without_objects(tmp_path: Path) -> None:
         return Prediction((height, width), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
 
     scene(0, 30, 40).save(tmp_path / "a.png")
-    empty = writer(tmp_path / "out", [], nothing)
+    empty = predictions(tmp_path / "out", [], nothing)
     empty.add_image(tmp_path / "a.png")
     empty.close()
     assert written(tmp_path / "out")["annotations"] == []
@@ -197,7 +198,7 @@ def test_classes_and_segments_are_png_files(tmp_path: Path) -> None:
 
     scene(0, 30, 40).save(tmp_path / "a.png")
     for kind, found in (("classes", semantic), ("segments", panoptic)):
-        files = writer(tmp_path / kind, ["cat", "dog"], found)
+        files = predictions(tmp_path / kind, ["cat", "dog"], found)
         files.add_image(tmp_path / "a.png")
         pixels = np.asarray(Image.open(tmp_path / kind / f"000001-{kind}.png"))
         assert np.array_equal(np.unique(pixels), [0, 2] if kind == "classes" else [300])
@@ -210,7 +211,7 @@ def test_a_video_is_predicted_frame_by_frame(tmp_path: Path) -> None:
     for k in range(3):
         video.write(np.full((30, 40, 3), 60 * k, np.uint8))
     video.release()
-    files = writer(tmp_path / "out", ["cat", "dog"])
+    files = predictions(tmp_path / "out", ["cat", "dog"])
     assert inputs_of([tmp_path / "clip.avi"]) == ([], [tmp_path / "clip.avi"])
     with Progress() as progress:
         files.add_video(tmp_path / "clip.avi", progress)
@@ -239,7 +240,7 @@ def test_supervision_draws_if_it_is_installed(
     monkeypatch.setitem(sys.modules, "supervision", fake)
     monkeypatch.setattr(predict, "find_spec", lambda name: fake)
     scene(0, 30, 40).save(tmp_path / "a.png")
-    writer(tmp_path / "out", ["cat", "dog"]).add_image(tmp_path / "a.png")
+    predictions(tmp_path / "out", ["cat", "dog"]).add_image(tmp_path / "a.png")
     assert labels == ["dog 0.90"]  # the other one has a smaller score
 
 

@@ -164,7 +164,7 @@ def indices(mask: Tensor) -> Tensor:
 
 def divided(index: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Return the rows and columns of indices into a flattened table of ``number`` columns."""
-    row = torch.div(index, number, rounding_mode="floor")
+    row = index // number  # exporters compute torch.div in float32, which has 24 bits
     return row, index - row * number
 
 
@@ -529,7 +529,7 @@ class PanopticGraph(RCNNGraph):
         return {**super().info(), "panoptic": rule}
 
     def raw(self, predictions: RCNNPredictions) -> Values:
-        logits = self.model.sem_seg_head.layers(predictions.features)
+        logits = sem_seg_logits(self.model.sem_seg_head, predictions.features)
         return {**super().raw(predictions), "sem_seg_logits": logits}
 
     def final(self, predictions: RCNNPredictions, image_size: Tensor) -> Values:
@@ -574,9 +574,8 @@ def pooled(pooler: ROIPooler, levels: list[Tensor], boxes: Tensor) -> Tensor:
     if len(levels) == 1:
         return pooler.level_poolers[0](levels[0], rois)
     side = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
-    level = pooler.canonical_level + torch.log2(
-        side / pooler.canonical_box_size + 1e-8
-    )  # FPN, Eq. 1
+    ratio = side / pooler.canonical_box_size + 1e-8
+    level = pooler.canonical_level + ratio.log2()  # FPN, Eq. 1, as in detectron2
     level = level.floor().clamp(pooler.min_level, pooler.max_level) - pooler.min_level
     chosen = [indices(level == k) for k in range(len(levels))]
     parts = [pool(x, rois[i]) for pool, x, i in zip(pooler.level_poolers, levels, chosen)]
@@ -600,10 +599,18 @@ class SemanticGraph(Graph):
         return features
 
     def raw(self, predictions: Any) -> Values:
-        return {"sem_seg_logits": self.model.sem_seg_head.layers(predictions)}
+        return {"sem_seg_logits": sem_seg_logits(self.model.sem_seg_head, predictions)}
 
     def final(self, predictions: Any, image_size: Tensor) -> Values:
         return {"sem_seg": self.model.sem_seg_head(predictions)[0][0]}
+
+
+def sem_seg_logits(head: Any, features: dict[str, Tensor]) -> Tensor:
+    """Return a semantic head's logits, (1, K, h, w), before they are enlarged to the image.
+
+    detectron2's ``DeepLabV3Head`` has no method for that, and its enlarged ones are returned.
+    """
+    return head.layers(features) if hasattr(head, "layers") else head(features)[0]
 
 
 # ---- Layers that exporters lack.
@@ -631,8 +638,8 @@ class MeanGrid(nn.Module):
         Cell k covers the indices from ⌊k · length / size⌋ to ⌈(k + 1) · length / size⌉.
         """
         cell = torch.arange(self.size, device=x.device)
-        start = torch.div(cell * length, self.size, rounding_mode="floor")
-        end = torch.div((cell + 1) * length + self.size - 1, self.size, rounding_mode="floor")
+        start = cell * length // self.size
+        end = ((cell + 1) * length + self.size - 1) // self.size
         index = torch.arange(length, device=x.device)
         inside = (index >= start[:, None]) & (index < end[:, None])
         return inside.to(x) / (end - start)[:, None]

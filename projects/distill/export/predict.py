@@ -31,6 +31,7 @@ from .runner import (
     Predictor,
     coco_annotations,
     draw,
+    one_line,
     read_image,
 )
 
@@ -69,15 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     images, videos = inputs_of(args.inputs)
-    writer = Writer(load_network(args.network), args.out, args.min_score)
+    folder = PredictionFolder(load_network(args.network), args.out, args.min_score)
     with Progress() as progress:
         for path in progress.track(images, description="images") if images else ():
-            writer.add_image(path)
+            folder.add_image(path)
         for path in videos:
-            writer.add_video(path, progress)
-    writer.close()
-    print(printable(f"{args.out / 'predictions.json'}: {writer.summary}"))
-    return 1 if writer.failed else 0
+            folder.add_video(path, progress)
+    folder.close()
+    print(printable(f"{args.out / 'predictions.json'}: {folder.summary}"))
+    return 1 if folder.failed else 0
 
 
 def inputs_of(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -145,8 +146,8 @@ def load_network(path: Path) -> Network:
     return Network(predictor, predictor.classes)
 
 
-class Writer:
-    """Writes the predictions of images and videos to a folder.
+class PredictionFolder:
+    """A folder to which the predictions of images and videos are written.
 
     Args:
         network: the network.
@@ -175,7 +176,7 @@ class Writer:
             image = read_image(path)
         except UNREADABLE as e:
             self.failed += 1
-            print_error(f"'{printable(str(path))}' cannot be read: {clause(e)}")
+            print_error(f"'{one_line(printable(str(path)))}' cannot be read: {clause(e)}")
             return
         name = safe_name(len(self.images) + 1, path)
         drawn = self._add(image, file_name=str(path), drawn=f"{name}.jpg")
@@ -234,7 +235,8 @@ class Writer:
             pixels.save(self.out / described["segments"])
         elif prediction.sem_seg is not None:
             described["sem_seg"] = f"{number:06d}-classes.png"
-            pixels = Image.fromarray(prediction.sem_seg.argmax(0).astype(np.uint8))
+            kind = np.uint8 if len(prediction.sem_seg) <= 256 else np.uint16
+            pixels = Image.fromarray(prediction.sem_seg.argmax(0).astype(kind))
             pixels.save(self.out / described["sem_seg"])
         return described
 
@@ -286,7 +288,9 @@ def draw_with_supervision(
         confidence=prediction.scores,
         class_id=prediction.classes,
     )
-    labels = [f"{classes[k]} {x:.2f}" for k, x in zip(prediction.classes, prediction.scores)]
+    labels = [
+        f"{one_line(classes[k])} {x:.2f}" for k, x in zip(prediction.classes, prediction.scores)
+    ]
     drawn = image.copy()
     if prediction.masks is not None:
         drawn = sv.MaskAnnotator().annotate(drawn, found)

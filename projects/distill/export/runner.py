@@ -99,10 +99,7 @@ class Predictor:
         Raises:
             ExportError: if the file cannot be read, or ``distill export`` did not write it.
         """
-        session, info = onnx_session(path, threads)
-        names = [x.name for x in session.get_outputs()]
-        inputs = [x.name for x in session.get_inputs()]
-        return cls(lambda feed: dict(zip(names, session.run(names, feed))), inputs, info)
+        return cls(*onnx_network(path, threads))
 
     @property
     def classes(self) -> list[str]:
@@ -137,8 +134,12 @@ class Predictor:
         return postprocessed(outputs, image_size, size, self.info)
 
 
-def onnx_session(path: str, threads: int = 0) -> tuple[Any, dict[str, Any]]:
-    """Return the onnxruntime session of an exported file, and its metadata.
+def onnx_network(path: str, threads: int = 0) -> tuple[Run, list[str], dict[str, Any]]:
+    """Return an ONNX file as a function, with the names of its inputs and its metadata.
+
+    Args:
+        path: file that ``distill export`` wrote.
+        threads: threads of onnxruntime; 0: one per core.
 
     Raises:
         ExportError: if the file cannot be read, or ``distill export`` did not write it.
@@ -155,7 +156,9 @@ def onnx_session(path: str, threads: int = 0) -> tuple[Any, dict[str, Any]]:
     except Exception as e:  # onnxruntime has a type for each of its faults
         reason = " ".join(str(e).split())[:200]
         raise ExportError(f"'{path}' cannot be read by onnxruntime: {reason}") from e
-    return session, info
+    names = [x.name for x in session.get_outputs()]
+    inputs = [x.name for x in session.get_inputs()]
+    return lambda feed: dict(zip(names, session.run(names, feed))), inputs, info
 
 
 # ---- Before the network.

@@ -20,7 +20,7 @@ from ..utils.io import replacing
 from ..utils.provenance import versions
 from ..utils.text import first_sentence
 from .graphs import Graph
-from .runner import METADATA, Array, ExportError, Run, Size, onnx_session
+from .runner import METADATA, Array, ExportError, Run, Size, onnx_network
 
 OPSETS = range(18, 24)  # for which torch's exporter has translations
 OPSET = 20
@@ -271,10 +271,7 @@ def load(path: Path, threads: int = 0) -> Exported:
     """
     if path.suffix == FORMATS["torchscript"]:
         return load_torchscript(path)
-    session, info = onnx_session(str(path), threads)
-    names = [x.name for x in session.get_outputs()]
-    inputs = [x.name for x in session.get_inputs()]
-    return Exported(lambda feed: dict(zip(names, session.run(names, feed))), inputs, info)
+    return Exported(*onnx_network(str(path), threads))
 
 
 def load_torchscript(path: Path) -> Exported:
