@@ -152,7 +152,7 @@ def test_wrong_folders_are_refused(
 
 
 def predictions(out: Path, classes: list[str], found: Any = prediction) -> PredictionFolder:
-    network = Network(lambda image: found(image.height, image.width), classes)
+    network = Network(lambda image: found(image.height, image.width), classes, [])
     return PredictionFolder(network, out, 0.5)
 
 
@@ -169,6 +169,7 @@ def test_an_unreadable_image_is_reported(
     content = written(tmp_path / "out")
     assert [x["id"] for x in content["images"]] == [1, 2]
     assert [x["id"] for x in content["annotations"]] == [1, 2, 3, 4]
+    assert content["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": HOSTILE}]
 
 
 def test_an_image_without_objects(tmp_path: Path) -> None:
@@ -244,9 +245,9 @@ def test_supervision_draws_if_it_is_installed(
     assert labels == ["dog 0.90"]  # the other one has a smaller score
 
 
-@for_each("names, expected", [(["a", "b", "c"], ["a", "b", "c"]), ([], ["class 0", "class 1"])])
+@for_each("names, expected", [(["a", "b", "c"], ["a", "b", "c"]), (["a"], ["a", "class 1"])])
 def test_missing_class_names_are_numbers(names: list[str], expected: list[str]) -> None:
-    assert class_names(names, prediction()) == expected
+    assert class_names(names, 2) == expected
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

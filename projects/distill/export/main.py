@@ -58,7 +58,7 @@ WHERE = ("inside", "outside")
 
 
 class Options(NamedTuple):
-    """What is in a file.
+    """Content of a file.
 
     Attributes:
         form: a key of :data:`FORMATS`.
@@ -174,7 +174,7 @@ def export(
         model: the student.
         path: the file.
         files: images to compare.
-        options: what is in the file.
+        options: content of the file.
         progress: display of the stages.
 
     Raises:
@@ -251,7 +251,7 @@ def exported_model(path: Path) -> ExportedModel:
 
 
 def evaluate(cfg: CfgNode, network: nn.Module, progress: Progress, title: str) -> dict[str, float]:
-    """Return the metrics of a network on the test sets of a config.
+    """Return the metrics of a network by names such as "bbox/AP", with the test set if several.
 
     Args:
         cfg: the config, see :func:`test_cfg`.
@@ -266,7 +266,8 @@ def evaluate(cfg: CfgNode, network: nn.Module, progress: Progress, title: str) -
         with tempfile.TemporaryDirectory() as out:
             evaluator = Trainer.build_evaluator(cfg, name, out)
             found[name] = inference_on_dataset(network, loader, evaluator, advance)
-    return flatten_results_dict(found)
+    (first, *others) = found.values()
+    return flatten_results_dict(found if others else first)
 
 
 def show(path: Path, report: dict[str, Any]) -> None:

@@ -50,10 +50,12 @@ class Network(NamedTuple):
     Attributes:
         predict: maps an RGB image to its prediction.
         classes: names of the classes of objects; an index is used for a missing name.
+        sem_seg_classes: names of the classes of pixels.
     """
 
     predict: Predict
     classes: list[str]
+    sem_seg_classes: list[str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +145,7 @@ def load_network(path: Path) -> Network:
         raise ConfigError(f"'{path}' needs the package {e.name}: pip install {e.name}.") from e
     except ExportError as e:
         raise ConfigError(f"{clause(e)}; name a file of `distill export`.") from e
-    return Network(predictor, predictor.classes)
+    return Network(predictor, predictor.classes, predictor.sem_seg_classes)
 
 
 class PredictionFolder:
@@ -218,7 +220,7 @@ class PredictionFolder:
         self.annotations += found
         size = {"width": image.width, "height": image.height}
         self.images.append({"id": number, **described, **size, **self._maps(prediction, number)})
-        classes = class_names(self.network.classes, prediction)
+        classes = class_names(self.network.classes, int(prediction.classes.max(initial=-1)) + 1)
         shown = prediction.above(self.min_score)
         with_boxes = len(shown.scores) and prediction.segments is None
         if with_boxes and find_spec("supervision"):
@@ -242,11 +244,13 @@ class PredictionFolder:
 
     def close(self) -> None:
         """Write predictions.json and the page."""
-        categories = [{"id": k, "name": x} for k, x in enumerate(self.network.classes, 1)]
+        number = max((x["category_id"] for x in self.annotations), default=0)
+        names = class_names(self.network.classes, number)
         content = {
             "images": self.images,
             "annotations": self.annotations,
-            "categories": categories,
+            "categories": [{"id": k, "name": x} for k, x in enumerate(names, 1)],
+            "sem_seg_classes": self.network.sem_seg_classes,
         }
         write_json(self.out / "predictions.json", content)
         body = []
@@ -270,9 +274,8 @@ def safe_name(number: int, path: Path) -> str:
     return f"{number:06d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:80]}"
 
 
-def class_names(names: Sequence[str], prediction: Prediction) -> list[str]:
-    """Return the class names, continued by indices if the prediction has more classes."""
-    number = int(prediction.classes.max(initial=-1)) + 1
+def class_names(names: Sequence[str], number: int) -> list[str]:
+    """Return the class names, continued by indices if there are not so many."""
     return [*names, *(f"class {k}" for k in range(len(names), number))]
 
 

@@ -16,6 +16,8 @@ from .parity import network_pixels, reference
 from .runner import Prediction
 from .writer import network_info
 
+Predict = Callable[[Image.Image], Prediction]
+
 CONFIG, TRAINED = "student.yaml", "config.yaml"  # files of a training
 
 
@@ -32,8 +34,11 @@ def student_cfg(folder: Path, device: str = "cpu") -> CfgNode:
     return cfg
 
 
-def student_predictor(folder: Path) -> tuple[Callable[[Image.Image], Prediction], list[str]]:
-    """Return a function that predicts with the student in a folder, and its class names."""
+def student_predictor(folder: Path) -> tuple[Predict, list[str], list[str]]:
+    """Return a function that predicts with the student in a folder.
+
+    The names of its classes of objects, and of those of pixels, follow.
+    """
     cfg = student_cfg(folder, "cuda" if torch.cuda.is_available() else "cpu")
     model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
     info = network_info(cfg, model, None)
@@ -41,7 +46,7 @@ def student_predictor(folder: Path) -> tuple[Callable[[Image.Image], Prediction]
     def predict(image: Image.Image) -> Prediction:
         return reference(model, network_pixels(image, info), image, info)
 
-    return predict, info["thing_classes"]
+    return predict, info["thing_classes"], info["stuff_classes"]
 
 
 def test_cfg(folder: Path, opts: Sequence[Any] = ()) -> CfgNode:
