@@ -22,6 +22,7 @@ from distill.export.parity import (
     is_excused,
     mask_iou,
     matched,
+    undecided_pixels,
 )
 from distill.export.runner import Prediction, Predictor
 from distill.export.writer import Exported
@@ -144,6 +145,22 @@ def test_masks_and_pixels_agree() -> None:
     parity = compared(truth, found)
     assert parity.mask_iou == pytest.approx(1 - 3 / 1600) and parity.pixels == 0.9989
     assert len(parity.faults) == 2
+
+
+def test_pixels_near_the_threshold_of_a_mask_are_not_compared() -> None:
+    grid = np.zeros((1, 4, 4), np.float32)
+    grid[0, 0, 0], grid[0, 1, 1] = 0.5 + 5e-5, 0.6
+    outputs = {"boxes": np.array([[0, 0, 4, 4]], np.float32), "scores": np.ones(1)}
+    outputs |= {"classes": np.zeros(1, np.int64), "roi_masks": grid}
+    undecided = undecided_pixels(outputs, (4, 4), (4, 4), INFO)
+    assert undecided is not None and undecided.nonzero() == (0, 0, 0)
+    truth, found = predicted([[0, 0, 4, 4]], [1.0]), predicted([[0, 0, 4, 4]], [1.0])
+    truth.masks, found.masks = grid > 0.55, grid > 0.5
+    parity = Parity()
+    compare_predictions(truth, found, INFO, (100, 100), parity, undecided)
+    assert parity.mask_iou == 1
+    assert compared(truth, found).mask_iou == 0.5
+    assert undecided_pixels({}, (4, 4), (4, 4), INFO) is None
 
 
 def test_segments_are_compared_by_category() -> None:

@@ -76,8 +76,13 @@ class Options(NamedTuple):
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Options":
-        inside = (x == "inside" for x in (args.preprocessing, args.postprocessing))
-        return cls(args.format, args.size and args.size[::-1], *inside, args.opset)
+        return cls(
+            args.format,
+            args.size and args.size[::-1],
+            args.preprocessing == "inside",
+            args.postprocessing == "inside",
+            args.opset,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

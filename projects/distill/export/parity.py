@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from ..errors import DistillError
 from ..utils.text import shortened
 from .graphs import Graph
-from .runner import Array, Prediction, Predictor, Size, network_input, resized
+from .runner import (
+    MASK_THRESHOLD,
+    Array,
+    Prediction,
+    Size,
+    network_input,
+    postprocessed,
+    resized,
+)
 from .writer import Exported, Info
 
 RELATIVE = 1e-4  # largest :func:`disagreement` of a raw output
@@ -94,15 +102,29 @@ def compare(
     for number, image in enumerate(images, 1):
         parity.images = number
         pixels = network_pixels(image, full.info)
+        inputs = network_input(pixels, full.info)
         size = pixels.shape[1], pixels.shape[2]
-        found = full(network_input(pixels, full.info), size)
-        compare_raw(graph, found, network_input(pixels, full.info), size, parity)
+        outputs = full(inputs, size)
+        compare_raw(graph, outputs, inputs, size, parity)
         if kept.info["postprocessing"] == "inside":
-            proposals = found.get("proposals")
-            truth = reference(model, pixels, image, full.info, proposals)
-            prediction = Predictor(kept.run, kept.inputs, kept.info)(image)
-            compare_predictions(truth, prediction, full.info, size, parity)
+            truth = reference(model, pixels, image, full.info, outputs.get("proposals"))
+            outputs = kept(inputs, size)
+            found = postprocessed(outputs, size, truth.size, kept.info)
+            undecided = undecided_pixels(outputs, size, truth.size, kept.info)
+            compare_predictions(truth, found, full.info, size, parity, undecided)
     return parity
+
+
+def undecided_pixels(outputs: Any, image_size: Size, size: Size, info: Info) -> Array | None:
+    """Return (D, height, width) bool, True where a mask is near its threshold; None without masks.
+
+    The arguments are those of :func:`~distill.export.runner.postprocessed`.
+    """
+    lower, upper = (
+        postprocessed(outputs, image_size, size, info, MASK_THRESHOLD + x).masks
+        for x in (-NEAR, NEAR)
+    )
+    return None if lower is None or upper is None else lower & ~upper
 
 
 def network_pixels(image: Image.Image, info: Info) -> Array:
@@ -229,15 +251,24 @@ def disagreement(actual: Array, expected: Array) -> float:
 
 
 def compare_predictions(
-    truth: Prediction, found: Prediction, info: Info, image_size: Size, parity: Parity
+    truth: Prediction,
+    found: Prediction,
+    info: Info,
+    image_size: Size,
+    parity: Parity,
+    undecided: Array | None = None,
 ) -> None:
-    """Compare the prediction of a file, ``found``, with that of its network, ``truth``."""
+    """Compare the prediction of a file, ``found``, with that of its network, ``truth``.
+
+    Pixels of masks that are ``undecided`` are not compared.
+    """
     pairs = matched(truth, found)
     for i, j in pairs:
         parity.box = max(parity.box, float(np.abs(truth.boxes[i] - found.boxes[j]).max()))
         parity.score = max(parity.score, abs(float(truth.scores[i] - found.scores[j])))
         if truth.masks is not None and found.masks is not None:
-            iou = mask_iou(truth.masks[i], found.masks[j])
+            decided = True if undecided is None else ~undecided[j]
+            iou = mask_iou(truth.masks[i] & decided, found.masks[j] & decided)
             parity.mask_iou = min(parity.mask_iou, iou)
             if iou < MASK_IOU:
                 parity.faults.append(f"a mask has an IoU of {iou:.4f} (at least {MASK_IOU})")

@@ -227,7 +227,11 @@ def padded_size(size: Size, info: Mapping[str, Any]) -> Size:
 
 
 def postprocessed(
-    outputs: Mapping[str, Array], image_size: Size, size: Size, info: Mapping[str, Any]
+    outputs: Mapping[str, Array],
+    image_size: Size,
+    size: Size,
+    info: Mapping[str, Any],
+    threshold: float = MASK_THRESHOLD,
 ) -> Prediction:
     """Return the prediction in the size of the original image.
 
@@ -236,6 +240,7 @@ def postprocessed(
         image_size: height and width of the resized image, without padding.
         size: height and width of the original image.
         info: metadata of the file.
+        threshold: probability from which a pixel is in a mask.
     """
     boxes = outputs.get("boxes", np.zeros((0, 4), np.float32))
     factors = np.array([size[1] / image_size[1], size[0] / image_size[0]] * 2, np.float32)
@@ -244,9 +249,10 @@ def postprocessed(
     scores, classes = (outputs.get(k, np.zeros(0, np.int64))[kept] for k in ("scores", "classes"))
     prediction = Prediction(size, boxes[kept], scores, classes)
     if "roi_masks" in outputs:
-        prediction.masks = pasted(outputs["roi_masks"][kept], prediction.boxes, size)
+        masks = outputs["roi_masks"][kept]
+        prediction.masks = pasted(masks, prediction.boxes, size, threshold)
     if "image_masks" in outputs:
-        logits = outputs["image_masks"][kept]
+        logits = outputs["image_masks"][kept] - math.log(threshold / (1 - threshold))
         prediction.masks = enlarged_masks(logits, info["mask_stride"], image_size, size)
     if "sem_seg" in outputs:
         logits = outputs["sem_seg"][:, : image_size[0], : image_size[1]]
@@ -284,13 +290,14 @@ def resized_maps(x: Array, size: Size) -> Array:
     return x
 
 
-def pasted(masks: Array, boxes: Array, size: Size) -> Array:
+def pasted(masks: Array, boxes: Array, size: Size, threshold: float = MASK_THRESHOLD) -> Array:
     """Paste masks on grids over their boxes into an image.
 
     Args:
         masks: (D, M, M) probabilities, 0 outside of the box.
         boxes: (D, 4) XYXY in pixels.
         size: height and width of the image.
+        threshold: probability from which a pixel is in a mask.
 
     Returns:
         (D, height, width) bool.
@@ -305,7 +312,7 @@ def pasted(masks: Array, boxes: Array, size: Size) -> Array:
             share = (np.arange(first, last) + 0.5 - start) / (end - start)
             mask = sampled(mask, share * masks.shape[1 + axis] + 0.5, axis)
             region.append(slice(first, last))
-        target[tuple(region)] = mask >= MASK_THRESHOLD
+        target[tuple(region)] = mask >= threshold
     return result
 
 
