@@ -62,7 +62,7 @@ def test_one_detection(tmp_path: Path) -> None:
     model.max_detections_per_image = 1
     files = exported(model, without_resizing(tiny_cfg("atss")), tmp_path)
     parity = parity_of(model, files)
-    assert not parity.faults and parity.detections == 2
+    assert not parity.faults and parity.detections == 4  # two of them in extreme shapes
 
 
 @pytest.mark.slow

@@ -200,6 +200,7 @@ def broken(files: tuple[Exported, Exported], name: str, change: Any) -> tuple[Ex
     return spoil(files[0]), spoil(files[1])
 
 
+@pytest.mark.slow
 def test_every_output_is_compared(tmp_path: Path) -> None:
     model = confident("atss")
     files = exported(model, without_resizing(tiny_cfg("atss")), tmp_path)
@@ -210,6 +211,23 @@ def test_every_output_is_compared(tmp_path: Path) -> None:
     missing = broken(files, "boxes", lambda x: x + [0, 0, 0.2, 0])
     with pytest.raises(ParityError, match="differs from its network, so it is not kept"):
         parity_of(model, missing, scenes()[:1]).check()
+
+
+def test_a_file_for_one_shape_only_is_found(tmp_path: Path) -> None:
+    """As an exporter writes it that takes a single row of a level for a constant."""
+    model = confident("semantic")
+    full, kept = exported(model, without_resizing(tiny_cfg("semantic")), tmp_path)
+    assert full.info["coarsest_stride"] == 64
+
+    def run(feed: Any) -> Any:
+        if feed["image"].shape[2] > 128:
+            raise RuntimeError("dimensions must match: 5 and 1")
+        return full.run(feed)
+
+    faults = parity_of(model, (full._replace(run=run), kept)).faults
+    assert faults == [
+        "the file fails for an input of 256 x 64 pixels: dimensions must match: 5 and 1"
+    ]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..utils.text import shortened
+from ..utils.text import clause, shortened
 from .graphs import Graph
 from .runner import (
     MASK_THRESHOLD,
@@ -35,6 +35,7 @@ MASK_IOU = 0.999
 PIXELS = 0.999  # smallest share of pixels with the same class or segment
 NEAR = 1e-4  # a detection so near to a threshold may be found by only one of the two
 ROUNDING_STEPS = 4  # change of an IoU by a rounding step of all coordinates, in steps / side
+EXTREMES = ((1, 4), (4, 1))  # rows and columns of the coarsest level
 SHOWN = 3  # differences in a message
 
 
@@ -91,6 +92,9 @@ def compare(
     The second stage of an R-CNN is compared for the proposals of the file. A proposal may be as
     near to a threshold as a detection.
 
+    A file for any size is also compared on images of extreme shapes. An exporter may have taken a
+    number of rows or columns for a constant.
+
     Args:
         model: the network.
         graph: its graph, with raw outputs only.
@@ -102,17 +106,52 @@ def compare(
     for number, image in enumerate(images, 1):
         parity.images = number
         pixels = network_pixels(image, full.info)
-        inputs = network_input(pixels, full.info)
+        compare_image(model, graph, full, kept, pixels, (image.height, image.width), parity)
+    for pixels in () if full.info["size"] else extreme_shapes(full.info):
         size = pixels.shape[1], pixels.shape[2]
-        outputs = full(inputs, size)
-        compare_raw(graph, outputs, inputs, size, parity)
-        if kept.info["postprocessing"] == "inside":
-            truth = reference(model, pixels, image, full.info, outputs.get("proposals"))
-            outputs = kept(inputs, size)
-            found = postprocessed(outputs, size, truth.size, kept.info)
-            undecided = undecided_pixels(outputs, size, truth.size, kept.info)
-            compare_predictions(truth, found, full.info, size, parity, undecided)
+        compare_image(model, graph, full, kept, pixels, size, parity)
     return parity
+
+
+def compare_image(
+    model: nn.Module,
+    graph: Graph,
+    full: Exported,
+    kept: Exported,
+    pixels: Array,
+    size: Size,
+    parity: Parity,
+) -> None:
+    """Compare a file with its network on one image.
+
+    Args:
+        model, graph, full, kept: as in :func:`compare`.
+        pixels: (3, h, w) resized image in the network's channel order.
+        size: height and width of the original image.
+        parity: receives the result.
+    """
+    inputs = network_input(pixels, full.info)
+    image_size = pixels.shape[1], pixels.shape[2]
+    try:
+        outputs, final = full(inputs, image_size), kept(inputs, image_size)
+    except Exception as e:  # onnxruntime has a type for each of its faults
+        shape = " x ".join(map(str, inputs.shape[2:]))
+        parity.faults.append(f"the file fails for an input of {shape} pixels: {clause(e)}")
+        return
+    compare_raw(graph, outputs, inputs, image_size, parity)
+    if kept.info["postprocessing"] == "inside":
+        truth = reference(model, pixels, size, full.info, outputs.get("proposals"))
+        found = postprocessed(final, image_size, size, kept.info)
+        undecided = undecided_pixels(final, image_size, size, kept.info)
+        compare_predictions(truth, found, full.info, image_size, parity, undecided)
+
+
+def extreme_shapes(info: Info) -> Iterator[Array]:
+    """Yield (3, h, w) images of noise with one and with several cells of the coarsest level."""
+    stride = info["coarsest_stride"]
+    for seed, (rows, columns) in enumerate(EXTREMES):
+        shape = 3, rows * stride - 1, columns * stride - 1
+        yield np.random.default_rng(seed).random(shape, np.float32) * 255
 
 
 def undecided_pixels(outputs: Any, image_size: Size, size: Size, info: Info) -> Array | None:
@@ -138,21 +177,21 @@ def network_pixels(image: Image.Image, info: Info) -> Array:
 
 @torch.no_grad()
 def reference(
-    model: nn.Module, pixels: Array, image: Image.Image, info: Info, proposals: Array | None = None
+    model: nn.Module, pixels: Array, size: Size, info: Info, proposals: Array | None = None
 ) -> Prediction:
     """Return the prediction of the network's own inference.
 
     Args:
         model: the network.
         pixels: (3, h, w) resized image.
-        image: the original image.
+        size: height and width of the original image.
         info: metadata, whose fixed size the network gets, too.
         proposals: (P, 4) XYXY for the second stage of an R-CNN; None: its own.
     """
-    entry = {"image": torch.from_numpy(pixels), "height": image.height, "width": image.width}
+    entry = {"image": torch.from_numpy(pixels), "height": size[0], "width": size[1]}
     with padded_to(model, info), proposing(model, proposals):
         (output,) = model([entry])
-    return as_prediction(output, (image.height, image.width))
+    return as_prediction(output, size)
 
 
 def as_prediction(output: dict[str, Any], size: Size) -> Prediction:

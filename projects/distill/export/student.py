@@ -44,7 +44,7 @@ def student_predictor(folder: Path) -> tuple[Predict, list[str], list[str]]:
     info = network_info(cfg, model, None)
 
     def predict(image: Image.Image) -> Prediction:
-        return reference(model, network_pixels(image, info), image, info)
+        return reference(model, network_pixels(image, info), (image.height, image.width), info)
 
     return predict, info["thing_classes"], info["stuff_classes"]
 

@@ -26,8 +26,9 @@ OPSETS = range(18, 24)  # for which torch's exporter has translations
 OPSET = 20
 FORMATS = {"onnx": ".onnx", "torchscript": ".ts"}
 INPUTS = ("image", "image_size")
-EXAMPLE = (4, 6)  # cells of the size divisibility in the image that a graph is traced with
-DIVISIBILITY = 32  # used for the example if a network accepts any size
+# Cells of the coarsest level in the image that a graph is traced with. An exporter takes a single
+# row or column for one that every image has.
+EXAMPLE = (2, 3)
 FAULT = re.compile(r"op='([\w:.]+)'|torch\.ops\.([\w.]+)")
 NEAREST = "the other of --format onnx and torchscript, or --postprocessing outside"
 Info = dict[str, Any]
@@ -76,11 +77,18 @@ def network_info(cfg: CfgNode, model: Any, size: Size | None) -> Info:
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "size": size and list(size),
         "size_divisibility": step,
+        "coarsest_stride": coarsest_stride(model, step),
         "pixel_mean": mean,
         "pixel_std": std,
         # detectron2 pads with 0 after the normalization, which is the mean before it.
         "pad_value": mean if pad_value is None else [pad_value] * len(mean),
     }
+
+
+def coarsest_stride(model: Any, step: int) -> int:
+    """Return the smallest multiple of ``step`` that is at least the stride of every level."""
+    largest = max(x.stride for x in model.backbone.output_shape().values())
+    return -(-largest // step) * step
 
 
 def class_names(cfg: CfgNode, kind: str) -> list[str]:
@@ -92,9 +100,7 @@ def class_names(cfg: CfgNode, kind: str) -> list[str]:
 
 def example(info: Info) -> tuple[Tensor, Tensor]:
     """Return inputs with which a graph can be traced."""
-    step = info["size_divisibility"]
-    step = step if step > 1 else DIVISIBILITY
-    height, width = info["size"] or (n * step for n in EXAMPLE)
+    height, width = info["size"] or (n * info["coarsest_stride"] for n in EXAMPLE)
     noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     return 255 * noise, torch.tensor([height, width])
 
