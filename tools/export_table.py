@@ -38,7 +38,7 @@ THREADS = 1  # so that the CPU time of a process does not depend on what else ru
 WARM_UP, REPEATS = 3, 20
 IMAGES = 4  # compared by the export
 METRICS = ("bbox/AP", "segm/AP")
-NEAR_ZERO, SPREAD = 0.02, 0.1  # standard deviations of weights
+NEAR_ZERO = 0.02  # standard deviation of the weights of a predictor at its start
 
 
 def main() -> None:
@@ -82,12 +82,27 @@ def random_network(name: str) -> tuple[CfgNode, Any]:
     cfg = support_matrix.config(name)
     cfg.MODEL.DEVICE, cfg.DATASETS.TEST = "cpu", ()
     model: Any = support_matrix.network(name, "teacher").eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.std() < NEAR_ZERO:  # a predictor at its start
-            torch.nn.init.normal_(parameter, std=SPREAD)
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.dim() > 1 and weight.std() < NEAR_ZERO:
+            layer.register_forward_hook(spread_once)
+    with torch.no_grad():
+        model([{"image": 255 * torch.rand(3, 128, 128)}])
+    for layer in model.modules():
+        layer._forward_hooks.clear()
     if hasattr(model, "test_score_thresh"):
         model.test_score_thresh = 0.0  # it is sure of nothing
     return cfg, model
+
+
+@torch.no_grad()
+def spread_once(layer: Any, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
+    """Scale a predictor, which starts near zero, so that its outputs differ by about 1."""
+    if layer.weight.std() < NEAR_ZERO and outputs.numel() > 1:
+        factor = 1 / outputs.std().clamp(min=1e-6)
+        layer.weight *= factor
+        outputs = outputs * factor
+    return outputs
 
 
 class Row(NamedTuple):
