@@ -38,7 +38,7 @@ THREADS = 1  # so that the CPU time of a process does not depend on what else ru
 WARM_UP, REPEATS = 3, 20
 IMAGES = 4  # compared by the export
 METRICS = ("bbox/AP", "segm/AP")
-NEAR_ZERO = 0.02  # standard deviation of the weights of a predictor at its start
+SPREAD = 0.5  # smallest standard deviation of the outputs of a layer
 
 
 def main() -> None:
@@ -83,9 +83,8 @@ def random_network(name: str) -> tuple[CfgNode, Any]:
     cfg.MODEL.DEVICE, cfg.DATASETS.TEST = "cpu", ()
     model: Any = support_matrix.network(name, "teacher").eval()
     for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if weight is not None and weight.dim() > 1 and weight.std() < NEAR_ZERO:
-            layer.register_forward_hook(spread_once)
+        if getattr(layer, "bias", None) is not None and layer.weight.dim() > 1:
+            layer.register_forward_hook(spread)
     with torch.no_grad():
         model([{"image": 255 * torch.rand(3, 128, 128)}])
     for layer in model.modules():
@@ -96,12 +95,11 @@ def random_network(name: str) -> tuple[CfgNode, Any]:
 
 
 @torch.no_grad()
-def spread_once(layer: Any, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
-    """Scale a predictor, which starts near zero, so that its outputs differ by about 1."""
-    if layer.weight.std() < NEAR_ZERO and outputs.numel() > 1:
-        factor = 1 / outputs.std().clamp(min=1e-6)
-        layer.weight *= factor
-        outputs = outputs * factor
+def spread(layer: Any, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
+    """Scale the weights of a layer near zero, so that its outputs differ by about 1."""
+    if outputs.numel() > 1 and outputs.std() < SPREAD:
+        layer.weight *= 1 / outputs.std().clamp(min=1e-20)
+        return layer.forward(*inputs)
     return outputs
 
 
