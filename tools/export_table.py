@@ -11,7 +11,9 @@ keeps its reason. Finished rows are kept. Times are those of the CPU with one th
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +34,7 @@ from distill.export.student import student_cfg, test_cfg
 from distill.export.writer import FORMATS, load, network_info
 from distill.utils.io import write_json
 from distill.utils.progress import Progress
-from distill.utils.provenance import command, commit, versions
+from distill.utils.provenance import commit, versions
 
 THREADS = 1  # so that the CPU time of a process does not depend on what else runs
 WARM_UP, REPEATS = 3, 20
@@ -51,7 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     result = json.loads(args.result.read_text()) if args.result.is_file() else {"rows": {}}
-    described = {"command": command(), "commit": commit(), "versions": versions()}
+    typed = shlex.join(["python", "tools/export_table.py", *sys.argv[1:]])
+    described = {"command": typed, "commit": commit(), "versions": versions()}
     result = {**described, "threads": THREADS, "rows": result["rows"]}
     students = {name: Path(folder) for name, folder in args.student}
     files = folder_images(args.shapes / "images" / "val")
