@@ -41,6 +41,7 @@ WARM_UP, REPEATS = 3, 20
 IMAGES = 4  # compared by the export
 METRICS = ("bbox/AP", "segm/AP")
 SPREAD = 0.5  # smallest standard deviation of the outputs of a layer
+LARGEST = 100.0  # factor of the weights of a layer
 
 
 def main() -> None:
@@ -101,7 +102,7 @@ def random_network(name: str) -> tuple[CfgNode, Any]:
 def spread(layer: Any, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
     """Scale the weights of a layer near zero, so that its outputs differ by about 1."""
     if outputs.numel() > 1 and outputs.std() < SPREAD:
-        layer.weight *= 1 / outputs.std().clamp(min=1e-20)
+        layer.weight *= (1 / outputs.std()).clamp(max=LARGEST)  # more would amplify rounding errors
         return layer.forward(*inputs)
     return outputs
 
