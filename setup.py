@@ -13,7 +13,7 @@ REQUIREMENTS = [
     "torch>=2.5",
     "torchvision>=0.20",
     "numpy>=1.26,<2.3",  # cityscapesscripts calls np.in1d
-    "pillow>=10,<13",  # cityscapesscripts reads instance masks as 32-bit PNG
+    "pillow>=10.1,<13",  # cityscapesscripts reads instance masks as 32-bit PNG
     "setuptools>=70.1,<82",  # detectron2.model_zoo imports pkg_resources
     "black",  # detectron2's LazyConfig.to_py
     "cityscapesscripts>=2.2",
@@ -41,6 +41,8 @@ REQUIREMENTS = [
     "yacs>=0.1.8",
 ]
 
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "onnxslim>=0.1.50"]
+
 setup(
     name="distill",
     version=re.search(r'__version__ = "(.+)"', INIT.read_text("utf-8"))[1],
@@ -54,6 +56,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": [
+            *EXPORT,
             "filelock",
             "hypothesis>=6",
             "mypy>=1.10",
@@ -66,6 +69,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow>=2.14"],
         "trackio": ["trackio>=0.20"],
+        "export": EXPORT,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )

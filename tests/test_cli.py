@@ -19,7 +19,7 @@ from distill.launch.termination import run_command
 from tests.support.networks import tiny_cfg
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("analysis", "convert", "doctor", "experiments", "launch", "report")
+ROOMS = ("analysis", "convert", "doctor", "experiments", "export", "launch", "report")
 
 
 def python(code: str, *arguments: str, folder: Path | None = None) -> str:

@@ -43,6 +43,7 @@ ROOMS = {  # pages of the API, the most important first
     "distill.data": "Data",
     "distill.evaluation": "Evaluation",
     "distill.launch": "Launching",
+    "distill.export": "Export",
     "distill.doctor": "Doctor",
     "distill.experiments": "Experiments",
     "distill.analysis": "Analysis",

@@ -1,4 +1,4 @@
-"""The command ``distill``: training, evaluation, checks, experiments and analysis.
+"""The command ``distill``: training, evaluation, export, checks, experiments and analysis.
 
 A command is a module with ``add_arguments(parser)`` and ``run(args)``, which returns the exit code.
 Only the module of the command that runs is imported, so that ``distill --help`` answers at once.
@@ -34,6 +34,8 @@ COMMANDS = {
     "eval": Command("launch.main", "evaluate a trained model", ("--eval-only",)),
     "doctor": Command("doctor", "check a distillation on two batches before it trains"),
     "convert": Command("convert", "convert the weights of RTMDet, YOLOX or YOLOv5 to a checkpoint"),
+    "export": Command("export.main", "export a student to ONNX or TorchScript"),
+    "predict": Command("export.predict", "detect objects in images, folders and videos"),
     "check-data": Command("analysis.check_data", "list every fault in the data sets of a config"),
     "convert-data": Command(
         "analysis.convert_data", "convert data sets to COCO's or YOLO's format"

@@ -268,7 +268,8 @@ def code_digest() -> str:
     """Hash of the package's source, except the rooms that train nothing, and of the libraries."""
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE).parts[0] not in ("analysis", "cli.py", "doctor", "report"):
+        room = path.relative_to(PACKAGE).parts[0]
+        if room not in ("analysis", "cli.py", "doctor", "export", "report"):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -54,16 +54,16 @@ def dynamic_masks(
     x, y = (torch.arange(n, device=points.device) * stride for n in (width, height))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy")).flatten(1)  # (2, H · W)
     relative = (points[..., None] - grid) / (REACH * strides)[:, None, None]
-    inputs = prototypes.flatten(1).expand(len(points), -1, -1)
+    inputs = prototypes.flatten(1).expand(points.shape[0], -1, -1)
     hidden = torch.cat([relative, inputs], 1)
     sizes = [(channels + 2) * WIDTH, WIDTH * WIDTH, WIDTH, WIDTH, WIDTH, 1]
     parts = kernels.split(sizes, 1)
     with torch.autocast(kernels.device.type, enabled=False):  # keeps the products in float32
         for layer, (weight, bias) in enumerate(zip(parts[:3], parts[3:])):
             hidden = hidden.relu() if layer else hidden
-            weight = weight.view(len(weight), bias.shape[1], hidden.shape[1])
+            weight = weight.unflatten(1, (bias.shape[1], hidden.shape[1]))
             hidden = torch.baddbmm(bias[..., None], weight, hidden)
-    return hidden.view(len(points), height, width)
+    return hidden.view(points.shape[0], height, width)
 
 
 def sampled_masks(masks: Tensor, height: int, width: int) -> Tensor:
