@@ -237,6 +237,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_package_trains_anywhere(tmp_path: Path, shapes: tuple[str, str, str]) -> None:

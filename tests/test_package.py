@@ -22,6 +22,7 @@ def warnings_of(package: str, *options: str) -> str:
     return done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_detectron2s_meshgrid_warning_does_not_reach_the_user() -> None:
     assert "meshgrid" not in warnings_of("distill")

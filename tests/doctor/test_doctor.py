@@ -506,6 +506,7 @@ def test_an_untrained_teacher_is_no_better_than_chance(tmp_path: Path, shapes: S
 one_worker = pytest.mark.xdist_group("taught")
 
 
+@pytest.mark.long
 @one_worker
 @pytest.mark.slow
 @pytest.mark.e2e
@@ -530,6 +531,7 @@ def test_a_trained_teacher_is_better_and_its_ap_is_the_evaluators(
     assert expected > 50
 
 
+@pytest.mark.long
 @one_worker
 @pytest.mark.e2e
 def test_classes_in_another_order_are_matched_by_name(

@@ -604,6 +604,7 @@ def test_ctrl_c_ends_one_process_and_its_workers(runs: Runs) -> None:
     all_gone([runs.started[0].pid, *everyone])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @starts_processes
 @needs_loopback

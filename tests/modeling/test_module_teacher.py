@@ -108,6 +108,7 @@ def test_wrong_names(function: str, words: str, tmp_path: Path) -> None:
         build_teacher(config(f"{tmp_path}/{function}", CODE, True))
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_example_of_torchvision_teaches(tmp_path: Path) -> None:
