@@ -58,7 +58,8 @@ KEYS: dict[str, Key] = {
     "MODEL.DISTILL.TEACHER.CONFIG_FILE": Key(
         "",
         "any detectron2 config: path of a yaml file or LazyConfig, or a name in detectron2's model "
-        "zoo or this package. timm/NAME: a model of timm, which teaches its features",
+        "zoo or this package. timm/NAME: a model of timm, which teaches its features. "
+        "file.py:function: a network of your own code",
         TEXT,
     ),
     "MODEL.DISTILL.TEACHER.OPTS": Key([], "KEY VALUE ... overrides of the teacher's config", LIST),
@@ -108,8 +109,8 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.ALLOW_CODE": Key(
         False,
-        "read LazyConfigs outside detectron2's model zoo too, which are code; it counts only on "
-        "the command line",
+        "run code that builds the teacher: LazyConfigs outside detectron2's model zoo, and "
+        "file.py:function; it counts only on the command line",
         SWITCH,
     ),
     "DATASETS.COCO_FORMAT": Key(

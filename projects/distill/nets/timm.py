@@ -71,8 +71,8 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             ``WEIGHTS``, or if it lacks weights of the model.
     """
     node, channels = cfg.MODEL.TIMM, input_shape.channels
-    features = _built(node, channels, _stages(node, channels, _all_strides(node)))
-    _check_maps(node.NAME, features, input_shape.channels)
+    features = _built(node, channels, _stages(node, channels))
+    _check_maps(node.NAME, features, channels)
     strides = features.feature_info.reduction()
     if not _suit_a_neck(strides):
         raise ValueError(
@@ -94,11 +94,9 @@ def build_timm_features(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         ValueError: as :func:`build_timm_backbone`, but maps may have any strides.
     """
     node, channels = cfg.MODEL.TIMM, input_shape.channels
-    strides = _all_strides(node)
-    if len(set(strides)) == 1:
-        features = _built(node, channels, _tokens(node, channels))
-    else:
-        features = _built(node, channels, _stages(node, channels, strides))
+    _check_name(node.NAME)
+    tokens = len(set(_all_strides(node.NAME))) == 1
+    features = _built(node, channels, (_tokens if tokens else _stages)(node, channels))
     _check_maps(node.NAME, features, channels)
     return TimmBackbone(features, divisible=True)
 
@@ -117,22 +115,30 @@ def _built(node: CfgNode, channels: int, create: Callable[..., Any]) -> Any:
     return _with_weights_of_timm(node, create)
 
 
-def _all_strides(node: CfgNode) -> list[int]:
-    """Return the strides of all maps of a model."""
+def _check_name(name: str) -> None:
     import timm
 
-    if not timm.is_model(node.NAME):
-        near = ", ".join(get_close_matches(node.NAME, timm.list_models(), 8)) or "none"
-        raise ValueError(f"MODEL.TIMM.NAME '{node.NAME}' is not a model of timm; nearest: {near}")
-    model: Any = timm.create_model(node.NAME, features_only=True)
-    return model.feature_info.reduction()
+    if not timm.is_model(name):
+        near = ", ".join(get_close_matches(name, timm.list_models(), 8)) or "none"
+        raise ValueError(f"MODEL.TIMM.NAME '{name}' is not a model of timm; nearest: {near}")
 
 
-def _stages(node: CfgNode, channels: int, strides: list[int]) -> Callable[..., Any]:
+def _all_strides(name: str) -> tuple[int, ...]:
+    """Return the strides of all maps of a model, which is built for that."""
+    import timm
+
+    model: Any = timm.create_model(name, features_only=True)
+    return tuple(model.feature_info.reduction())
+
+
+def _stages(node: CfgNode, channels: int) -> Callable[..., Any]:
     """Return a function that builds a model with maps of stages, of stride 4 and more."""
     import timm
 
-    indices = tuple(node.OUT_INDICES) or tuple(i for i, x in enumerate(strides) if x >= 4)
+    _check_name(node.NAME)
+    indices = tuple(node.OUT_INDICES)
+    if not indices:
+        indices = tuple(i for i, stride in enumerate(_all_strides(node.NAME)) if stride >= 4)
     options: dict[str, Any] = {"features_only": True, "in_chans": channels, "out_indices": indices}
     return partial(timm.create_model, node.NAME, **options)
 
