@@ -41,6 +41,8 @@ REQUIREMENTS = [
     "yacs>=0.1.8",
 ]
 
+# Who logs to one of these has it already, in a version of their own: `make` installs none.
+TRACKERS = {"wandb": ["wandb>=0.17"], "mlflow": ["mlflow>=2.14"], "trackio": ["trackio>=0.20"]}
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "onnxslim>=0.1.50"]
 
 setup(
@@ -66,9 +68,7 @@ setup(
             "ruff>=0.6",
         ],
         "report": ["plotly>=6"],  # report.html of a training, and `distill report`
-        "wandb": ["wandb>=0.17"],
-        "mlflow": ["mlflow>=2.14"],
-        "trackio": ["trackio>=0.20"],
+        **TRACKERS,
         "export": EXPORT,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },

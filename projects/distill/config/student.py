@@ -43,7 +43,8 @@ def get_student_cfg(path: str) -> CfgNode:
             names = {kind: list(value) for kind, value in json.load(f).items() if kind in _KINDS}
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ConfigError(f"'{classes}' cannot be read; train again or remove it.") from e
-    cfg.DATASETS.TEST = cfg.DATASETS.TEST or ("student",)
+    # Two students of one process have names of their own.
+    cfg.DATASETS.TEST = cfg.DATASETS.TEST or (f"classes of {os.path.abspath(path)}",)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     for kind, value in names.items():
         if metadata.get(kind) is None:
