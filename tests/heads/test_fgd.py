@@ -7,6 +7,7 @@ from torch import nn
 
 from distill.heads import FGD
 from distill.heads.fgd import GlobalContext
+from distill.losses.fgd import fgd_relation, pooled
 from tests.reference import literal_methods as literal
 from tests.support.heads import (
     BOXES,
@@ -25,10 +26,10 @@ def with_context(block, x):
     """Return a map after its context block, by loops over images and cells."""
     down, norm, activation, up = block.transform
     assert isinstance(activation, nn.ReLU) and isinstance(norm, nn.LayerNorm)
-    weight, bias = to_numpy(block.where.weight)[0, :, 0, 0], block.where.bias.item()
+    weight = to_numpy(block.where.weight)[0, :, 0, 0]
     result = x.copy()
     for n, image in enumerate(x):
-        logits = np.einsum("chw,c->hw", image, weight) + bias
+        logits = np.einsum("chw,c->hw", image, weight)
         share = literal.softmax(logits.ravel()).reshape(logits.shape)
         context = (image * share).sum((1, 2))
         hidden = to_numpy(down.weight)[:, :, 0, 0] @ context + to_numpy(down.bias)
@@ -73,17 +74,30 @@ def test_fgds_relation_is_the_squared_distance_at_the_start():
 def test_fgds_blocks_are_of_each_network_and_level():
     head = two_level_head(FGD, (3, 4), temperature=0.5, **FACTORS)
     blocks = [block for pair in head.contexts.values() for block in pair]
-    assert len({id(p) for block in blocks for p in block.parameters()}) == 4 * 8
+    assert len({id(p) for block in blocks for p in block.parameters()}) == 4 * 7
     for block in blocks:
         assert block.transform[0].weight.shape == (2, 4, 1, 1)
         last = block.transform[-1]
-        assert not any(x.any() for x in (block.where.bias, last.weight, last.bias))
+        assert not any(x.any() for x in (last.weight, last.bias))
 
 
 def test_a_context_block_starts_with_kaimings_deviation():
     torch.manual_seed(0)
     weights = torch.cat([GlobalContext(256).where.weight.flatten() for _ in range(40)])
     assert weights.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.03)  # fan in, gain √2
+
+
+def test_the_gradients_of_the_relation_reach_student_and_blocks():
+    teacher, *inputs = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        for i, shape in enumerate([(2, 3, 4, 5), (2, 3, 4, 5), (3,), (3,)])
+    )
+
+    def relation(student, own, other):
+        added = pooled(student, own).tanh() - pooled(teacher, other).tanh()
+        return fgd_relation(student, teacher, added)
+
+    assert torch.autograd.gradcheck(relation, [x.requires_grad_() for x in inputs])
 
 
 def test_fgd_without_any_box_has_no_foreground():

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import fgd
+from ..losses.fgd import fgd_relation, pooled
 from ..section import POSITIVE, Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo
 from .base import DISTILL_HEAD_REGISTRY, Terms
@@ -14,9 +15,9 @@ from .fpn import BoxedFPNHead, Level
 
 
 class GlobalContext(nn.Module):
-    """Add a vector made of all cells of a map to each of them (Cao et al., "GCNet").
+    """The vector, made of all cells of a map, that is added to each of them (Cao et al., "GCNet").
 
-    The vector is 0 at the start.
+    It is 0 at the start. The authors' projection has a bias, which a softmax cancels.
 
     Args:
         channels: C, at least 2.
@@ -24,7 +25,7 @@ class GlobalContext(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.where = nn.Conv2d(channels, 1, kernel_size=1)
+        self.where = nn.Conv2d(channels, 1, kernel_size=1, bias=False)
         last = nn.Conv2d(channels // 2, channels, kernel_size=1)
         self.transform = nn.Sequential(
             nn.Conv2d(channels, channels // 2, kernel_size=1),
@@ -33,15 +34,14 @@ class GlobalContext(nn.Module):
             last,
         )
         nn.init.kaiming_normal_(self.where.weight)
-        for parameter in (self.where.bias, last.weight, last.bias):
+        for parameter in (last.weight, last.bias):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, C, H, W) for (N, C, H, W)."""
-        share = self.where(x).flatten(1).softmax(1)
-        context = torch.einsum("np,ncp->nc", share, x.flatten(2))
+        """Return the (N, C) vectors of (N, C, H, W) maps."""
+        context = pooled(x, self.where.weight.flatten())
         added: Tensor = self.transform(context[..., None, None])
-        return x + added
+        return added.flatten(1)
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -125,8 +125,8 @@ class FGD(BoxedFPNHead):
     def level_loss(self, level: Level, student: Tensor, teacher: Tensor, batch: Batch) -> Terms:
         focal = fgd(student, teacher, batch.boxes, batch.padded_size, self.temperature)
         contexts: Any = self.contexts[level.student]
-        gap = contexts[0](student).float() - contexts[1](teacher).float()
+        added = contexts[0](student).float() - contexts[1](teacher).float()
         return {
             **{name: f * x for name, f, x in zip(focal._fields, self.factors, focal)},
-            "relation": self.lambda_ * gap.square().sum() / max(len(student), 1),
+            "relation": self.lambda_ * fgd_relation(student, teacher, added),
         }

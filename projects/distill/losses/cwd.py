@@ -49,7 +49,9 @@ def cwd(
         return cwd(student, teacher, temperature) * enough
     if student.numel() == 0:
         return student.sum()
-    logits = (x.flatten(2) / temperature for x in (student, teacher.detach()))
+    logits = (x.flatten(2) for x in (student, teacher.detach()))
+    if temperature != 1:
+        logits = (x / temperature for x in logits)
     divergence: Tensor = _Divergence.apply(*logits)
     return divergence * temperature**2 / (student.shape[0] * student.shape[1])
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from .boxes import padded, painted
 from .fgfi import on_cells
 from .reduce import same_shape
+from .squares import weighted_squares
 
 
 class DeFeatTerms(NamedTuple):
@@ -37,13 +38,10 @@ def defeat(student: Tensor, teacher: Tensor, mask: Tensor) -> DeFeatTerms:
     """
     student, teacher = same_shape(student, teacher.detach())
     inside = on_cells(mask, student)
-    error = (student - teacher).square().sum(1)
-    return DeFeatTerms(
-        *(
-            (m * error).sum() / (2 * student.shape[1] * m.sum()).clamp(min=1)
-            for m in (inside, 1 - inside)
-        )
-    )
+    masks = torch.stack([inside, 1 - inside])
+    cells = masks.sum((1, 2, 3))
+    errors = weighted_squares(student, teacher, masks)
+    return DeFeatTerms(*(errors / (2 * student.shape[1] * cells).clamp(min=1)))
 
 
 @torch.no_grad()

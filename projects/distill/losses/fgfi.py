@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .reduce import full_precision, same_shape
+from .squares import weighted_squares
 
 AT_ONCE = 16  # boxes that are compared with all anchors at once: bounds the memory
 
@@ -81,8 +82,8 @@ def fgfi(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
     student, teacher = same_shape(student, teacher.detach())
     weight = on_cells(mask, student)
-    error = (student - teacher).square().sum(1)
-    return (weight * error).sum() / (2 * weight.sum()).clamp(min=1)
+    error = weighted_squares(student, teacher, weight[None])[0]
+    return error / (2 * weight.sum()).clamp(min=1)
 
 
 def on_cells(mask: Tensor, maps: Tensor) -> Tensor:

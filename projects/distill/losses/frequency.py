@@ -6,6 +6,7 @@ The papers do not say how a real map stays real. Here M is Hermitian, M[k] = M[�
 is real.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,14 +126,54 @@ def masked_energy(gap: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
     if gap.numel() == 0:  # the FFT raises on an empty batch
         return gap.sum()
-    height, width = gap.shape[-2:]
-    weight = half_spectrum_weight(width, gap.device)
-    kept = _energy(half_spectrum(gap), weight * mask)
-    removed = _energy(half_spectrum(teacher.detach()), weight * (1 - mask))
-    return (kept + removed) / (height * width) / gap.numel()
+    removed = energy(torch.fft.rfft2(teacher.detach()).mul_(1 - mask), gap.shape[-1]).sum()
+    kept: Tensor = _FilteredEnergy.apply(gap, mask)
+    return (kept + removed / gap[0, 0].numel()) / gap.numel()
 
 
-def _energy(spectrum: Tensor, weight: Tensor) -> Tensor:
-    """Return the weighted sum of |spectrum|²."""
-    parts = torch.view_as_real(spectrum).square().sum(-1)
-    return (parts * weight).sum()
+class _FilteredEnergy(torch.autograd.Function):
+    """Σ (F⁻¹(M ⊙ F(x)))² of (N, C, H, W) maps.
+
+    M ⊙ M = M, and M is Hermitian. So the gradient is twice the filtered map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, mask: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(maps).mul_(mask)
+        ctx.save_for_backward(spectrum)
+        ctx.size = maps.shape[-2:]
+        return energy(spectrum, maps.shape[-1]).sum() / maps[0, 0].numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (spectrum,) = ctx.saved_tensors
+        return torch.fft.irfft2(spectrum, s=ctx.size).mul_(2 * gradient), None
+
+
+def energy(spectrum: Tensor, width: int) -> Tensor:
+    """Return the sum of |x̂|² over the full spectrum of each map, (N, C).
+
+    Args:
+        spectrum: (N, C, H, width // 2 + 1), the half of it that ``torch.fft.rfft2`` returns.
+    """
+    return _over_full(lambda x: torch.linalg.vector_norm(x, dim=2).square(), width, spectrum)
+
+
+def product(first: Tensor, second: Tensor, width: int) -> Tensor:
+    """Return the real part of Σ x̂ ŷ* over the full spectra of each pair of maps, (N, C).
+
+    Args: those of :func:`energy`.
+    """
+    with torch.autocast(first.device.type, enabled=False):  # keeps float32
+        return _over_full(torch.linalg.vecdot, width, first, second)
+
+
+def _over_full(measure: Callable[..., Tensor], width: int, *halves: Tensor) -> Tensor:
+    """Return a sum over full spectra from one over the rows of real numbers of their halves."""
+
+    def of(columns: slice) -> Tensor:
+        return measure(*(torch.view_as_real(x[..., columns]).flatten(2) for x in halves))
+
+    total = 2 * of(slice(None)) - of(slice(1))
+    return total if width % 2 else total - of(slice(-1, None))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .fgfi import on_cells
 from .reduce import full_precision, same_shape
+from .squares import weighted_squares
 
 
 def frs(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
@@ -22,7 +23,8 @@ def frs(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
         ValueError: if shapes differ.
     """
     student, teacher = same_shape(student, teacher.detach())
-    return _weighted((student - teacher).square().sum(1), on_cells(score, student))
+    score = on_cells(score, student)
+    return _mean(weighted_squares(student, teacher, score[None])[0], score)
 
 
 def frs_classes(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
@@ -42,7 +44,8 @@ def frs_classes(student: Tensor, teacher: Tensor, score: Tensor) -> Tensor:
     """
     student, teacher = same_shape(student, teacher.detach())
     entropy = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
-    return _weighted(entropy.sum(1), on_cells(score, student))
+    score = on_cells(score, student)
+    return _mean((score * entropy.sum(1)).sum(), score)
 
 
 def feature_richness(logits: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def feature_richness(logits: Tensor) -> Tensor:
     return full_precision(logits.detach()).amax(1).sigmoid()
 
 
-def _weighted(error: Tensor, score: Tensor) -> Tensor:
-    """Return the mean of (N, H, W) errors, weighted by the score; 0 where the scores are all 0."""
+def _mean(error: Tensor, score: Tensor) -> Tensor:
+    """Return the sum of weighted errors over that of the scores; 0 where these are all 0."""
     total = score.sum()
-    return (score * error).sum() / total.where(total > 0, 1)
+    return error / total.where(total > 0, 1)

@@ -5,12 +5,14 @@ Steps 2 to 4 of :func:`ima` need only means, variances and the covariance of eac
 scaled.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .frequency import frequency_filtered, half_spectrum, half_spectrum_weight
+from .frequency import energy, frequency_filtered, product
 from .reduce import class_members, full_precision, same_shape
 
 IMA_STATISTICS = ("instance", "image")
@@ -276,20 +278,44 @@ def _spectral_moments(student: Tensor, teacher: Tensor, mask: Tensor) -> Moments
         student = torch.fft.irfft2(mask * torch.fft.rfft2(student), s=student.shape[-2:])
         return _spatial_moments(student, teacher, None)
     """
-    height, width = student.shape[-2:]
-    cells = height * width
-    s, t = mask * half_spectrum(student), half_spectrum(teacher)
-    weight = half_spectrum_weight(width, s.device).expand(height, -1).clone()
-    weight[0, 0] = 0  # the constant term is the mean, not part of the variance
-    weight = weight / cells**2
-    mean_t = teacher.mean((-2, -1), keepdim=True)
-    return Moments(
-        s[..., 0, 0].real / cells,
-        mean_t[..., 0, 0],
-        (weight * (s.real.square() + s.imag.square())).sum((-2, -1)),
-        (teacher - mean_t).square().mean((-2, -1)),
-        (weight * (s.real * t.real + s.imag * t.imag)).sum((-2, -1)),
-    )
+    mean_t = teacher.mean((-2, -1))
+    spread = torch.linalg.vector_norm(teacher - mean_t[..., None, None], dim=(-2, -1))
+    var_t = spread.square() / teacher[0, 0].numel()
+    mean_s, var_s, cov = _MaskedMoments.apply(student, teacher, mask)
+    return Moments(mean_s, mean_t, var_s, var_t, cov)
+
+
+class _MaskedMoments(torch.autograd.Function):
+    """Mean and variance of the filtered student, and its covariance with the teacher.
+
+    The constant terms of the spectra are the means. Without them, the gradient is
+
+    F⁻¹(2 g_var M ŝ + g_cov M t̂) / (H·W) + g_mean M₀ / (H·W)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.size = height, width = student.shape[-2:]
+        cells = height * width
+        s, t = (torch.fft.rfft2(x).mul_(mask) for x in (student, teacher))
+        mean = s[..., 0, 0].real / cells
+        s[..., 0, 0] = t[..., 0, 0] = 0
+        ctx.save_for_backward(s, t, mask[..., 0, 0])
+        return mean, energy(s, width) / cells**2, product(s, t, width) / cells**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, mean: Tensor, variance: Tensor, covariance: Tensor
+    ) -> tuple[Tensor, None, None]:
+        s, t, first = ctx.saved_tensors
+        cells = math.prod(ctx.size)
+        of_s, of_t = (x[..., None, None, None] / cells for x in (2 * variance, covariance))
+        gradient = (torch.view_as_real(s) * of_s).addcmul_(torch.view_as_real(t), of_t)
+        gradient[..., 0, 0, 0] = mean * first
+        return torch.fft.irfft2(torch.view_as_complex(gradient), s=ctx.size), None, None
 
 
 def _standardized(m: Moments, by: Moments, teacher: bool) -> Moments:

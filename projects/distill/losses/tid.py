@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from .reduce import full_precision, same_shape
+from .squares import weighted_squares
 
 CHUNK = 8  # ground-truth boxes compared with all points at once; bounds the memory
 MAX_WEAK = 2000  # maximum number of candidates of the weak area before NMS
@@ -265,7 +266,7 @@ def tid(
     size.
 
     Args:
-        student, teacher: (N, C, H, W). Detach the teacher: a gradient reaches both.
+        student, teacher: (N, C, H, W). No gradient reaches the teacher.
         mask: (N, H, W) M >= 0 from :func:`tid_mask`; no gradient reaches it.
         alpha: (N, H, W) α of the area of each cell. None means 1.
 
@@ -282,6 +283,6 @@ def tid(
             "(N, H, W)"
         )
     mask = full_precision(mask.detach())
-    gap = (student - teacher).square().sum(1) / max(student.shape[1], 1)
     weight = mask if alpha is None else mask * alpha
-    return (weight * gap).sum(), mask.sum()
+    error = weighted_squares(student, teacher, weight[None])[0]
+    return error / max(student.shape[1], 1), mask.sum()
