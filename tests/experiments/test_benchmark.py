@@ -60,6 +60,17 @@ def test_self_distillation_has_no_teacher(
     assert 0 < medians["MSSD"]["largest"] <= 2
 
 
+def test_losses_need_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--losses", "--size", "128x256", "--batch", "1", "--repeats", "1", "--json"]
+    assert cli.main(["benchmark", *options]) == 0
+    medians = json.loads(capsys.readouterr().out)["medians"]
+    assert medians["mse"]["ratio"] == 1 and {"pkd", "cwd", "fgd, 500 objects"} < set(medians)
+    for row in medians.values():
+        assert row["ratio"] == pytest.approx(row["seconds"] / medians["mse"]["seconds"])
+    assert cli.main(["benchmark", "--json"]) == 2
+    assert "name what to measure: --config-file FILE, or --losses." in capsys.readouterr().err
+
+
 def test_the_largest_tensor_counts_complex_ones_twice_and_no_views() -> None:
     x = torch.ones(2, 8, 8, requires_grad=True)
     with benchmark.LargestTensor() as mode:

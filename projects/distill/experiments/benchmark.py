@@ -12,6 +12,9 @@ With ``--heads-only``, every round times the forward of the student's backbone, 
 losses with their backward to the features. The report has medians and their ratio. It also has the
 largest tensor that the head makes, relative to the largest feature map, and the MiB that autograd
 keeps for it.
+
+With ``--losses`` no config is needed: losses on random P3 to P7 of 256 channels are timed with
+their backward, beside a plain mean squared error.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config import student_config, teacher_config
 from ..data.datasets import number_of_classes
 from ..engine import setup_config
+from ..errors import ConfigError
 from ..families import build_family
 from ..heads import build_heads, teacher_needed
 from ..modeling.balance import GradientBalance, balance_of
@@ -47,6 +51,7 @@ from ..utils.arguments import add_config_arguments, at_least, size
 from ..utils.progress import Progress
 from ..utils.provenance import command, commit
 from ..utils.timing import seconds
+from .benchmark_losses import measure_losses
 
 
 def synthetic_batch(
@@ -259,44 +264,59 @@ def sections(cfg: CfgNode) -> list[CfgNode]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    add_config_arguments(parser, required=False)
     parser.add_argument(
         "--size",
         type=size,
-        default="320x512",
         metavar="HEIGHTxWIDTH",
-        help="pixels of an image; default: %(default)s",
+        help="pixels of an image; default: 320x512, of --losses 800x1333",
     )
     parser.add_argument("--batch", type=at_least(1), default=2, help="images of a step")
     parser.add_argument("--objects", type=at_least(0), default=8, help="boxes of an image")
     parser.add_argument("--repeats", type=at_least(1), default=20, help="rounds")
     parser.add_argument("--heads-only", action="store_true", help="time only the losses")
+    parser.add_argument("--losses", action="store_true", help="time losses on random maps")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    cfg = setup_config(args.config_file, args.opts)
-    height, width = args.size
-    classes = number_of_classes(cfg)[1] or 1
-    inputs = synthetic_batch(args.batch, height, width, classes, args.objects, seed=0)
-    measured = measure_heads if args.heads_only else measure
-    with (
-        EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))),
-        Progress(args.json) as progress,
-    ):
-        medians = measured(cfg, inputs, args.repeats, progress)
+    args.size = args.size or ((800, 1333) if args.losses else (320, 512))
+    with Progress(args.json) as progress:
+        medians = _measured(args, progress)
     if args.json:
         facts = {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         facts |= {"machine": platform.machine(), "command": command()}
         print(json.dumps({**facts, "medians": medians}, indent=1))
         return 0
-    unit = "heads and their backward" if args.heads_only else "steps"
+    unit = "losses" if args.losses else "heads" if args.heads_only else "steps"
+    unit += " and their backward" if args.losses or args.heads_only else ""
+    height, width = args.size
     title = f"Median seconds of {args.repeats} {unit}, {args.batch} x {height}x{width}"
     table = Table(title=title)
     columns = list(next(iter(medians.values())))
-    for column in ("heads", *columns):
+    for column in ("losses" if args.losses else "heads", *columns):
         table.add_column(column)
     for key, row in medians.items():
         table.add_row(key, *(f"{row[k]:.3f}" for k in columns))
     Console().print(table)
     return 0
+
+
+def _measured(args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, float]]:
+    """Return the numbers of each row of the table.
+
+    Raises:
+        ConfigError: if there is no config to measure.
+    """
+    height, width = args.size
+    if args.losses:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return measure_losses((height, width), args.batch, args.repeats, device, progress)
+    if not args.config_file:
+        raise ConfigError("name what to measure: --config-file FILE, or --losses.")
+    cfg = setup_config(args.config_file, args.opts)
+    classes = number_of_classes(cfg)[1] or 1
+    inputs = synthetic_batch(args.batch, height, width, classes, args.objects, seed=0)
+    measured = measure_heads if args.heads_only else measure
+    with EventStorage(max(node.WARMUP_ITERS for node in sections(cfg))):
+        return measured(cfg, inputs, args.repeats, progress)

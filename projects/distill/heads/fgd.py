@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
