@@ -89,8 +89,6 @@ def losses_of(
     masks = [frequency_mask(batch, *x, MASK_RATIO, generator) for x in sizes]
     values = [random(batch, *x).abs() for x in sizes]
     blocks = [[GlobalContext(CHANNELS).to(device) for _ in range(2)] for _ in sizes]
-        (GlobalContext(CHANNELS).to(device), GlobalContext(CHANNELS).to(device)) for _ in sizes
-    ]
 
     def boxes(number: int) -> list[Tensor]:
         limits = torch.tensor([width, height], device=device)
