@@ -40,8 +40,8 @@ ALLOWED = {
     ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
     " .engine",
     ".launch": "* .errors .config .checkpoint .utils .data .engine .doctor",
-    ".experiments": "* .errors .section .config .checkpoint .utils .data .evaluation .heads"
-    " .families .structures .modeling .engine .launch.termination .report",
+    ".experiments": "* .errors .section .config .checkpoint .utils .data .evaluation .losses"
+    " .heads .families .structures .modeling .engine .launch.termination .report",
     ".analysis": "* .errors .section .config .checkpoint .utils .data .evaluation .losses .heads"
     " .structures .modeling .engine .report",
     ".export": "* .errors .config .nets .utils .engine",
