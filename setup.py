@@ -18,6 +18,7 @@ REQUIREMENTS = [
     "black",  # detectron2's LazyConfig.to_py
     "cityscapesscripts>=2.2",
     "cloudpickle",
+    "faster-coco-eval>=1.7",
     "fvcore>=0.1.5,<0.1.6",
     "hydra-core>=1.3,<1.4",
     "iopath>=0.1.9",

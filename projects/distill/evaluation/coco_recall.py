@@ -5,17 +5,23 @@ from typing import Any
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
 
+from .fast_coco import fast_evaluation
+
 RECALLS = ("AR", "AR50", "AR75", "ARs", "ARm", "ARl")
 _SIZES = {"ARs": "small", "ARm": "medium", "ARl": "large"}
 
 
 class COCORecallEvaluator(COCOEvaluator):
-    """detectron2's evaluator, whose results also have the average recall.
+    """detectron2's evaluator on faster-coco-eval, whose results also have the average recall.
 
     AR is the mean over classes and IoU 0.5, 0.55, ..., 0.95 of the recall with as many detections
     per image as AP has. AR50 and AR75 are at one IoU; ARs, ARm and ARl are of small, medium and
     large objects. detectron2 prints some of them, but does not return them.
     """
+
+    def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
+        with fast_evaluation():
+            super()._eval_predictions(predictions, img_ids)
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: Any = None
