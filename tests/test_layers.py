@@ -20,8 +20,9 @@ ALLOWED = {
     ".losses": "torch torchvision",
     ".nets": "torch torchvision detectron2 fvcore timm omegaconf .section .utils .losses.boxes"
     " .losses.reduce",
+    ".nets.onnx": "torch detectron2 onnx onnxruntime .nets.module .utils.io .utils.text",
     ".heads": "* .losses .section .structures .errors .utils",
-    ".families": "* .losses.boxes .nets.features .structures .errors .utils.training",
+    ".families": "* .losses.boxes .nets.features .structures .errors .utils.training .utils.text",
     ".checkpoint": "",
     ".checkpoint.unpickler": "*",
     ".checkpoint.compare": "torch .errors .utils",

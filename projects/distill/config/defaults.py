@@ -59,7 +59,7 @@ KEYS: dict[str, Key] = {
         "",
         "any detectron2 config: path of a yaml file or LazyConfig, or a name in detectron2's model "
         "zoo or this package. timm/NAME: a model of timm, which teaches its features. "
-        "file.py:function: a network of your own code",
+        "file.py:function: a network of your own code. file.onnx: a network that onnxruntime runs",
         TEXT,
     ),
     "MODEL.DISTILL.TEACHER.OPTS": Key([], "KEY VALUE ... overrides of the teacher's config", LIST),

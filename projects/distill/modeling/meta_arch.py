@@ -264,15 +264,17 @@ def _is_semantic(family: Family) -> bool:
 
 
 def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) -> tuple[str, ...]:
-    """Return the teacher's class names: given, or of its training set, or the student's."""
+    """Return the teacher's class names: given, its own, of its training set, or the student's."""
     number = teacher.num_classes
     given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)
+    if not number and "detections" in teacher.outputs:
+        return given  # it does not say how many classes it detects
     if given and len(given) != number:
         raise ConfigError(
             f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
             f"{number} classes."
         )
-    own = given or class_names(teacher_config(cfg), _is_semantic(teacher))
+    own = given or teacher.classes or class_names(teacher_config(cfg), _is_semantic(teacher))
     if own and len(own) == number:
         return own
     if number == len(student):
