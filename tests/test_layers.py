@@ -30,7 +30,7 @@ ALLOWED = {
     ".checkpoint.load": "* .errors .utils .checkpoint.formats .checkpoint.unpickler",
     ".checkpoint.save": "* .errors .checkpoint .utils",
     ".config": "* .errors .section .heads .families .nets .utils",
-    ".data": "* .errors .config .nets .utils",
+    ".data": "* .errors .config .nets .structures .utils",
     ".evaluation": "* .errors .data .utils",
     ".modeling": "* .errors .config .checkpoint .data.datasets .heads .families .structures .utils",
     ".solver": "* .errors .config .checkpoint",

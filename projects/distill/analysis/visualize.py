@@ -32,6 +32,7 @@ from torch import Tensor
 from ..checkpoint.load import load_strictly, readable
 from ..config import teacher_config
 from ..data.datasets import class_names, in_model_order, load_training_set
+from ..data.detection_file import detection_file
 from ..engine import setup_config
 from ..engine.trainer import train_mapper
 from ..errors import ConfigError, DataError, WeightsError
@@ -253,12 +254,16 @@ def find_image(cfg: CfgNode, image: str, needs: str = "") -> dict[str, Any]:
     """
     sets = tuple(dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)))
     parts, path = Path(image).parts, os.path.abspath(image)
+    detections = detection_file(cfg)
     count = 0
     for name in sets:
         single = cfg.clone()
         single.defrost()
         single.DATASETS.TRAIN, single.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), False
+        single.MODEL.DISTILL.TEACHER.DETECTIONS = ""  # they are of all training sets
         entries = in_model_order(cfg, name, load_training_set(single))
+        if detections and name in cfg.DATASETS.TRAIN:
+            entries = detections.attached(name, entries, class_names(cfg) or ())
         for index, entry in enumerate(entries, count):
             own = entry["file_name"]
             named = Path(own).parts[-len(parts) :] == parts or os.path.abspath(own) == path

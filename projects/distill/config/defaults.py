@@ -80,6 +80,18 @@ KEYS: dict[str, Key] = {
         "trained on images of twice the size",
         Rule(lambda x: 0.25 <= x <= 4, "in [0.25, 4]"),
     ),
+    "MODEL.DISTILL.TEACHER.DETECTIONS": Key(
+        "",
+        "file of detections of any system in the training images, in COCO's result format. "
+        "ADD_BOXES and heads with INSTANCES teacher read it, instead of the network's own",
+        TEXT,
+    ),
+    "MODEL.DISTILL.TEACHER.ADD_BOXES": Key(
+        0.0,
+        "least score of DETECTIONS that become objects of the training, each with its score as the "
+        "probability, except those of annotated objects; 0: none do",
+        FRACTION,
+    ),
     "MODEL.DISTILL.BALANCE.MODE": Key(
         "auto",
         "gradient: the heads' weights set themselves, by the gradients of heads and task. none: "

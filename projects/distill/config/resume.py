@@ -37,6 +37,7 @@ _IGNORED = (
     *("MODEL.DISTILL.COSINE_PERIOD", "MODEL.DISTILL.INHERIT", "MODEL.PANOPTIC_FPN.COMBINE.*"),
     "MODEL.DISTILL.STUDENT_ARCHITECTURE",
     *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
+    f"{TEACHER}.DETECTIONS",
     *("MODEL.ONNX.FILE", "MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
     *(
@@ -99,6 +100,8 @@ def training_values(
         for name, *_, classes in cfg.DATASETS[key]:
             if name in cfg.DATASETS.TRAIN:
                 values[f"DATASETS.{key} '{name}'"] = _plain(classes)
+    if detections := cfg.MODEL.DISTILL.TEACHER.DETECTIONS:
+        values[f"{TEACHER}.DETECTIONS"] = file_hash(detections)[:DIGITS]
     if teacher_needed(cfg):
         values[f"{TEACHER}.WEIGHTS"] = teacher[:DIGITS]
         values |= _teacher_values(teacher_config(cfg))

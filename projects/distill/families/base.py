@@ -97,6 +97,7 @@ class Family:
             sem_seg_classes=sem_seg_classes,
             shallow=tuple(self.shallow_names),
             inner=tuple(getattr(self.model.backbone, "inner_features", ())),
+            detects_masks="masks" in self.outputs,
         )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:

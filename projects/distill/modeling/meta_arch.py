@@ -26,6 +26,8 @@ from .teacher import Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN = "unknown teacher class"  # begins the names of classes whose names are unknown
+
 
 class DistillModel(nn.Module):
     """A stock detectron2 student, a frozen teacher, and heads that compare them.
@@ -234,7 +236,8 @@ def network_infos(
     family = teacher.family
     classes = _teacher_classes(cfg, names, family)
     semantic = _semantic_classes(teacher_config(cfg), family, classes, own.sem_seg_classes)
-    return own, teacher.info(classes, semantic)
+    known = () if any(x.startswith(UNKNOWN) for x in classes) else classes
+    return own, teacher.info(classes, semantic, names if teacher.given_detections else known)
 
 
 def _semantic_classes(
@@ -251,7 +254,7 @@ def _semantic_classes(
         return classes if _is_semantic(family) else ()
     number = family.model.sem_seg_head.predictor.out_channels
     named = class_names(cfg, semantic=True), student
-    unknown = "unknown teacher class" if student else "class"
+    unknown = UNKNOWN if student else "class"
     return next(
         (x for x in named if x and len(x) == number),
         tuple(f"{unknown} {i}" for i in range(number)),
@@ -281,4 +284,4 @@ def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) ->
         logger.warning("The teacher's class names are unknown; assuming those of the student.")
         return student
     # Only heads that compare predictions need names, and those heads refuse these.
-    return tuple(f"unknown teacher class {i}" for i in range(number))
+    return tuple(f"{UNKNOWN} {i}" for i in range(number))
