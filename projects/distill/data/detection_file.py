@@ -57,8 +57,8 @@ class DetectionFile:
     def __init__(self, path: str):
         self.path = path
         self.by_image: dict[str, list[Detection]] = defaultdict(list)
-        self.file_names: dict[str, str] = {}  # of images that the file names by their files
-        self.owners: dict[str, str] = {}  # file of the training image that has got the detections
+        self.file_names: dict[str, str] = {}  # by image, if the file has a list of images
+        self.owners: dict[str, str] = {}  # file of the training image, by image
         content = self._read()
         categories: dict[Any, str] = {}
         if isinstance(content, dict):
