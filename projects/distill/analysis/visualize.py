@@ -113,7 +113,7 @@ def crop_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
         numbers = torch.arange(len(boxes), device=s.device)[rows].tolist()
         crops |= dict(zip(numbers, zip(s, t, scales)))
     labels = view.image.labels
-    if head.source == "teacher":
+    if head.selection is not None:
         labels = [f"detection {i + 1}" for i in range(len(boxes))]
     levels = head.levels_of([boxes])
     grid: Grid = {}
@@ -155,7 +155,7 @@ def class_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid
 
 def tid_grid(head: TID, view: View) -> Grid:
     assert view.teacher is not None
-    student, teacher = view.student, view.teacher
+    student, teacher = head.with_objects(view.student, view.teacher), view.teacher
     levels = [(x.student, x.stride) for x in head.levels]
     judgement = head.judgement(student, teacher, 0)
     key, weak = tid_areas(*judgement, **{**head.value_options, "outside_key": "zero"})

@@ -58,15 +58,6 @@ class TeacherInstances(nn.Module):
             kept = kept & (own >= 0)
         return found[kept]
 
-    def in_place_of_truth(self, student: NetworkOutputs, teacher: NetworkOutputs) -> NetworkOutputs:
-        """Return the student's outputs with detections of the teacher as the ground truth."""
-        batch = student.batch
-        truth = [
-            Instances(x.image_size, gt_boxes=x.pred_boxes, gt_classes=x.pred_classes)
-            for x in self(teacher.detections, batch.padded_size)
-        ]
-        return replace(student, batch=replace(batch, instances=truth))
-
 
 class InstanceHead(FPNDistillHead):
     """Base of heads of feature maps that read objects: annotated ones, or a teacher's detections.
@@ -107,14 +98,25 @@ class InstanceHead(FPNDistillHead):
 class RegionHead(InstanceHead):
     """Base of the heads whose losses read the objects from the student's batch."""
 
+    def with_objects(self, student: NetworkOutputs, teacher: NetworkOutputs) -> NetworkOutputs:
+        """Return the student's outputs with the objects that the losses read."""
+        if self.selection is None:
+            return student
+        batch = student.batch
+        truth = [
+            Instances(x.image_size, gt_boxes=x.pred_boxes, gt_classes=x.pred_classes)
+            for x in self.selection(teacher.detections, batch.padded_size)
+        ]
+        return replace(student, batch=replace(batch, instances=truth))
+
     def forward(
         self,
         student: NetworkOutputs,
         teacher: NetworkOutputs | None,
         weigh: Callable[[Losses], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        if self.selection is not None and teacher is not None:
-            student = self.selection.in_place_of_truth(student, teacher)
+        if teacher is not None:
+            student = self.with_objects(student, teacher)
         return super().forward(student, teacher, weigh)
 
 
