@@ -100,7 +100,8 @@ def training_values(
         for name, *_, classes in cfg.DATASETS[key]:
             if name in cfg.DATASETS.TRAIN:
                 values[f"DATASETS.{key} '{name}'"] = _plain(classes)
-    if detections := cfg.MODEL.DISTILL.TEACHER.DETECTIONS:
+    detections = cfg.MODEL.DISTILL.TEACHER.DETECTIONS
+    if os.path.isfile(detections):
         values[f"{TEACHER}.DETECTIONS"] = file_hash(detections)[:DIGITS]
     if teacher_needed(cfg):
         values[f"{TEACHER}.WEIGHTS"] = teacher[:DIGITS]
