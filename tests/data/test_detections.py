@@ -28,6 +28,7 @@ from distill.errors import ConfigError, DataError
 from distill.utils.seeding import private_randomness
 from tests.support.cases import for_each
 from tests.support.networks import CLASSES, tiny_cfg, write_config
+from tests.support.onnx_files import write_onnx
 from tests.support.trainings import Shapes, trainable_cfg
 
 pytestmark = pytest.mark.usefixtures("catalogues")
@@ -403,3 +404,33 @@ def test_a_student_trains_with_added_boxes_and_no_head(
     assert cli.main(["train", "--config-file", file, "OUTPUT_DIR", str(tmp_path / "x")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {KEY}.DETECTIONS '") and "12345" in line
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_features_of_a_network_are_compared_at_detections_of_a_file(
+    shapes: Shapes, tmp_path: Path
+) -> None:
+    """The network has no detections; training resumes with the content of the file only."""
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(shapes_results(shapes)))
+    network = write_onnx(tmp_path / "teacher.onnx")
+    keys = (
+        "SOLVER.MAX_ITER",
+        2,
+        f"{KEY}.DETECTIONS",
+        str(path),
+        f"{KEY}.CONFIG_FILE",
+        str(network),
+    )
+    keys += (f"{KEY}.OPTS", ["MODEL.ONNX.LEVELS", [["fine", 8]]])
+    keys += ("MODEL.DISTILL.HEADS", ("FGD",), "MODEL.DISTILL.FGD.INSTANCES", "teacher")
+    keys += ("INPUT.AUGMENT.STEPS", ("mosaic", "jitter"), "INPUT.AUGMENT.SIZE", [64, 64])
+    cfg = trainable_cfg("retinanet", shapes, tmp_path / "out", *keys)
+    file = str(write_config(cfg, tmp_path / "config.yaml"))
+    assert cli.main(["train", "--config-file", file]) == 0
+    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    assert json.loads(lines[-1])["loss_fgd/p3"] > 0
+    path.write_text("[]")
+    again = ["train", "--config-file", file, "--resume", "SOLVER.MAX_ITER", "3"]
+    assert cli.main(again) == 2
