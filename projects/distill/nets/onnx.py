@@ -49,13 +49,12 @@ class OnnxNetwork(nn.Module):
             outputs = quoted([x.name for x in model.graph.output])
             raise ValueError(
                 f"the maps of '{path}' are unknown; set MODEL.ONNX.LEVELS to outputs and strides, "
-                f"such as [['p3', 8]], or export the file with --features; its outputs are "
-                f"{outputs}"
+                f"such as [['p3', 8]], or export it with --features; its outputs are {outputs}"
             )
         self.strides = {str(name): int(stride) for name, stride in levels}
         self.detections = tuple(detections)
         self.classes = tuple(info.get("thing_classes", ()))
-        self.sessions: dict[str, Any] = {}
+        self.sessions: dict[bool, Any] = {}  # on the CPU (False) and on the GPU
         self.last: tuple[Tensor, list[dict[str, Any]]] | None = None
         self.scale: Tensor
         self.shift: Tensor
@@ -70,21 +69,21 @@ class OnnxNetwork(nn.Module):
 
     def session(self, device: str) -> Any:
         """Return onnxruntime's session on a kind of device, which is built once."""
-        if device not in self.sessions:
-            import onnxruntime
+        import onnxruntime
 
+        gpu = "CUDAExecutionProvider"
+        on_gpu = device == "cuda" and gpu in onnxruntime.get_available_providers()
+        if on_gpu not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             options.log_severity_level = 4  # errors are raised, too
-            wanted = ["CUDAExecutionProvider"] * (device == "cuda") + ["CPUExecutionProvider"]
-            known = onnxruntime.get_available_providers()
-            providers = [x for x in wanted if x in known]
+            providers = [gpu] * on_gpu + ["CPUExecutionProvider"]
             try:
                 session = onnxruntime.InferenceSession(self.path, options, providers=providers)
             except Exception as e:  # onnxruntime has a type for each of its faults
                 raise ValueError(f"'{self.path}' cannot be read by onnxruntime: {clause(e)}") from e
-            self.sessions[device] = session
-        return self.sessions[device]
+            self.sessions[on_gpu] = session
+        return self.sessions[on_gpu]
 
     def _check_outputs(self, names: Sequence[str]) -> None:
         if len(self.detections) not in (0, 3):
