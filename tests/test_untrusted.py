@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.cases import for_each
+from tests.support.onnx_files import write_onnx
 from tests.support.pickles import PICKLES, zipped
 from tests.support.trainings import Run
 
@@ -82,6 +83,35 @@ def test_a_malicious_checkpoint_to_resume_from(
     assert run("--resume", *ALLOWED) == 2
     (line,) = run.capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "--resume" in line and not marker.exists()
+
+
+# ---- ONNX files.
+
+
+def as_teacher(path: Path) -> list[str]:
+    """Overrides that name a teacher without a file of weights."""
+    key = "MODEL.DISTILL.TEACHER"
+    return [f"{key}.CONFIG_FILE", str(path), f"{key}.WEIGHTS", ""]
+
+
+@for_each("name", PICKLES)
+def test_a_pickle_is_no_onnx_file(name: str, run: Run, marker: Path) -> None:
+    path = run.folder / "teacher.onnx"
+    path.write_bytes(PICKLES[name](marker))
+    line = run.fails(*as_teacher(path))
+    assert "MODEL.DISTILL.TEACHER.CONFIG_FILE" in line and "teacher.onnx" in line
+    assert not marker.exists()
+
+
+@for_each("place", ["/etc/hostname", "../secret.bin", "a/../../secret.bin"])
+def test_an_onnx_file_reads_nothing_outside_of_its_folder(place: str, run: Run) -> None:
+    folder = run.folder / "teacher"
+    folder.mkdir(exist_ok=True)
+    (run.folder / "secret.bin").write_bytes(bytes(2**20))
+    path = write_onnx(folder / "teacher.onnx", external=place)
+    opts = ("MODEL.DISTILL.TEACHER.OPTS", "['MODEL.ONNX.LEVELS', [['fine', 8]]]")
+    line = run.fails(*as_teacher(path), *opts)
+    assert f"names data outside of its folder: '{place}'" in line
 
 
 # ---- Configs.

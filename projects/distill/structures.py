@@ -21,6 +21,9 @@ from torch import Tensor
 SEM_SEG_HEAD = "sem_seg_head"
 """Key of a semantic head's features (the input of its predictor) in ``NetworkOutputs.maps``."""
 
+DETECTIONS = "detections"
+"""Key of a teacher's detections in dataset dicts and ``batched_inputs``, if a file has them."""
+
 
 @dataclass
 class Batch:
@@ -264,6 +267,8 @@ class NetworkInfo:
         detector_losses: function that returns the detector's own losses for other backbone maps,
             given by name, and does not change the detector. None if it learns no boxes.
         scale: size of the network's images relative to the student's.
+        detection_classes: class names of ``NetworkOutputs.detections``; empty if unknown.
+        detects_masks: True if ``NetworkOutputs.detections`` have masks.
     """
 
     name: str
@@ -282,6 +287,8 @@ class NetworkInfo:
     detector_levels: tuple[str, ...] = ()
     detector_losses: Callable[..., dict[str, Tensor]] | None = None
     scale: float = 1.0
+    detection_classes: tuple[str, ...] = ()
+    detects_masks: bool = False
 
     @property
     def kind(self) -> str:

@@ -84,6 +84,74 @@ def test_an_ambiguous_file(case: str, tmp_path: Path) -> None:
     assert str(e.value).startswith("KEY: ") and all(x in str(e.value) for x in words), e.value
 
 
+def test_what_a_prefix_leaves_out_is_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        loaded({**state("net."), "loss.scale": torch.ones(1)}, tmp_path)
+    assert "Only the tensors with the prefix 'net.' are read, not loss.scale" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        loaded(state("net."), tmp_path)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_become_those_of_the_network(
+    dtype: torch.dtype, name: str, tmp_path: Path
+) -> None:
+    """A third is another number in each."""
+    content = {k: x.to(dtype) if x.is_floating_point() else x for k, x in state(fill=1 / 3).items()}
+    third = torch.tensor(1 / 3).to(dtype).float()
+    for x in loaded(content, tmp_path, name).parameters():
+        assert x.dtype == torch.float32 and (x == third).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    content = {**state(), "0.bias": torch.ones(4).to(dtype)}
+    with pytest.raises(
+        WeightsError, match=rf"0\.bias is of {dtype} where torch\.float32 is needed"
+    ):
+        loaded(content, tmp_path)
+
+
+# Names of real files of torchvision 0.28 and transformers 5.24.
+FOREIGN: dict[str, tuple[tuple[str, ...], str]] = {
+    "torchvision's Faster R-CNN": (
+        ("backbone.body.conv1.weight", "roi_heads.box_head.fc7.weight"),
+        "detectors of torchvision; as a teacher, let .*'file.py:function'",
+    ),
+    "torchvision's SSD": (
+        ("backbone.features.7.weight", "head.classification_head.module_list.4.bias"),
+        "detectors of torchvision",
+    ),
+    "torchvision's ResNet": (
+        ("conv1.weight", "layer1.0.conv1.weight", "fc.bias"),
+        r"ResNets of torchvision and timm; convert .* tools/convert-torchvision-to-d2\.py",
+    ),
+    "RT-DETR": (
+        ("model.backbone.model.embedder.embedder.0.convolution.weight",),
+        "Hugging Face's transformers; as a teacher",
+    ),
+    "DETR": (("model.encoder.layers.0.self_attn.k_proj.weight",), "Hugging Face's transformers"),
+    "YOLOS": (("vit.embeddings.patch_embeddings.projection.bias",), "Hugging Face's transformers"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_names_of_other_libraries(case: str, tmp_path: Path) -> None:
+    names, words = FOREIGN[case]
+    for prefix in ("", "module."):
+        content = {"state_dict": {prefix + name: torch.ones(1) for name in names}}
+        with pytest.raises(WeightsError, match=f"x.pth' has no weights of a Sequential: .*{words}"):
+            loaded(content, tmp_path)
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(WeightsError, match=rf"MODEL\.WEIGHTS: .* fills 0 .*{words}"):
+            start(tmp_path / "x.pth")
+
+
 def test_names_that_fit_keep_their_prefix() -> None:
     own = state()
     both = {**state(), **state("teacher.", 9.0)}

@@ -40,7 +40,7 @@ NO_ONE = Partners(lambda index: BadImage("", ""), ())
 
 def labels_of(boxes: Any, masks: Any = None) -> Labels:
     boxes = np.array(boxes, dtype=float).reshape(-1, 4)
-    return Labels(boxes, np.arange(len(boxes)), masks)
+    return Labels(boxes, np.arange(len(boxes)), np.full(len(boxes), np.nan), masks)
 
 
 def corners(x1: float, y1: float, x2: float, y2: float) -> Any:

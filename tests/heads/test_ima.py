@@ -10,6 +10,7 @@ from distill.errors import ConfigError
 from distill.heads import IMA
 from distill.heads.fpn import Level, cell_labels
 from distill.heads.ima import CROP_SIZE
+from distill.heads.instances import TeacherInstances
 from distill.losses import fitnet, ima_classes
 from distill.structures import Batch
 from tests.support.networks import (
@@ -305,7 +306,7 @@ def detected(*scores, masks=None):
 
 
 def test_a_detection_below_the_score_is_no_instance():
-    head = ima_head("box", instances="teacher", instance_score=0.5)
+    head = ima_head("box", selection=TeacherInstances(0.5, (), ()))
     said = outputs((64, 64), [halves([])] * 2)
     said.detections = [detected(0.5, 0.49), detected()]
     boxes, weight = head.instances(said, said)
@@ -316,7 +317,7 @@ def test_masks_of_detections_are_averaged_to_the_crops_grid():
     masks = torch.zeros(2, 1, 28, 28)
     masks[0, :, :, :13] = 1  # half of the seventh column of 14
     masks[1, :, :, 15:] = 0.9
-    head = ima_head("mask", instances="teacher", instance_score=0.5)
+    head = ima_head("mask", selection=TeacherInstances(0.5, (), ()))
     said = outputs((64, 64), [halves([])] * 2)
     said.detections = [detected(0.9, 0.6, masks=masks), detected(masks=torch.zeros(0, 1, 28, 28))]
     _, weight = head.instances(said, said)
@@ -330,7 +331,7 @@ def test_masks_of_detections_are_averaged_to_the_crops_grid():
     "family, teacher, scope, sentence",
     [
         ("retinanet", "retinanet", "image", "SCOPE is image; set SCOPE box or mask"),
-        ("mask", "faster", "mask", "teacher (GeneralizedRCNN) predicts no masks; set SCOPE box"),
+        ("mask", "faster", "mask", "teacher (GeneralizedRCNN) have no masks; set SCOPE box"),
         ("semantic", "semantic", "box", "(SemanticSegmentor) predicts no detections"),
     ],
 )

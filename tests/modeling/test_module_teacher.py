@@ -91,7 +91,7 @@ def test_code_runs_only_if_the_user_allows_it(tmp_path: Path) -> None:
         ("net = 3", "returns a int, no nn.Module"),
         ("raise OSError('no such disk')", "'build' of .* raises OSError no such disk"),
         ("del Net.strides", "needs an attribute `strides`"),
-        ("Net.strides = {'fine': 16}", r"'fine' of stride 16 has shape \(1, 5, 4, 6\)"),
+        ("Net.strides = {'fine': 16}", r"'fine' of stride 16 has shape \(1, 5, 32, 34\)"),
         ("Net.strides = {'other': 32}", "'other' of stride 32 has shape None"),
         ("Net.forward = lambda self, x: [x]", "returns a list, not maps by name"),
     ],
@@ -108,17 +108,85 @@ def test_wrong_names(function: str, words: str, tmp_path: Path) -> None:
         build_teacher(config(f"{tmp_path}/{function}", CODE, True))
 
 
+def detecting(boxes: str, scores: str, labels: str = "torch.zeros(2)") -> str:
+    """A line that lets the network detect the same in every image."""
+    found = f"{{'boxes': {boxes}, 'scores': {scores}, 'labels': {labels}}}"
+    return f"Net.detect = lambda self, images: [{found} for x in images]"
+
+
+def test_it_detects(tmp_path: Path) -> None:
+    line = detecting("torch.tensor([[1, 2, 30, 40.0]])", "torch.ones(1)", "torch.tensor([1.0])")
+    function = written(tmp_path, f"Net.classes = ['a', 'b']; {line}")
+    teacher = build_teacher(config(function, CODE, True))
+    found = teacher.model.backbone.detect(torch.zeros(2, 3, 32, 32))
+    assert [x.pred_classes.tolist() for x in found] == [[1], [1]]
+    assert "detections" in teacher.family.outputs and teacher.family.classes == ("a", "b")
+    with pytest.raises(ConfigError, match="CLASSES lists 1 names, but the teacher predicts 2"):
+        DistillModel(
+            config(function, CODE, True, HEADS, ("FitNet",), "MODEL.DISTILL.TEACHER.CLASSES", ["a"])
+        )
+
+
+TWO = ("torch.zeros(2, 4)", "torch.zeros(2)")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (detecting("torch.zeros(2, 4)", "torch.zeros(3)"), r"\(R, 4\), \(R,\) and \(R,\)"),
+        (detecting("torch.zeros(2, 5)", "torch.zeros(2)"), r"the shapes must be"),
+        ("Net.detect = lambda self, x: {}", "must return a list with a dict per image"),
+        ("Net.detect = lambda self, x: [{}]", "the shapes must be"),
+        (f"Net.classes = ['a']; {detecting(*TWO, 'torch.ones(2)')}", "it names 1 classes"),
+    ],
+)
+def test_wrong_detections(line: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_teacher(config(written(tmp_path, line), CODE, True))
+
+
+def test_a_network_may_fail_for_an_image(tmp_path: Path) -> None:
+    """Its reason is one sentence."""
+    cfg = config(written(tmp_path), CODE, True, HEADS, ("Cosine",))
+    model = DistillModel(cfg).train()
+
+    def fails(images: torch.Tensor) -> None:
+        raise ValueError("too\nlarge")
+
+    model.teacher.model.backbone.network.forward = fails
+    with pytest.raises(ConfigError, match=r"^The teacher fails: too large\.$"):
+        kd_losses(model, [image_dict(0, 32, 32)])
+
+
+def example(name: str, folder: Path) -> str:
+    """Write an example of the page about teachers; return its function."""
+    page = ROOT / "docs" / "how-to" / "teachers.md"
+    (found,) = (x for x in blocks(page, "python") if x.title == name)
+    (folder / name).write_text(found.text)
+    return f"{folder / name}:build"
+
+
 @pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_example_of_torchvision_teaches(tmp_path: Path) -> None:
-    page = ROOT / "docs" / "how-to" / "teachers.md"
-    (example,) = (x for x in blocks(page, "python") if x.title == "torchvision_teacher.py")
-    path = tmp_path / example.title
-    path.write_text(example.text)
     keys = ("MODEL.DISTILL.IMA.INSTANCES", "teacher", "MODEL.DISTILL.IMA.INSTANCE_SCORE", 0.0)
-    cfg = config(f"{path}:build", CODE, True, HEADS, ("PKD", "IMA"), *keys)
+    function = example("torchvision_teacher.py", tmp_path)
+    cfg = config(function, CODE, True, HEADS, ("PKD", "IMA"), *keys)
     model = DistillModel(cfg).train()
     model.teacher.model.backbone.network.detector.roi_heads.score_thresh = 0.0
     found = kd_losses(model, [image_dict(0, 64, 80)])
     assert all(x.isfinite() for x in found.values()) and found["loss_ima"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_the_example_of_transformers_teaches(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    keys = ("MODEL.DISTILL.IMA.INSTANCES", "teacher", "MODEL.DISTILL.IMA.INSTANCE_SCORE", 0.3)
+    function = example("huggingface_teacher.py", tmp_path)
+    model = DistillModel(config(function, CODE, True, HEADS, ("PKD", "IMA"), *keys)).train()
+    found = kd_losses(model, [image_dict(0, 200, 250)])
+    assert all(x.isfinite() for x in found.values()) and found["loss_ima"] > 0
+    assert model.teacher.family.classes == ("LABEL_0", "LABEL_1")

@@ -1,6 +1,7 @@
 """Students, images and files of the tests of exports."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,15 @@ def exported(
     size: tuple[int, int] | None = None,
     normalizes: bool = True,
     final: bool = True,
+    features: bool = False,
 ) -> tuple[Exported, Exported]:
     """Export a network; return the file with all outputs, and the one that is kept."""
     copy = exportable(model)
     full, kept = (folder / f"{x}{FORMATS[form]}" for x in ("full", "kept"))
-    chosen = build_graph(copy, normalizes=normalizes, with_raw=not final, with_final=final)
+    build = partial(build_graph, copy, normalizes=normalizes, with_features=features)
+    chosen = build(with_raw=not final, with_final=final)
     info = export_info(cfg, chosen, size)
-    write(build_graph(copy, normalizes=normalizes), info, full, form)
+    write(build(), info, full, form)
     keep_outputs(chosen, full, kept, form)
     return load(full, 1), load(kept, 1)
 

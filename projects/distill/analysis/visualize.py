@@ -32,6 +32,7 @@ from torch import Tensor
 from ..checkpoint.load import load_strictly, readable
 from ..config import teacher_config
 from ..data.datasets import class_names, in_model_order, load_training_set
+from ..data.detection_file import detection_file
 from ..engine import setup_config
 from ..engine.trainer import train_mapper
 from ..errors import ConfigError, DataError, WeightsError
@@ -112,7 +113,7 @@ def crop_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid:
         numbers = torch.arange(len(boxes), device=s.device)[rows].tolist()
         crops |= dict(zip(numbers, zip(s, t, scales)))
     labels = view.image.labels
-    if head.source == "teacher":
+    if head.selection is not None:
         labels = [f"detection {i + 1}" for i in range(len(boxes))]
     levels = head.levels_of([boxes])
     grid: Grid = {}
@@ -154,7 +155,7 @@ def class_grid(head: IMA, view: View, maps: list[tuple[Tensor, Tensor]]) -> Grid
 
 def tid_grid(head: TID, view: View) -> Grid:
     assert view.teacher is not None
-    student, teacher = view.student, view.teacher
+    student, teacher = head.with_objects(view.student, view.teacher), view.teacher
     levels = [(x.student, x.stride) for x in head.levels]
     judgement = head.judgement(student, teacher, 0)
     key, weak = tid_areas(*judgement, **{**head.value_options, "outside_key": "zero"})
@@ -253,12 +254,16 @@ def find_image(cfg: CfgNode, image: str, needs: str = "") -> dict[str, Any]:
     """
     sets = tuple(dict.fromkeys((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)))
     parts, path = Path(image).parts, os.path.abspath(image)
+    detections = detection_file(cfg)
     count = 0
     for name in sets:
         single = cfg.clone()
         single.defrost()
         single.DATASETS.TRAIN, single.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), False
+        single.MODEL.DISTILL.TEACHER.DETECTIONS = ""  # they are of all training sets
         entries = in_model_order(cfg, name, load_training_set(single))
+        if detections and name in cfg.DATASETS.TRAIN:
+            entries = detections.attached(name, entries, class_names(cfg) or ())
         for index, entry in enumerate(entries, count):
             own = entry["file_name"]
             named = Path(own).parts[-len(parts) :] == parts or os.path.abspath(own) == path

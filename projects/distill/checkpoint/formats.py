@@ -1,17 +1,66 @@
-"""Weights in files of other tools: below a name, or with a prefix before their names."""
+"""Weights in files of other tools: below a name, with a prefix, or with names of a library."""
 
+import logging
 import pickle
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..errors import WeightsError
 from ..utils.text import shortened
 
+logger = logging.getLogger(__name__)
+
 # Names below which training tools keep a state dict. detectron2's own "model" comes before them.
 WRAPPERS = ("state_dict", "model_state", "model_state_dict", "ema_state", "model_ema", "ema")
+
+
+class Library(NamedTuple):
+    """A library whose networks detectron2 does not have.
+
+    Attributes:
+        networks: its networks, for messages.
+        marks: parts of names that only weights of these networks have.
+        remedy: how to use such weights.
+    """
+
+    networks: str
+    marks: tuple[str, ...]
+    remedy: str
+
+
+_BUILD = (
+    "as a teacher, let MODEL.DISTILL.TEACHER.CONFIG_FILE name a 'file.py:function' that builds its "
+    "network and loads these weights (see the page 'Choose a teacher')"
+)
+LIBRARIES = (
+    Library("detectors of torchvision", ("backbone.body.", "head.classification_head."), _BUILD),
+    Library(
+        "ResNets of torchvision and timm",
+        ("layer1.0.conv1.", "layer4.0.conv1."),
+        "convert them with detectron2's tools/convert-torchvision-to-d2.py",
+    ),
+    Library(
+        "Hugging Face's transformers",
+        (
+            *("model.encoder.layers.", "model.decoder.layers.", "class_labels_classifier."),
+            *(".embedder.embedder.", "embeddings.patch_embeddings."),
+        ),
+        _BUILD,
+    ),
+)
+"""Libraries whose files users try; the first of which a mark fits is named."""
+
+
+def conversion(names: Iterable[str]) -> str:
+    """Return whose names these are and how to use such weights, as a clause; "" if unknown."""
+    found = list(names)
+    for library in LIBRARIES:
+        if any(mark in name for mark in library.marks for name in found):
+            return f"its names are those of {library.networks}; {library.remedy}"
+    return ""
 
 
 def unwrapped(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +87,8 @@ def unwrapped(content: Mapping[str, Any]) -> dict[str, Any]:
 def without_prefix(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the tensors of a file by the names of a network.
 
-    If no name fits, but names with one prefix do, they are returned without it.
+    If no name fits, but names with one prefix do, they are returned without it. The log has the
+    others.
 
     Args:
         state: tensors or arrays of the file by name.
@@ -64,6 +114,11 @@ def without_prefix(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[
     if not fitting:
         return dict(state)
     prefix = next(iter(fitting))
+    others = [name for name in state if not name.startswith(prefix)]
+    if others:
+        logger.warning(
+            "Only the tensors with the prefix '%s' are read, not %s", prefix, shortened(others, 5)
+        )
     return {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
 
 

@@ -17,7 +17,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import DistillError, WeightsError
 from ..utils.io import file_hash
 from ..utils.text import first_sentence, shortened
-from .formats import prefixes, unwrapped, without_prefix
+from .formats import conversion, prefixes, unwrapped, without_prefix
 from .unpickler import read_pickle, require_dict
 
 logger = logging.getLogger(__name__)
@@ -188,10 +188,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         unfilled = [x for x in own if x in misfits]
         filled = len(own) - len(unfilled)
         if not filled or 2 * filled < min(len(own), len(self.in_file)):
+            reason = conversion(self.in_file) or (
+                f"names in the file begin with {prefixes(self.in_file)}. Name weights of this "
+                "backbone or of the whole network"
+            )
             raise WeightsError(
                 f"'{self.source}' fills {filled} of the network's {len(own)} tensors, not "
-                f"{shortened(unfilled, 2)}; names in the file begin with "
-                f"{prefixes(self.in_file)}. Name weights of this backbone or of the whole network."
+                f"{shortened(unfilled, 2)}; {reason}."
             )
         inside = [x for x in own if x.startswith(BOTTOM_UP)]
         without = [x for x in unfilled if x.startswith(BOTTOM_UP)]
@@ -267,7 +270,8 @@ def readable(path: str, key: str) -> Iterator[None]:
 def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool = False) -> None:
     """Load a checkpoint in any format that detectron2 reads; every key must fit.
 
-    A partly loaded teacher is the most common silent failure of distillation.
+    Floats of 16 or 64 bits become those of the network. A partly loaded teacher is the most common
+    silent failure of distillation.
 
     Args:
         model: network that receives the weights.
@@ -277,7 +281,7 @@ def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool =
 
     Raises:
         WeightsError: the file is missing, unreadable or not allowed; or a key of it is missing,
-            unexpected or of another shape.
+            unexpected, of another shape, or of 8 bits.
     """
     if not path:
         raise WeightsError(f"{key} is empty; name a checkpoint file or URL.")
@@ -289,8 +293,22 @@ def load_strictly(model: nn.Module, path: str, key: str, *, allow_pickle: bool =
     problems = [f"{k} has shape {a} where {b} is needed" for k, (a, b) in misfits.items()]
     problems += [f"{k} is missing" for k in found.missing_keys if k not in misfits]
     problems += [f"{k} is unexpected" for k in found.unexpected_keys if k not in ONCE_SAVED]
+    problems += _quantized(checkpointer.in_file, model.state_dict())
+    if problems and (how := conversion(checkpointer.in_file)):
+        raise WeightsError(f"{key}: '{path}' has no weights of a {type(model).__name__}: {how}.")
     if problems:
         raise WeightsError(
             f"{key}: '{path}' does not fit the {type(model).__name__} of its config: "
             f"{shortened(problems, 5, '; ')}."
         )
+
+
+def _quantized(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the floats of a network that have 8 bits in a file.
+
+    torch would convert them without their scale.
+    """
+    for name, x in own.items():
+        value = torch.as_tensor(state[name]) if name in state else x
+        if x.is_floating_point() and value.itemsize == 1 and value.dtype != torch.bool:
+            yield f"{name} is of {value.dtype} where {x.dtype} is needed"

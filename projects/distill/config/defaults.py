@@ -59,7 +59,7 @@ KEYS: dict[str, Key] = {
         "",
         "any detectron2 config: path of a yaml file or LazyConfig, or a name in detectron2's model "
         "zoo or this package. timm/NAME: a model of timm, which teaches its features. "
-        "file.py:function: a network of your own code",
+        "file.py:function: a network of your own code. file.onnx: a network that onnxruntime runs",
         TEXT,
     ),
     "MODEL.DISTILL.TEACHER.OPTS": Key([], "KEY VALUE ... overrides of the teacher's config", LIST),
@@ -79,6 +79,18 @@ KEYS: dict[str, Key] = {
         "size of the teacher's images relative to the student's; 2.0 suits a teacher that was "
         "trained on images of twice the size",
         Rule(lambda x: 0.25 <= x <= 4, "in [0.25, 4]"),
+    ),
+    "MODEL.DISTILL.TEACHER.DETECTIONS": Key(
+        "",
+        "file of detections of any system in the training images, in COCO's result format. "
+        "ADD_BOXES and heads with INSTANCES teacher read it, instead of the network's own",
+        TEXT,
+    ),
+    "MODEL.DISTILL.TEACHER.ADD_BOXES": Key(
+        0.0,
+        "least score of DETECTIONS that become objects of the training, each with its score as the "
+        "probability, except those of annotated objects; 0: none do",
+        FRACTION,
     ),
     "MODEL.DISTILL.BALANCE.MODE": Key(
         "auto",

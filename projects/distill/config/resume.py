@@ -37,7 +37,8 @@ _IGNORED = (
     *("MODEL.DISTILL.COSINE_PERIOD", "MODEL.DISTILL.INHERIT", "MODEL.PANOPTIC_FPN.COMBINE.*"),
     "MODEL.DISTILL.STUDENT_ARCHITECTURE",
     *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
-    *("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
+    f"{TEACHER}.DETECTIONS",
+    *("MODEL.ONNX.FILE", "MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
     *(
         "REPORT.*",
@@ -99,6 +100,9 @@ def training_values(
         for name, *_, classes in cfg.DATASETS[key]:
             if name in cfg.DATASETS.TRAIN:
                 values[f"DATASETS.{key} '{name}'"] = _plain(classes)
+    detections = cfg.MODEL.DISTILL.TEACHER.DETECTIONS
+    if os.path.isfile(detections):
+        values[f"{TEACHER}.DETECTIONS"] = file_hash(detections)[:DIGITS]
     if teacher_needed(cfg):
         values[f"{TEACHER}.WEIGHTS"] = teacher[:DIGITS]
         values |= _teacher_values(teacher_config(cfg))

@@ -56,6 +56,8 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
         _validate_distill(cfg)
         if training and teacher_needed(cfg):
             _validate_teacher(teacher_config(cfg))
+    if training:
+        _validate_detections(cfg)
     if training and cfg.REPORT.ENABLED:
         _validate_report(cfg)
     _validate_augment(cfg)
@@ -111,6 +113,41 @@ def _is_pipeline(steps: Sequence[str]) -> bool:
         and "mosaic" not in steps[1:]
         and "mixup" not in steps[: sized[0]]
     )
+
+
+def _validate_detections(cfg: CfgNode) -> None:
+    """Refuse detections of a file that nothing reads, and added boxes that cannot be trained."""
+    teacher, key = cfg.MODEL.DISTILL.TEACHER, "MODEL.DISTILL.TEACHER"
+    readers = [x for x in cfg.MODEL.DISTILL.HEADS if reads_detections(cfg, x)]
+    if teacher.ADD_BOXES and not teacher.DETECTIONS:
+        raise ConfigError(
+            f"{key}.ADD_BOXES is {teacher.ADD_BOXES}, but {key}.DETECTIONS is empty; name a file, "
+            "or set ADD_BOXES to 0."
+        )
+    if not teacher.DETECTIONS:
+        return
+    student = student_class(cfg)
+    if issubclass(student, SemanticSegmentor):
+        raise ConfigError(
+            f"{key}.DETECTIONS is '{teacher.DETECTIONS}', but a {student.__name__} has no boxes; "
+            "empty it."
+        )
+    if not teacher.ADD_BOXES and not readers:
+        raise ConfigError(
+            f"{key}.DETECTIONS is '{teacher.DETECTIONS}', which nothing reads; set {key}.ADD_BOXES "
+            "above 0, or INSTANCES teacher for a head that has it."
+        )
+    for part in ("MASK_ON", "KEYPOINT_ON"):
+        if teacher.ADD_BOXES and cfg.MODEL[part]:
+            raise ConfigError(
+                f"{key}.ADD_BOXES is {teacher.ADD_BOXES}, which adds boxes only, but MODEL.{part} "
+                "is True; set one of them to 0 or False."
+            )
+
+
+def reads_detections(cfg: CfgNode, head: str) -> bool:
+    """Return whether a head takes the teacher's detections in place of the ground truth."""
+    return bool(cfg.MODEL.DISTILL[head.upper()].get("INSTANCES") == "teacher")
 
 
 def _validate_report(cfg: CfgNode) -> None:

@@ -45,6 +45,7 @@ from .checks.voc_folder import VOCFolder
 from .checks.yolo_folder import read_data_yaml
 from .cityscapes import check_ground_truth
 from .class_order import class_issues, in_one_order, indices_by_name, relabelled
+from .detection_file import DetectionFile, detection_file
 from .normalise import GROUPS, leave_out_groups
 from .registration import OwnFiles, OwnSet, is_own_set, own_files, own_set
 
@@ -216,10 +217,13 @@ def load_training_sets(cfg: CfgNode) -> list[tuple[str, list[dict[str, Any]]]]:
         DataError: a data set is unreadable, empty or does not fit the config; or a path leads out
             of its folder. Different classes of the data sets, no object but crowds, and a missing
             first image are errors too. A wrong annotation is an error if
-            ``DATALOADER.ON_BAD_IMAGE`` is stop.
+            ``DATALOADER.ON_BAD_IMAGE`` is stop. So are detections of unknown images or classes in
+            ``MODEL.DISTILL.TEACHER.DETECTIONS``.
     """
-    names = tuple(cfg.DATASETS.TRAIN)
-    sets = [(name, _checked_set(cfg, name)) for name in names]
+    names, detections = tuple(cfg.DATASETS.TRAIN), detection_file(cfg)
+    sets = [(name, _checked_set(cfg, name, detections)) for name in names]
+    if detections:
+        detections.check_complete()
     dicts = [image for _, images in sets for image in images]
     if not any("annotations" in image for image in dicts):
         return sets
@@ -298,7 +302,7 @@ def _check_semantic_classes(cfg: CfgNode) -> None:
             )
 
 
-def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
+def _checked_set(cfg: CfgNode, name: str, detections: DetectionFile | None) -> list[dict[str, Any]]:
     # The files of detectron2's own data sets are not checked: they are large and correct.
     files = own_files(name) if is_own_set(cfg, name) else None
     fatal = [issue for issue in _issues_on_disk(cfg, name, files) if issue.fatal]
@@ -307,6 +311,8 @@ def _checked_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     dicts = _load(name, files)
     if not dicts:
         raise DataError(f"Data set '{name}' of DATASETS.TRAIN has no images.")
+    if detections:  # before images are left out, which the file may name
+        dicts = detections.attached(name, dicts, class_names(cfg) or ())
     if files:
         _log_remarks(name, files.remarks)
     fatal += [x for x in _issues_as_read(cfg, name, dicts, files is not None) if x.fatal]

@@ -35,9 +35,11 @@ def compare_classes(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo) ->
         relation = "no name in common"
     else:
         relation = "other order" if set(own) == set(theirs) else "mapped"
-    listed = cfg.MODEL.DISTILL.TEACHER.CLASSES or class_names(
-        teacher_config(cfg), semantic=not teacher.has_boxes
-    )
+    listed = cfg.MODEL.DISTILL.TEACHER.CLASSES
+    if not listed and teacher.kind == "FeatureExtractor":
+        listed = theirs  # it has the names of its detections, or no classes
+    elif not listed:
+        listed = class_names(teacher_config(cfg), semantic=not teacher.has_boxes)
     return Classes(
         student=own,
         teacher=theirs,

@@ -40,6 +40,7 @@ from ..config.student import write_student
 from ..data.augment.mapper import AugmentingMapper
 from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets, predicted_classes
+from ..data.detections import DetectionsMapper
 from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
 from ..data.registration import label_digests
@@ -458,7 +459,10 @@ def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train_mapper(cfg: CfgNode) -> Callable[..., Any]:
-    """Return detectron2's mapper, or that of semantic labels, ignored regions or augmentations."""
+    """Return detectron2's mapper, or that of semantic labels, ignored regions or augmentations.
+
+    Images with a teacher's detections have a mapper that moves these, too.
+    """
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
     if semantic or issubclass(student_class(cfg), SemanticSegmentor):
@@ -466,6 +470,8 @@ def train_mapper(cfg: CfgNode) -> Callable[..., Any]:
     ignoring = any(data.get("ignored_regions") for data in metadata)
     if cfg.INPUT.AUGMENT.STEPS:
         return AugmentingMapper(cfg, ignoring)
+    if cfg.MODEL.DISTILL.TEACHER.DETECTIONS:
+        return DetectionsMapper(cfg, is_train=True)
     return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
 
 

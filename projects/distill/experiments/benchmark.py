@@ -27,6 +27,7 @@ from contextlib import nullcontext
 from dataclasses import is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -39,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import student_config, teacher_config
 from ..data.datasets import number_of_classes
+from ..data.detections import Found
 from ..engine import setup_config
 from ..errors import ConfigError
 from ..families import build_family
@@ -46,7 +48,7 @@ from ..heads import build_heads, teacher_needed
 from ..modeling.balance import GradientBalance, balance_of
 from ..modeling.meta_arch import DistillModel, build_balance, network_infos
 from ..modeling.teacher import Teacher
-from ..structures import NetworkOutputs
+from ..structures import DETECTIONS, NetworkOutputs
 from ..utils.arguments import add_config_arguments, at_least, size
 from ..utils.progress import Progress
 from ..utils.provenance import command, commit
@@ -71,7 +73,9 @@ def synthetic_batch(
         instances.gt_masks = PolygonMasks(corners)
         image = torch.randint(0, 256, (3, height, width), generator=g).float()
         labels = torch.randint(classes, (height, width), generator=g)
-        entry = {"image": image, "instances": instances, "sem_seg": labels}
+        found = Found(boxes.numpy(), np.ones(objects), instances.gt_classes.numpy())
+        entry: dict[str, Any] = {"image": image, "instances": instances, "sem_seg": labels}
+        entry[DETECTIONS] = found.instances((height, width))
         entries.append({**entry, "height": height, "width": width})
     return entries
 
@@ -90,6 +94,7 @@ def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
         scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
+        given_detections=bool(cfg.MODEL.DISTILL.TEACHER.DETECTIONS),
     )
     heads = build_heads(cfg, *network_infos(cfg, build_family(student), teacher))
     return student, teacher, heads.to(cfg.MODEL.DEVICE)

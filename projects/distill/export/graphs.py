@@ -70,6 +70,7 @@ class Graph(nn.Module):
         normalizes: True if pixels are normalized in the graph.
         with_raw: True to return the :meth:`raw` outputs.
         with_final: True to return the :meth:`final` outputs.
+        with_features: True to return the maps of the backbone, by which the file can teach.
     """
 
     architecture: ClassVar[type[nn.Module]] = nn.Module
@@ -81,12 +82,14 @@ class Graph(nn.Module):
         normalizes: bool = True,
         with_raw: bool = True,
         with_final: bool = True,
+        with_features: bool = False,
     ):
         super().__init__()
         self.model: Any = model
         self.normalizes = normalizes
         self.with_raw = with_raw
         self.with_final = with_final
+        self.levels = feature_strides(model.backbone) if with_features else {}
         self.eval()
 
     def forward(self, image: Tensor, image_size: Tensor) -> tuple[Tensor, ...]:
@@ -101,8 +104,9 @@ class Graph(nn.Module):
                 rest is padding.
             image_size: (2,) int64 height and width of the image without padding.
         """
-        predictions = self.predict(self.features(image), image_size)
-        values: Values = {}
+        features = self.features(image)
+        predictions = self.predict(features, image_size)
+        values: Values = {name: features[name] for name in self.levels}
         if self.with_raw:
             values.update(self.raw(predictions))
         if self.with_final:
@@ -116,7 +120,12 @@ class Graph(nn.Module):
             image, image_size: as in :meth:`values`.
             found: the outputs of the file, whose intermediate results a subclass may use.
         """
-        return self.raw(self.predict(self.features(image), image_size))
+        features = self.features(image)
+        return self.compared(features, self.predict(features, image_size))
+
+    def compared(self, features: dict[str, Tensor], predictions: Any) -> Values:
+        """Return the raw outputs and the maps of the backbone that the file has."""
+        return {**{name: features[name] for name in self.levels}, **self.raw(predictions)}
 
     def features(self, image: Tensor) -> dict[str, Tensor]:
         """Return the maps of the backbone."""
@@ -139,6 +148,13 @@ class Graph(nn.Module):
     def final(self, predictions: Any, image_size: Tensor) -> Values:
         """Return the detections, or the semantic logits of the padded image."""
         raise NotImplementedError
+
+
+def feature_strides(backbone: Any) -> dict[str, int]:
+    """Return the strides of the maps of a backbone that heads compare, by name."""
+    hidden = {*getattr(backbone, "shallow_features", {}).values()}
+    hidden.update(getattr(backbone, "inner_features", ()))
+    return {k: x.stride for k, x in backbone.output_shape().items() if k not in hidden}
 
 
 # ---- Selection of detections.
@@ -428,7 +444,7 @@ class RCNNGraph(Graph):
         features = self.features(image)
         rpn, proposals = self.propose(features, image_size)
         second = self.classify(features, rpn, found["proposals"], image_size)
-        return {**self.raw(second), "proposals": proposals}
+        return {**self.compared(features, second), "proposals": proposals}
 
     def propose(self, features: dict[str, Tensor], image_size: Tensor) -> tuple[Values, Tensor]:
         """Return the outputs of the RPN's head, and (P, 4) proposals by descending objectness."""

@@ -1,7 +1,7 @@
 """Export a student to ONNX or TorchScript, and compare the file with its network.
 
     distill export output/student --format onnx [--out student.onnx] [--size 640x640]
-        [--preprocessing outside] [--postprocessing outside] [--images 8] [--evaluate]
+        [--preprocessing outside] [--postprocessing outside] [--features] [--images 8] [--evaluate]
         [--opts KEY VALUE ...]
 
 The folder is the OUTPUT_DIR of a training. Before the file is kept, it runs on images of the test
@@ -65,6 +65,7 @@ class Options(NamedTuple):
         size: height and width of the input in pixels, or None if they may vary.
         normalizes: True if the file normalizes pixels.
         final: True if the file selects detections; False if it returns the outputs of its layers.
+        features: True if the file also returns the maps of the backbone.
         opset: version of ONNX's operators.
     """
 
@@ -72,6 +73,7 @@ class Options(NamedTuple):
     size: Size | None = None
     normalizes: bool = True
     final: bool = True
+    features: bool = False
     opset: int = OPSET
 
     @classmethod
@@ -81,6 +83,7 @@ class Options(NamedTuple):
             args.size and args.size[::-1],
             args.preprocessing == "inside",
             args.postprocessing == "inside",
+            args.features,
             args.opset,
         )
 
@@ -98,6 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, work in (("preprocessing", "normalization"), ("postprocessing", "NMS and masks")):
         text = f"{work} inside or outside of the file; default: inside"
         parser.add_argument(f"--{name}", choices=WHERE, default="inside", help=text)
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="also return the maps of the backbone, by which the file can teach",
+    )
     parser.add_argument(
         "--opset",
         type=int,
@@ -186,10 +194,11 @@ def export(
         ConfigError: if the network cannot be exported.
         ParityError: if the file differs from its network.
     """
-    form, normalizes, final = options.form, options.normalizes, options.final
+    form, final = options.form, options.final
+    build = partial(build_graph, normalizes=options.normalizes, with_features=options.features)
     copy = exportable(model)
-    graph = build_graph(copy, normalizes=normalizes)
-    chosen = build_graph(copy, normalizes=normalizes, with_raw=not final, with_final=final)
+    graph = build(copy)
+    chosen = build(copy, with_raw=not final, with_final=final)
     info = export_info(cfg, chosen, options.size)
     path.parent.mkdir(parents=True, exist_ok=True)
     task = progress.add_task(f"export to {form}", total=2)
@@ -202,7 +211,7 @@ def export(
         progress.advance(task)
         task = progress.add_task("compare with the network", total=len(files))
         images = (read_image(x) for x in progress.track(files, task_id=task))
-        stock = build_graph(model, normalizes=normalizes, with_final=False)
+        stock = build(model, with_final=False)
         try:
             parity = compare(model, stock, load(full), load(kept), images)
         except ExportError as e:  # an operator that this version of onnxruntime lacks

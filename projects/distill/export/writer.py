@@ -49,6 +49,7 @@ def export_info(cfg: CfgNode, graph: Graph, size: Size | None) -> Info:
         **network_info(cfg, graph.model, size),
         "preprocessing": "inside" if graph.normalizes else "outside",
         "postprocessing": "inside" if graph.with_final else "outside",
+        "levels": graph.levels,
         **graph.info(),
     }
 

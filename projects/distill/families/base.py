@@ -72,6 +72,11 @@ class Family:
         """Number of (foreground) classes that this network predicts."""
         return self.model.num_classes
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names that the network itself has; empty for those that detectron2 builds."""
+        return ()
+
     def info(
         self, name: str, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()
     ) -> NetworkInfo:
@@ -92,6 +97,7 @@ class Family:
             sem_seg_classes=sem_seg_classes,
             shallow=tuple(self.shallow_names),
             inner=tuple(getattr(self.model.backbone, "inner_features", ())),
+            detects_masks="masks" in self.outputs,
         )
 
     def recorded_modules(self, needs: Collection[str]) -> list[str]:

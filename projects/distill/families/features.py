@@ -4,8 +4,10 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..nets.features import FeatureExtractor
 from ..structures import NetworkOutputs
+from ..utils.text import clause
 from .base import Family
 
 
@@ -19,10 +21,17 @@ class FeatureFamily(Family):
         detects = getattr(self.model.backbone, "detects", False)
         return super().outputs | ({"detections"} if detects else set())
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.model.classes
+
     def ask(
         self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
     ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs)
-        if "detections" in needs:
-            outputs.detections = self.model.backbone.detect(images)
+        try:
+            outputs = super().ask(images, student, needs)
+            if "detections" in needs:
+                outputs.detections = self.model.backbone.detect(images)
+        except ValueError as e:  # the network of a user may refuse an image
+            raise ConfigError(f"The teacher fails: {clause(e)}.") from e
         return outputs

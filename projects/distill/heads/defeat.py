@@ -9,10 +9,11 @@ from ..section import Key, Section, at_least
 from ..structures import NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY, Losses
 from .fpn import BoxedFPNHead, small_convolution
+from .instances import RegionHead
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class DeFeat(BoxedFPNHead):
+class DeFeat(RegionHead, BoxedFPNHead):
     """DeFeat: compare objects and background apart, each object on one level.
 
     See :func:`distill.losses.defeat`. This is the part on the neck's maps, as in the released

@@ -11,6 +11,7 @@ from ..section import POSITIVE, Key, Presets, Section, at_least
 from ..structures import Batch, NetworkInfo
 from .base import DISTILL_HEAD_REGISTRY, Terms
 from .fpn import BoxedFPNHead, Level
+from .instances import RegionHead
 
 
 class GlobalContext(nn.Module):
@@ -44,7 +45,7 @@ class GlobalContext(nn.Module):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class FGD(BoxedFPNHead):
+class FGD(RegionHead, BoxedFPNHead):
     """FGD: compare objects and background apart, and the relation of all cells.
 
     α foreground + β background + γ attention + λ relation

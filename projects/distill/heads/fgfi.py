@@ -11,10 +11,11 @@ from ..structures import NetworkInfo, NetworkOutputs
 from .base import DISTILL_HEAD_REGISTRY
 from .dense import AnchorGrids, layout_of
 from .fpn import BoxedFPNHead, small_convolution
+from .instances import RegionHead
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class FGFI(BoxedFPNHead):
+class FGFI(RegionHead, BoxedFPNHead):
     """FGFI: compare cells whose anchors are near an object; see :func:`distill.losses.fgfi`.
 
     The authors imitate the one map of a VGG. On an FPN, all maps that the dense head (an R-CNN's

@@ -28,10 +28,10 @@ from ..section import BELOW_1, FRACTION, SWITCH, Key, Section, one_of
 from ..structures import Batch, NetworkInfo, NetworkOutputs
 from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY, Losses
-from .fpn import FPNDistillHead, FrequencyMasks, cell_labels
+from .fpn import FrequencyMasks, cell_labels
+from .instances import INSTANCES, InstanceHead
 
 IMA_SCOPES = ("auto", "image", "box", "mask", "class")
-IMA_INSTANCES = ("ground_truth", "teacher")
 CROPPED = ("box", "mask")  # the scopes that crop instances from the level that fits their size
 CROP_SIZE = 14  # cells of a cropped instance, as in the mask head of Mask R-CNN
 
@@ -50,7 +50,7 @@ class Crops(NamedTuple):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class IMA(FPNDistillHead):
+class IMA(InstanceHead):
     """IMA: compare aligned and standardized features of instances; see :func:`distill.losses.ima`.
 
     Args:
@@ -58,9 +58,8 @@ class IMA(FPNDistillHead):
             each box, on the same boxes and levels in both networks. "mask": the same, with cells
             weighted by the mask. "class": the cells of one semantic class in one image, on every
             level.
-        instances: whose boxes and masks are cropped, "ground_truth" or "teacher": the teacher's
-            detections, also of objects that are not labelled (Fig. 1 has the teacher's maps).
-        instance_score: least score of these detections.
+        selection: see :class:`InstanceHead`. The teacher's detections are also of objects that are
+            not labelled (Fig. 1 has the teacher's maps).
         num_classes: number of classes of the semantic labels; only for scope "class".
         mask_ratio: ζ of the frequency mask; 0 switches it off.
         standardize, standardize_teacher, deflate, scale_on, scale_floor: see the loss.
@@ -75,7 +74,7 @@ class IMA(FPNDistillHead):
         INSTANCES=Key(
             "ground_truth",
             "boxes and masks of SCOPE box and mask; teacher: those of the teacher's detections",
-            one_of(*IMA_INSTANCES),
+            one_of(*INSTANCES),
         ),
         INSTANCE_SCORE=Key(0.5, "least score of a teacher's detection (paper silent)", FRACTION),
         MASK_RATIO=Key(
@@ -104,8 +103,6 @@ class IMA(FPNDistillHead):
         self,
         *,
         scope: str,
-        instances: str = "ground_truth",
-        instance_score: float = 0.5,
         mask_ratio: float,
         standardize: bool,
         standardize_teacher: bool,
@@ -119,10 +116,6 @@ class IMA(FPNDistillHead):
     ):
         super().__init__(**kwargs)
         self.scope = scope
-        self.source = instances
-        self.instance_score = instance_score
-        if instances == "teacher":
-            self.needs = self.needs | {"detections"}
         self.num_classes = num_classes
         self.masks = FrequencyMasks(mask_ratio, seed)
         self.options: dict[str, Any] = {
@@ -183,20 +176,17 @@ class IMA(FPNDistillHead):
 
     @staticmethod
     def check_teacher(scope: str, teacher: NetworkInfo) -> None:
-        """Refuse a scope whose instances the teacher does not detect."""
+        """Refuse a scope whose instances a teacher's detections do not have."""
         if scope not in CROPPED:
             raise ConfigError(
                 "MODEL.DISTILL.IMA.INSTANCES is teacher, whose detections are boxes and masks, but "
                 f"SCOPE is {scope}; set SCOPE box or mask, or INSTANCES ground_truth."
             )
-        remedies = {"detections": "INSTANCES ground_truth", "masks": "SCOPE box"}
-        needed = ("detections", "masks") if scope == "mask" else ("detections",)
-        for output in needed:
-            if output not in teacher.outputs:
-                raise ConfigError(
-                    f"MODEL.DISTILL.IMA.INSTANCES is teacher, but the teacher ({teacher.kind}) "
-                    f"predicts no {output}; set {remedies[output]}."
-                )
+        if scope == "mask" and not teacher.detects_masks:
+            raise ConfigError(
+                "MODEL.DISTILL.IMA.INSTANCES is teacher, but the detections of the teacher "
+                f"({teacher.kind}) have no masks; set SCOPE box."
+            )
 
     @classmethod
     def level_names(cls, cfg: CfgNode, student: NetworkInfo) -> tuple[str, ...]:
@@ -242,11 +232,9 @@ class IMA(FPNDistillHead):
             weight: (ΣRi, 1, CROP_SIZE, CROP_SIZE) weights of the cells; None if all weigh the same.
         """
         masks = self.scope == "mask"
-        if self.source == "ground_truth":
+        if self.selection is None:
             return student.batch.boxes, self.instance_masks(student.batch) if masks else None
-        found = [x[x.scores >= self.instance_score] for x in teacher.detections]
-        for x in found:
-            x.pred_boxes.clip(student.batch.padded_size)  # the teacher may have padded further
+        found = self.selection(teacher.detections, student.batch.padded_size)
         boxes = [x.pred_boxes.tensor for x in found]
         return boxes, detected_masks(found) if masks else None
 

@@ -25,7 +25,7 @@ from ..utils.distributed import reduce_mean
 from .base import DISTILL_HEAD_REGISTRY
 from .classes import ClassMap, class_map, no_shared_class
 from .dense import dense_classes, grid_problem, layout_of
-from .fpn import FPNDistillHead
+from .instances import RegionHead
 
 SHARE_OF_POINTS = Rule(lambda x: 1e-6 <= x <= 1, "in (0, 1], and at least 0.000001")
 
@@ -40,7 +40,7 @@ class Judgement(NamedTuple):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class TID(FPNDistillHead):
+class TID(RegionHead):
     """TID: compare features, weighted by how well both networks do both tasks at each point.
 
     The dense head of each network is scored at every feature point (DIEM, :meth:`scores`). Points

@@ -26,6 +26,8 @@ from .teacher import Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN = "unknown teacher class"  # begins the names of classes whose names are unknown
+
 
 class DistillModel(nn.Module):
     """A stock detectron2 student, a frozen teacher, and heads that compare them.
@@ -234,7 +236,8 @@ def network_infos(
     family = teacher.family
     classes = _teacher_classes(cfg, names, family)
     semantic = _semantic_classes(teacher_config(cfg), family, classes, own.sem_seg_classes)
-    return own, teacher.info(classes, semantic)
+    known = () if any(x.startswith(UNKNOWN) for x in classes) else classes
+    return own, teacher.info(classes, semantic, names if teacher.given_detections else known)
 
 
 def _semantic_classes(
@@ -251,7 +254,7 @@ def _semantic_classes(
         return classes if _is_semantic(family) else ()
     number = family.model.sem_seg_head.predictor.out_channels
     named = class_names(cfg, semantic=True), student
-    unknown = "unknown teacher class" if student else "class"
+    unknown = UNKNOWN if student else "class"
     return next(
         (x for x in named if x and len(x) == number),
         tuple(f"{unknown} {i}" for i in range(number)),
@@ -264,19 +267,21 @@ def _is_semantic(family: Family) -> bool:
 
 
 def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) -> tuple[str, ...]:
-    """Return the teacher's class names: given, or of its training set, or the student's."""
+    """Return the teacher's class names: given, its own, of its training set, or the student's."""
     number = teacher.num_classes
     given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)
+    if not number and "detections" in teacher.outputs:
+        return given  # it does not say how many classes it detects
     if given and len(given) != number:
         raise ConfigError(
             f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
             f"{number} classes."
         )
-    own = given or class_names(teacher_config(cfg), _is_semantic(teacher))
+    own = given or teacher.classes or class_names(teacher_config(cfg), _is_semantic(teacher))
     if own and len(own) == number:
         return own
     if number == len(student):
         logger.warning("The teacher's class names are unknown; assuming those of the student.")
         return student
     # Only heads that compare predictions need names, and those heads refuse these.
-    return tuple(f"unknown teacher class {i}" for i in range(number))
+    return tuple(f"{UNKNOWN} {i}" for i in range(number))

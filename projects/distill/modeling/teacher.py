@@ -6,18 +6,20 @@ It is a plain object, not an ``nn.Module``. So it is absent from ``parameters()`
 
 import hashlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly
 from ..config import student_config, teacher_config
 from ..errors import ConfigError, building
 from ..families import Family, build_family
-from ..structures import Batch, NetworkInfo, NetworkOutputs
+from ..structures import DETECTIONS, Batch, NetworkInfo, NetworkOutputs
 from .rescale import in_student_pixels, rescaled_boxes, rescaled_image, rescaled_padding
 
 logger = logging.getLogger(__name__)
@@ -32,16 +34,24 @@ class Teacher:
         student_format: channel order of the images in ``batched_inputs``.
         scale: size of the teacher's images relative to the student's. Only this class and its
             family see the teacher's pixels; all outputs are in the student's.
+        given_detections: True if the batch has the detections, instead of the network's own.
 
     Raises:
         ConfigError: one channel order cannot be converted to the other.
     """
 
     def __init__(
-        self, family: Family, *, input_format: str, student_format: str, scale: float = 1.0
+        self,
+        family: Family,
+        *,
+        input_format: str,
+        student_format: str,
+        scale: float = 1.0,
+        given_detections: bool = False,
     ):
         self.family = family
         self.scale = scale
+        self.given_detections = given_detections
         self.model = family.model.eval().requires_grad_(False)
         formats = {input_format, student_format}
         if len(formats) > 1 and formats != {"BGR", "RGB"}:
@@ -63,15 +73,49 @@ class Teacher:
         device = next(iter(student.features.values())).device
         if self.model.device != device:
             self.model.to(device)
-        images = self.preprocess(batch)
+        given = self.given_detections and "detections" in needs
+        asked = needs - {"detections"} if given else needs
+        outputs = self._asked(self.preprocess(batch), student, asked)
+        if given:
+            outputs.detections = [self._given(x).to(device) for x in batch.inputs]
+        return outputs
+
+    def _asked(
+        self, images: Tensor, student: NetworkOutputs, needs: frozenset[str]
+    ) -> NetworkOutputs:
+        """Return the network's outputs in the student's pixels."""
         if self.scale == 1:
             return self.family.ask(images, student, needs)
         outputs = self.family.ask(images, rescaled_boxes(student, self.scale), needs)
         return rescaled_boxes(outputs, 1 / self.scale)
 
-    def info(self, classes: tuple[str, ...], sem_seg_classes: tuple[str, ...] = ()) -> NetworkInfo:
-        """Describe the teacher to the heads, with strides and anchors in the student's pixels."""
+    @staticmethod
+    def _given(inputs: dict[str, Any]) -> Instances:
+        if DETECTIONS not in inputs:
+            raise ConfigError(
+                "MODEL.DISTILL.TEACHER.DETECTIONS is set, but the mapper of the training images "
+                f"gives no '{DETECTIONS}'; let it move them as "
+                "distill.data.detections.DetectionsMapper does."
+            )
+        found: Instances = inputs[DETECTIONS]
+        return found
+
+    def info(
+        self,
+        classes: tuple[str, ...],
+        sem_seg_classes: tuple[str, ...] = (),
+        detection_classes: tuple[str, ...] = (),
+    ) -> NetworkInfo:
+        """Describe the teacher to the heads, with strides and anchors in the student's pixels.
+
+        Args:
+            classes, sem_seg_classes: class names of the network.
+            detection_classes: class names of its detections; empty if unknown.
+        """
         info = self.family.info("teacher", classes, sem_seg_classes)
+        info = replace(info, detection_classes=detection_classes)
+        if self.given_detections:
+            info = replace(info, outputs=info.outputs | {"detections"}, detects_masks=False)
         return in_student_pixels(info, self.scale)
 
     def preprocess(self, batch: Batch) -> Tensor:
@@ -130,4 +174,5 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
         scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
+        given_detections=bool(cfg.MODEL.DISTILL.TEACHER.DETECTIONS),
     )

@@ -15,6 +15,7 @@ from .features import FeatureExtractor
 from .gfl import GFL
 from .lazy import LazyNetwork
 from .module import ModuleBackbone, build_module_backbone
+from .onnx import OnnxNetwork, build_onnx_backbone
 from .pafpn import PAFPN
 from .pspnet import PSPHead
 from .reppoints import RepPoints
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureExtractor",
     "LazyNetwork",
     "ModuleBackbone",
+    "OnnxNetwork",
     "PSPHead",
     "RTMDet",
     "RTMDetIns",
@@ -45,6 +47,7 @@ __all__ = [
     "add_nets_config",
     "build_dilated_resnet_backbone",
     "build_module_backbone",
+    "build_onnx_backbone",
     "build_shallow_resnet_backbone",
     "build_timm_backbone",
     "build_timm_features",

@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.projects.deeplab import add_deeplab_config
 
-from ..section import LIST, SWITCH, TEXT, WHOLES, Key, add_keys, at_least
+from ..section import LIST, SWITCH, TEXT, TEXTS, WHOLES, Key, Rule, add_keys, at_least
 from .atss import ATSS
 from .csp_pan import CSP_SECTION, CSPDARKNET_SECTION
 from .fcos import FCOS
@@ -14,6 +14,10 @@ from .rtmdet_ins import RTMDetIns
 from .yolov5 import YOLOv5
 from .yolox import YOLOX
 
+NAMED_STRIDES = Rule(
+    lambda x: all(isinstance(name, str) and stride >= 1 and stride % 1 == 0 for name, stride in x),
+    "a list of [output, stride], such as [['p3', 8]]",
+)
 _DETECTORS = {
     cls.__name__: cls.section
     for cls in (ATSS, FCOS, GFL, RepPoints, RTMDet, RTMDetIns, YOLOX, YOLOv5)
@@ -42,6 +46,20 @@ _MODULE_KEYS = {
     "MODEL.MODULE.FUNCTION": Key("", "file.py:function that returns a network", TEXT),
     "MODEL.MODULE.WEIGHTS": Key("", "argument of the function", TEXT),
 }
+_ONNX_KEYS = {
+    "MODEL.ONNX.FILE": Key("", "path of an ONNX file", TEXT),
+    "MODEL.ONNX.LEVELS": Key(
+        [],
+        "[name, stride] of the outputs that are maps (1, C, H / stride, W / stride)",
+        NAMED_STRIDES,
+    ),
+    "MODEL.ONNX.DETECTIONS": Key(
+        (),
+        "names of the outputs that are boxes (R, 4) XYXY in pixels, scores (R,) in [0, 1] and "
+        "labels (R,) from 0; empty: the file has no detections",
+        TEXTS,
+    ),
+}
 _CSP_KEYS = {
     part: {f"MODEL.{name}.{key}": value for key, value in section.items()}
     for part, name, section in (
@@ -65,6 +83,7 @@ NETS_KEYS: dict[str, Key] = {
     **_TIMM_KEYS,
     **_LAZY_KEYS,
     **_MODULE_KEYS,
+    **_ONNX_KEYS,
     **_CSP_KEYS["_cspnext_"],
     **_CSP_KEYS["_yolo"],
     **_SEGMENTATION_KEYS,
@@ -99,7 +118,8 @@ def add_config_read_by(network: CfgNode, cfg: CfgNode) -> None:
         add_keys(cfg, _SEGMENTATION_KEYS)
     if "LazyNetwork" in _architectures(network):
         add_keys(cfg, _LAZY_KEYS)
-    for part, keys in {"_timm_": _TIMM_KEYS, "_module_": _MODULE_KEYS, **_CSP_KEYS}.items():
+    others = {"_timm_": _TIMM_KEYS, "_module_": _MODULE_KEYS, "_onnx_": _ONNX_KEYS}
+    for part, keys in {**others, **_CSP_KEYS}.items():
         if part in network.MODEL.BACKBONE.NAME:
             add_keys(cfg, keys)
     for name, section in _DETECTORS.items():

@@ -19,8 +19,6 @@ class FeatureExtractor(nn.Module):
         pixel_mean, pixel_std: mean and deviation of each channel of images in [0, 255].
     """
 
-    num_classes = 0
-
     @configurable
     def __init__(
         self, *, backbone: Backbone, pixel_mean: Sequence[float], pixel_std: Sequence[float]
@@ -37,6 +35,16 @@ class FeatureExtractor(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of its detections; empty if it has none or they are unknown."""
+        return getattr(self.backbone, "classes", ())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes whose names are known."""
+        return len(self.classes)
 
     @property
     def device(self) -> torch.device:

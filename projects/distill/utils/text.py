@@ -59,5 +59,9 @@ def printable(text: str) -> str:
 
 
 def print_error(sentence: object) -> None:
-    """Print on stderr why a command ends with exit code 2."""
-    print(f"error: {one_line(sentence)}", file=sys.stderr, flush=True)
+    """Print on stderr why a command ends with exit code 2, without control characters.
+
+    A sentence may repeat names of a stranger's file.
+    """
+    text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in one_line(sentence))
+    print(f"error: {text}", file=sys.stderr, flush=True)

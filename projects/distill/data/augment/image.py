@@ -9,6 +9,7 @@ from detectron2.data.detection_utils import check_image_size, read_image
 from fvcore.transforms.transform import Transform, TransformList
 from numpy.typing import NDArray
 
+from ...structures import DETECTIONS
 from ..guarded_mapper import BadImage
 from ..ignored_regions import ignored_pixels
 from .labels import ANY_AREA, BoxRule, Labels, Size, read_labels
@@ -78,9 +79,9 @@ class ImageReader:
         if self.ignored_color is not None and any(x.get("ignored") for x in entry["annotations"]):
             pixels = pixels.copy()
             pixels[ignored_pixels(entry, TransformList([]), size)] = self.ignored_color
-        return LabelledImage(
-            pixels, read_labels(entry["annotations"], size, self.use_instance_mask)
-        )
+        found = entry.get(DETECTIONS)
+        labels = read_labels(entry["annotations"], size, self.use_instance_mask, found)
+        return LabelledImage(pixels, labels)
 
 
 def fit_scale(image: Size, frame: Size) -> float:

@@ -12,6 +12,8 @@ from detectron2.structures import BoxMode, Instances
 from fvcore.transforms.transform import CropTransform, Transform
 from numpy.typing import NDArray
 
+from ..detections import Found
+
 Array = NDArray[Any]
 Size = tuple[int, int]
 Mask = list[Array] | Array
@@ -55,11 +57,13 @@ class Labels:
     Attributes:
         boxes: (N, 4) XYXY in pixels, float64.
         classes: (N,).
+        scores: (N,) of a teacher's detections, in [0, 1]; NaN for annotated objects.
         masks: one per object, or None if the network has no masks.
     """
 
     boxes: Array
     classes: Array
+    scores: Array
     masks: list[Mask] | None = None
 
     def __len__(self) -> int:
@@ -69,7 +73,7 @@ class Labels:
         masks = self.masks
         if masks is not None:
             masks = [mask for mask, kept in zip(masks, keep) if kept]
-        return Labels(self.boxes[keep], self.classes[keep], masks)
+        return Labels(self.boxes[keep], self.classes[keep], self.scores[keep], masks)
 
     def moved(self, transform: Transform, size: Size, rule: BoxRule = ANY_AREA) -> "Labels":
         """Return the objects that remain in the transformed image.
@@ -88,7 +92,7 @@ class Labels:
             masks = _moved_masks(self.masks, transform, size)
             boxes = np.array([_bounds(mask) for mask in masks], dtype=float).reshape(-1, 4)
         boxes = boxes.clip(0, [size[1], size[0]] * 2)
-        return Labels(boxes, self.classes, masks)[rule.keeps(boxes, areas)]
+        return Labels(boxes, self.classes, self.scores, masks)[rule.keeps(boxes, areas)]
 
     def instances(self, size: Size, mask_format: str) -> Instances:
         """Return detectron2's ground truth of an image of ``size``, height and width.
@@ -96,13 +100,20 @@ class Labels:
         Args:
             mask_format: ``INPUT.MASK_FORMAT``.
         """
+        own = self[np.isnan(self.scores)]
         rows = [
             {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": k}
-            for box, k in zip(self.boxes, self.classes)
+            for box, k in zip(own.boxes, own.classes)
         ]
-        for row, mask in zip(rows, self.masks or ()):
+        for row, mask in zip(rows, own.masks or ()):
             row["segmentation"] = [x.ravel() for x in mask] if isinstance(mask, list) else mask
         return filter_empty_instances(annotations_to_instances(rows, size, mask_format))
+
+    @property
+    def detections(self) -> Found:
+        """The detections of a teacher."""
+        found = self[~np.isnan(self.scores)]
+        return Found(found.boxes, found.scores, found.classes)
 
 
 def joined(parts: Sequence[Labels]) -> Labels:
@@ -110,25 +121,36 @@ def joined(parts: Sequence[Labels]) -> Labels:
     masks = None
     if all(x.masks is not None for x in parts):
         masks = [mask for x in parts for mask in x.masks or ()]
-    boxes, classes = (np.concatenate([getattr(x, k) for x in parts]) for k in ("boxes", "classes"))
-    return Labels(boxes, classes, masks)
+    boxes, classes, scores = (
+        np.concatenate([getattr(x, k) for x in parts]) for k in ("boxes", "classes", "scores")
+    )
+    return Labels(boxes, classes, scores, masks)
 
 
-def read_labels(annotations: Sequence[dict[str, Any]], size: Size, masks: bool) -> Labels:
-    """Return the objects of detectron2's annotations, without crowds.
+def read_labels(
+    annotations: Sequence[dict[str, Any]], size: Size, masks: bool, found: Found | None = None
+) -> Labels:
+    """Return the objects of detectron2's annotations, without crowds, and a teacher's detections.
 
     Args:
         annotations: those of an image.
         size: height and width of the image, to which boxes are cut.
-        masks: also read the masks.
+        masks: also read the masks; that of a detection is its box.
+        found: the detections.
     """
     objects = [x for x in annotations if not x.get("iscrowd", 0)]
     boxes = [BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
-    return Labels(
+    own = Labels(
         np.array(boxes, dtype=float).reshape(-1, 4).clip(0, [size[1], size[0]] * 2),
         np.array([x["category_id"] for x in objects], dtype=np.int64),
+        np.full(len(objects), np.nan),
         [_read_mask(x["segmentation"]) for x in objects] if masks else None,
     )
+    if found is None or not len(found.boxes):
+        return own
+    cut = found.boxes.astype(float).clip(0, [size[1], size[0]] * 2)
+    corners: list[Mask] = [[x[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)] for x in cut]
+    return joined([own, Labels(cut, found.classes, found.scores, corners if masks else None)])
 
 
 def _read_mask(segmentation: Any) -> Mask:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 
+from ...structures import DETECTIONS
 from ...utils.seeding import derived_seed
+from ..detections import with_added
 from ..guarded_mapper import BadImage, GuardedMapper
 from ..stream import Surroundings
 from .image import ImageReader, LabelledImage, Partners, fit, pad
@@ -60,6 +62,7 @@ class AugmentingMapper:
         multi_scale: sizes of the batches; None: all have ``size``.
         read: reader of images.
         cache: number of images that each process keeps.
+        added_score: least score of a teacher's detections that become objects; 0: none do.
     """
 
     @configurable
@@ -74,6 +77,7 @@ class AugmentingMapper:
         multi_scale: MultiScale | None,
         read: ImageReader,
         cache: int,
+        added_score: float = 0.0,
     ):
         self.steps, self.last_steps, self.switch_iter = steps, last_steps, switch_iter
         self.size, self.fill, self.multi_scale = size, fill, multi_scale
@@ -81,6 +85,7 @@ class AugmentingMapper:
         self.use_instance_mask = read.use_instance_mask
         self.instance_mask_format = read.instance_mask_format
         self.cache = ImageCache(cache)
+        self.added_score = added_score
 
     @classmethod
     def from_config(cls, cfg: CfgNode, ignored_regions: bool) -> dict[str, Any]:
@@ -105,6 +110,7 @@ class AugmentingMapper:
                 ignored_color=mean if ignored_regions else None,
             ),
             "cache": node.CACHE,
+            "added_score": cfg.MODEL.DISTILL.TEACHER.ADD_BOXES,
         }
 
     def __call__(
@@ -133,6 +139,10 @@ class AugmentingMapper:
         others = {k: v for k, v in entry.items() if k != "annotations"}
         pixels = torch.from_numpy(np.array(image.pixels.transpose(2, 0, 1), order="C"))
         instances = image.labels.instances(image.size, self.instance_mask_format)
+        if DETECTIONS in entry:
+            found = others[DETECTIONS] = image.labels.detections.instances(image.size)
+            if self.added_score:
+                instances = with_added(instances, found, self.added_score)
         return {**others, "image": pixels, "instances": instances}
 
     def _read_fitted(self, entry: dict[str, Any]) -> LabelledImage | BadImage:
