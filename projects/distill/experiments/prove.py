@@ -311,8 +311,8 @@ def check_independence(cfg: CfgNode) -> None:
     """
     if cfg.DATALOADER.SEED >= 0:
         raise ConfigError(
-            f"DATALOADER.SEED is {cfg.DATALOADER.SEED}, but the seeds of a proof must see images in "
-            "different orders; set it to -1."
+            f"DATALOADER.SEED is {cfg.DATALOADER.SEED}, but the seeds of a proof must see images "
+            "in different orders; set it to -1."
         )
     if cfg.MODEL.DISTILL.TEACHER.CACHE.DIR:
         raise ConfigError(

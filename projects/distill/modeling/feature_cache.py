@@ -45,8 +45,8 @@ class FeatureCache:
     Args:
         folder: where the files are; it is created.
         teacher: hash of the teacher.
-        dtype: how maps are stored. float32 stores what the teacher computes, to the bit. What
-            float16 and bfloat16 round is rounded for the first student, too.
+        dtype: how maps are stored. float32 stores what the teacher computes, to the bit. float16
+            and bfloat16 round the maps of the first student, too.
         max_bytes: this process adds no file that makes the folder larger.
     """
 
