@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..data.datasets import class_names, load_training_sets
-from ..data.loader import build_train_loader
+from ..data.loader import build_train_loader, data_seed
 from ..engine.trainer import train_mapper
 
 COLUMNS, PANEL = 4, 3.0  # samples in a row, and their width in inches
@@ -29,8 +29,9 @@ def training_samples(cfg: CfgNode, number: int, iteration: int) -> list[dict[str
         number: number of samples.
         iteration: iteration of the first one.
     """
+    seed = data_seed(cfg, max(cfg.SEED, 0))
     loader = build_train_loader(
-        cfg, load_training_sets(cfg), train_mapper(cfg), seed=max(cfg.SEED, 0), start=iteration
+        cfg, load_training_sets(cfg), train_mapper(cfg), seed=seed, start=iteration
     )
     return list(islice(chain.from_iterable(loader), number))
 

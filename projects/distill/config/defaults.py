@@ -92,6 +92,20 @@ KEYS: dict[str, Key] = {
         "probability, except those of annotated objects; 0: none do",
         FRACTION,
     ),
+    "MODEL.DISTILL.TEACHER.CACHE.DIR": Key(
+        "",
+        "folder of the teacher's maps, which later students that see the same images read instead "
+        "of computing them; empty: none",
+        TEXT,
+    ),
+    "MODEL.DISTILL.TEACHER.CACHE.MAX_GB": Key(
+        100.0, "largest size of that folder in 10^9 bytes", POSITIVE
+    ),
+    "MODEL.DISTILL.TEACHER.CACHE.DTYPE": Key(
+        "float32",
+        "how maps are stored. float32 changes no bit of a training; the others round the maps",
+        one_of("float32", "float16", "bfloat16"),
+    ),
     "MODEL.DISTILL.BALANCE.MODE": Key(
         "auto",
         "gradient: the heads' weights set themselves, by the gradients of heads and task. none: "
@@ -162,6 +176,12 @@ KEYS: dict[str, Key] = {
             lambda x: all(isinstance(name, str) and factor > 0 for name, factor in x),
             "a list of [data set, factor above 0]",
         ),
+    ),
+    "DATALOADER.SEED": Key(
+        -1,
+        "seed of the order of the images and of their augmentations, if students of different SEED "
+        "shall see the same; -1: SEED",
+        at_least(-1),
     ),
     "DATALOADER.RANDOM_SUBSET_RATIO": Key(
         1.0, "share of the images from which RandomSubsetTrainingSampler draws", SHARE

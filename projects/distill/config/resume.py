@@ -37,7 +37,7 @@ _IGNORED = (
     *("MODEL.DISTILL.COSINE_PERIOD", "MODEL.DISTILL.INHERIT", "MODEL.PANOPTIC_FPN.COMBINE.*"),
     "MODEL.DISTILL.STUDENT_ARCHITECTURE",
     *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
-    f"{TEACHER}.DETECTIONS",
+    *(f"{TEACHER}.CACHE.*", f"{TEACHER}.DETECTIONS"),
     *("MODEL.ONNX.FILE", "MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
     *(
@@ -104,6 +104,8 @@ def training_values(
     if os.path.isfile(detections):
         values[f"{TEACHER}.DETECTIONS"] = file_hash(detections)[:DIGITS]
     if teacher_needed(cfg):
+        cache = cfg.MODEL.DISTILL.TEACHER.CACHE
+        values[f"{TEACHER}.CACHE.DTYPE"] = cache.DTYPE if cache.DIR else "float32"
         values[f"{TEACHER}.WEIGHTS"] = teacher[:DIGITS]
         values |= _teacher_values(teacher_config(cfg))
     return values

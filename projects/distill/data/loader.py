@@ -308,6 +308,11 @@ def repeat_factors(
     return factors / factors.min()
 
 
+def data_seed(cfg: CfgNode, seed: int) -> int:
+    """Return the seed of the training images in a run with a seed."""
+    return cfg.DATALOADER.SEED if cfg.DATALOADER.SEED >= 0 else seed
+
+
 def build_train_loader(
     cfg: CfgNode,
     sets: Sequence[tuple[str, list[dict[str, Any]]]],

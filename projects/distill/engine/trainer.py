@@ -42,12 +42,13 @@ from ..data.cityscapes import SemanticMapper
 from ..data.datasets import check_labels, load_training_sets, predicted_classes
 from ..data.detections import DetectionsMapper
 from ..data.ignored_regions import IgnoredRegionsMapper
-from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader
+from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader, data_seed
 from ..data.registration import label_digests
 from ..evaluation.images import ImageEvaluator
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
 from ..modeling.balance import balance_of
+from ..modeling.feature_cache import check_cache
 from ..modeling.init_from_teacher import init_from_teacher
 from ..modeling.meta_arch import (
     DistillModel,
@@ -117,6 +118,9 @@ class Trainer(DefaultTrainer):
         self.student: nn.Module = getattr(model, "student", model)
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teacher: Teacher | None = getattr(model, "teacher", None)
+        if isinstance(model, DistillModel) and model.teacher and model.teacher.cache:
+            shapes = model.teacher.map_shapes(model.teacher_maps())
+            check_cache(cfg, shapes, [entry for _, entries in self.sets for entry in entries])
         teacher = self.teacher.weights_hash() if self.teacher else ""
         self.values = training_values(given, teacher, label_digests(cfg))
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
@@ -166,7 +170,8 @@ class Trainer(DefaultTrainer):
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """Return the training data from iteration ``start`` on."""
         check_labels(cfg, [entry for _, entries in self.sets for entry in entries])
-        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=self.seed, start=start)
+        seed = data_seed(cfg, self.seed)
+        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=seed, start=start)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:

@@ -63,6 +63,7 @@ class Proof(PairedTrainings):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args, args.first_seed)
+        check_independence(self.cfg)
         self.rule = Rule(args.margin, looks(args.looks, args.seeds))
         self.distilled = "+".join(self.cfg.MODEL.DISTILL.HEADS)
         self.teacher = self.own_teacher([self.distilled])
@@ -300,6 +301,24 @@ def prolonged(cfg: CfgNode, factor: float) -> CfgNode:
         solver.STEPS = steps
     solver.WARMUP_ITERS = round(factor * solver.WARMUP_ITERS)
     return longer
+
+
+def check_independence(cfg: CfgNode) -> None:
+    """Refuse what makes runs of different seeds alike, or hides the cost of the teacher.
+
+    Raises:
+        ConfigError: they would share their data, or the teacher's maps.
+    """
+    if cfg.DATALOADER.SEED >= 0:
+        raise ConfigError(
+            f"DATALOADER.SEED is {cfg.DATALOADER.SEED}, but the seeds of a proof must see images "
+            "in different orders; set it to -1."
+        )
+    if cfg.MODEL.DISTILL.TEACHER.CACHE.DIR:
+        raise ConfigError(
+            "MODEL.DISTILL.TEACHER.CACHE.DIR is set, but a proof counts the time of the teacher; "
+            "empty it."
+        )
 
 
 def looks(early: Sequence[int], seeds: int) -> tuple[int, ...]:

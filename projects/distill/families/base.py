@@ -109,7 +109,11 @@ class Family:
         return self._features(batch, recorder["backbone"].output)
 
     def ask(
-        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        needs: Collection[str],
+        known: Mapping[str, Tensor] | None = None,
     ) -> NetworkOutputs:
         """Return the teacher's outputs for the student's batch and boxes; call it in ``no_grad``.
 
@@ -117,8 +121,10 @@ class Family:
             images: (N, C, H, W) preprocessed for this network, at least of the padded size.
             student: the student's outputs, for whose boxes the teacher is asked.
             needs: fields of the outputs to fill.
+            known: outputs of the backbone, at least those that are needed; None: it computes them.
         """
-        return self._features(student.batch, self.model.backbone(images))
+        outputs = self.model.backbone(images) if known is None else known
+        return self._features(student.batch, outputs)
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[Recorder]:

@@ -1,6 +1,6 @@
 """Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, GFL, ...)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -144,9 +144,13 @@ class DenseFamily(Family):
         return outputs
 
     def ask(
-        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        needs: Collection[str],
+        known: Mapping[str, Tensor] | None = None,
     ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs)
+        outputs = super().ask(images, student, needs, known)
         if not {"dense", "detections", "point_masks"}.isdisjoint(needs):
             maps = [outputs.features[f] for f in self.model.head_in_features]
             with record(

@@ -1,6 +1,6 @@
 """Feature extractors: a backbone alone, which may have detections."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -26,10 +26,14 @@ class FeatureFamily(Family):
         return self.model.classes
 
     def ask(
-        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        needs: Collection[str],
+        known: Mapping[str, Tensor] | None = None,
     ) -> NetworkOutputs:
         try:
-            outputs = super().ask(images, student, needs)
+            outputs = super().ask(images, student, needs, known)
             if "detections" in needs:
                 outputs.detections = self.model.backbone.detect(images)
         except ValueError as e:  # the network of a user may refuse an image

@@ -1,6 +1,6 @@
 """Faster, Mask, Cascade R-CNN and Panoptic FPN."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -149,9 +149,13 @@ class RCNNFamily(Family):
         )
 
     def ask(
-        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        needs: Collection[str],
+        known: Mapping[str, Tensor] | None = None,
     ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs)
+        outputs = super().ask(images, student, needs, known)
         features = outputs.features
         generator = self.model.proposal_generator
         if "dense" in needs:

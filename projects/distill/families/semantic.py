@@ -1,6 +1,6 @@
 """Semantic segmentation: backbone, then a head whose last convolution is ``predictor``."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from detectron2.modeling.meta_arch import SemanticSegmentor
@@ -66,8 +66,12 @@ class SemanticFamily(Family):
         return outputs
 
     def ask(
-        self, images: Tensor, student: NetworkOutputs, needs: Collection[str]
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        needs: Collection[str],
+        known: Mapping[str, Tensor] | None = None,
     ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs)
+        outputs = super().ask(images, student, needs, known)
         ask_sem_seg(self.model, outputs, needs)
         return outputs

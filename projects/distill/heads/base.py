@@ -146,6 +146,10 @@ class DistillHead(nn.Module):
         authors = {k: cls.section[k].for_kinds(student.kinds) for k in cls.section.terms}
         return {cls.section[k].term: values[k] / x if x else 1.0 for k, x in authors.items()}
 
+    def teacher_maps(self) -> frozenset[str] | None:
+        """Return the names of the teacher's maps that the head reads; None: all of them."""
+        return None
+
     def factor(self) -> float:
         """Return the weight at the current iteration."""
         iteration = current_iteration()

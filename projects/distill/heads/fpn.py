@@ -132,6 +132,10 @@ class FPNDistillHead(DistillHead):
         """Build the layer that maps student channels to teacher channels."""
         return nn.Identity() if student == teacher else nn.Conv2d(student, teacher, kernel_size=1)
 
+    def teacher_maps(self) -> frozenset[str] | None:
+        reads_more = self.needs - {"features"}
+        return None if reads_more else frozenset(level.teacher for level in self.levels)
+
     @classmethod
     def from_config(
         cls, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo

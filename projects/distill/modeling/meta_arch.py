@@ -110,7 +110,7 @@ class DistillModel(nn.Module):
         student = self.family.read(recorder, batch, student_needs)
         teacher = None
         if self.teacher and teacher_needs:
-            teacher = self.teacher.ask(student, teacher_needs)
+            teacher = self.teacher.ask(student, teacher_needs, self.teacher_maps())
         for name, head in self._heads():
             taught_by = teacher if head.needs_teacher else student
             if self.balance is not None and head.factor() > 0:
@@ -122,6 +122,11 @@ class DistillModel(nn.Module):
 
     def _heads(self) -> list[tuple[str, DistillHead]]:
         return list(self.heads.items())  # type: ignore[arg-type]
+
+    def teacher_maps(self) -> frozenset[str] | None:
+        """Return the names of the teacher's maps that heads read; None: all of them."""
+        own = [head.teacher_maps() for _, head in self._heads() if head.needs_teacher]
+        return None if None in own else frozenset().union(*own)  # type: ignore[arg-type]
 
     def active_needs(self, of_teacher: bool = False) -> frozenset[str]:
         """Return the student's outputs that heads with a weight above 0 read at this iteration.

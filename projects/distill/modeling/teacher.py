@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import Tensor
@@ -20,6 +21,8 @@ from ..config import student_config, teacher_config
 from ..errors import ConfigError, building
 from ..families import Family, build_family
 from ..structures import DETECTIONS, Batch, NetworkInfo, NetworkOutputs
+from ..utils.io import file_hash
+from .feature_cache import FeatureCache, build_cache
 from .rescale import in_student_pixels, rescaled_boxes, rescaled_image, rescaled_padding
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class Teacher:
         scale: size of the teacher's images relative to the student's. Only this class and its
             family see the teacher's pixels; all outputs are in the student's.
         given_detections: True if the batch has the detections, instead of the network's own.
+        cache: keeps the maps of the backbone; None: they are computed in every step.
 
     Raises:
         ConfigError: one channel order cannot be converted to the other.
@@ -48,10 +52,12 @@ class Teacher:
         student_format: str,
         scale: float = 1.0,
         given_detections: bool = False,
+        cache: FeatureCache | None = None,
     ):
         self.family = family
         self.scale = scale
         self.given_detections = given_detections
+        self.cache = cache
         self.model = family.model.eval().requires_grad_(False)
         formats = {input_format, student_format}
         if len(formats) > 1 and formats != {"BGR", "RGB"}:
@@ -62,12 +68,15 @@ class Teacher:
         self.flip_channels = len(formats) > 1
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for backward
-    def ask(self, student: NetworkOutputs, needs: frozenset[str]) -> NetworkOutputs:
+    def ask(
+        self, student: NetworkOutputs, needs: frozenset[str], maps: frozenset[str] | None = None
+    ) -> NetworkOutputs:
         """Return the teacher's outputs for the student's batch and boxes.
 
         Args:
             student: outputs of the student, with its batch.
             needs: names of the outputs to compute.
+            maps: names of the features that are read; None: all of them.
         """
         batch = student.batch
         device = next(iter(student.features.values())).device
@@ -75,19 +84,46 @@ class Teacher:
             self.model.to(device)
         given = self.given_detections and "detections" in needs
         asked = needs - {"detections"} if given else needs
-        outputs = self._asked(self.preprocess(batch), student, asked)
+        outputs = self._asked(self.preprocess(batch), student, asked, maps)
         if given:
             outputs.detections = [self._given(x).to(device) for x in batch.inputs]
         return outputs
 
     def _asked(
-        self, images: Tensor, student: NetworkOutputs, needs: frozenset[str]
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        needs: frozenset[str],
+        maps: frozenset[str] | None,
     ) -> NetworkOutputs:
         """Return the network's outputs in the student's pixels."""
+        known = self._known_maps(images, student.batch, maps)
         if self.scale == 1:
-            return self.family.ask(images, student, needs)
-        outputs = self.family.ask(images, rescaled_boxes(student, self.scale), needs)
+            return self.family.ask(images, student, needs, known)
+        outputs = self.family.ask(images, rescaled_boxes(student, self.scale), needs, known)
         return rescaled_boxes(outputs, 1 / self.scale)
+
+    def _known_maps(
+        self, images: Tensor, batch: Batch, names: frozenset[str] | None
+    ) -> dict[str, Tensor] | None:
+        """Return the maps of the backbone that a cache has or gets, or None without a cache."""
+        if self.cache is None:
+            return None
+        return self.cache.outputs(
+            batch, self.map_names(names), images.device, lambda: self.model.backbone(images)
+        )
+
+    def map_shapes(self, names: frozenset[str] | None) -> list[ShapeSpec]:
+        """Return the shapes of :meth:`map_names`, with strides in the student's pixels."""
+        shapes = self.model.backbone.output_shape()
+        own = (shapes[x] for x in self.map_names(names))
+        return [ShapeSpec(channels=x.channels, stride=x.stride / self.scale) for x in own]
+
+    def map_names(self, names: frozenset[str] | None) -> list[str]:
+        """Return which outputs of the backbone are needed to read ``names``; None: all."""
+        outputs = list(self.model.backbone.output_shape())
+        needed = None if self.family.shallow_names else names
+        return [x for x in outputs if needed is None or x in needed]
 
     @staticmethod
     def _given(inputs: dict[str, Any]) -> Instances:
@@ -169,10 +205,23 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
         )
         logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
-    return Teacher(
+    teacher = Teacher(
         build_family(model),
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
         scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
         given_detections=bool(cfg.MODEL.DISTILL.TEACHER.DETECTIONS),
     )
+    if trained and cfg.MODEL.DISTILL.TEACHER.CACHE.DIR:
+        teacher.cache = build_cache(cfg, f"{_described(described)}{teacher.weights_hash()}")
+    return teacher
+
+
+def _described(config: CfgNode) -> str:
+    """Return everything besides its weights on which a teacher's maps depend."""
+    model = config.MODEL.clone()
+    model.defrost()
+    model.WEIGHTS = model.DEVICE = ""
+    code = model.MODULE.FUNCTION.rpartition(":")[0] if "MODULE" in model else ""
+    source = file_hash(code) if code else ""
+    return f"{model.dump()}{config.INPUT.FORMAT}{source}{torch.__version__}"
