@@ -332,7 +332,10 @@ def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFix
         (["--looks", "6"], "--looks has 6, but --seeds is 5"),
         (["--metric", "bbox/PA"], "--metric: unknown value 'bbox/PA'"),
         (["MODEL.DISTILL.HEADS", "()"], "MODEL.DISTILL.HEADS is empty"),
-        (["DATALOADER.SEED", "0"], "DATALOADER.SEED is 0, but the seeds of a proof must see images"),
+        (
+            ["DATALOADER.SEED", "0"],
+            "DATALOADER.SEED is 0, but the seeds of a proof must see images",
+        ),
         (["MODEL.DISTILL.TEACHER.CACHE.DIR", "x"], "TEACHER.CACHE.DIR is set, but a proof counts"),
         (["MODEL.DISTILL.TEACHER.WEIGHTS", "gone.pth"], "gone.pth"),
     ],
