@@ -334,7 +334,7 @@ def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFix
         (["MODEL.DISTILL.HEADS", "()"], "MODEL.DISTILL.HEADS is empty"),
         (
             ["DATALOADER.SEED", "0"],
-            "DATALOADER.SEED is 0, but the seeds of a proof must see images",
+            "DATALOADER.SEED is 0, but the seeds of a proof must see",
         ),
         (["MODEL.DISTILL.TEACHER.CACHE.DIR", "x"], "TEACHER.CACHE.DIR is set, but a proof counts"),
         (["MODEL.DISTILL.TEACHER.WEIGHTS", "gone.pth"], "gone.pth"),

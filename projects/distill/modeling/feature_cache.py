@@ -35,7 +35,8 @@ class FeatureCache:
 
     The name of a file is a hash of everything on which the map depends. These are the teacher, the
     pixels of the augmented image, and the padded size. So another augmentation or another teacher
-    finds nothing, and never a wrong map. A file also has a checksum. A damaged one is written again.
+    finds nothing, and never a wrong map. A file also has a checksum, and a damaged one is written
+    again.
 
     If a single map of a batch is missing, the backbone computes the whole batch. So a network whose
     rounding depends on the size of the batch gives the same bits with and without the cache.
