@@ -40,7 +40,7 @@ KEYS: dict[str, Key] = {
         "",
         "student of META_ARCHITECTURE DistillRCNN, DistillRetinaNet or DistillSemanticSegmentor, "
         "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor: PanopticFPN, FCOS, ATSS, "
-        "GFL, RepPoints, RTMDet, RTMDetIns, YOLOX or YOLOv5",
+        "GFL, RepPoints, RTMDet, RTMDetIns, YOLOX, YOLOv3, YOLOv4, YOLOv5 or YOLOv7",
         TEXT,
     ),
     "MODEL.DISTILL.HEADS": Key(

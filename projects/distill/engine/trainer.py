@@ -57,6 +57,7 @@ from ..modeling.meta_arch import (
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
 from ..solver.lr_scheduler import build_lr_scheduler
+from ..solver.groups import split_implicit
 from ..solver.warmup import build_warmup, split_biases
 from ..utils.old_names import HOOKS, with_renamed_keys
 from .evaluators import build_evaluators, check_metric_names, check_results, check_test_sets
@@ -384,6 +385,7 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         sgd = cfg.SOLVER.OPTIMIZER == "SGD"
         optimizer = super().build_optimizer(cfg, model) if sgd else build_adamw(cfg, model)
+        split_implicit(cfg, optimizer, model)
         split_biases(cfg, optimizer, model)
         return optimizer
 

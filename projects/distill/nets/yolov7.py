@@ -81,7 +81,7 @@ class ImplicitConv(nn.Conv2d):
     """
 
     implicit = ("added", "factor")
-    """Names of the parameters that have the weight decay of norms."""
+    """Names of the parameters with the weight decay of norms, see ``solver.split_implicit``."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1):
         super().__init__(inputs, outputs, kernel)

@@ -183,7 +183,7 @@ def yolov5_boxes(
     batch = _joined(maps, targets)
     levels, most = [], len(batch.gt)
     for x, found, s in zip(batch.maps, _matches(batch, anchors, strides, ratio, ota), strides):
-        index, empty = found.index.flatten(), x[..., 0].flatten()
+        index, empty = found.places.flatten(), x[..., 0].flatten()
         iou = found.overlaps(batch.gt / s).where(found.keep, -torch.inf).flatten()
         best = torch.full_like(empty, -torch.inf).scatter_reduce(0, index, iou, "amax")
         wins = (iou >= best[index]) & (iou > -torch.inf)
@@ -228,7 +228,7 @@ class _Matches(NamedTuple):
     Attributes:
         keep: (A, M, 5) bool.
         box: (A, M, 5) int64 row of the box that each prediction trains.
-        index: (A, M, 5) int64 into the N · A · H · W predictions.
+        places: (A, M, 5) int64 into the N · A · H · W predictions.
         rows: (A, M, 5, 5 + K) predictions.
         cells: (M, 5, 2) x and y of the cells.
         anchors: (A, 2) in cells.
@@ -236,7 +236,7 @@ class _Matches(NamedTuple):
 
     keep: Tensor
     box: Tensor
-    index: Tensor
+    places: Tensor
     rows: Tensor
     cells: Tensor
     anchors: Tensor
@@ -293,16 +293,18 @@ def _selected(levels: list[_Matches], batch: _Joined, strides: Sequence[int]) ->
     """Return the matches by :func:`~distill.nets.assign.ota_assign` among all candidates."""
     offsets = accumulate((x[..., 0].numel() for x in batch.maps), initial=0)
     candidates = [
-        (x.rows, (x.boxes() + x.cells.repeat(1, 1, 2)) * s, x.index + offset, x.keep)
+        (x.rows, (x.boxes() + x.cells.repeat(1, 1, 2)) * s, x.places + offset, x.keep)
         for x, s, offset in zip(levels, strides, offsets)
     ]
     found, first = [], 0
     for number in batch.numbers:
         own = slice(first, first + number)
         parts = [[x[:, own] for x in level] for level in candidates]
-        rows, *others = (torch.cat([x.flatten(0, 2) for x in level]) for level in zip(*parts))
+        rows, boxes, places, keep = (
+            torch.cat([x.flatten(0, 2) for x in kind]) for kind in zip(*parts)
+        )
         truth = batch.gt[own], batch.labels[own]
-        matched = ota_assign(rows[:, 5:], rows[:, 4], *others, *truth)
+        matched = ota_assign(rows[:, 5:], rows[:, 4], boxes, places, keep, *truth)
         matched = matched.where(matched < 0, matched + first)
         keeps = [level[-1] for level in parts]
         shares = matched.split([x.numel() for x in keeps])
@@ -335,7 +337,7 @@ def _level_losses(
 
     best = iou.detach().clamp(min=0).where(found.keep, 0).flatten()
     objectness = predicted[..., 4].flatten()
-    target = torch.zeros_like(objectness).scatter_reduce(0, found.index.flatten(), best, "amax")
+    target = torch.zeros_like(objectness).scatter_reduce(0, found.places.flatten(), best, "amax")
     exists = F.binary_cross_entropy_with_logits(objectness, target)
     return box, exists, classes
 
