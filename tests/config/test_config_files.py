@@ -356,8 +356,8 @@ def check_sized(path: Path, cfg: CfgNode) -> None:
         assert (solver.WARMUP_ITERS, solver.FLAT_FRACTION) == (1000, 0.5)
         return
     batch = 128 if (data, detector) == ("COCO-Detection", "yolov7") else 64
-    assert (solver.NESTEROV, solver.BASE_LR, solver.IMS_PER_BATCH) == (True, 0.01, batch)
-    assert solver.WEIGHT_DECAY == 0.0005 * batch / 64
+    assert (True, 0.01, batch) == (solver.NESTEROV, solver.BASE_LR, solver.IMS_PER_BATCH)
+    assert 0.0005 * batch / 64 == solver.WEIGHT_DECAY
     last = {"yolox_s": 0.05, "yolov7_tiny": 0.01} if data == "COCO-Detection" else {}
     assert ratio == pytest.approx(last.get(path.stem, 0.1))
     if detector == "yolox":

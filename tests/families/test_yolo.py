@@ -34,7 +34,7 @@ def own_neck(family: str, width: float = 0.125) -> tuple[Any, ...]:
     """Overrides for the backbone that the authors use, whose levels have different channels."""
     backbone, section = NETWORKS[YOLO[family]]
     return (
-        *("MODEL.BACKBONE.NAME", f"build_{backbone}_pafpn_backbone"),
+        *("MODEL.BACKBONE.NAME", f"build_{backbone}_backbone"),
         *(f"MODEL.{section}.DEPTH", 0.33, f"MODEL.{section}.WIDTH", width),
     )
 

@@ -318,7 +318,7 @@ def test_a_plain_yaml(architecture: str, tmp_path: Path) -> None:
     values = {
         "META_ARCHITECTURE": architecture,
         "DEVICE": "cpu",
-        "BACKBONE": {"NAME": f"build_{backbone}_pafpn_backbone"},
+        "BACKBONE": {"NAME": f"build_{backbone}_backbone"},
         section: {"DEPTH": 0.33, "WIDTH": 0.125},
         architecture.upper(): {"NUM_CLASSES": CLASSES},
     }

@@ -155,7 +155,7 @@ def judged(
 
 
 def section_of(cfg: CfgNode) -> str:
-    """Return the name of the section of anchors: the student's, or YOLOv5's if it has no anchors."""
+    """Return the name of the student's section, or YOLOv5's if it has no anchors."""
     name = student_architecture(cfg).upper()
     return name if "ANCHORS" in cfg.MODEL.get(name, {}) else "YOLOV5"
 

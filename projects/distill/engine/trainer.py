@@ -56,8 +56,8 @@ from ..modeling.meta_arch import (
 )
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
-from ..solver.lr_scheduler import build_lr_scheduler
 from ..solver.groups import split_implicit
+from ..solver.lr_scheduler import build_lr_scheduler
 from ..solver.warmup import build_warmup, split_biases
 from ..utils.old_names import HOOKS, with_renamed_keys
 from .evaluators import build_evaluators, check_metric_names, check_results, check_test_sets

@@ -260,7 +260,7 @@ def darknet_csp(first: bool = False) -> Block:
         return CSPLayer(
             main=style.conv(inputs, half),
             short=style.conv(inputs, half),
-            blocks=nn.Sequential(*map(Residual, branches), style.conv(half, half)),
+            blocks=nn.Sequential(nn.Sequential(*map(Residual, branches)), style.conv(half, half)),
             last=style.conv(2 * half, outputs),
         )
 
@@ -274,7 +274,7 @@ def norm_csp(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Mo
     return CSPLayer(
         main=style.conv(inputs, half),
         short=style.plain(inputs, half),
-        blocks=nn.Sequential(*branches, style.plain(half, half)),
+        blocks=nn.Sequential(nn.Sequential(*branches), style.plain(half, half)),
         last=nn.Sequential(style.norm_act(2 * half), style.conv(2 * half, outputs)),
     )
 

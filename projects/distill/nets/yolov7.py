@@ -12,8 +12,6 @@ Shallow maps are the 1x1 convolutions of c3 and c4, and n5 after the pools. They
 channels as the maps o3, o4 and o5 before the neck's last convolutions.
 """
 
-from typing import Any
-
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
@@ -85,8 +83,8 @@ class ImplicitConv(nn.Conv2d):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1):
         super().__init__(inputs, outputs, kernel)
-        self.added = nn.Parameter(SPREAD * torch.randn(inputs, 1, 1))
-        self.factor = nn.Parameter(1 + SPREAD * torch.randn(outputs, 1, 1))
+        self.added = nn.Parameter(SPREAD * torch.randn(1, inputs, 1, 1))
+        self.factor = nn.Parameter(1 + SPREAD * torch.randn(1, outputs, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + self.added) * self.factor
@@ -95,14 +93,9 @@ class ImplicitConv(nn.Conv2d):
     def fused(self) -> nn.Conv2d:
         """Return the convolution without implicit parameters, for inference."""
         conv = nn.Conv2d(self.in_channels, self.out_channels, 1).to(self.weight)
-        bias: Any = self.bias
-        shift = self.weight[:, :, 0, 0] @ self.added[:, 0, 0]
-        conv.load_state_dict(
-            {
-                "weight": self.weight * self.factor[..., None],
-                "bias": (bias + shift) * self.factor[:, 0, 0],
-            }
-        )
+        bias = super().forward(self.added) * self.factor
+        weight = self.weight * self.factor.transpose(0, 1)
+        conv.load_state_dict({"weight": weight, "bias": bias.flatten()})
         return conv
 
 
