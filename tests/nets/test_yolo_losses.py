@@ -1,4 +1,4 @@
-"""Test the losses of RTMDet, RTMDet-Ins, YOLOX and YOLOv5 in whole detectors.
+"""Test the losses of RTMDet and YOLO in whole detectors.
 
 The losses and assignments themselves are tested in ``test_assign_*.py``.
 """
@@ -145,6 +145,16 @@ def test_yolov5(case: Any) -> None:
     check_yolov5(found, case["max_duplicates"])
 
 
+OF_YOLOV5 = ("MODEL.YOLOV7.ANCHORS", ANCHORS)
+
+
+@for_each("case", REFERENCE["yolov7"])
+def test_yolov7(case: Any) -> None:
+    inputs = yolov5_inputs(case["seed"], False)
+    model, gt = detector("YOLOv7", *OF_YOLOV5), instances(inputs.images)
+    check_yolov5(losses(model, yolov5_predictions(inputs.maps), gt), case["loss"])
+
+
 @for_each("which", ["second", "both"])
 def test_empty_images(which: str) -> None:
     case = REFERENCE["empty"]
@@ -159,6 +169,9 @@ def test_empty_images(which: str) -> None:
     check(found, case["sim_ota_paper"][which], YOLOX)
     found = losses(detector("YOLOv5"), yolov5_predictions(yolov5.maps), gt)
     check_yolov5(found, case["yolov5"][which])
+    if which == "second":  # the authors' code of YOLOv7 fails without any object
+        found = losses(detector("YOLOv7", *OF_YOLOV5), yolov5_predictions(yolov5.maps), gt)
+        check_yolov5(found, case["yolov7"][which])
 
 
 # ---- Whole forwards
