@@ -16,7 +16,7 @@ SCHEDULES = {  # iterations and learning rate
     "Shapes-InstanceSegmentation/rtmdet_ins_PAFPN_32": (90, 0.008),
     "Shapes-Detection/yolox_PAFPN_32": (220, 0.005),
     "Shapes-Detection/yolov3_FPN_32": (220, 0.01),
-    "Shapes-Detection/yolov4_PAFPN_32": (220, 0.01),
+    "Shapes-Detection/yolov4_PAFPN_32": (260, 0.01),
     "Shapes-Detection/yolov5_PAFPN_32": (220, 0.01),
     "Shapes-Detection/yolov7_PAFPN_32": (220, 0.01),
 }

@@ -32,6 +32,7 @@ CSP_SECTION = Section(
 CSPDARKNET_SECTION = Section(
     DEPTHWISE=Key(False, "depthwise separable 3x3 convolutions, as in YOLOX nano", SWITCH)
 ).on_top_of(CSP_SECTION)
+"""Keys of the backbones of all versions of YOLO."""
 
 
 def pan_table(csp: Block, outputs: Sequence[str] = DEEP) -> tuple[Layer, ...]:
@@ -69,9 +70,9 @@ def lateral_pan_table(
 ) -> tuple[Layer, ...]:
     """Return the table of the neck of YOLOv4 and YOLOv7: top-down, then bottom-up.
 
-    Its maps n5, s4 and s3 of the backbone enter the top-down path with as many channels as o5, o4
-    and o3 leave the bottom-up path. In each concatenation the map of the same level is first on the
-    way down, and last on the way up.
+    The maps s3, s4 and n5 enter the top-down path, and o3, o4 and o5 leave the bottom-up path. Both
+    have the same channels. In each concatenation the map of the same level is first on the way
+    down, and last on the way up.
 
     Args:
         spp: block of n5.
