@@ -124,6 +124,7 @@ def test_outputs_are_those_of_the_authors_network(case: str) -> None:
     assert list(state) == list(own)
     model.load_state_dict(state)
     check_outputs(architecture, outputs(model), expected)
+    check_config(cfg, source_of(cfg), {}, theirs.state)
 
 
 def check_size(case: str, size: str, total: int) -> None:
@@ -396,6 +397,12 @@ def test_other_anchors() -> None:
     fewer = {"model.24.anchors": released.YOLOv5.anchors()[:, :2]}
     with pytest.raises(ConfigError, match="ANCHORS"):
         check_config(cfg, source_of(cfg), {}, fewer)
+    for case, number in (("YOLOv3", 28), ("YOLOv4-CSP", 34), ("YOLOv7", 105), ("YOLOv7-tiny", 77)):
+        architecture, _, opts = CASES[case]
+        cfg = config(architecture, *opts)
+        state = {f"model.{number}.anchors": released.YOLOv5.anchors() * 2}
+        with pytest.raises(ConfigError, match=rf"MODEL.{architecture.upper()}.ANCHORS is"):
+            check_config(cfg, source_of(cfg), {}, state)
 
 
 def test_distances_that_are_no_exponentials() -> None:
