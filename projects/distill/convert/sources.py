@@ -368,6 +368,7 @@ def _pool_down(layer: str, pool: int) -> str:
 
 
 def _rep_conv(layer: str, n: int) -> str:
+    """Return the pairs of a RepConv."""
     ours = ("spatial", "spatial_norm", "point", "point_norm")
     theirs = (f"{n}.rbr_{part}" for part in ("dense.0", "dense.1", "1x1.0", "1x1.1"))
     return _pairs(layer, dict(zip(ours, theirs)))

@@ -413,8 +413,7 @@ class RepConv(nn.Module):
         self.act = style.activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, narrow = self.spatial_norm(self.spatial(x)), self.point_norm(self.point(x))
-        return self.act(wide + narrow)
+        return self.act(self.spatial_norm(self.spatial(x)) + self.point_norm(self.point(x)))
 
     @torch.no_grad()
     def fused(self) -> nn.Module:
@@ -506,9 +505,9 @@ def spp_csp(norm: bool) -> Block:
     """
 
     def build(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
-        first, last = style.conv(inputs, outputs), style.conv(2 * outputs, outputs)
-        middle = style.spatial(outputs, outputs)
+        first, middle = style.conv(inputs, outputs), style.spatial(outputs, outputs)
         after = style.conv(4 * outputs, outputs), style.spatial(outputs, outputs)
+        last = style.conv(2 * outputs, outputs)
         return CSPLayer(
             main=nn.Sequential(first, middle, style.conv(outputs, outputs)),
             short=style.plain(inputs, outputs) if norm else style.conv(inputs, outputs),
