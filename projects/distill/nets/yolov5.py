@@ -163,10 +163,12 @@ class YOLOv5(ObjectnessDetector):
         ),
         BOX_LOSS_WEIGHT=Key(0.05, "factor of the CIoU loss", at_least(0)),
         OBJ_LOSS_WEIGHT=Key(
-            1.0, "factor of the objectness loss at 640 x 640; 0.7 for m, l and x", at_least(0)
+            1.0,
+            "factor of the objectness loss at 640 x 640; 0.7 for YOLOv5 m, l and x",
+            at_least(0),
         ),
         CLS_LOSS_WEIGHT=Key(
-            0.5, "factor of the class loss for 80 classes; 0.3 for m, l and x", at_least(0)
+            0.5, "factor of the class loss for 80 classes; 0.3 for YOLOv5 m, l and x", at_least(0)
         ),
         ANCHORS=Key(
             ANCHORS, "width and height in pixels of the anchors of each level", SIZES_PER_LEVEL
