@@ -39,8 +39,9 @@ KEYS: dict[str, Key] = {
     "MODEL.DISTILL.STUDENT_ARCHITECTURE": Key(
         "",
         "student of META_ARCHITECTURE DistillRCNN, DistillRetinaNet or DistillSemanticSegmentor, "
-        "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor: PanopticFPN, FCOS, ATSS, "
-        "GFL, RepPoints, RTMDet, RTMDetIns, YOLOX or YOLOv5",
+        "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor. It is PanopticFPN or a "
+        "dense detector: FCOS, ATSS, GFL, RepPoints, RTMDet, RTMDetIns, YOLOX, YOLOv3, YOLOv4, "
+        "YOLOv5 or YOLOv7",
         TEXT,
     ),
     "MODEL.DISTILL.HEADS": Key(

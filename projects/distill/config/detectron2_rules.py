@@ -161,6 +161,7 @@ UNREAD: dict[str, str] = {
     "MODEL.LOAD_PROPOSALS": _PROPOSALS,
     "VERSION": "old names of keys are not upgraded; use detectron2.config.upgrade_config",
 }
+_SUMS = ("YOLOv3", "YOLOv4", "YOLOv5", "YOLOv7")  # detectors with YOLOv5's loss
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the infinity norm is the largest entry
 # Conditions on several keys, and what to say if one does not hold.
 _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
@@ -175,7 +176,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "SOLVER.REFERENCE_WORLD_SIZE {c.SOLVER.REFERENCE_WORLD_SIZE}.",
     ),
     (
-        lambda c: not c.SOLVER.REFERENCE_WORLD_SIZE or student_architecture(c) != "YOLOv5",
+        lambda c: not c.SOLVER.REFERENCE_WORLD_SIZE or student_architecture(c) not in _SUMS,
         "SOLVER.REFERENCE_WORLD_SIZE is {c.SOLVER.REFERENCE_WORLD_SIZE}, but YOLOv5's loss grows "
         "with the batch itself. Set it to 0, and SOLVER.ACCUMULATE to as many parts as memory "
         "needs.",

@@ -58,6 +58,7 @@ from ..modeling.meta_arch import (
 )
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
+from ..solver.groups import split_implicit
 from ..solver.lr_scheduler import build_lr_scheduler
 from ..solver.warmup import build_warmup, split_biases
 from ..utils.old_names import HOOKS, with_renamed_keys
@@ -390,6 +391,7 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         sgd = cfg.SOLVER.OPTIMIZER == "SGD"
         optimizer = super().build_optimizer(cfg, model) if sgd else build_adamw(cfg, model)
+        split_implicit(cfg, optimizer, model)
         split_biases(cfg, optimizer, model)
         return optimizer
 
