@@ -136,11 +136,21 @@ def write_onnx(graph: Graph, info: Info, path: Path, opset: int) -> None:
         output_names=names,
         dynamic_shapes=None if info["size"] else (varying_sides(info), None),
         opset_version=opset,
+        custom_translation_table={torch.ops.distill.round_to_grid.default: quantized},
         verbose=False,
     )
     model = onnxslim.slim(program.model_proto)
     onnx.checker.check_model(model)
     save_onnx(model, {**info, "opset": opset, "outputs": names}, path)
+
+
+def quantized(x: Any, scale: float, zero_point: int) -> Any:
+    """Translate :func:`~distill.modeling.quantization.round_to_grid` to ONNX's operators."""
+    import onnx
+    from onnxscript import opset18 as op
+
+    zero = op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.UINT8, [], [zero_point]))
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 
 
 def save_onnx(model: Any, info: Info, path: Path) -> None:
