@@ -34,6 +34,24 @@ NEAREST = "the other of --format onnx and torchscript, or --postprocessing outsi
 Info = dict[str, Any]
 
 
+class Options(NamedTuple):
+    """Content of a file.
+
+    Attributes:
+        form: a key of :data:`FORMATS`.
+        size: height and width of the input in pixels, or None if they may vary.
+        normalizes: True if the file normalizes pixels.
+        final: True if the file selects detections; False if it returns the outputs of its layers.
+        opset: version of ONNX's operators.
+    """
+
+    form: str = "onnx"
+    size: Size | None = None
+    normalizes: bool = True
+    final: bool = True
+    opset: int = OPSET
+
+
 def export_info(cfg: CfgNode, graph: Graph, size: Size | None) -> Info:
     """Return the metadata that a runner reads.
 
@@ -147,8 +165,9 @@ def write_onnx(graph: Graph, info: Info, path: Path, opset: int) -> None:
 def quantized(x: Any, scale: float, zero_point: int) -> Any:
     """Translate :func:`~distill.modeling.quantization.round_to_grid` to ONNX's operators."""
     import onnx
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18
     zero = op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.UINT8, [], [zero_point]))
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 

@@ -66,25 +66,28 @@ class Call:
     Attributes:
         layer: name of the layer.
         source: node of its input, or None if that depends on no other layer.
-        result: node of its output, after a norm that can be folded.
-        site: the place of that output.
+        site: the place of its output, after a norm that can be folded.
+        result: node of that output; None until it is known.
     """
 
     layer: str
     source: Node
+    site: Site
     result: Node = None
-    site: Site | None = None
+
+    def end(self, site: Site, x: Tensor) -> None:
+        self.site, self.result = site, x.grad_fn
 
 
 def layer_graph(model: nn.Module) -> LayerGraph:
     """Return the layers of a detectron2 network that integers can compute.
 
-    These are the convolutions and linear layers whose outputs other layers read. So the last layers,
-    which predict scores, boxes and masks, keep their precision. Layers that inference does not run
-    are left out, too.
+    These are the convolutions and linear layers whose outputs other layers read. So the last
+    layers, which predict scores, boxes and masks, keep their precision. Layers that inference does
+    not run are left out, too.
     """
     calls = recorded_calls(model)
-    owners = {call.result: call for call in calls if call.result is not None}
+    owners = {call.result: call for call in calls}
     readers = readers_of(calls, owners)
     layers = dict.fromkeys(call.layer for call in calls if call.result in readers)
     relus: dict[Site, bool] = defaultdict(lambda: True)
@@ -109,8 +112,8 @@ def on_grid(source: Node, owners: Mapping[Node, Call], relus: Mapping[Site, bool
     while source is not None and source.name() in (RELU, MAX_POOL):
         rectified |= source.name() == RELU
         source = source.next_functions[0][0]
-    site = owners[source].site if source in owners else None
-    return site in relus and (relus[site] or not rectified)
+    call = owners.get(source)
+    return call is not None and call.site in relus and (relus[call.site] or not rectified)
 
 
 def readers_of(calls: Sequence[Call], owners: Mapping[Node, Call]) -> dict[Node, set[str]]:
@@ -172,15 +175,17 @@ def record_layer(calls: list[Call], name: str, layer: nn.Module) -> None:
     layer is the input of the norm.
     """
 
+    own = Site(name, is_input=False)
+
     def start(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.append(Call(name, args[0].grad_fn))
+        calls.append(Call(name, args[0].grad_fn, own))
 
     def before_norm(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls[-1].result, calls[-1].site = args[0].grad_fn, Site(f"{name}.norm", is_input=True)
+        calls[-1].end(Site(f"{name}.norm", is_input=True), args[0])
 
     def end(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if calls[-1].site is None:
-            calls[-1].result, calls[-1].site = output.grad_fn, Site(name, is_input=False)
+        if calls[-1].result is None:
+            calls[-1].end(own, output)
 
     layer.register_forward_pre_hook(start)
     norm = getattr(layer, "norm", None)
@@ -193,10 +198,10 @@ def norm_recorder(calls: list[Call], name: str) -> Callable[..., None]:
     """Return a hook by which a norm becomes the end of the layer before it."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inside = [x for x in calls[-1:] if x.site is None]  # of detectron2's Conv2d
-        before = inside or [x for x in calls if x.result is args[0].grad_fn is not None]
-        for call in before:
-            call.result, call.site = output.grad_fn, Site(name, is_input=False)
+        inside = [x for x in calls[-1:] if x.result is None]  # of detectron2's Conv2d
+        before = args[0].grad_fn
+        for call in inside or [x for x in calls if x.result is before is not None]:
+            call.end(Site(name, is_input=False), output)
 
     return hook
 

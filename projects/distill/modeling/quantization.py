@@ -16,11 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checkpoint.load import read_part
+from ..errors import WeightsError
+from ..utils.text import shortened
 from .layer_graph import Site, layer_graph
+
+PART = "quantization"  # of a checkpoint
 
 STEPS = 255  # of an activation
 LARGEST = 127  # integer of a weight; -128 is not used, so that weights are symmetric
@@ -87,15 +93,15 @@ def measured(x: Tensor, method: str) -> Tensor:
 class Quantization:
     """Fake quantization of a network by hooks, which its parameters and state dict do not show.
 
-    Until :attr:`active`, the ranges of the tensors are measured and nothing is rounded. A forward in
-    training measures, too, but only :meth:`update` changes the ranges. So a forward may be repeated.
+    Until :attr:`active`, the ranges of the tensors are measured and nothing is rounded. A forward
+    in training measures, too, but only :meth:`update` changes the ranges. So a forward may be
+    repeated.
 
     Args:
         model: a detectron2 network.
         method: one of :data:`METHODS`. "mean" and "percentile" average the ranges of the steps,
             "minmax" takes their ends.
         calibration_steps: number of updates before the network is quantized.
-        weights: False to round activations only.
 
     Attributes:
         sites: the quantized tensors.
@@ -109,7 +115,6 @@ class Quantization:
         *,
         method: str = "mean",
         calibration_steps: int = 0,
-        weights: bool = True,
     ):
         graph = layer_graph(model)
         self.model = model
@@ -124,13 +129,13 @@ class Quantization:
         modules = dict(model.named_modules())
         for k, site in enumerate(self.sites):
             hook_tensor(modules[site.module], site, self._rounding(k))
-        for name in self.layers if weights else ():
+        for name in self.layers:
             hook_weight(modules[name], lambda: self.active)
 
     @property
     def active(self) -> bool:
         """True if the network is quantized."""
-        return not self.calibrating and self.steps > self.calibration_steps
+        return not self.calibrating and self.steps >= max(self.calibration_steps, 1)
 
     @property
     def grids(self) -> dict[str, Grid | None]:
@@ -201,17 +206,56 @@ class Quantization:
         return {"steps": self.steps, "ranges": measured}
 
     def misfits(self, state: Mapping[str, Any]) -> Iterator[str]:
-        """Yield how a state differs from this network."""
-        names = {site.name for site in self.sites}
-        for name in state.get("ranges", {}):
+        """Yield how a state differs from one of this network."""
+        ranges, names = state.get("ranges"), {site.name for site in self.sites}
+        if not isinstance(ranges, dict) or not isinstance(state.get("steps"), int):
+            yield "there are no ranges of quantized tensors"
+            return
+        for name, ends in ranges.items():
             if name not in names:
-                yield f"{name} has a range, but is not quantized"
+                yield f"{name!r:.80} has a range, but is not quantized"
+            elif not is_range(ends):
+                yield f"the range of {name} is {ends!r:.80}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = state["steps"]
         unknown = [math.nan, math.nan]
         self._ranges = torch.tensor([state["ranges"].get(x.name, unknown) for x in self.sites])
         self._set_grids()
+
+    def load(self, path: str) -> bool:
+        """Load the ranges of a checkpoint, and return whether it has any.
+
+        Raises:
+            WeightsError: they do not fit this network.
+        """
+        state = read_part(path, PART)
+        if state is None:
+            return False
+        if faults := list(self.misfits(state)):
+            raise WeightsError(
+                f"'{path}' is of another quantization: {shortened(faults, 3, '; ')}."
+            )
+        self.load_state_dict(state)
+        return True
+
+
+def is_range(ends: Any) -> bool:
+    """Return whether a value of a checkpoint is a finite lower and upper end."""
+    pair = isinstance(ends, list | tuple) and len(ends) == 2
+    return pair and all(isinstance(x, float) and math.isfinite(x) for x in ends)
+
+
+def build_quantization(cfg: CfgNode, model: nn.Module) -> Quantization | None:
+    """Quantize a student as ``SOLVER.QAT`` says; None if that is off.
+
+    Batch norms use and keep their statistics in training, because a file has them folded.
+    """
+    node = cfg.SOLVER.QAT
+    if not node.ENABLED:
+        return None
+    freeze_statistics(model)
+    return Quantization(model, calibration_steps=node.CALIBRATION_ITERS)
 
 
 # ---- Hooks.
@@ -232,9 +276,9 @@ def hook_weight(layer: nn.Module, active: Callable[[], bool]) -> None:
     which stays where state dict and optimizer know it.
     """
 
-    def hide(_: nn.Module, args: Any) -> None:
-        if active():
-            vars(layer)["weight"] = rounded_weight(layer._parameters["weight"])
+    def hide(*_: Any) -> None:
+        if active() and not torch.compiler.is_exporting():  # a file rounds what is folded
+            vars(layer)["weight"] = rounded_weight(layer.get_parameter("weight"))
 
     def reveal(*_: Any) -> None:
         vars(layer).pop("weight", None)
@@ -244,7 +288,7 @@ def hook_weight(layer: nn.Module, active: Callable[[], bool]) -> None:
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Let batch norms use and keep their statistics in training, as they are folded in a file."""
+    """Let batch norms use and keep their statistics in training."""
     norms = [x for x in model.modules() if isinstance(x, _BatchNorm)]
 
     def freeze(*_: Any) -> None:
