@@ -109,7 +109,7 @@ def on_grid(source: Node, owners: Mapping[Node, Call], relus: Mapping[Site, bool
         relus: by the places of the quantized outputs, True if these are rectified.
     """
     rectified = False
-    while source is not None and source.name() in (RELU, MAX_POOL):
+    while source is not None and source not in owners and source.name() in (RELU, MAX_POOL):
         rectified |= source.name() == RELU
         source = source.next_functions[0][0]
     call = owners.get(source)

@@ -207,7 +207,8 @@ class Quantization:
 
     def misfits(self, state: Mapping[str, Any]) -> Iterator[str]:
         """Yield how a state differs from one of this network."""
-        ranges, names = state.get("ranges"), {site.name for site in self.sites}
+        names = {site.name for site in self.sites}
+        ranges = state.get("ranges") if isinstance(state, dict) else None
         if not isinstance(ranges, dict) or not isinstance(state.get("steps"), int):
             yield "there are no ranges of quantized tensors"
             return
