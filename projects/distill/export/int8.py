@@ -71,63 +71,62 @@ def export_int8(
     chosen = build_graph(rounded, with_raw=not options.final, with_final=options.final, **parts)
     info = export_info(cfg, chosen, options.size)
     if calibration is None:
-        ranges, quantization = "training", Quantization(rounded)
-        quantization.load(cfg.MODEL.WEIGHTS)
+        ranges = "training"
+        Quantization(rounded).load(cfg.MODEL.WEIGHTS)
     else:
         ranges = f"{calibration.method} of {len(calibration.files)} images"
-        quantization = calibrated(rounded, info, calibration, progress)
+        quantization = Quantization(rounded, method=calibration.method)
+        calibrate(quantization, info, calibration.files, progress)
     info["int8"] = ranges
     task = progress.add_task("export to INT8", total=2)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         full, kept = Path(folder, "full.onnx"), Path(folder, "kept.onnx")
         write(build_graph(rounded, **parts), info, full, "onnx", options.opset)
-        use_integers(full)
+        report = Int8Report(ranges, use_integers(full))
         progress.advance(task)
         keep_outputs(chosen, full, kept, "onnx")
         progress.advance(task)
         task = progress.add_task("compare with the network", total=len(files))
         images = (read_image(x) for x in progress.track(files, task_id=task))
         network, expected = (build_graph(x, with_final=False, **parts) for x in (model, rounded))
-        report = Int8Report(ranges, len(quantization.layers))
         compare_int8(network, expected, load(full), load(kept), images, report)
         report.check()
         kept.replace(path)
     return report
 
 
-def calibrated(
-    model: nn.Module, info: Info, calibration: Calibration, progress: Progress
-) -> Quantization:
-    """Quantize a network with the ranges of images, each of which is a step."""
-    quantization = Quantization(model, method=calibration.method)
-    task = progress.add_task("calibrate", total=len(calibration.files))
+def calibrate(
+    quantization: Quantization, info: Info, files: Sequence[str], progress: Progress
+) -> None:
+    """Measure the ranges of a network on images, each of which is a step."""
+    task = progress.add_task("calibrate", total=len(files))
     with quantization.calibration():
-        for file in progress.track(calibration.files, task_id=task):
+        for file in progress.track(files, task_id=task):
             image = read_image(file)
             size = image.height, image.width
-            reference(model, network_pixels(image, info), size, info)
+            reference(quantization.model, network_pixels(image, info), size, info)
             quantization.update()
-    return quantization
 
 
 # ---- The graph in a file.
 
 
-def use_integers(path: Path) -> None:
-    """Store the weights of quantized layers as integers, and remove ReLUs that change nothing."""
+def use_integers(path: Path) -> int:
+    """Store weights as integers, remove ReLUs that change nothing, and return how many weights."""
     import onnx
 
     model = onnx.load(path)
     remove_relus(model.graph)
-    round_weights(model.graph)
+    number = round_weights(model.graph)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+    return number
 
 
-def round_weights(graph: Any) -> None:
+def round_weights(graph: Any) -> int:
     """Replace the weight of each layer between two roundings by integers with scales.
 
-    Layers may share a weight.
+    Layers may share a weight. Returns the number of weights.
     """
     from onnx import helper
 
@@ -147,6 +146,7 @@ def round_weights(graph: Any) -> None:
         node.input[1] = shared[name]
     for name in shared:
         graph.initializer.remove(constants[name])
+    return len(shared)
 
 
 def is_quantized(node: Any, makers: Any, readers: Any) -> bool:
@@ -192,7 +192,8 @@ def remove_relus(graph: Any) -> None:
     from onnx import numpy_helper
 
     makers, readers, constants = links(graph)
-    for node in [x for x in graph.node if x.op_type == "Relu"]:
+    outputs = {x.name for x in graph.output}
+    for node in [x for x in graph.node if x.op_type == "Relu" and x.output[0] not in outputs]:
         maker = makers.get(node.input[0])
         if maker is None or maker.op_type != "DequantizeLinear":
             continue

@@ -36,7 +36,7 @@ class Int8Report:
 
     Attributes:
         ranges: "training", or the method and the number of images.
-        layers: number of layers that integers compute.
+        weights: number of weights of layers that are integers in the file.
         images: number of compared images.
         deviation: deviation of the file from the network.
         rounding: deviation of the file from the network that rounds as the file does.
@@ -48,7 +48,7 @@ class Int8Report:
     """
 
     ranges: str
-    layers: int
+    weights: int
     images: int = 0
     deviation: float = 0.0
     rounding: float = 0.0

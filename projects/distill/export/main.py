@@ -376,14 +376,16 @@ def show(path: Path, report: dict[str, Any]) -> None:
 def show_int8(report: dict[str, Any], console: Console) -> None:
     """Print how an INT8 file differs from its network."""
     console.print(
-        f"INT8: {report['layers']} layers compute with integers; ranges: {report['ranges']}. The "
-        f"outputs of layers deviate by {report['deviation']:.1%}."
+        f"INT8: {report['weights']} weights are integers; ranges: {report['ranges']}. The outputs "
+        f"of layers deviate by at most {report['deviation']:.1%}."
     )
     if report["detections"]:
         console.print(
             f"{report['found']} of {report['detections']} detections with a score of at least "
             f"{SURE} are found; their scores differ by at most {report['score']:.2f}."
         )
+    if report["pixels"] < 1:
+        console.print(f"At least {report['pixels']:.2%} of the pixels have the same class.")
 
 
 def comparison(report: dict[str, Any]) -> Table:
