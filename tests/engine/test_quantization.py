@@ -71,6 +71,6 @@ def test_a_quantized_training(
 def test_wrong_values_are_refused(
     shapes: Shapes, tmp_path: Path, opts: tuple[Any, ...], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match="QAT|PRECISE") as error:
+    with pytest.raises(ConfigError, match=r"QAT|PRECISE") as error:
         validate_config(config(shapes, tmp_path, *opts))
     assert message in str(error.value)

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from detectron2.config import CfgNode
@@ -64,6 +64,8 @@ from .writer import (
     load,
     write,
 )
+
+T = TypeVar("T")
 
 WHERE = ("inside", "outside")
 
@@ -208,7 +210,7 @@ def set_files(cfg: CfgNode) -> list[str]:
     return [x["file_name"] for x in DatasetCatalog.get(cfg.DATASETS.TEST[0])]
 
 
-def evenly_spaced(files: Sequence[str], number: int) -> list[str]:
+def evenly_spaced(files: Sequence[T], number: int) -> list[T]:
     step = max(len(files) / number, 1.0)
     return [files[int(k * step)] for k in range(min(number, len(files)))]
 
