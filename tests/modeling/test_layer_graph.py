@@ -16,7 +16,7 @@ BOX = ["roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"]
 STAGES = [f"roi_heads.box_predictor.{k}.{x}" for k in range(3) for x in ("cls_score", "bbox_pred")]
 MASK = ["roi_heads.mask_head.predictor"]
 DENSE = ["head.cls_score", "head.bbox_pred"]
-UNREAD = ["backbone.fpn_output2"]  # of a level that the head does not read
+UNREAD = ["backbone.fpn_output2"]  # the head does not read this level
 PER_LEVEL = [f"{name}.{k}" for name in DENSE for k in range(3)]
 FLOAT = {
     "faster": RPN + BOX,

@@ -1,16 +1,19 @@
 """Fake quantization of a network: grids, ranges, hooks and the state that a checkpoint keeps."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from distill.errors import WeightsError
+from distill.modeling import quantization as quantizing
 from distill.modeling.quantization import (
     Grid,
     Quantization,
@@ -51,6 +54,7 @@ def test_a_grid_by_hand() -> None:
         (0.5, 2.55, (0.01, 0)),  # 0 is always on the grid
         (-2.55, -0.5, (0.01, 255)),
         (0.0, 0.0, None),
+        (0.0, 1e-37, None),  # whose scale is no normal number
         (float("nan"), float("nan"), None),
     ],
 )
@@ -146,6 +150,24 @@ def test_values_that_are_not_finite_do_not_count() -> None:
         model(x)
         quantization.update()
     assert quantization.state_dict()["ranges"]["first.input"] == pytest.approx([-1, 5 / 3])
+
+
+def test_processes_have_the_ranges_of_the_joint_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Wrapped().train()
+    quantization = Quantization(model)
+    model(entry(-1, 2))
+
+    def all_reduce(x: Tensor, operation: Any) -> None:
+        assert operation is dist.ReduceOp.MAX
+        others = {"first.input": [4.0, 1.0], "first.output": [-math.inf, 3.0]}
+        rows = [others[site.name] for site in quantization.sites]
+        x.copy_(x.maximum(torch.tensor(rows)))
+
+    monkeypatch.setattr(quantizing.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(quantizing.dist, "all_reduce", all_reduce)
+    quantization.update()
+    ranges = quantization.state_dict()["ranges"]
+    assert ranges["first.input"] == [-4, 2] and ranges["first.output"] == pytest.approx([-1, 3])
 
 
 def test_a_long_average_forgets() -> None:

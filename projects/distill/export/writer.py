@@ -16,6 +16,7 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..modeling.quantization import ROUND_TO_GRID
 from ..utils.io import replacing
 from ..utils.provenance import versions
 from ..utils.text import first_sentence
@@ -154,7 +155,7 @@ def write_onnx(graph: Graph, info: Info, path: Path, opset: int) -> None:
         output_names=names,
         dynamic_shapes=None if info["size"] else (varying_sides(info), None),
         opset_version=opset,
-        custom_translation_table={torch.ops.distill.round_to_grid.default: quantized},
+        custom_translation_table={ROUND_TO_GRID: quantized},
         verbose=False,
     )
     model = onnxslim.slim(program.model_proto)
@@ -163,7 +164,7 @@ def write_onnx(graph: Graph, info: Info, path: Path, opset: int) -> None:
 
 
 def quantized(x: Any, scale: float, zero_point: int) -> Any:
-    """Translate :func:`~distill.modeling.quantization.round_to_grid` to ONNX's operators."""
+    """Translate :data:`~distill.modeling.quantization.ROUND_TO_GRID` to ONNX's operators."""
     import onnx
     import onnxscript
 

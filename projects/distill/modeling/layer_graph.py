@@ -25,7 +25,8 @@ FOLDED = _BatchNorm, FrozenBatchNorm2d
 RELU, MAX_POOL = "ReluBackward0", "MaxPool2DWithIndicesBackward0"
 SIDE = 128  # pixels of the noise, at least
 
-Node = Any  # of autograd's graph
+Node = Any
+"""An operation in autograd's graph."""
 
 
 class Site(NamedTuple):
@@ -198,7 +199,7 @@ def norm_recorder(calls: list[Call], name: str) -> Callable[..., None]:
     """Return a hook by which a norm becomes the end of the layer before it."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inside = [x for x in calls[-1:] if x.result is None]  # of detectron2's Conv2d
+        inside = [x for x in calls[-1:] if x.result is None]  # detectron2's Conv2d has it
         before = args[0].grad_fn
         for call in inside or [x for x in calls if x.result is before is not None]:
             call.end(Site(name, is_input=False), output)

@@ -1,12 +1,17 @@
 """Fake quantization of a network to 8 bits, as its exported INT8 file computes it.
 
 Activations are unsigned integers with a scale and a zero point per tensor. Weights are signed
-integers with a scale per output channel (Jacob et al., Quantization and Training of Neural Networks
-for Efficient Integer-Arithmetic-Only Inference, Sec. 3; Krishnamoorthi, Quantizing deep
-convolutional networks for efficient inference, Sec. 2).
+integers with a scale per output channel. Ranges are moving averages, and gradients pass the
+rounding:
+
+- Jacob et al., Quantization and Training of Neural Networks for Efficient
+  Integer-Arithmetic-Only Inference, Sec. 3
+- Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, Sec. 2
 
 A batch norm multiplies the channels of a layer, and a scale per channel moves with its factor. So
 weights have the same integers before and after a norm is folded into them.
+
+torch has such classes in ``torch.ao.quantization``, but it announces their removal.
 """
 
 import math
@@ -26,10 +31,10 @@ from ..errors import WeightsError
 from ..utils.text import shortened
 from .layer_graph import Site, layer_graph
 
-PART = "quantization"  # of a checkpoint
+PART = "quantization"  # key in a checkpoint
 
-STEPS = 255  # of an activation
-LARGEST = 127  # integer of a weight; -128 is not used, so that weights are symmetric
+STEPS = 255  # largest integer of an activation
+LARGEST = 127  # largest integer of a weight; -128 is not used, so that weights are symmetric
 MOMENTUM = 0.01  # least share of a step in the average of the ranges
 TAIL = 1e-4  # share of the values that percentiles leave out at each end
 METHODS = ("mean", "minmax", "percentile")
@@ -45,9 +50,9 @@ class Grid(NamedTuple):
     def of_range(cls, low: float, high: float) -> "Grid | None":
         """Return the grid from ``low`` to ``high``, which has 0; None if the range is empty."""
         low, high = min(low, 0.0), max(high, 0.0)
-        if not low < high:  # also for NaN
-            return None
         scale = (high - low) / STEPS
+        if not scale > torch.finfo(torch.float32).tiny:  # also for NaN
+            return None
         return cls(scale, round(-low / scale))
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -66,6 +71,10 @@ def round_to_grid(x: Tensor, scale: float, zero_point: int) -> Tensor:
 @round_to_grid.register_fake
 def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.empty_like(x)
+
+
+ROUND_TO_GRID: Any = torch.ops.distill.round_to_grid.default
+"""The operator in an exported program."""
 
 
 def rounded_weight(weight: Tensor) -> Tensor:
@@ -137,11 +146,6 @@ class Quantization:
         """True if the network is quantized."""
         return not self.calibrating and self.steps >= max(self.calibration_steps, 1)
 
-    @property
-    def grids(self) -> dict[str, Grid | None]:
-        """The grid of each tensor by its name, or None for one that was never measured."""
-        return {site.name: grid for site, grid in zip(self.sites, self._grids)}
-
     def _rounding(self, k: int) -> Callable[[Tensor], Tensor]:
         """Return the function that measures and rounds the tensor of a site."""
 
@@ -154,6 +158,7 @@ class Quantization:
         return rounding
 
     def _measure(self, k: int, x: Tensor) -> None:
+        """Widen the range of this step, whose ends are kept as (−low, high) for one maximum."""
         low, high = measured(x, self.method)
         ends = torch.stack([-low, high])
         self._seen[k] = torch.maximum(self._seen[k], ends) if k in self._seen else ends
@@ -173,10 +178,9 @@ class Quantization:
         Several processes have the ranges of their joint batch.
         """
         self.steps += 1
-        nothing = torch.full((2,), -math.inf)
-        device = next((x.device for x in self._seen.values()), nothing.device)
-        rows = [self._seen.get(k, nothing.to(device)) for k in range(len(self.sites))]
-        ends = torch.stack(rows)
+        device = next(self.model.parameters()).device
+        nothing = torch.full((2,), -math.inf, device=device)
+        ends = torch.stack([self._seen.get(k, nothing) for k in range(len(self.sites))])
         if comm.get_world_size() > 1:
             dist.all_reduce(ends, dist.ReduceOp.MAX)
         self._seen = {}
@@ -201,9 +205,11 @@ class Quantization:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates, and the range of each tensor that was measured."""
-        ranges = {x.name: ends for x, ends in zip(self.sites, self._ranges.tolist())}
-        measured = {name: ends for name, ends in ranges.items() if not math.isnan(sum(ends))}
-        return {"steps": self.steps, "ranges": measured}
+        ranges = {site.name: ends for site, ends in zip(self.sites, self._ranges.tolist())}
+        return {
+            "steps": self.steps,
+            "ranges": {name: ends for name, ends in ranges.items() if is_range(ends)},
+        }
 
     def misfits(self, state: Mapping[str, Any]) -> Iterator[str]:
         """Yield how a state differs from one of this network."""
