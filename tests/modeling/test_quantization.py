@@ -12,7 +12,7 @@ import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from distill.errors import WeightsError
+from distill.errors import ConfigError, WeightsError
 from distill.modeling import quantization as quantizing
 from distill.modeling.quantization import (
     Grid,
@@ -182,7 +182,6 @@ def test_a_long_average_forgets() -> None:
 # ---- Networks.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mask", "retinanet", "rtmdet", "semantic"])
 def test_a_quantized_training_step(family: str, storage: EventStorage) -> None:
     model = outspoken_model(family, norm="BN")
@@ -239,6 +238,14 @@ def test_batch_norms_keep_their_statistics(storage: EventStorage) -> None:
     mean = norm.running_mean.clone()
     sum(model.train()(images(0)).values()).backward()
     assert torch.equal(norm.running_mean, mean) and norm.weight.grad is not None
+
+
+def test_a_network_without_inner_layers_is_refused() -> None:
+    model = Wrapped()
+    model.first = nn.Identity()  # type: ignore[assignment]
+    model.last = nn.Linear(128, 1)
+    with pytest.raises(ConfigError, match=r"Wrapped has no convolution or linear layer before"):
+        Quantization(model)
 
 
 # ---- Checkpoints.

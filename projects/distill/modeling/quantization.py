@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint.load import read_part
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 from ..utils.text import shortened
 from .layer_graph import Site, layer_graph
 
@@ -116,16 +116,18 @@ class Quantization:
         sites: the quantized tensors.
         layers: names of the layers whose weights are quantized.
         steps: number of updates.
+
+    Raises:
+        ConfigError: the network has no layer that integers can compute.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        method: str = "mean",
-        calibration_steps: int = 0,
-    ):
+    def __init__(self, model: nn.Module, *, method: str = "mean", calibration_steps: int = 0):
         graph = layer_graph(model)
+        if not graph.layers:
+            raise ConfigError(
+                f"{type(model).__name__} has no convolution or linear layer before its last ones, "
+                "so it cannot be quantized."
+            )
         self.model = model
         self.method = method
         self.calibration_steps = calibration_steps
