@@ -16,7 +16,6 @@ import json
 import shlex
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +57,35 @@ def main() -> None:
         "metric": args.metric,
     }
     with Progress() as progress:
-        measure = partial(measured, metric=args.metric, out=args.out, progress=progress)
-        result["rows"] = {name: list(map(measure, folders)) for name, folders in rows.items()}
+        result["rows"] = {
+            name: [
+                measured(folder, args.metric, args.out / f"{name}-{k}", progress)
+                for k, folder in enumerate(folders)
+            ]
+            for name, folders in rows.items()
+        }
     write_json(args.out / "table.json", result)
     Console().print(table(result["rows"], args.metric))
 
 
 def measured(folder: Path, metric: str, out: Path, progress: Progress) -> dict[str, Any]:
-    """Return the metric of a network in float32 and of its INT8 file, and the report of that."""
-    kept = out / f"{folder.name}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    """Return the metric of a network in float32 and of its INT8 file, and the report of that.
+
+    Args:
+        folder: folder of the training.
+        metric: name such as "bbox/AP".
+        out: path of the INT8 file and of the result, without a suffix.
+        progress: display of the stages.
+    """
+    path, kept = (out.with_name(f"{out.name}.{x}") for x in ("onnx", "json"))
+    if kept.is_file() and (row := json.loads(kept.read_text()))["folder"] == str(folder):
+        return row
     cfg, test = student_cfg(folder), test_cfg(folder)
     model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
     calibration = None
     if read_part(cfg.MODEL.WEIGHTS, PART) is None:
         train = test_cfg(folder, ["DATASETS.TEST", tuple(test.DATASETS.TRAIN)])
         calibration = Calibration(evenly_spaced(set_files(train), CALIBRATION), METHODS[0])
-    path = out / f"{folder.name}_int8.onnx"
     compared = evenly_spaced(set_files(test), IMAGES)
     report = export_int8(cfg, model, path, compared, Options(), calibration, progress)
     networks = {"float": model, "int8": exported_model(path)}
