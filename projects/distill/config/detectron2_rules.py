@@ -196,6 +196,16 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "SOLVER.EMA.DECAY is {c.SOLVER.EMA.DECAY} and their average is evaluated; switch one off.",
     ),
     (
+        lambda c: not (c.TEST.PRECISE_BN.ENABLED and c.SOLVER.QAT.ENABLED),
+        "TEST.PRECISE_BN.ENABLED is True, which measures statistics that SOLVER.QAT.ENABLED True "
+        "keeps; set one of them to False.",
+    ),
+    (
+        lambda c: not c.SOLVER.QAT.ENABLED or c.SOLVER.QAT.CALIBRATION_ITERS < c.SOLVER.MAX_ITER,
+        "SOLVER.QAT.CALIBRATION_ITERS is {c.SOLVER.QAT.CALIBRATION_ITERS}, so nothing would be "
+        "quantized; it must be below SOLVER.MAX_ITER {c.SOLVER.MAX_ITER}.",
+    ),
+    (
         lambda c: c.SOLVER.MAX_ITER not in c.SOLVER.STEPS,
         "SOLVER.STEPS is {c.SOLVER.STEPS}; no step may be at SOLVER.MAX_ITER {c.SOLVER.MAX_ITER}.",
     ),
