@@ -193,6 +193,7 @@ def build_balance(cfg: CfgNode, student: NetworkInfo) -> GradientBalance | None:
         ratio=node.RATIO,
         fade=node.FADE,
         max_iter=cfg.SOLVER.MAX_ITER,
+        cosine_period=cfg.MODEL.DISTILL.COSINE_PERIOD,
     )
 
 
