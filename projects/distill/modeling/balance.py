@@ -77,7 +77,7 @@ class GradientBalance:
         self._strengths: dict[str, float] = {}
         self._squares: dict[tuple[str, str], Tensor] = {}  # summed over the parts of a batch
         self._given: dict[str, Tensor] = {}  # to the student, by place
-        self._compared: dict[str, list[tuple[str, Tensor]]] = {}  # what each head gave, by place
+        self._compared: dict[str, list[tuple[str, Tensor]]] = {}  # gradients of heads, by place
         self._products: dict[tuple[str, str, str], Tensor] = {}  # for the cosines
         self._watched: set[str] = set()
         self._passing = False
@@ -232,8 +232,8 @@ class GradientBalance:
         """Follow the measurements of a step that changed the weights; waits for the device.
 
         Returns:
-            ``kd_ratio/<head>/<place>``, the norm of what a head gave over that of the task,
-            ``kd_factor/<head>/<place>``, the factor f, and in each ``cosine_period``
+            ``kd_ratio/<head>/<place>``, the norm of what a head gave over that of the task, and
+            ``kd_factor/<head>/<place>``, the factor f. Once in a ``cosine_period`` there is also
             ``kd_cosine/<head>/<place>``, the cosine of both gradients.
         """
         for terms in self.terms.values():
