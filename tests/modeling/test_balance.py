@@ -133,6 +133,13 @@ def test_a_head_may_ask_for_a_share_of_the_ratio() -> None:
     assert model.balance.shares == {"AT": 0.1, "SKD": 0.1, "CWD": 1.0}
 
 
+@pytest.mark.parametrize(("family", "share"), [("faster", 0.1), ("retinanet", 1.0)])
+def test_what_follows_an_rpn_has_a_share(family: str, share: float) -> None:
+    heads = ["FGFI", "DenseKD", "FitNet"]
+    model = distilled(family, heads, *ON)
+    assert model.balance.shares == dict(zip(heads, (share, share, 1.0)))
+
+
 def test_cosines_of_a_period() -> None:
     """Each head's own, at each map; none of a gradient that is 0, as in the first step."""
     toy = Toy("FitNet", "IMA")

@@ -68,6 +68,13 @@ class DistillHead(nn.Module):
     ratio hinders the task.
     """
 
+    rpn_share: ClassVar[float] = 1.0
+    """The same share where the student's dense head is an RPN.
+
+    0.1 for losses that follow the RPN alone. With the whole ratio, its task takes the student's
+    features from the box head, and an R-CNN gets worse.
+    """
+
     parts: tuple[str, ...] = ("",)
     """Keys of the dict of :meth:`losses`; "" if there is only one loss. All are returned at every
     iteration, because loggers would go on showing the last value of a missing one."""
@@ -133,6 +140,12 @@ class DistillHead(nn.Module):
             student, teacher: :class:`NetworkInfo`; the teacher is None if no head needs one.
         """
         return cls.missing_outputs(student, teacher)
+
+    @classmethod
+    def share_of_ratio(cls, student: NetworkInfo) -> float:
+        """Return the share of the balance's ratio that the head gets for this student."""
+        follows_rpn = student.dense is not None and student.dense.objectness
+        return min(cls.balance_share, cls.rpn_share if follows_rpn else 1.0)
 
     @classmethod
     def authors_weight(cls, student: NetworkInfo) -> float:

@@ -189,7 +189,7 @@ def build_balance(cfg: CfgNode, student: NetworkInfo) -> GradientBalance | None:
     return GradientBalance(
         {name: cls.authors_weight(student) for name, cls in heads.items()},
         {name: cls.term_strengths(cfg, student) for name, cls in heads.items()},
-        {name: cls.balance_share for name, cls in heads.items()},
+        {name: cls.share_of_ratio(student) for name, cls in heads.items()},
         ratio=node.RATIO,
         fade=node.FADE,
         max_iter=cfg.SOLVER.MAX_ITER,
