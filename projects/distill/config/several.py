@@ -107,11 +107,11 @@ def check_teachers(cfg: CfgNode) -> None:
     for k, section in enumerate(node.TEACHERS):
         _check_section(cfg, section, f"{TEACHERS}[{k}]")
     parts = one_per_teacher(cfg)
-    names = [x.name.lower() for x in parts]
-    if len(set(names)) < len(names):
+    names = [x.name for x in parts if x.name]
+    if len({x.lower() for x in names}) < len(names):
         raise ConfigError(
-            f"{TEACHERS} has the names {', '.join(x.name for x in parts)}; each teacher needs its "
-            "own NAME, also in small letters."
+            f"{TEACHERS} has the names {', '.join(names)}; each teacher needs its own NAME, also "
+            "in small letters."
         )
     named = {head for x in parts for head in x.cfg.MODEL.DISTILL.HEADS}
     for head in node.HEADS:

@@ -208,6 +208,8 @@ class PairedTrainings:
         self.runner = Runner(self.out, Progress())
         self.data_seed, seeds = replicates(args.tune, first + args.seeds)
         self.seeds, self.teacher_seed = seeds[first:], seeds[0]
+        if args.train_teacher or args.shapes:
+            check_one_teacher(args)
         data = self._render() if args.shapes else []
         self.cfg = configure(args.config_file, [*args.opts, *data, "OUTPUT_DIR", str(self.out)])
 
@@ -229,12 +231,6 @@ class PairedTrainings:
         asked = self.args.train_teacher or self.args.shapes
         if not asked or not any(DISTILL_HEAD_REGISTRY.get(x).needs_teacher for x in heads):
             return None
-        if self.cfg.MODEL.DISTILL.TEACHERS:
-            option = "--train-teacher" if self.args.train_teacher else "--shapes"
-            raise ConfigError(
-                f"{option} trains one teacher, but MODEL.DISTILL.TEACHERS names several; train "
-                "each by its own config, and leave the option out."
-            )
         node = self.cfg.MODEL.DISTILL.TEACHER
         keys = ("TRAIN", "TEST", *FORMATS)
         sets = [(f"DATASETS.{k}", self.cfg.DATASETS[k]) for k in keys]
@@ -270,6 +266,20 @@ class PairedTrainings:
             "commit": commit(),
             "versions": versions(),
         }
+
+
+def check_one_teacher(args: argparse.Namespace) -> None:
+    """Refuse to train a teacher where the config names several, before images are rendered.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if load_config(args.config_file, args.opts).MODEL.DISTILL.TEACHERS:
+        option = "--train-teacher" if args.train_teacher else "--shapes"
+        raise ConfigError(
+            f"{option} trains one teacher, but MODEL.DISTILL.TEACHERS names several; train each by "
+            "its own config, and leave the option out."
+        )
 
 
 def chosen_metric(asked: str | None, result: Result) -> str:

@@ -64,15 +64,18 @@ def build_all_heads(cfg: CfgNode, infos: Infos) -> nn.ModuleDict:
         ConfigError: a head or a teacher would teach nothing; the message says why.
     """
     found = nn.ModuleDict()
-    problems: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for one in one_per_teacher(cfg):
         pair = infos[one.name]
+        problems = _problems(one, *pair)
         with of_teacher(one.name):
             heads = _heads_of(one, *pair, problems)
         if one.name:
             _log_teacher(one, heads, *pair)
         found.update({head.name: head for head in heads.values()})  # type: ignore[misc]
-    for name, reasons in problems.items():
+        for head, problem in problems.items():
+            left_out.setdefault(head, []).append(f"{one.name}: {problem}")
+    for name, reasons in left_out.items():
         if not any(type(head).__name__ == name for head in found.values()):
             raise ConfigError(
                 f"MODEL.DISTILL.HEADS: {name} works with no teacher ({'; '.join(reasons)})."
@@ -83,26 +86,27 @@ def build_all_heads(cfg: CfgNode, infos: Infos) -> nn.ModuleDict:
     return found
 
 
+def _problems(one: OneTeacher, student: NetworkInfo, teacher: NetworkInfo | None) -> dict[str, str]:
+    """Return why heads do not work with a teacher for which the user has not named them."""
+    heads = () if one.chosen else one.cfg.MODEL.DISTILL.HEADS
+    found = {name: DISTILL_HEAD_REGISTRY.get(name).problem(student, teacher) for name in heads}
+    return {name: problem for name, problem in found.items() if problem}
+
+
 def _heads_of(
     one: OneTeacher,
     student: NetworkInfo,
     teacher: NetworkInfo | None,
-    problems: dict[str, list[str]],
+    problems: Mapping[str, str],
 ) -> nn.ModuleDict:
     """Return the heads of one teacher.
 
     Args:
-        problems: why heads are left out, by head; those of this teacher are added.
+        problems: why some of its heads are left out, by their names.
     """
-    reasons: dict[str, str] = {}
-    for name in () if one.chosen else one.cfg.MODEL.DISTILL.HEADS:
-        problem = DISTILL_HEAD_REGISTRY.get(name).problem(student, teacher)
-        if problem:
-            reasons[name] = problem
-            problems.setdefault(name, []).append(f"{one.name}: {problem}")
-    names = [x for x in one.cfg.MODEL.DISTILL.HEADS if x not in reasons]
-    if reasons and not names:
-        why = "; ".join(f"{name}: {problem}" for name, problem in reasons.items())
+    names = [x for x in one.cfg.MODEL.DISTILL.HEADS if x not in problems]
+    if problems and not names:
+        why = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise ConfigError(f"it teaches nothing, because no head works with it ({why}).")
     heads = build_heads(one.cfg, student, teacher, names)
     head: Any
