@@ -1,5 +1,6 @@
 """Several teachers give the losses that each gives alone, and wrong sections are refused."""
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,18 @@ from distill.data.shapes.scenes import CLASSES
 from distill.doctor import examine
 from distill.doctor.replay import _networks
 from distill.engine.health import ratio_warning
+from distill.engine.teacher_outputs import classes_on
 from distill.errors import ConfigError, DistillError
+from distill.experiments import prove
 from distill.experiments.paired import NetworkPair, method_config
-from tests.support.networks import distill_opts, image_dict, tiny_cfg, write_config
+from tests.support.networks import (
+    distill_opts,
+    image_dict,
+    network_info,
+    tiny_cfg,
+    tiny_model,
+    write_config,
+)
 from tests.support.trainings import (
     Interrupted,
     Interruption,
@@ -33,7 +43,7 @@ from tests.support.trainings import (
 
 HEADS = {"faster": ("FitNet", "ROIKD"), "retinanet": ("IMA", "DenseKD")}
 KNOWN = {"vehicles": ("class 0", "class 2"), "persons": ("class 1",)}
-OTHERS = {"vehicles": CLASSES[:3], "persons": CLASSES[3:6]}  # of shapes, in disjoint parts
+OTHERS = {"vehicles": CLASSES[:3], "persons": CLASSES[3:6]}  # disjoint parts of the rendered shapes
 KEY = "MODEL.DISTILL.TEACHERS"
 
 Sections = list[dict[str, Any]]
@@ -151,7 +161,7 @@ def test_frozen_teachers_are_outside_of_the_model(tmp_path: Path) -> None:
         assert not any(id(x) in parameters or x.requires_grad for x in teacher.model.parameters())
         assert not any(x.training for x in teacher.model.modules())
     prefixes = ["", "teacher.vehicles.", "teacher.persons."]
-    assert list(_networks(model)) == prefixes  # of the modules that `distill replay` names
+    assert list(_networks(model)) == prefixes  # by which `distill replay` names modules
 
 
 # ---- The balance
@@ -187,9 +197,9 @@ def test_the_log_says_who_teaches_what(tmp_path: Path, caplog: pytest.LogCapture
         built(config("faster", teachers))
     text = caplog.text
     file = teachers[0]["CONFIG_FILE"]
-    of_vehicles = f"Teacher vehicles ({file}) teaches with FitNet, ROIKD. Of the student's classes"
-    assert f"{of_vehicles} it knows class 0." in text
-    assert "teaches with FitNet. Of the student's classes it knows none." in text
+    classes = "it knows these classes of the student"
+    assert f"Teacher vehicles ({file}) teaches with FitNet, ROIKD; {classes}: class 0." in text
+    assert f"teaches with FitNet; {classes}: none." in text
     (line,) = [x.getMessage() for x in caplog.records if "no teacher of" in x.getMessage()]
     assert line.endswith("are taught by their labels only (ROIKD: class 1, class 2).")
 
@@ -329,7 +339,8 @@ def shapes_cfg(folder: Path, shapes: Shapes, output: str, *opts: Any) -> CfgNode
 def test_a_resumed_training_has_the_same_bits(tmp_path: Path, shapes: Shapes) -> None:
     mode = ("MODEL.DISTILL.BALANCE.MODE", "gradient")
     whole = train(shapes_cfg(tmp_path, shapes, "whole", *mode))
-    cfg = shapes_cfg(tmp_path, shapes, "parts", *mode)
+    cached = ("MODEL.DISTILL.TEACHER.CACHE.DIR", str(tmp_path / "maps"))
+    cfg = shapes_cfg(tmp_path, shapes, "parts", *mode, *cached)  # which changes no bit
     with pytest.raises(Interrupted):
         train(cfg, Interruption(2))
     resumed = train(cfg, resume=True, seed=4)
@@ -386,6 +397,45 @@ def test_commands_of_pairs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"PixelKD: it compares sem_seg|no head works"):
         pair.extra_parameters(method_config(cfg, "PixelKD", []))
     assert method_config(cfg, "LGD", []).MODEL.DISTILL.TEACHERS == []
+
+
+def test_no_common_class_is_one_line(
+    tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = shapes_cfg(tmp_path, shapes, "output", "MODEL.DISTILL.HEADS", ("ROIKD",))
+    cfg.MODEL.DISTILL.TEACHERS[0]["CLASSES"] = ["car", "truck", "bus"]
+    path = str(write_config(cfg, tmp_path / "several.yaml"))
+    assert cli.main(["doctor", "--config-file", path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Teacher vehicles of MODEL.DISTILL.TEACHERS: it teaches nothing")
+
+
+def test_the_report_takes_each_class_from_the_first_teacher_that_knows_it(
+    tmp_path: Path, shapes: Shapes
+) -> None:
+    cfg = trainable_cfg("faster", shapes, tmp_path)
+    info = network_info("teacher", tiny_model("faster"), CLASSES[:3])
+    assert classes_on(cfg, shapes[0], info).in_teacher.tolist() == [0, 1, 2]
+    assert classes_on(cfg, shapes[0], info, {CLASSES[1]}).in_teacher.tolist() == [0, 2]
+
+
+def test_a_proof_has_a_random_teacher_for_each(
+    tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "step_seconds", lambda cfgs, *_: dict.fromkeys(cfgs, 0.1))
+    cfg = shapes_cfg(tmp_path, shapes, "output", "DATASETS.TEST", (shapes[0],))
+    path = str(write_config(cfg, tmp_path / "several.yaml"))
+    parser = argparse.ArgumentParser()
+    prove.add_arguments(parser)
+    arguments = ["--config-file", path, "--out", str(tmp_path / "out"), "--seeds", "2"]
+    configs = prove.Proof(parser.parse_args(arguments)).configs
+    trained, random = (
+        [x["WEIGHTS"] for x in configs[k].MODEL.DISTILL.TEACHERS]
+        for k in ("FitNet+ROIKD", "random-teacher")
+    )
+    assert trained == [x["WEIGHTS"] for x in cfg.MODEL.DISTILL.TEACHERS]
+    assert len({*trained, *random}) == 4 and all(Path(x).is_file() for x in random)
+    validate_config(configs["random-teacher"])
 
 
 @pytest.mark.parametrize("command", [["compare", "--train-teacher"], ["prove", "--shapes"]])

@@ -29,7 +29,7 @@ from .report import Cost, DoctorReport, Setting, TeacherCheck, TeacherCost
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
 
 BATCHES = 2
-ANSWERS = 2  # of a teacher, which are timed
+ANSWERS = 2  # number of a teacher's answers that are timed
 FEWEST_IMAGES = 4  # per process, for batch normalisation in training mode
 
 Say = Callable[[str], Any]

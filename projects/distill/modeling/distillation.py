@@ -122,7 +122,7 @@ def _log_teacher(
     known = set(teacher.classes) if teacher else set()
     shared = [x for x in student.classes if x in known]
     logger.info(
-        "Teacher %s (%s) teaches with %s. Of the student's classes it knows %s.",
+        "Teacher %s (%s) teaches with %s; it knows these classes of the student: %s.",
         *(one.name, one.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE, ", ".join(heads)),
         ", ".join(shared) or "none",
     )
