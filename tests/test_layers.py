@@ -45,7 +45,7 @@ ALLOWED = {
     " .heads .families .structures .modeling .engine .launch.termination .report",
     ".analysis": "* .errors .section .config .checkpoint .utils .data .evaluation .losses .heads"
     " .structures .modeling .engine .report",
-    ".export": "* .errors .config .nets .utils .engine",
+    ".export": "* .errors .config .checkpoint.load .modeling.quantization .nets .utils .engine",
     ".export.runner": "numpy PIL onnxruntime",
     ".export.predict": "numpy PIL cv2 supervision .errors .utils .export",
     ".api": ".nets .config .section .data.cityscapes .data.kitti .heads .modeling",

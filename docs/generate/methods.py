@@ -20,7 +20,8 @@ KINDS = {  # kinds of networks, by their names in the support matrix
     "R-CNN": ("Faster R-CNN", "Mask R-CNN", "Cascade Mask R-CNN", "Panoptic FPN"),
     "dense detectors": (
         *("RetinaNet", "FCOS", "ATSS", "GFL", "RepPoints"),
-        *("RTMDet", "RTMDet-Ins", "YOLOX", "YOLOv5"),
+        *("RTMDet", "RTMDet-Ins", "YOLOX"),
+        *("YOLOv3", "YOLOv4", "YOLOv5", "YOLOv7"),
     ),
     "semantic segmentation": ("Semantic FPN", "PSPNet", "DeepLabV3"),
 }

@@ -104,7 +104,7 @@ def matrix_lines(matrix: SupportMatrix) -> Iterator[str]:
         yield from (f"- {', '.join(names)}: {reason}." for reason, names in reasons.items())
         yield ""
     yield "## Without a teacher\n"
-    yield "The student has an FPN with a PAN.\n"
+    yield "The student has an FPN with a PAN, or the neck of YOLOv3.\n"
     heads = list(next(iter(matrix.without_teacher.values())))
     rows = matrix.without_teacher.items()
     yield from table(

@@ -33,7 +33,7 @@ COMMANDS = {
     "train": Command("launch.main", "train a plain or distilled model"),
     "eval": Command("launch.main", "evaluate a trained model", ("--eval-only",)),
     "doctor": Command("doctor", "check a distillation on two batches before it trains"),
-    "convert": Command("convert", "convert the weights of RTMDet, YOLOX or YOLOv5 to a checkpoint"),
+    "convert": Command("convert", "convert the authors' weights of RTMDet or YOLO to a checkpoint"),
     "export": Command("export.main", "export a student to ONNX or TorchScript"),
     "predict": Command("export.predict", "detect objects in images, folders and videos"),
     "check-data": Command("analysis.check_data", "list every fault in the data sets of a config"),

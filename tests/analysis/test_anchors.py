@@ -18,9 +18,11 @@ from distill.analysis.anchors import (
     fitness,
     fits,
     recall,
+    section_of,
 )
 from distill.config import get_distill_cfg
-from tests.support.networks import write_config
+from tests.support.cases import for_each
+from tests.support.networks import tiny_cfg, write_config
 from tests.support.trainings import trainable_cfg
 
 Shapes = tuple[str, str, str]
@@ -147,6 +149,23 @@ def test_the_command_prints_yaml(
     assert areas == sorted(areas)
     assert run(tmp_path, shapes, capsys) == out
     assert run(tmp_path, shapes, capsys, "--seed", "1") != out
+
+
+@for_each("family, expected", [("yolov7", "YOLOV7"), ("yolov5", "YOLOV5"), ("faster", "YOLOV5")])
+def test_the_section_of_the_anchors(family: str, expected: str) -> None:
+    """It is the student's, and YOLOv5's for a detector without anchors of their own."""
+    assert section_of(tiny_cfg(family)) == expected
+
+
+def test_the_command_names_the_section(
+    tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = trainable_cfg("yolov7", shapes, tmp_path)
+    path = write_config(cfg, tmp_path / "config.yaml")
+    assert cli.main(["anchors", "--config-file", str(path)]) == 0
+    out = capsys.readouterr().out
+    anchors = yaml.safe_load(out[out.index("MODEL:") :])["MODEL"]["YOLOV7"]["ANCHORS"]
+    assert [len(level) for level in anchors] == [3, 3, 3]
 
 
 def test_anchors_that_fit_are_kept(

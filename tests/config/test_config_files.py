@@ -58,8 +58,8 @@ TASK = r"(Detection|InstanceSegmentation|PanopticSegmentation|SemanticSegmentati
 NETWORK = r"([a-z][a-z0-9_]*)_([RX]_\d+(?:_32x8d)?)(_FPN|_PAFPN)?(_\d+)?"
 # These detectors have backbones of their own. The shapes' are named by the channels of P3 of their
 # neck, others by the authors' names of sizes.
-SIZED = r"(rtmdet|rtmdet_ins|yolox|yolov5)_(tiny|s|m|l|x)(_convnext_tiny)?"
-WHOLE_NETWORK = rf"(rtmdet|rtmdet_ins|yolox|yolov5)_PAFPN_\d+|{SIZED}"
+SIZED = r"(rtmdet|rtmdet_ins|yolox|yolov[3457])(?:_(tiny|s|m|l|x|spp|csp))?(_convnext_tiny)?"
+WHOLE_NETWORK = rf"(rtmdet|rtmdet_ins|yolox|yolov[3457])_(PA)?FPN_\d+|{SIZED}"
 PAPER = r"[Nn]ot reproduced here\.|Not in the paper's tables|no paper has it\."  # whose numbers
 TWICE = {"SOLVER.MAX_ITER": 180_000, "SOLVER.STEPS": [120_000, 160_000]}  # 2x on COCO
 HEADS = {  # by method, where segmentation papers add further heads to it
@@ -87,7 +87,7 @@ KITTI = {  # the MSSD paper trains for 200 epochs with 16 images per iteration
     "MODEL.FCOS.NUM_CLASSES": 3,
     "MODEL.RETINANET.NUM_CLASSES": 3,
     "MODEL.ROI_HEADS.NUM_CLASSES": 3,
-    "MODEL.YOLOV5.NUM_CLASSES": 3,
+    **{f"MODEL.YOLOV{k}.NUM_CLASSES": 3 for k in (3, 4, 5, 7)},
     "MODEL.YOLOX.NUM_CLASSES": 3,
     "SOLVER.BASE_LR": 0.01,
     "SOLVER.BASE_LR_END": 0.001,
@@ -334,12 +334,14 @@ def check_sized(path: Path, cfg: CfgNode) -> None:
     detector, size, timm = re.fullmatch(SIZED, path.stem).groups()  # type: ignore[union-attr]
     data, rtmdet, solver = path.parent.name, detector.startswith("rtmdet"), cfg.SOLVER
     backbone = cfg.MODEL.CSPNEXT if rtmdet else cfg.MODEL.CSPDARKNET
+    only = detector in ("yolov3", "yolov4", "yolov7")  # whose sizes are networks of their own
     key = "rtmdet tiny" if rtmdet and size == "tiny" else size
-    assert DEPTH_WIDTH[key] == (backbone.DEPTH, backbone.WIDTH)
+    assert DEPTH_WIDTH["l" if only else key] == (backbone.DEPTH, backbone.WIDTH)
     square = 0 if cfg.INPUT.MULTI_SCALE.PERIOD else 640
     assert square == backbone.SQUARE_PAD
-    name = "timm_yolo" if timm else "cspnext" if rtmdet else detector
-    assert f"build_{name}_pafpn_backbone" == cfg.MODEL.BACKBONE.NAME
+    name = "timm_yolo" if timm else "cspnext" if rtmdet else path.stem if only else detector
+    neck = "fpn" if detector == "yolov3" else "pafpn"
+    assert f"build_{name}_{neck}_backbone" == cfg.MODEL.BACKBONE.NAME
     images = IMAGES["rtmdet" if rtmdet else data]
     epoch = images / solver.IMS_PER_BATCH
     assert int(EPOCHS[data] * epoch) == solver.MAX_ITER
@@ -353,10 +355,11 @@ def check_sized(path: Path, cfg: CfgNode) -> None:
         assert (solver.BASE_LR / solver.IMS_PER_BATCH, ratio) == (0.004 / 256, 0.05)
         assert (solver.WARMUP_ITERS, solver.FLAT_FRACTION) == (1000, 0.5)
         return
-    assert (solver.NESTEROV, solver.WEIGHT_DECAY, solver.BASE_LR) == (True, 0.0005, 0.01)
-    assert solver.IMS_PER_BATCH == 64 and ratio == (
-        0.05 if (data, detector) == ("COCO-Detection", "yolox") else 0.1
-    )
+    batch = 128 if (data, detector) == ("COCO-Detection", "yolov7") else 64
+    assert (True, 0.01, batch) == (solver.NESTEROV, solver.BASE_LR, solver.IMS_PER_BATCH)
+    assert 0.0005 * batch / 64 == solver.WEIGHT_DECAY
+    last = {"yolox_s": 0.05, "yolov7_tiny": 0.01} if data == "COCO-Detection" else {}
+    assert ratio == pytest.approx(last.get(path.stem, 0.1))
     if detector == "yolox":
         assert int(5 * epoch) == solver.WARMUP_ITERS and solver.FLAT_FRACTION == 0
         last = (EPOCHS[data] - 15) * epoch
@@ -384,13 +387,25 @@ PARAMETERS = {
     "COCO-Detection/rtmdet_m": 24_709_188,
     "COCO-Detection/rtmdet_l": 52_315_804,
     "COCO-Detection/rtmdet_x": 94_855_572,
+    "COCO-Detection/yolov3": 61_949_149,
+    "COCO-Detection/yolov3_spp": 62_998_749,
+    "COCO-Detection/yolov4": 64_363_101,
+    "COCO-Detection/yolov4_csp": 52_924_765,
     "COCO-Detection/yolov5_s": 7_235_389,
+    "COCO-Detection/yolov7": 37_622_682,
+    "COCO-Detection/yolov7_tiny": 6_228_762,
     "COCO-Detection/yolox_s": 8_968_255,
     "COCO-InstanceSegmentation/rtmdet_ins_tiny": 5_638_187,
     "COCO-InstanceSegmentation/rtmdet_ins_s": 10_183_311,
     "COCO-InstanceSegmentation/rtmdet_ins_m": 27_575_111,
     "COCO-InstanceSegmentation/rtmdet_ins_l": 57_365_663,
     "COCO-InstanceSegmentation/rtmdet_ins_x": 102_703_767,
+    "KITTI-Detection/yolov3": 61_534_504,
+    "KITTI-Detection/yolov3_spp": 62_584_104,
+    "KITTI-Detection/yolov4": 63_948_456,
+    "KITTI-Detection/yolov4_csp": 52_510_120,
+    "KITTI-Detection/yolov7": 37_207_344,
+    "KITTI-Detection/yolov7_tiny": 6_020_400,
     "KITTI-Detection/yolov5_s": 7_027_720,
     "KITTI-Detection/yolov5_m": 20_879_400,
     "KITTI-Detection/yolov5_s_convnext_tiny": 27_818_592 + 517_888 + 2_834_688 + 21_576,

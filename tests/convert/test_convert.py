@@ -21,6 +21,7 @@ from distill.convert import check_config, converted
 from distill.convert.reader import read_content
 from distill.convert.sources import source_of
 from distill.errors import ConfigError, WeightsError
+from distill.nets import YOLOv5
 from tests.reference import released
 from tests.support.cases import for_each
 from tests.support.networks import write_config
@@ -34,11 +35,18 @@ INPUTS = {
     "RTMDet": ("BGR", [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]),
     "RTMDetIns": ("BGR", [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]),
     "YOLOX": ("BGR", [0.0] * 3, [1.0] * 3),
-    "YOLOv5": ("RGB", [0.0] * 3, [255.0] * 3),
+    **dict.fromkeys(("YOLOv3", "YOLOv4", "YOLOv5", "YOLOv7"), ("RGB", [0.0] * 3, [255.0] * 3)),
 }
 NANO = ("MODEL.CSPDARKNET.DEPTHWISE", True, "MODEL.YOLOX.DEPTHWISE", True)
 OF_TINY_AND_S = ("MODEL.RTMDET.EXP_ON_REG", False)
 SEPARATE = ("MODEL.RTMDETINS.SHARED_BOX_BRANCH", False)
+DEEP = ("MODEL.CSPDARKNET.DEPTH", 1.0)  # numbers of their layers depend on the depth
+SPP = ("MODEL.BACKBONE.NAME", "build_yolov3_spp_fpn_backbone", *DEEP)
+CSP = ("MODEL.BACKBONE.NAME", "build_yolov4_csp_pafpn_backbone")
+OF_TINY = (
+    *("MODEL.BACKBONE.NAME", "build_yolov7_tiny_pafpn_backbone", *DEEP),
+    *("MODEL.YOLOV7.ANCHORS", YOLOv5.section["ANCHORS"].default),
+)
 CASES: dict[str, tuple[str, Callable[..., Any], tuple[Any, ...]]] = {
     "RTMDet": ("RTMDet", released.RTMDet, OF_TINY_AND_S),
     "RTMDet-Ins": ("RTMDetIns", lambda *x, **kw: released.RTMDet(*x, masks=True, **kw), ()),
@@ -46,6 +54,12 @@ CASES: dict[str, tuple[str, Callable[..., Any], tuple[Any, ...]]] = {
     "YOLOX": ("YOLOX", released.YOLOX, ()),
     "YOLOX nano": ("YOLOX", lambda *x, **kw: released.YOLOX(*x, depthwise=True, **kw), NANO),
     "YOLOv5": ("YOLOv5", released.YOLOv5, ()),
+    "YOLOv3": ("YOLOv3", released.YOLOv3, DEEP),
+    "YOLOv3-SPP": ("YOLOv3", lambda *x, **kw: released.YOLOv3(*x, spp=True, **kw), SPP),
+    "YOLOv4": ("YOLOv4", released.YOLOv4, DEEP),
+    "YOLOv4-CSP": ("YOLOv4", released.YOLOv4CSP, CSP),
+    "YOLOv7": ("YOLOv7", released.YOLOv7, DEEP),
+    "YOLOv7-tiny": ("YOLOv7", released.YOLOv7Tiny, OF_TINY),
 }
 
 
@@ -59,7 +73,7 @@ def config(
     cfg = get_distill_cfg()
     backbone, section = NETWORKS[architecture]
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = architecture, "cpu"
-    cfg.MODEL.BACKBONE.NAME = f"build_{backbone}_pafpn_backbone"
+    cfg.MODEL.BACKBONE.NAME = f"build_{backbone}_backbone"
     cfg.MODEL.MASK_ON = architecture == "RTMDetIns"
     cfg.MODEL[section].DEPTH, cfg.MODEL[section].WIDTH = depth_width
     cfg.MODEL[architecture.upper()].NUM_CLASSES = classes
@@ -75,7 +89,7 @@ def outputs(model: Any) -> tuple[Any, ...]:
 
 def check_outputs(architecture: str, found: Any, expected: released.Maps) -> None:
     """Compare the outputs of a head, which has them in other units than the authors' code."""
-    if architecture == "YOLOv5":
+    if architecture in ("YOLOv3", "YOLOv4", "YOLOv5", "YOLOv7"):
         logits, _, objectness, raw = found
         found = [
             torch.cat([x.unflatten(1, (3, -1)) for x in (b, o, c)], 2).flatten(1, 2)
@@ -110,6 +124,7 @@ def test_outputs_are_those_of_the_authors_network(case: str) -> None:
     assert list(state) == list(own)
     model.load_state_dict(state)
     check_outputs(architecture, outputs(model), expected)
+    check_config(cfg, source_of(cfg), {}, theirs.state)
 
 
 def check_size(case: str, size: str, total: int) -> None:
@@ -382,6 +397,12 @@ def test_other_anchors() -> None:
     fewer = {"model.24.anchors": released.YOLOv5.anchors()[:, :2]}
     with pytest.raises(ConfigError, match="ANCHORS"):
         check_config(cfg, source_of(cfg), {}, fewer)
+    for case, number in (("YOLOv3", 28), ("YOLOv4-CSP", 34), ("YOLOv7", 105), ("YOLOv7-tiny", 77)):
+        architecture, _, opts = CASES[case]
+        cfg = config(architecture, *opts)
+        state = {f"model.{number}.anchors": released.YOLOv5.anchors() * 2}
+        with pytest.raises(ConfigError, match=rf"MODEL.{architecture.upper()}.ANCHORS is"):
+            check_config(cfg, source_of(cfg), {}, state)
 
 
 def test_distances_that_are_no_exponentials() -> None:

@@ -135,6 +135,20 @@ def test_the_balance_is_that_of_the_step(
     assert replay(str(reproducer(tmp_path))).reproduced
 
 
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_quantized_student_has_its_ranges(
+    shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "losses", FitNet, "p4", nan)
+    opts = ("SOLVER.QAT.ENABLED", True, "SOLVER.QAT.CALIBRATION_ITERS", 1)
+    opts += ("MODEL.WEIGHTS", "student.pth")  # which only the check of the config reads
+    trainer, _ = stopped(config("faster", shapes, teachers, tmp_path, *opts))
+    assert trainer.quantization.active
+    result = replay(str(reproducer(tmp_path)))
+    assert same(result.losses, result.saved_losses) and result.reproduced
+
+
 @pytest.mark.e2e
 def test_a_file_of_a_version_without_a_balance(
     shapes: Shapes, teachers: Teachers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -67,6 +67,10 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "parts of a batch": ("faster", ("SOLVER.ACCUMULATE", 2)),
     "balance": ("faster", BALANCE),
     "balance, mixed precision": ("faster", (*BALANCE, "SOLVER.AMP.ENABLED", True)),
+    "quantized": (
+        "faster",
+        (*BALANCE, "SOLVER.QAT.ENABLED", True, "SOLVER.QAT.CALIBRATION_ITERS", 3),
+    ),
     "AdamW": ("faster", ("SOLVER.OPTIMIZER", "ADAMW")),
     "average": ("faster", ("SOLVER.EMA.DECAY", 0.9, "SOLVER.EMA.WARMUP_ITERS", 3)),
     "warm-up of momentum and biases": (

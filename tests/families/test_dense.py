@@ -42,7 +42,7 @@ def image_dicts():
 
 
 def tall(family, *opts, convs=3, **kw):
-    depth = () if family == "yolov5" else (f"MODEL.{SECTIONS[family]}.NUM_CONVS", convs)
+    depth = () if family in ("yolov5", "yolov7") else (f"MODEL.{SECTIONS[family]}.NUM_CONVS", convs)
     return outspoken_model(family, *depth, *opts, **kw)
 
 

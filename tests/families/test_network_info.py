@@ -35,6 +35,7 @@ KINDS = {
     "rtmdet_ins": ["RTMDetIns", "RTMDet", "DynamicDetector", "PriorDetector", "DenseDetector"],
     "yolox": ["YOLOX", "ObjectnessDetector", "DynamicDetector", "PriorDetector", "DenseDetector"],
     "yolov5": ["YOLOv5", "ObjectnessDetector", "PriorDetector", "DenseDetector"],
+    "yolov7": ["YOLOv7", "YOLOv5", "ObjectnessDetector", "PriorDetector", "DenseDetector"],
     "semantic": ["SemanticSegmentor"],
 }
 
@@ -66,7 +67,7 @@ def test_the_layout_of_the_dense_head(family):
     assert layout.objectness == (family in R_CNN)
     part = slice(1, 4) if family in YOLO else slice(None)
     assert layout.levels == LEVELS[part] and layout.strides == STRIDES[part]
-    number = 3 if family in (*R_CNN, "retinanet", "yolov5") else 1
+    number = 3 if family in (*R_CNN, "retinanet", "yolov5", "yolov7") else 1
     assert [x.shape for x in layout.anchors] == [(number, 4)] * len(layout.levels)
     assert all(x.device.type == "cpu" and not x.requires_grad for x in layout.anchors)
     expected = {"reppoints": (0.4, 0.5), **dict.fromkeys(R_CNN, (0.3, 0.7))}

@@ -1,4 +1,4 @@
-"""RTMDet, YOLOX and YOLOv5 with their own necks are distilled, and their scores are compared."""
+"""RTMDet and YOLO with their own necks are distilled, and their scores are compared."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def own_neck(family: str, width: float = 0.125) -> tuple[Any, ...]:
     """Overrides for the backbone that the authors use, whose levels have different channels."""
     backbone, section = NETWORKS[YOLO[family]]
     return (
-        *("MODEL.BACKBONE.NAME", f"build_{backbone}_pafpn_backbone"),
+        *("MODEL.BACKBONE.NAME", f"build_{backbone}_backbone"),
         *(f"MODEL.{section}.DEPTH", 0.33, f"MODEL.{section}.WIDTH", width),
     )
 
@@ -62,8 +62,8 @@ def test_heads_with_the_authors_necks(family: str) -> None:
 @for_each("family", YOLO)
 def test_mssd_pairs_the_authors_maps(family: str) -> None:
     info = network_info("student", tiny_model(family, *own_neck(family)))
-    deep = ("o3", "o4", "o5") if family.startswith("rtmdet") else ("p3", "p4", "p5")
-    assert info.shallow == deep
+    outer = family in ("yolox", "yolov5")
+    assert info.shallow == (("p3", "p4", "p5") if outer else ("o3", "o4", "o5"))
     losses = kd_losses(distilled(family, ["MSSD"], *own_neck(family)), batch())
     assert all(x.isfinite() and x.requires_grad for x in losses.values()) and sum(losses.values())
 
@@ -179,7 +179,7 @@ def test_the_logits_of_scores() -> None:
     assert ObjectnessDetector.score_logits(None, large.half(), other.half()).dtype == torch.float32  # type: ignore[arg-type]
 
 
-@for_each("family", ["yolox", "yolov5"])
+@for_each("family", ["yolox", "yolov5", "yolov7"])
 def test_heads_compare_scores(family: str) -> None:
     """Student and teacher, to the order of the anchors."""
     model = distilled(family, ["DenseKD"])

@@ -1,4 +1,4 @@
-"""Test the backbones, inputs and configs that RTMDet, YOLOX and YOLOv5 share."""
+"""Test the backbones, inputs and configs that RTMDet and YOLO share."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ from tests.support.cases import for_each
 from tests.support.networks import image_dict, network_info, tiny_model
 from tests.support.yolo import CLASSES, NETWORKS, features, on_meta, parameters, yolo, yolo_cfg
 
-DEEP = {"RTMDet": "o", "RTMDetIns": "o", "YOLOX": "p", "YOLOv5": "p"}
+_PAN, _INNER = ({f"{x}{k}": f"c{k}" for k in (3, 4, 5)} for x in "po")
+_LATERAL = {"o3": "s3", "o4": "s4", "o5": "n5"}
+MAPS = {  # architecture -> deep maps and their shallow maps
+    **{"RTMDet": _INNER, "RTMDetIns": _INNER, "YOLOX": _PAN, "YOLOv3": _PAN, "YOLOv5": _PAN},
+    **{"YOLOv4": _LATERAL, "YOLOv7": _LATERAL},
+}
+LATERAL = ("YOLOv4", "YOLOv7")
 
 
 # ---- Tables of layers
@@ -137,23 +143,24 @@ def test_branches(branch: Any, depthwise: bool, kernels: list[tuple[int, int]]) 
 @for_each("architecture", NETWORKS)
 def test_outputs_are_as_announced(architecture: str) -> None:
     backbone = yolo(architecture).backbone
-    deep = DEEP[architecture]
+    maps, rtmdet = MAPS[architecture], architecture.startswith("RTM")
     assert backbone.size_divisibility == 32
     assert backbone.padding_constraints == {"size_divisibility": 32, "square_size": 0}
-    assert backbone.shallow_features == {f"{deep}{k}": f"c{k}" for k in (3, 4, 5)}
+    assert backbone.shallow_features == maps
     shapes = backbone.output_shape()
-    inner = {"conv_p"} if deep == "o" else set()
-    assert set(shapes) == {f"{x}{k}" for x in {"p", "c", deep, *inner} for k in (3, 4, 5)}
+    outer = {f"{x}{k}" for x in (["p", "conv_p"] if rtmdet else ["p"]) for k in (3, 4, 5)}
+    assert set(shapes) == {*maps, *maps.values(), *outer}
     outputs = backbone(torch.rand(1, 3, 64, 96))
     assert set(outputs) == set(shapes)
     for name, shape in shapes.items():
         assert shape.stride == 2 ** int(name[-1])
-        width = 256 if deep == "o" and name[-2] == "p" else 2 * 4 * 2 ** int(name[-1]) * 4
-        assert shape.channels == width // 8
+        width = 256 if rtmdet and name in outer else 32 * 2 ** int(name[-1])
+        half = 2 if architecture in LATERAL and name not in outer else 1
+        assert shape.channels == width // half // 8
         assert outputs[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
 
 
-@for_each("architecture", ["RTMDet", "YOLOX", "YOLOv5"])
+@for_each("architecture", ["RTMDet", "YOLOX", "YOLOv3", "YOLOv5"])
 def test_shallow_maps_enter_the_top_down_path(architecture: str) -> None:
     """They are the bottom-up's maps, and none equals its deep map."""
     backbone = yolo(architecture).backbone
@@ -170,16 +177,35 @@ def test_shallow_maps_enter_the_top_down_path(architecture: str) -> None:
 def test_paths_of_the_neck(architecture: str) -> None:
     """The way up reads the reduced maps, not those of the backbone."""
     graph: Graph = yolo(architecture).backbone.graph
-    fine, middle, coarse = (f"{DEEP[architecture]}{k}" for k in (3, 4, 5))
+    fine, middle, coarse = MAPS[architecture]
     assert graph.sources[fine] == ("up4", "c3") and graph.sources["t4"] == ("up5", "c4")
     assert graph.sources[middle] == ("down3", "r4") and graph.sources[coarse] == ("down4", "r5")
     assert graph.sources["r5"] == ("c5",) and graph.sources["r4"] == ("t4",)
 
 
+@for_each("architecture", LATERAL)
+def test_laterals_of_the_neck(architecture: str) -> None:
+    """Shallow maps enter the top-down path, and deep maps leave the way up."""
+    graph: Graph = yolo(architecture).backbone.graph
+    sources = {name: graph.sources[name] for name in ("n5", "r5", "n4", "r4", "o3", "o4", "o5")}
+    assert sources == {
+        "n5": ("c5",),
+        "r5": ("n5",),
+        "n4": ("s4", "up5"),
+        "r4": ("n4",),
+        "o3": ("s3", "up4"),
+        "o4": ("down3", "n4"),
+        "o5": ("down4", "n5"),
+    }
+
+
 @for_each(
     "architecture, eps, momentum",
-    [(k, 1e-5, 0.1) for k in ("RTMDet", "RTMDetIns")]
-    + [(k, 1e-3, 0.03) for k in ("YOLOX", "YOLOv5")],
+    [
+        *((k, 1e-5, 0.1) for k in ("RTMDet", "RTMDetIns")),
+        *((k, 1e-3, 0.03) for k in ("YOLOX", "YOLOv3", "YOLOv5", "YOLOv7")),
+        ("YOLOv4", 1e-4, 0.03),
+    ],
 )
 def test_batch_norms(architecture: str, eps: float, momentum: float) -> None:
     norms = [x for x in yolo(architecture).modules() if isinstance(x, nn.BatchNorm2d)]
@@ -202,7 +228,7 @@ def test_backbones_without_a_neck() -> None:
     for name, section in (
         ("cspnext", "CSPNEXT"),
         ("yolox", "CSPDARKNET"),
-        ("yolov5", "CSPDARKNET"),
+        *((name, "CSPDARKNET") for name in ("yolov3", "yolov4", "yolov4_csp", "yolov5")),
     ):
         cfg = yolo_cfg("YOLOX", f"MODEL.{section}.WIDTH", 0.125)
         cfg.MODEL.BACKBONE.NAME = f"build_{name}_backbone"
@@ -318,7 +344,7 @@ def test_a_plain_yaml(architecture: str, tmp_path: Path) -> None:
     values = {
         "META_ARCHITECTURE": architecture,
         "DEVICE": "cpu",
-        "BACKBONE": {"NAME": f"build_{backbone}_pafpn_backbone"},
+        "BACKBONE": {"NAME": f"build_{backbone}_backbone"},
         section: {"DEPTH": 0.33, "WIDTH": 0.125},
         architecture.upper(): {"NUM_CLASSES": CLASSES},
     }
@@ -362,13 +388,13 @@ def test_a_family_reads_the_dense_outputs(architecture: str) -> None:
     )
 
 
-@for_each("architecture", ["RTMDet", "YOLOX", "YOLOv5"])
+@for_each("architecture", ["RTMDet", "YOLOX", "YOLOv3", "YOLOv5", "YOLOv7"])
 def test_heads_find_the_levels(architecture: str) -> None:
     """Feature heads compare the neck's outputs; MSSD compares the maps of equal channels."""
     model = yolo(architecture)
     own, fpn = network_info("student", model), network_info("teacher", tiny_model("retinanet"))
-    deep = [f"{DEEP[architecture]}{k}" for k in (3, 4, 5)]
-    convs = [f"conv_p{k}" for k in (3, 4, 5)]
+    deep = list(MAPS[architecture])
+    convs = [f"conv_p{k}" for k in (3, 4, 5)] if architecture == "RTMDet" else []
     assert list(own.inner) == ([*deep, *convs] if deep[0] == "o3" else [])
     cfg = get_distill_cfg()
     for student, teacher in ((own, own), (own, fpn), (fpn, own)):
@@ -386,8 +412,10 @@ def test_heads_find_the_levels(architecture: str) -> None:
 
 
 def test_builders_are_registered() -> None:
-    for name in ("cspnext", "yolox", "yolov5", "timm_yolo"):
+    for name in ("cspnext", "yolox", "yolov4", "yolov4_csp", "yolov5", "yolov7", "timm_yolo"):
         assert f"build_{name}_pafpn_backbone" in BACKBONE_REGISTRY
+    assert "build_yolov3_fpn_backbone" in BACKBONE_REGISTRY  # it has no way up
+    assert "build_yolov3_pafpn_backbone" not in BACKBONE_REGISTRY
     builder = BACKBONE_REGISTRY.get("build_cspnext_pafpn_backbone")
     gray = builder(yolo_cfg("RTMDet"), ShapeSpec(channels=1))
     assert gray.bottom_up.graph["stem1"].conv.in_channels == 1

@@ -1,4 +1,4 @@
-"""Test the losses of RTMDet, RTMDet-Ins, YOLOX and YOLOv5 in whole detectors.
+"""Test the losses of RTMDet and YOLO in whole detectors.
 
 The losses and assignments themselves are tested in ``test_assign_*.py``.
 """
@@ -46,6 +46,7 @@ from tests.support.yolo import NETWORKS, yolo
 approx = partial(pytest.approx, rel=TOLERANCE)
 SIZES = [(SIZE // s, SIZE // s) for s in STRIDES]
 L1 = ("MODEL.YOLOX.L1_FROM_ITER", 0)
+LOSSES = [x for x in NETWORKS if x not in ("YOLOv3", "YOLOv4")]  # which have those of YOLOv5
 YOLOV5_FACTORS = {"box": 2.0, "obj": 2 * (SIZE / 640) ** 2, "cls": 2 * CLASSES / 80}
 
 
@@ -145,6 +146,16 @@ def test_yolov5(case: Any) -> None:
     check_yolov5(found, case["max_duplicates"])
 
 
+OF_YOLOV5 = ("MODEL.YOLOV7.ANCHORS", ANCHORS)
+
+
+@for_each("case", REFERENCE["yolov7"])
+def test_yolov7(case: Any) -> None:
+    inputs = yolov5_inputs(case["seed"], False)
+    model, gt = detector("YOLOv7", *OF_YOLOV5), instances(inputs.images)
+    check_yolov5(losses(model, yolov5_predictions(inputs.maps), gt), case["loss"])
+
+
 @for_each("which", ["second", "both"])
 def test_empty_images(which: str) -> None:
     case = REFERENCE["empty"]
@@ -159,6 +170,9 @@ def test_empty_images(which: str) -> None:
     check(found, case["sim_ota_paper"][which], YOLOX)
     found = losses(detector("YOLOv5"), yolov5_predictions(yolov5.maps), gt)
     check_yolov5(found, case["yolov5"][which])
+    if which == "second":  # the authors' code of YOLOv7 fails without any object
+        found = losses(detector("YOLOv7", *OF_YOLOV5), yolov5_predictions(yolov5.maps), gt)
+        check_yolov5(found, case["yolov7"][which])
 
 
 # ---- Whole forwards
@@ -335,7 +349,7 @@ def test_gradients_reach_all_parameters(architecture: str, objects: tuple[int, i
         }
 
 
-@for_each("architecture", NETWORKS)
+@for_each("architecture", LOSSES)
 def test_half_precision(architecture: str) -> None:
     """The losses are computed in float32, from the head's output in bfloat16."""
     model = yolo(architecture).train()
@@ -350,7 +364,7 @@ def test_half_precision(architecture: str) -> None:
     assert all(x.grad.isfinite().all() for x in model.parameters())
 
 
-@for_each("architecture", NETWORKS)
+@for_each("architecture", LOSSES)
 def test_no_waiting_for_the_device(architecture: str) -> None:
     inputs = [image(0), image(1, objects=0)]
     opts = L1 if architecture == "YOLOX" else ()

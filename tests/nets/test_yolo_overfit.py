@@ -1,4 +1,4 @@
-"""RTMDet, RTMDet-Ins, YOLOX and YOLOv5 learn a few images by heart."""
+"""RTMDet and YOLO learn a few images by heart."""
 
 from pathlib import Path
 
@@ -15,7 +15,10 @@ SCHEDULES = {  # iterations and learning rate
     "Shapes-Detection/rtmdet_PAFPN_32": (80, 0.008),
     "Shapes-InstanceSegmentation/rtmdet_ins_PAFPN_32": (90, 0.008),
     "Shapes-Detection/yolox_PAFPN_32": (220, 0.005),
+    "Shapes-Detection/yolov3_FPN_32": (220, 0.01),
+    "Shapes-Detection/yolov4_PAFPN_32": (260, 0.01),
     "Shapes-Detection/yolov5_PAFPN_32": (220, 0.01),
+    "Shapes-Detection/yolov7_PAFPN_32": (220, 0.01),
 }
 
 

@@ -1,4 +1,4 @@
-"""Inputs and reference outputs of RTMDet, RTMDet-Ins, YOLOX and YOLOv5.
+"""Inputs and reference outputs of RTMDet, RTMDet-Ins, YOLOX, YOLOv5 and YOLOv7.
 
 The outputs in ``detectors.json`` are those of the authors' code. Its inputs are rebuilt here from
 ``torch.rand`` of a CPU generator in float64, always in the same order. Two images of 160x160 pixels
@@ -190,7 +190,7 @@ def yolox_inputs(seed: int, guided: bool, dtype: torch.dtype = torch.float32) ->
 
 
 class YOLOv5Inputs(NamedTuple):
-    """Predictions of YOLOv5: one (2, 3, H, W, 5 + 5) map per level, and the ground truth."""
+    """Predictions of YOLOv5 or YOLOv7, one (2, 3, H, W, 5 + 5) map per level, and the truth."""
 
     images: list[Scene]
     maps: list[Tensor]

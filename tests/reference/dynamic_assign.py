@@ -144,6 +144,46 @@ def complete_iou(a: Box, b: Box) -> float:
     return overlap - ((ax - bx) ** 2 + (ay - by) ** 2) / diagonal - aspect
 
 
+def decoded(row: np.ndarray, x: int, y: int, stride: int, anchor: Sequence[float]) -> Box:
+    """Return the box that YOLOv5 predicts in a cell."""
+    cx, cy = ((2 * sigmoid(v) - 0.5 + c) * stride for v, c in zip(row[:2], (x, y)))
+    w, h = ((2 * sigmoid(v)) ** 2 * s for v, s in zip(row[2:4], anchor))
+    return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+
+
+def slow_ota(
+    maps: Sequence[np.ndarray],
+    gt: np.ndarray,
+    labels: np.ndarray,
+    anchors: np.ndarray,
+    strides: Sequence[int],
+) -> list[tuple[int, int, int, int, int]]:
+    """Return YOLOv7's (level, anchor, y, x, box) of one image; ``maps`` are (A, H, W, 5 + K)."""
+    places = sorted(
+        {
+            (level, a, y, x)
+            for level, (own, stride) in enumerate(zip(maps, strides))
+            for a, y, x, _ in slow_yolov5_targets(own.shape[1:3], stride, anchors[level], gt)
+        }
+    )
+    rows = [maps[level][a, y, x] for level, a, y, x in places]
+    boxes = [
+        decoded(row, x, y, strides[level], anchors[level][a])
+        for row, (level, a, y, x) in zip(rows, places)
+    ]
+    ious = np.array([[iou(b, g) for b in boxes] for g in gt]).reshape(len(gt), len(boxes))
+
+    def cost(j: int, p: int) -> tuple[float]:
+        total = -3 * math.log(ious[j, p] + 1e-8)
+        for k, z in enumerate(rows[p][5:]):
+            joint = math.sqrt(sigmoid(z) * sigmoid(rows[p][4]))
+            total += entropy(joint, float(k == labels[j]))
+        return (total,)
+
+    matched, _ = select(range(len(places)), cost, ious, 10)
+    return [(*place, j) for place, j in zip(places, matched) if j >= 0]
+
+
 def slow_yolov5_loss(
     maps: Sequence[np.ndarray],
     targets: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -151,20 +191,28 @@ def slow_yolov5_loss(
     strides: Sequence[int],
     gains: Sequence[float],
     balance: Sequence[float],
+    ota: bool = False,
 ) -> dict[str, float]:
     """Return the loss of a batch; ``targets`` are (M, 4) boxes and (M,) classes per image."""
     sums = {"box": 0.0, "obj": 0.0, "cls": 0.0}
-    for level, stride, level_anchors, weight in zip(maps, strides, anchors, balance):
+    chosen = [
+        slow_ota([x[n] for x in maps], *own, anchors, strides) if ota else []
+        for n, own in enumerate(targets)
+    ]
+    for index, (level, stride, level_anchors, weight) in enumerate(
+        zip(maps, strides, anchors, balance)
+    ):
         batch, _, height, width, channels = level.shape
         wanted = np.zeros(level.shape[:4])
         box, classes, number = 0.0, 0.0, 0
         for n in range(batch):
             gt, labels = targets[n]
-            for a, y, x, j in slow_yolov5_targets((height, width), stride, level_anchors, gt):
+            matches = slow_yolov5_targets((height, width), stride, level_anchors, gt)
+            if ota:
+                matches = [match[1:] for match in chosen[n] if match[0] == index]
+            for a, y, x, j in matches:
                 row = level[n, a, y, x]
-                cx, cy = ((2 * sigmoid(v) - 0.5 + c) * stride for v, c in zip(row[:2], (x, y)))
-                w, h = ((2 * sigmoid(v)) ** 2 * s for v, s in zip(row[2:4], level_anchors[a]))
-                overlap = complete_iou((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), gt[j])
+                overlap = complete_iou(decoded(row, x, y, stride, level_anchors[a]), gt[j])
                 wanted[n, a, y, x] = max(wanted[n, a, y, x], overlap)
                 box += 1 - overlap
                 for k in range(channels - 5):

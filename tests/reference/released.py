@@ -6,7 +6,8 @@ shapes of all tensors of its network.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,10 @@ class Released:
         inputs = x.shape[1] // groups
         weight = self.keep(f"{name}.conv.weight", lambda: self.kernel(out, inputs, k))
         x = F.conv2d(x, weight, None, stride, k // 2 if padding is None else padding, 1, groups)
-        return F.silu(self.norm(f"{name}.bn", x))
+        return self.act(self.norm(f"{name}.bn", x))
+
+    def act(self, x: Tensor) -> Tensor:
+        return F.silu(x)
 
 
 def cat(*maps: Tensor) -> Tensor:
@@ -92,6 +96,11 @@ def cat(*maps: Tensor) -> Tensor:
 
 def up(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def pools(x: Tensor) -> list[Tensor]:
+    """Return the maxima over 5x5, 9x9 and 13x13 cells."""
+    return [F.max_pool2d(x, k, 1, k // 2) for k in (5, 9, 13)]
 
 
 # ---- YOLOX
@@ -164,8 +173,8 @@ class YOLOX(Released):
 # ---- YOLOv5
 
 
-class YOLOv5(Released):
-    """YOLOv5, whose layers are numbered."""
+class Numbered(Released):
+    """A network whose layers are numbered."""
 
     def __init__(self, depth: float, width: float, device: str = "cpu"):
         super().__init__(1e-3, depth, width, device)
@@ -173,8 +182,45 @@ class YOLOv5(Released):
     def channels(self, number: int) -> int:
         return math.ceil(number * self.width / 8) * 8
 
+    def layer(self, k: int | str, x: Tensor, out: int, kernel: int = 1, stride: int = 1) -> Tensor:
+        return self.cbs(f"model.{k}", x, self.channels(out), kernel, stride)
+
     def down(self, k: int, x: Tensor, out: int) -> Tensor:
-        return self.cbs(f"model.{k}", x, self.channels(out), 3, 2)
+        return self.layer(k, x, out, 3, 2)
+
+    def bottlenecks(
+        self, name: str, x: Tensor, out: int, number: int, add: bool, wide: bool = False
+    ) -> Tensor:
+        """Convolutions 1x1 and 3x3 of ``out`` channels; the first has half as many if not wide."""
+        for i in range(number):
+            one = name if number == 1 and not wide else f"{name}.{i}"
+            y = self.cbs(f"{one}.cv1", x, out if wide else out // 2)
+            y = self.cbs(f"{one}.cv2", y, out, 3)
+            x = x + y if add else y
+        return x
+
+    def detect(self, k: int, maps: Sequence[Tensor], classes: int) -> Maps:
+        """Return the outputs of the last layer, and keep the anchors in strides."""
+        self.keep(f"model.{k}.anchors", lambda: self.anchors().to(self.device))
+        out = 3 * (5 + classes)
+        return [[self.conv(f"model.{k}.m.{i}", x, out) for i, x in enumerate(maps)]]
+
+    @staticmethod
+    def anchors() -> Tensor:
+        pixels = (
+            (10, 13, 16, 30, 33, 23),
+            (30, 61, 62, 45, 59, 119),
+            (116, 90, 156, 198, 373, 326),
+        )
+        return in_strides(pixels)
+
+
+def in_strides(pixels: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(pixels).view(3, 3, 2) / torch.tensor(LEVELS).view(3, 1, 1)
+
+
+class YOLOv5(Numbered):
+    """YOLOv5, with C3 layers."""
 
     def c3(self, k: int, x: Tensor, out: int, blocks: int, add: bool = True) -> Tensor:
         name, half = f"model.{k}", self.channels(out) // 2
@@ -203,18 +249,241 @@ class YOLOv5(Released):
         n17 = self.c3(17, cat(up(n14), n4), 256, 3, add=False)
         n20 = self.c3(20, cat(self.down(18, n17, 256), n14), 512, 3, add=False)
         n23 = self.c3(23, cat(self.down(21, n20, 512), n10), 1024, 3, add=False)
-        self.keep("model.24.anchors", lambda: self.anchors().to(self.device))
-        out = 3 * (5 + classes)
-        return [[self.conv(f"model.24.m.{k}", x, out) for k, x in enumerate((n17, n20, n23))]]
+        return self.detect(24, (n17, n20, n23), classes)
+
+
+# ---- YOLOv3
+
+
+class YOLOv3(Numbered):
+    """YOLOv3, or YOLOv3-SPP, whose repeats are fixed."""
+
+    def __init__(self, depth: float, width: float, spp: bool = False, device: str = "cpu"):
+        super().__init__(depth, width, device)
+        self.spp = spp
+
+    def stage(self, k: int, x: Tensor, out: int, number: int = 1, add: bool = True) -> Tensor:
+        return self.bottlenecks(f"model.{k}", x, self.channels(out), number, add)
+
+    def forward(self, image: Tensor, classes: int) -> Maps:
+        x = self.layer(0, image, 32, 3)
+        x = self.stage(2, self.down(1, x, 64), 64)
+        x = self.stage(4, self.down(3, x, 128), 128, 2)
+        n6 = self.stage(6, self.down(5, x, 256), 256, 8)
+        n8 = self.stage(8, self.down(7, n6, 512), 512, 8)
+        x = self.stage(10, self.down(9, n8, 1024), 1024, 4)
+        x = self.stage(11, x, 1024, add=False)
+        if self.spp:
+            x = self.cbs("model.12.cv1", x, x.shape[1] // 2)
+            x = self.layer("12.cv2", cat(x, *pools(x)), 512)
+        else:
+            x = self.layer(12, x, 512)
+        n14 = self.layer(14, self.layer(13, x, 1024, 3), 512)
+        n15 = self.layer(15, n14, 1024, 3)
+        x = cat(up(self.layer(16, n14, 256)), n8)
+        x = self.stage(20, self.stage(19, x, 512, add=False), 512, add=False)
+        n21 = self.layer(21, x, 256)
+        n22 = self.layer(22, n21, 512, 3)
+        x = self.stage(26, cat(up(self.layer(23, n21, 128)), n6), 256, add=False)
+        n27 = self.bottlenecks("model.27", x, self.channels(256), 2, False)
+        return self.detect(28, (n27, n22, n15), classes)
+
+
+# ---- YOLOv4
+
+
+class YOLOv4(Released):
+    """YOLOv4, whose layers have the numbers of Darknet, and its repeats."""
+
+    def __init__(self, depth: float, width: float, device: str = "cpu"):
+        super().__init__(1e-4, 1.0, width, device)
+        self.act: Any = F.mish
+
+    def layer(self, k: int, x: Tensor, out: int, kernel: int = 1, stride: int = 1) -> Tensor:
+        """Convolution, batch norm and activation: ``Conv2d`` and ``BatchNorm2d``."""
+        name = f"module_list.{k}"
+        weight = self.keep(f"{name}.Conv2d.weight", lambda: self.kernel(out, x.shape[1], kernel))
+        x = F.conv2d(x, weight, None, stride, kernel // 2)
+        return self.act(self.norm(f"{name}.BatchNorm2d", x))
+
+    def stage(self, k: int, x: Tensor, out: int, number: int) -> Tensor:
+        """A CSP stage of a strided convolution ``k`` and what follows it."""
+        half, inner = out if number == 1 else out // 2, out // 2
+        x = self.layer(k, x, out, 3, 2)
+        a, y = self.layer(k + 1, x, half), self.layer(k + 3, x, half)
+        for i in range(number):
+            first = k + 4 + 3 * i
+            y = y + self.layer(first + 1, self.layer(first, y, inner), half, 3)
+        y = self.layer(k + 4 + 3 * number, y, half)
+        return self.layer(k + 6 + 3 * number, cat(y, a), out)
+
+    def chain(self, k: int, x: Tensor, out: int, number: int) -> Tensor:
+        for i in range(number):
+            x = self.layer(k + i, x, *((2 * out, 3) if i % 2 else (out, 1)))
+        return x
+
+    def forward(self, image: Tensor, classes: int) -> Maps:
+        c = [math.ceil(n * self.width / 8) * 8 for n in (32, 64, 128, 256, 512, 1024)]
+        x = self.layer(0, image, c[0], 3)
+        x = self.stage(11, self.stage(1, x, c[1], 1), c[2], 2)
+        c3 = self.stage(24, x, c[3], 8)
+        c4 = self.stage(55, c3, c[4], 8)
+        c5 = self.stage(86, c4, c[5], 4)
+        self.act = lambda x: F.leaky_relu(x, 0.1)
+        x = self.chain(105, c5, c[4], 3)
+        n5 = self.chain(114, cat(*pools(x)[::-1], x), c[4], 3)
+        x = cat(self.layer(120, c4, c[3]), up(self.layer(117, n5, c[3])))
+        n4 = self.chain(122, x, c[3], 5)
+        x = cat(self.layer(130, c3, c[2]), up(self.layer(127, n4, c[2])))
+        o3 = self.chain(132, x, c[2], 5)
+        o4 = self.chain(143, cat(self.layer(141, o3, c[3], 3, 2), n4), c[3], 5)
+        o5 = self.chain(154, cat(self.layer(152, o4, c[4], 3, 2), n5), c[4], 5)
+        found = []
+        for k, x, out in ((137, o3, c[3]), (148, o4, c[4]), (159, o5, c[5])):
+            name = f"module_list.{k + 1}.Conv2d"
+            found.append(self.conv(name, self.layer(k, x, out, 3), 3 * (5 + classes)))
+        return [found]
+
+
+class YOLOv4CSP(Numbered):
+    """YOLOv4-CSP."""
+
+    def act(self, x: Tensor) -> Tensor:
+        return F.mish(x)
+
+    def bare(self, name: str, x: Tensor, out: int) -> Tensor:
+        return self.conv(name, x, self.channels(out), bias=False)
+
+    def csp(self, k: int, x: Tensor, out: int, number: int) -> Tensor:
+        half = self.channels(out) // 2
+        y = self.layer(f"{k}.cv1", x, out // 2)
+        y = self.bottlenecks(f"model.{k}.m", y, half, self.times(number), True, wide=True)
+        y = cat(self.bare(f"model.{k}.cv3", y, out // 2), self.bare(f"model.{k}.cv2", x, out // 2))
+        return self.layer(f"{k}.cv4", self.act(self.norm(f"model.{k}.bn", y)), out)
+
+    def csp2(self, k: int, x: Tensor, out: int) -> Tensor:
+        x = self.layer(f"{k}.cv1", x, out)
+        number = self.times(2)
+        y = self.bottlenecks(f"model.{k}.m", x, self.channels(out), number, False, wide=True)
+        y = cat(y, self.bare(f"model.{k}.cv2", x, out))
+        return self.layer(f"{k}.cv3", self.act(self.norm(f"model.{k}.bn", y)), out)
+
+    def forward(self, image: Tensor, classes: int) -> Maps:
+        x = self.down(1, self.layer(0, image, 32, 3), 64)
+        x = self.bottlenecks("model.2", x, self.channels(64), 1, True)
+        x = self.csp(4, self.down(3, x, 128), 128, 2)
+        n6 = self.csp(6, self.down(5, x, 256), 256, 8)
+        n8 = self.csp(8, self.down(7, n6, 512), 512, 8)
+        n10 = self.csp(10, self.down(9, n8, 1024), 1024, 4)
+        x = self.layer("11.cv3", self.layer("11.cv1", n10, 512), 512, 3)
+        x = self.layer("11.cv4", x, 512)
+        x = self.layer("11.cv6", self.layer("11.cv5", cat(x, *pools(x)), 512), 512, 3)
+        x = self.act(self.norm("model.11.bn", cat(x, self.bare("model.11.cv2", n10, 512))))
+        n11 = self.layer("11.cv7", x, 512)
+        n16 = self.csp2(16, cat(self.layer(14, n8, 256), up(self.layer(12, n11, 256))), 256)
+        n21 = self.csp2(21, cat(self.layer(19, n6, 128), up(self.layer(17, n16, 128))), 128)
+        n24 = self.csp2(24, cat(self.down(22, n21, 256), n16), 256)
+        n27 = self.csp2(27, cat(self.down(25, n24, 512), n11), 512)
+        pixels = (12, 16, 19, 36, 40, 28), (36, 75, 76, 55, 72, 146), (142, 110, 192, 243, 459, 401)
+        self.keep("model.34.anchors", lambda: in_strides(pixels).to(self.device))
+        found = []
+        for k, x, out in ((32, n21, 256), (30, n24, 512), (28, n27, 1024)):
+            found.append(self.conv(f"model.{k + 1}", self.layer(k, x, out, 3), 3 * (5 + classes)))
+        return [found]
+
+
+# ---- YOLOv7
+
+
+class YOLOv7(Numbered):
+    """YOLOv7, whose repeats are fixed."""
+
+    def elan(self, k: int, x: Tensor, out: int, wide: int, thin: int, convs: int) -> Tensor:
+        """ELAN from layer ``k`` on: two 1x1 of ``wide``, then four 3x3 of ``thin`` channels."""
+        maps = [self.layer(k, x, wide), self.layer(k + 1, x, wide)]
+        y = maps[1]
+        for i in range(4):
+            y = self.layer(k + 2 + i, y, thin, 3)
+            if (i + 1) % convs == 0:
+                maps.append(y)
+        return self.layer(k + 7, cat(*maps[::-1]), out)
+
+    def half(self, k: int, x: Tensor, out: int) -> Tensor:
+        """A maximum, number ``k``, next to a strided convolution."""
+        pooled = self.layer(k + 1, F.max_pool2d(x, 2), out)
+        return cat(self.down(k + 3, self.layer(k + 2, x, out), out), pooled)
+
+    def rep(self, k: int, x: Tensor, out: int) -> Tensor:
+        parts = []
+        for name, kernel in (("dense", 3), ("1x1", 1)):
+            branch = f"model.{k}.rbr_{name}"
+            y = self.conv(f"{branch}.0", x, self.channels(out), kernel, bias=False)
+            parts.append(self.norm(f"{branch}.1", y))
+        return self.act(sum(parts))
+
+    def detect(self, k: int, maps: Sequence[Tensor], classes: int) -> Maps:
+        names = [f"model.{k}.{{}}.{i}.implicit" for i in range(3)]
+        moved = [x + self.implicit(n.format("ia"), x) for n, x in zip(names, maps)]
+        (found,) = super().detect(k, moved, classes)
+        return [[x * self.implicit(n.format("im"), x) for n, x in zip(names, found)]]
+
+    def implicit(self, name: str, x: Tensor) -> Tensor:
+        return self.keep(name, lambda: self.draw(1, x.shape[1], 1, 1))
 
     @staticmethod
     def anchors() -> Tensor:
-        pixels = (
-            (10, 13, 16, 30, 33, 23),
-            (30, 61, 62, 45, 59, 119),
-            (116, 90, 156, 198, 373, 326),
-        )
-        return torch.tensor(pixels).view(3, 3, 2) / torch.tensor(LEVELS).view(3, 1, 1)
+        pixels = (12, 16, 19, 36, 40, 28), (36, 75, 76, 55, 72, 146), (142, 110, 192, 243, 459, 401)
+        return in_strides(pixels)
+
+    def forward(self, image: Tensor, classes: int) -> Maps:
+        x = self.layer(2, self.down(1, self.layer(0, image, 32, 3), 64), 64, 3)
+        x = self.elan(4, self.down(3, x, 128), 256, 64, 64, 2)
+        n24 = self.elan(17, self.half(12, x, 128), 512, 128, 128, 2)
+        n37 = self.elan(30, self.half(25, n24, 256), 1024, 256, 256, 2)
+        n50 = self.elan(43, self.half(38, n37, 512), 1024, 256, 256, 2)
+        x = self.layer("51.cv3", self.layer("51.cv1", n50, 512), 512, 3)
+        x = self.layer("51.cv4", x, 512)
+        x = self.layer("51.cv6", self.layer("51.cv5", cat(x, *pools(x)), 512), 512, 3)
+        n51 = self.layer("51.cv7", cat(x, self.layer("51.cv2", n50, 512)), 512)
+        x = cat(self.layer(54, n37, 256), up(self.layer(52, n51, 256)))
+        n63 = self.elan(56, x, 256, 256, 128, 1)
+        x = cat(self.layer(66, n24, 128), up(self.layer(64, n63, 128)))
+        n75 = self.elan(68, x, 128, 128, 64, 1)
+        n88 = self.elan(81, cat(self.half(76, n75, 128), n63), 256, 256, 128, 1)
+        n101 = self.elan(94, cat(self.half(89, n88, 256), n51), 512, 512, 256, 1)
+        maps = self.rep(102, n75, 256), self.rep(103, n88, 512), self.rep(104, n101, 1024)
+        return self.detect(105, maps, classes)
+
+
+class YOLOv7Tiny(YOLOv7):
+    """YOLOv7-tiny."""
+
+    anchors = staticmethod(Numbered.anchors)
+
+    def act(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.1)
+
+    def small(self, k: int, x: Tensor, out: int) -> Tensor:
+        """ELAN with two 3x3 convolutions from layer ``k`` on."""
+        half = self.channels(out) // 2
+        a, b = self.cbs(f"model.{k}", x, half), self.cbs(f"model.{k + 1}", x, half)
+        d = self.cbs(f"model.{k + 2}", b, half, 3)
+        e = self.cbs(f"model.{k + 3}", d, half, 3)
+        return self.layer(k + 5, cat(e, d, b, a), out)
+
+    def forward(self, image: Tensor, classes: int) -> Maps:
+        x = self.small(2, self.down(1, self.down(0, image, 32), 64), 64)
+        n14 = self.small(9, F.max_pool2d(x, 2), 128)
+        n21 = self.small(16, F.max_pool2d(n14, 2), 256)
+        n28 = self.small(23, F.max_pool2d(n21, 2), 512)
+        a, b = self.layer(29, n28, 256), self.layer(30, n28, 256)
+        n37 = self.layer(37, cat(self.layer(35, cat(*pools(b)[::-1], b), 256), a), 256)
+        n47 = self.small(42, cat(self.layer(40, n21, 128), up(self.layer(38, n37, 128))), 128)
+        n57 = self.small(52, cat(self.layer(50, n14, 64), up(self.layer(48, n47, 64))), 64)
+        n65 = self.small(60, cat(self.down(58, n57, 128), n47), 128)
+        n73 = self.small(68, cat(self.down(66, n65, 256), n37), 256)
+        layers = ((74, n57, 128), (75, n65, 256), (76, n73, 512))
+        return self.detect(77, [self.layer(k, x, out, 3) for k, x, out in layers], classes)
 
 
 # ---- RTMDet

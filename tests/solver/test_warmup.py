@@ -102,8 +102,9 @@ def test_adamw_has_no_momentum() -> None:
 def test_a_sum_is_not_scaled_twice() -> None:
     scaled = ("SOLVER.REFERENCE_WORLD_SIZE", 8)
     check_values(tiny_cfg("yolox", *scaled))
-    with pytest.raises(ConfigError, match="YOLOv5's loss grows with the batch itself"):
-        check_values(tiny_cfg("yolov5", *scaled))
+    for family in ("yolov5", "yolov7"):
+        with pytest.raises(ConfigError, match="YOLOv5's loss grows with the batch itself"):
+            check_values(tiny_cfg(family, *scaled))
 
 
 # ---- Groups of parameters

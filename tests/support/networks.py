@@ -26,7 +26,10 @@ from distill.modeling.teacher import Teacher
 from distill.structures import Batch, NetworkInfo, NetworkOutputs
 
 DENSE = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}
-YOLO = {"rtmdet": "RTMDet", "rtmdet_ins": "RTMDetIns", "yolox": "YOLOX", "yolov5": "YOLOv5"}
+YOLO = {
+    **{"rtmdet": "RTMDet", "rtmdet_ins": "RTMDetIns", "yolox": "YOLOX"},
+    **{"yolov5": "YOLOv5", "yolov7": "YOLOv7"},  # YOLOv3 and YOLOv4 differ by their backbones
+}
 FAMILIES = ("faster", "mask", "cascade", "panoptic", "retinanet", *DENSE, *YOLO, "semantic")
 ARCHITECTURES = {
     **DENSE,
@@ -152,7 +155,7 @@ def tiny_cfg(family: str, *opts: Any, fpn: int = 16, norm: str = "FrozenBN") -> 
     for name in YOLO.values():  # on the levels of their own necks
         section = cfg.MODEL[name.upper()]
         section.NUM_CLASSES = NUM_CLASSES
-        if name != "YOLOv5":
+        if "NUM_CONVS" in section:
             section.NUM_CONVS = 1
             section.NORM = ""
     cfg.MODEL.SEM_SEG_HEAD.NAME = "SemSegFPNHead"

@@ -1,4 +1,4 @@
-"""RTMDet, YOLOX and YOLOv5 of any size, for the tests of their networks."""
+"""RTMDet and YOLO of any size, for the tests of their networks."""
 
 import copy
 from typing import Any, NamedTuple
@@ -13,10 +13,13 @@ from distill.nets import add_nets_config
 
 # Architecture -> name of the backbone and section of its keys.
 NETWORKS = {
-    "RTMDet": ("cspnext", "CSPNEXT"),
-    "RTMDetIns": ("cspnext", "CSPNEXT"),
-    "YOLOX": ("yolox", "CSPDARKNET"),
-    "YOLOv5": ("yolov5", "CSPDARKNET"),
+    "RTMDet": ("cspnext_pafpn", "CSPNEXT"),
+    "RTMDetIns": ("cspnext_pafpn", "CSPNEXT"),
+    "YOLOX": ("yolox_pafpn", "CSPDARKNET"),
+    "YOLOv3": ("yolov3_fpn", "CSPDARKNET"),
+    "YOLOv4": ("yolov4_pafpn", "CSPDARKNET"),
+    "YOLOv5": ("yolov5_pafpn", "CSPDARKNET"),
+    "YOLOv7": ("yolov7_pafpn", "CSPDARKNET"),
 }
 DEPTH_WIDTH = {
     "rtmdet tiny": (0.167, 0.375),
@@ -39,7 +42,7 @@ def yolo_cfg(
     add_nets_config(cfg)
     backbone, section = NETWORKS[architecture]
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = architecture, "cpu"
-    cfg.MODEL.BACKBONE.NAME = f"build_{backbone}_pafpn_backbone"
+    cfg.MODEL.BACKBONE.NAME = f"build_{backbone}_backbone"
     cfg.MODEL[section].DEPTH, cfg.MODEL[section].WIDTH = depth_width
     cfg.MODEL[architecture.upper()].NUM_CLASSES = classes
     cfg.merge_from_list(list(opts))

@@ -1,12 +1,12 @@
-"""Find anchors of YOLOv5 for the boxes of the training sets of a config.
+"""Find anchors of YOLOv3, YOLOv4, YOLOv5 or YOLOv7 for the boxes of a config's training sets.
 
     distill anchors --config-file F [--seed 0] [KEY VALUE ...]
 
 The boxes have the size that the config gives to training images (INPUT.MIN_SIZE_TRAIN and
 MAX_SIZE_TRAIN). Other augmentations are not counted. The command prints the best possible recall of
-MODEL.YOLOV5.ANCHORS and of new anchors, and the yaml lines that set these. The recall is the share
-of boxes that an anchor fits, by MODEL.YOLOV5.ANCHOR_RATIO. There are as many new anchors and levels
-as the config has.
+the config's anchors (MODEL.YOLOV5.ANCHORS) and of new anchors, and the yaml lines that set these.
+The recall is the share of boxes that an anchor fits, by MODEL.YOLOV5.ANCHOR_RATIO. There are as
+many new anchors and levels as the config has. YOLOv3, YOLOv4 and YOLOv7 have sections of their own.
 
 The method is YOLOv5's: k-means, then random changes that are kept if the anchors fit better.
 """
@@ -25,6 +25,7 @@ from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans
 
+from ..config import student_architecture
 from ..data.datasets import load_training_set
 from ..engine import setup_config
 from ..errors import DataError
@@ -153,6 +154,12 @@ def judged(
     return recall(sizes, flat, ratio), fitness(sizes, flat, ratio)
 
 
+def section_of(cfg: CfgNode) -> str:
+    """Return the name of the student's section, or YOLOv5's if it has no anchors."""
+    name = student_architecture(cfg).upper()
+    return name if "ANCHORS" in cfg.MODEL.get(name, {}) else "YOLOV5"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=at_least(0), default=0, help="seed of all draws; default: %(default)s"
@@ -162,7 +169,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cfg = setup_config(args.config_file, args.opts)
-    node, rng = cfg.MODEL.YOLOV5, np.random.default_rng(args.seed)
+    section = section_of(cfg)
+    node, rng = cfg.MODEL[section], np.random.default_rng(args.seed)
     with redirect_stdout(sys.stderr):  # detectron2 prints what it loads
         dicts = load_training_set(cfg)
     sizes = box_sizes(cfg, dicts, rng)
@@ -185,5 +193,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:7}  {share:20.2%}  {fit:8.3f}")
     if old[0] > ENOUGH or old[0] >= found[0]:
         print("The anchors of the config fit this data well enough. The new ones would be:")
-    print("MODEL:\n  YOLOV5:\n    ANCHORS:", *(f"    - {level}" for level in new), sep="\n")
+    print(f"MODEL:\n  {section}:\n    ANCHORS:", *(f"    - {level}" for level in new), sep="\n")
     return 0

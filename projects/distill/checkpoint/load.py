@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
@@ -218,6 +219,18 @@ def read_torch(path: str) -> Any:
         asked = re.search(r"GLOBAL (\S+)", str(e))
         reason = f"it calls {asked[1]}" if asked else "it is not a checkpoint"
         raise pickle.UnpicklingError(f"{reason}; only tensors and plain types are read") from e
+
+
+def read_part(path: str, name: str) -> Any:
+    """Return what a checkpoint of this package has below a name, or None without it.
+
+    Args:
+        path: file or URL, also of another format.
+    """
+    if not path.endswith(".pth"):
+        return None
+    content = read_torch(PathManager.get_local_path(path))
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def broken_part(path: str) -> str | None:

@@ -1,8 +1,9 @@
 """Training checkpoints: a stock detectron2 checkpoint of the student, and the state of a resume.
 
 ``{"model": student, "distill": heads, "student_state": floats outside the state dict, "trainer":
-optimizer, scheduler, hooks and the run's seed, "iteration": int}``. A checkpoint has plain types
-and tensors only, so that ``torch.load(..., weights_only=True)`` reads it.
+optimizer, scheduler, hooks and the run's seed, "iteration": int}``. With ``SOLVER.QAT``,
+"quantization" has the ranges of the student's tensors. A checkpoint has plain types and tensors
+only, so that ``torch.load(..., weights_only=True)`` reads it.
 """
 
 import os
@@ -22,6 +23,7 @@ from .compare import tensor_misfits
 from .load import SafeCheckpointer, read_torch
 
 T = TypeVar("T")
+STUDENT = "model", "quantization"  # parts without which the student predicts something else
 PERIODIC = re.compile(r"model_(\d+)\.pth")  # detectron2's names of periodic checkpoints
 
 
@@ -86,7 +88,8 @@ class StudentCheckpointer(SafeCheckpointer):
     def save_best(self, iteration: int, metric: str, value: float) -> None:
         """Write ``model_best.pth`` with the student only, from which no run can resume."""
         with self.weights_in_place():
-            student = {"model": self.model.state_dict()}
+            parts = {"model": self.model, **self.checkpointables}
+            student = {key: x.state_dict() for key, x in parts.items() if key in STUDENT}
             self._write("model_best", {**student, "iteration": iteration, metric: value})
 
     def _write(self, name: str, data: dict[str, Any]) -> None:

@@ -41,8 +41,9 @@ KEYS: dict[str, Key] = {
     "MODEL.DISTILL.STUDENT_ARCHITECTURE": Key(
         "",
         "student of META_ARCHITECTURE DistillRCNN, DistillRetinaNet or DistillSemanticSegmentor, "
-        "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor: PanopticFPN, FCOS, ATSS, "
-        "GFL, RepPoints, RTMDet, RTMDetIns, YOLOX or YOLOv5",
+        "where it is not GeneralizedRCNN, RetinaNet or SemanticSegmentor. It is PanopticFPN or a "
+        "dense detector: FCOS, ATSS, GFL, RepPoints, RTMDet, RTMDetIns, YOLOX, YOLOv3, YOLOv4, "
+        "YOLOv5 or YOLOv7",
         TEXT,
     ),
     "MODEL.DISTILL.HEADS": Key(
@@ -322,6 +323,16 @@ KEYS: dict[str, Key] = {
     ),
     "SOLVER.EMA.WARMUP_ITERS": Key(
         2000, "time constant of the decay's rise from 0, in iterations; 0: no rise", at_least(0)
+    ),
+    "SOLVER.QAT.ENABLED": Key(
+        False,
+        "quantization-aware training: the student, which starts from its trained MODEL.WEIGHTS, "
+        "computes with the rounding of 8-bit integers, and `distill export --int8` uses the ranges "
+        "that it learns",
+        SWITCH,
+    ),
+    "SOLVER.QAT.CALIBRATION_ITERS": Key(
+        20, "iterations at the start in which ranges are measured and nothing is rounded", WHOLE
     ),
     "SOLVER.FLAT_FRACTION": Key(
         0.5, "share of SOLVER.MAX_ITER before the cosine of WarmupFlatCosineLR", BELOW_1

@@ -161,6 +161,7 @@ UNREAD: dict[str, str] = {
     "MODEL.LOAD_PROPOSALS": _PROPOSALS,
     "VERSION": "old names of keys are not upgraded; use detectron2.config.upgrade_config",
 }
+_SUMS = ("YOLOv3", "YOLOv4", "YOLOv5", "YOLOv7")  # detectors with YOLOv5's loss
 _INFINITE_TOO = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)  # the infinity norm is the largest entry
 # Conditions on several keys, and what to say if one does not hold.
 _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
@@ -175,7 +176,7 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         "SOLVER.REFERENCE_WORLD_SIZE {c.SOLVER.REFERENCE_WORLD_SIZE}.",
     ),
     (
-        lambda c: not c.SOLVER.REFERENCE_WORLD_SIZE or student_architecture(c) != "YOLOv5",
+        lambda c: not c.SOLVER.REFERENCE_WORLD_SIZE or student_architecture(c) not in _SUMS,
         "SOLVER.REFERENCE_WORLD_SIZE is {c.SOLVER.REFERENCE_WORLD_SIZE}, but YOLOv5's loss grows "
         "with the batch itself. Set it to 0, and SOLVER.ACCUMULATE to as many parts as memory "
         "needs.",
@@ -193,6 +194,16 @@ _TOGETHER: tuple[tuple[Callable[[CfgNode], bool], str], ...] = (
         lambda c: not (c.TEST.PRECISE_BN.ENABLED and c.SOLVER.EMA.DECAY),
         "TEST.PRECISE_BN.ENABLED is True, which corrects the trained weights' statistics, but "
         "SOLVER.EMA.DECAY is {c.SOLVER.EMA.DECAY} and their average is evaluated; switch one off.",
+    ),
+    (
+        lambda c: not (c.TEST.PRECISE_BN.ENABLED and c.SOLVER.QAT.ENABLED),
+        "TEST.PRECISE_BN.ENABLED is True, which measures statistics that SOLVER.QAT.ENABLED True "
+        "keeps; set one of them to False.",
+    ),
+    (
+        lambda c: not c.SOLVER.QAT.ENABLED or c.SOLVER.QAT.CALIBRATION_ITERS < c.SOLVER.MAX_ITER,
+        "SOLVER.QAT.CALIBRATION_ITERS is {c.SOLVER.QAT.CALIBRATION_ITERS}, so nothing would be "
+        "quantized; it must be below SOLVER.MAX_ITER {c.SOLVER.MAX_ITER}.",
     ),
     (
         lambda c: c.SOLVER.MAX_ITER not in c.SOLVER.STEPS,

@@ -62,6 +62,11 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
                 _validate_teacher(teacher_config(one.cfg))
     if training:
         _validate_detections(cfg)
+    if training and cfg.SOLVER.QAT.ENABLED and not cfg.MODEL.WEIGHTS:
+        raise ConfigError(
+            "SOLVER.QAT.ENABLED is True, but MODEL.WEIGHTS is empty; name the checkpoint of a "
+            "trained student, whose norms keep their statistics."
+        )
     if training and cfg.REPORT.ENABLED:
         _validate_report(cfg)
     _validate_augment(cfg)

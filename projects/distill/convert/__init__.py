@@ -1,10 +1,11 @@
-"""Convert the authors' weights of RTMDet, RTMDet-Ins, YOLOX and YOLOv5 to a checkpoint.
+"""Convert the authors' weights of RTMDet and YOLO to a checkpoint.
 
     distill convert --config-file F --weights FILE --out FILE.pth [KEY VALUE ...]
 
 The config describes the network of the weights: detector, size, number of classes, and the format
-and normalization of its images. FILE is a checkpoint of mmdetection 3 (RTMDet, RTMDet-Ins) or of
-YOLOX, or a state dict of YOLOv5. Averaged weights are taken where a file has both.
+and normalization of its images. FILE is a checkpoint of mmdetection 3 (RTMDet, RTMDet-Ins), of
+YOLOX, or of PyTorch_YOLOv4 (YOLOv4), or a state dict of YOLOv3, YOLOv4-CSP, YOLOv5 or YOLOv7.
+Averaged weights are taken where a file has both.
 
 Every tensor must have its place in the network, and every place its tensor. Otherwise a message
 names those that do not fit, and nothing is written. Nothing of the file is executed. The result is

@@ -191,39 +191,241 @@ _YOLOX = Source(
     },
 )
 
-_YOLOV5_ANCHORS = "model.24.anchors"  # (levels, anchors, 2) in strides
+
+def _pairs(layer: str, parts: Mapping[str, object]) -> str:
+    """Return pairs "ours:theirs" of the parts of a layer."""
+    return " ".join(f"{layer}.{ours}:{theirs}" for ours, theirs in parts.items())
 
 
-def _anchors(content: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the anchors in a state dict of YOLOv5, in pixels."""
-    anchors = state.get(_YOLOV5_ANCHORS)
-    if not isinstance(anchors, Tensor) or anchors.ndim != 3:
-        return {}
-    levels = [(2 ** (3 + k) * x.float()).tolist() for k, x in enumerate(anchors)]
-    return {"MODEL.YOLOV5.ANCHORS": [[[round(n, 1) for n in x] for x in level] for level in levels]}
+def _prefixed(table: str, prefix: str) -> str:
+    """Return pairs in which their names, which are numbers, have a prefix."""
+    return re.sub(r":(?=\d)", f":{prefix}.", table)
 
 
-_YOLOV5 = Source(
+_RGB: dict[str, Any] = {
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
+    "MODEL.PIXEL_STD": [255.0, 255.0, 255.0],
+}
+
+
+def _numbered(
+    code: str,
+    section: str,
+    bottom_up: str,
+    neck: str,
+    detect: int,
+    rules: Rules,
+    heads: Mapping[str, str] | None = None,
+) -> Source:
+    """Return the source of a network whose layers are numbered, as those of YOLOv5.
+
+    Args:
+        code: name of the code base.
+        section: name of the config section of the detector.
+        bottom_up, neck: pairs "ours:number".
+        detect: number of the layer that has the anchors.
+        rules: as in :class:`Source`.
+        heads: our names of the head's layers; None: the convolutions of ``detect``.
+    """
+    anchors = f"model.{detect}.anchor"  # (levels, anchors, 2) in strides, and a copy in pixels
+
+    def config_in(content: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+        found = state.get(f"{anchors}s")
+        if not isinstance(found, Tensor) or found.ndim != 3:
+            return {}
+        levels = [(2 ** (3 + k) * x.float()).tolist() for k, x in enumerate(found)]
+        pixels = [[[round(n, 1) for n in x] for x in level] for level in levels]
+        return {f"MODEL.{section}.ANCHORS": pixels}
+
+    return Source(
+        code=code,
+        layers=_layers(
+            _prefixed(bottom_up, "model"),
+            _prefixed(neck, "model"),
+            heads or {f"model.{detect}.m": "head.predictors"},
+        ),
+        rules=rules,
+        tensors="(c.get('ema') or c['model']).float().state_dict()",
+        config=_RGB,
+        skipped=re.escape(anchors),
+        config_in=config_in,
+    )
+
+
+_YOLOV5 = _numbered(
     code="YOLOv5",
-    layers=_layers(
-        """c1:model.0 down1:model.1 c2:model.2 down2:model.3 c3:model.4 down3:model.5 c4:model.6
-        down4:model.7 csp:model.8 c5:model.9""",
-        """r5:model.10 t4:model.13 r4:model.14 p3:model.17 down3:model.18 p4:model.20
-        down4:model.21 p5:model.23""",
-        {"model.24.m": "head.predictors"},
-    ),
+    section="YOLOV5",
+    bottom_up="c1:0 down1:1 c2:2 down2:3 c3:4 down3:5 c4:6 down4:7 csp:8 c5:9",
+    neck="r5:10 t4:13 r4:14 p3:17 down3:18 p4:20 down4:21 p5:23",
+    detect=24,
     rules=_c3("cv", "c5"),
-    tensors="(c.get('ema') or c['model']).float().state_dict()",
-    config={
-        "INPUT.FORMAT": "RGB",
-        "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
-        "MODEL.PIXEL_STD": [255.0, 255.0, 255.0],
-    },
-    skipped=re.escape(_YOLOV5_ANCHORS),
-    config_in=_anchors,
 )
 
-ARCHITECTURES = ("RTMDet", "RTMDetIns", "YOLOX", "YOLOv5")
+
+# ---- YOLOv3 of ultralytics, YOLOv4 and YOLOv4-CSP of PyTorch_YOLOv4.
+
+_BOTTLENECKS = (  # only those of the backbone are added to their input
+    _NORM,
+    (r"(bottom_up\..*)\.cv1\.", r"\1.branch.0."),
+    (r"(bottom_up\..*)\.cv2\.", r"\1.branch.1."),
+    (r"\.cv1\.", ".0."),
+    (r"\.cv2\.", ".1."),
+)
+
+_YOLOV3 = _numbered(
+    code="YOLOv3",
+    section="YOLOV3",
+    bottom_up="stem:0 down0:1 c1.0:2 down1:3 c2:4 down2:5 c3:6 down3:7 c4:8 down4:9 c5:10",
+    neck="""t5.0:11 pooled:12 pooled.first:12.cv1 pooled.last:12.cv2 wide:13 b5:14 p5:15 r5:16
+    t4.0:19 t4.1:20 b4:21 p4:22 r4:23 p3.0:26 p3.1:27.0 p3.2:27.1""",
+    detect=28,
+    rules=_BOTTLENECKS,
+)
+
+
+def _norm_csp(layer: str, n: int) -> str:
+    """Return the pairs of a stage of YOLOv4-CSP."""
+    ours = ("main", "short", "blocks.1", "last.1", "last.0.0", "blocks.0")
+    theirs = (f"{n}.{part}" for part in ("cv1", "cv2", "cv3", "cv4", "bn", "m"))
+    return _pairs(layer, dict(zip(ours, theirs)))
+
+
+def _norm_csp_neck(layer: str, n: int) -> str:
+    """Return the pairs of a layer of YOLOv4-CSP's neck."""
+    ours = ("0", "1.short", "1.last.1", "1.last.0.0", "1.blocks")
+    theirs = (f"{n}.{part}" for part in ("cv1", "cv2", "cv3", "bn", "m"))
+    return _pairs(layer, dict(zip(ours, theirs)))
+
+
+def _spp_csp(n: int, last: str) -> str:
+    """Return the pairs of the pooling of YOLOv4-CSP and YOLOv7."""
+    ours = ("main.0", "short", "main.1", "main.2", "blocks.1", "blocks.2", last)
+    return _pairs("n5", {part: f"{n}.cv{k}" for k, part in enumerate(ours, 1)})
+
+
+_YOLOV4_CSP = _numbered(
+    code="PyTorch_YOLOv4",
+    section="YOLOV4",
+    bottom_up=f"""stem:0 down0:1 c1.0:2 down1:3 {_norm_csp("c2", 4)} down2:5 {_norm_csp("c3", 6)}
+    down3:7 {_norm_csp("c4", 8)} down4:9 {_norm_csp("c5", 10)}""",
+    neck=f"""{_spp_csp(11, "last.1")} n5.last.0.0:11.bn r5:12 s4:14 {_norm_csp_neck("n4", 16)}
+    r4:17 s3:19 {_norm_csp_neck("o3", 21)} down3:22 {_norm_csp_neck("o4", 24)} down4:25
+    {_norm_csp_neck("o5", 27)} p5:28 p4:30 p3:32""",
+    detect=34,
+    rules=_BOTTLENECKS,
+    heads={f"model.{n}": f"head.predictors.{k}" for k, n in enumerate((33, 31, 29))},
+)
+
+
+def _csp_stage(layer: str, first: int, blocks: int) -> str:
+    """Return the pairs of a stage of CSPDarknet53, whose convolutions have numbers of Darknet."""
+    parts = {"short": first, "main": first + 2}
+    for k in range(blocks):
+        parts |= {f"blocks.0.{k}.branch.{i}": first + 3 * k + 3 + i for i in (0, 1)}
+    end = first + 3 * blocks + 3
+    return _pairs(layer, {**parts, "blocks.1": end, "last": end + 2})
+
+
+def _chain(layer: str, first: int, convs: int) -> str:
+    """Return the pairs of convolutions that follow each other."""
+    return _pairs(layer, {str(k): first + k for k in range(convs)})
+
+
+_YOLOV4_BOTTOM_UP = f"""stem:0 down0:1 {_csp_stage("c1", 2, 1)} down1:11 {_csp_stage("c2", 12, 2)}
+down2:24 {_csp_stage("c3", 25, 8)} down3:55 {_csp_stage("c4", 56, 8)} down4:86
+{_csp_stage("c5", 87, 4)}"""
+_YOLOV4_NECK = f"""{_chain("n5.0", 105, 3)} {_chain("n5.2", 114, 3)} r5:117 s4:120
+{_chain("n4", 122, 5)} r4:127 s3:130 {_chain("o3", 132, 5)} p3:137 down3:141
+{_chain("o4", 143, 5)} p4:148 down4:152 {_chain("o5", 154, 5)} p5:159"""
+
+_YOLOV4 = Source(
+    code="PyTorch_YOLOv4",
+    layers=_layers(
+        _prefixed(_YOLOV4_BOTTOM_UP, "module_list"),
+        _prefixed(_YOLOV4_NECK, "module_list"),
+        {f"module_list.{n}.Conv2d": f"head.predictors.{k}" for k, n in enumerate((138, 149, 160))},
+    ),
+    rules=((r"\.Conv2d\.", ".conv."), (r"\.BatchNorm2d\.", ".norm.")),
+    tensors="c['model']",
+    config=_RGB,
+)
+
+
+# ---- YOLOv7.
+
+
+def _elan(layer: str, first: int, stages: int, convs: int = 1) -> str:
+    """Return the pairs of an ELAN, whose convolutions have numbers from ``first``."""
+    inner = [f"stages.{k}.{i}" for k in range(stages) for i in range(convs)]
+    parts = {part: first + k for k, part in enumerate(["short", "main", *inner])}
+    return _pairs(layer, {**parts, "last": first + len(parts) + 1})
+
+
+def _pool_down(layer: str, pool: int) -> str:
+    """Return the pairs of a downsampling whose maximum has a number."""
+    return _pairs(layer, {"pooled.1": pool + 1, "strided.0": pool + 2, "strided.1": pool + 3})
+
+
+def _rep_conv(layer: str, n: int) -> str:
+    """Return the pairs of a RepConv."""
+    ours = ("spatial", "spatial_norm", "point", "point_norm")
+    theirs = (f"{n}.rbr_{part}" for part in ("dense.0", "dense.1", "1x1.0", "1x1.1"))
+    return _pairs(layer, dict(zip(ours, theirs)))
+
+
+def _yolov7(bottom_up: str, neck: str, detect: int) -> Source:
+    """Return the source of a network of YOLOv7's code.
+
+    Args:
+        bottom_up, neck, detect: as in :func:`_numbered`.
+    """
+    return _numbered(
+        code="YOLOv7",
+        section="YOLOV7",
+        bottom_up=bottom_up,
+        neck=neck,
+        detect=detect,
+        rules=(_NORM, (r"^head\.(\w+)\.(\d)\.implicit$", r"head.predictors.\2.\1")),
+        heads={
+            f"model.{detect}.m": "head.predictors",
+            f"model.{detect}.ia": "head.added",
+            f"model.{detect}.im": "head.factor",
+        },
+    )
+
+
+_YOLOV7 = _yolov7(
+    f"""stem:0 down0:1 c1:2 down1:3 {_elan("c2", 4, 2, 2)} {_pool_down("down2", 12)}
+    {_elan("c3", 17, 2, 2)} {_pool_down("down3", 25)} {_elan("c4", 30, 2, 2)}
+    {_pool_down("down4", 38)} {_elan("c5", 43, 2, 2)}""",
+    f"""{_spp_csp(51, "last")} r5:52 s4:54 {_elan("n4", 56, 4)} r4:64 s3:66 {_elan("o3", 68, 4)}
+    {_pool_down("down3", 76)} {_elan("o4", 81, 4)} {_pool_down("down4", 89)} {_elan("o5", 94, 4)}
+    {_rep_conv("p3", 102)} {_rep_conv("p4", 103)} {_rep_conv("p5", 104)}""",
+    105,
+)
+_YOLOV7_TINY = _yolov7(
+    f"""stem:0 down1:1 {_elan("c2", 2, 2)} {_elan("c3", 9, 2)} {_elan("c4", 16, 2)}
+    {_elan("c5", 23, 2)}""",
+    f"""n5.short:29 n5.main:30 n5.blocks.1:35 n5.last:37 r5:38 s4:40 {_elan("n4", 42, 2)} r4:48
+    s3:50 {_elan("o3", 52, 2)} down3:58 {_elan("o4", 60, 2)} down4:66 {_elan("o5", 68, 2)}
+    p3:74 p4:75 p5:76""",
+    77,
+)
+
+_SOURCES = {
+    "RTMDet": _rtmdet("reg"),
+    "YOLOX": _YOLOX,
+    "YOLOv3": _YOLOV3,
+    "YOLOv4": _YOLOV4,
+    "YOLOv5": _YOLOV5,
+    "YOLOv7": _YOLOV7,
+}
+_VARIANTS = {  # by backbone
+    "build_yolov4_csp_pafpn_backbone": _YOLOV4_CSP,
+    "build_yolov7_tiny_pafpn_backbone": _YOLOV7_TINY,
+}
+ARCHITECTURES = (*_SOURCES, "RTMDetIns")
 
 
 def source_of(cfg: CfgNode) -> Source:
@@ -240,4 +442,4 @@ def source_of(cfg: CfgNode) -> Source:
         )
     if architecture == "RTMDetIns":
         return _rtmdet("cls" if cfg.MODEL.RTMDETINS.SHARED_BOX_BRANCH else "reg")
-    return {"RTMDet": _rtmdet("reg"), "YOLOX": _YOLOX, "YOLOv5": _YOLOV5}[architecture]
+    return _VARIANTS.get(cfg.MODEL.BACKBONE.NAME, _SOURCES[architecture])

@@ -32,6 +32,7 @@ from ..engine.train_loop import forward_context, mean_losses, micro_batches, see
 from ..errors import DistillError, WeightsError
 from ..modeling.balance import balance_of
 from ..modeling.meta_arch import DistillModel, build_distill_model
+from ..modeling.quantization import PART, build_quantization
 from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
 from ..utils.text import one_line
 
@@ -102,7 +103,11 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     model = build_distill_model(cfg).train()
     with readable(path, "reproducer"):
         model.load_state_dict(with_renamed_keys(saved["model"], HEADS, f"'{path}'"))
-        StudentState(getattr(model, "student", model)).load_state_dict(saved["student_state"])
+        student = getattr(model, "student", model)
+        StudentState(student).load_state_dict(saved["student_state"])
+        quantization = build_quantization(cfg, student)
+        if quantization is not None:
+            quantization.load_state_dict(saved[PART])
         balance = balance_of(model)
         if balance is not None:
             balance.load_state_dict(saved["balance"])

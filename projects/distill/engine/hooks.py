@@ -15,9 +15,10 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
-from ..checkpoint.save import StudentCheckpointer
+from ..checkpoint.save import STUDENT, StudentCheckpointer
 from ..heads import DistillHead
 from ..modeling.balance import GradientBalance
+from ..modeling.quantization import Quantization
 from ..utils.old_names import HOOKS, with_renamed_keys
 from .health import balance_warning, cosine_warning, dead_warning, ratio_warning
 from .telemetry import RowWriter, head_of
@@ -71,6 +72,22 @@ class EvalHook(hooks.EvalHook):
 
     def after_train(self) -> None:
         del self._func, self.weights_in_place  # both refer to the trainer
+
+
+class QuantizationHook(HookBase):
+    """Hook that moves the ranges of the quantized tensors after each step."""
+
+    def __init__(self, quantization: Quantization):
+        self.quantization = quantization
+
+    def after_step(self) -> None:
+        was_active = self.quantization.active
+        self.quantization.update()
+        if self.quantization.active and not was_active:
+            logger.info(
+                "Iteration %d: %d layers of the student are quantized from the next one on",
+                *(self.trainer.iter, len(self.quantization.layers)),
+            )
 
 
 class CheckpointHook(HookBase):
@@ -218,7 +235,8 @@ class BestCheckpointHook(HookBase):
         trainer["hooks"] = {**hooks, type(self).__name__: self.state_dict()}
         if not is_best:
             return None
-        return {key: checkpoint[key] for key in ("model", "iteration")} | {self.metric: value}
+        kept = {key: checkpoint[key] for key in (*STUDENT, "iteration") if key in checkpoint}
+        return {**kept, self.metric: value}
 
     def state_dict(self) -> dict[str, Any]:
         counted = {

@@ -31,6 +31,7 @@ from torch.nn.utils import get_total_norm
 from ..checkpoint.save import StudentState, write_checked
 from ..errors import NumericalError
 from ..modeling.balance import balance_of
+from ..modeling.quantization import PART, Quantization
 from ..utils.text import shortened
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,22 @@ class FiniteGuard:
         model: model to train, with student and heads.
         student: student of that model, which may have state outside its buffers.
         seed: seed of the run, for the reproducer.
+        quantization: that of the student, for the reproducer.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, student: nn.Module, seed: int):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        student: nn.Module,
+        seed: int,
+        quantization: Quantization | None = None,
+    ):
         self.cfg = cfg
         self.model = model
         self.student = student
         self.seed = seed
+        self.quantization = quantization
         self.skips = 0
         self._state = StudentState(student)
         modules = list(model.modules())
@@ -205,6 +215,8 @@ class FiniteGuard:
             "balance": balance.state_dict() if balance else {},
             "batch": to_plain(self._batch),
         }
+        if self.quantization is not None:
+            saved[PART] = self.quantization.state_dict()
         try:
             os.makedirs(folder, exist_ok=True)
             write_checked(path, saved)

@@ -58,8 +58,8 @@ def be_deterministic() -> None:
 def scale_to_workers(cfg: CfgNode) -> CfgNode:
     """Scale the schedule to the number of processes, as detectron2's ``auto_scale_workers`` does.
 
-    The moving average, the switch of augmentations, the schedules of the heads and YOLOX's L1
-    loss are scaled, too.
+    The moving average, the calibration, the switch of augmentations, the schedules of the heads
+    and YOLOX's L1 loss are scaled, too.
     """
     scaled: CfgNode = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
@@ -70,6 +70,8 @@ def scale_to_workers(cfg: CfgNode) -> CfgNode:
     ema = scaled.SOLVER.EMA
     ema.DECAY **= 1 / factor  # as much of the average is forgotten over as many images
     ema.WARMUP_ITERS = round(ema.WARMUP_ITERS * factor)
+    qat = scaled.SOLVER.QAT
+    qat.CALIBRATION_ITERS = round(qat.CALIBRATION_ITERS * factor)
     augment = scaled.INPUT.AUGMENT
     augment.SWITCH_ITER = round(augment.SWITCH_ITER * factor)
     if scaled.MODEL.YOLOX.L1_FROM_ITER > 0:

@@ -44,7 +44,7 @@ from ..data.detections import DetectionsMapper
 from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader, data_seed
 from ..data.registration import label_digests
-from ..errors import of_teacher
+from ..errors import WeightsError, of_teacher
 from ..evaluation.images import ImageEvaluator
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
@@ -53,8 +53,10 @@ from ..modeling.distillation import infos_by_teacher
 from ..modeling.feature_cache import check_cache
 from ..modeling.init_from_teacher import init_from_teacher
 from ..modeling.meta_arch import DistillModel, build_distill_model, build_student
+from ..modeling.quantization import PART, build_quantization
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
+from ..solver.groups import split_implicit
 from ..solver.lr_scheduler import build_lr_scheduler
 from ..solver.warmup import build_warmup, split_biases
 from ..utils.old_names import HOOKS, with_renamed_keys
@@ -66,6 +68,7 @@ from .hooks import (
     FinalCheckpointHook,
     KDRatioHook,
     LossHealthHook,
+    QuantizationHook,
     TelemetryHook,
 )
 from .nonfinite import FiniteGuard
@@ -113,6 +116,7 @@ class Trainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.student: nn.Module = getattr(model, "student", model)
+        self.quantization = build_quantization(cfg, self.student)
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teachers = model.teachers if isinstance(model, DistillModel) else {}
         self._check_caches(cfg, model)
@@ -127,7 +131,7 @@ class Trainer(DefaultTrainer):
             amp=cfg.SOLVER.AMP.ENABLED,
             device=cfg.MODEL.DEVICE,
             seed=self.seed,
-            guard=FiniteGuard(cfg, model, self.student, self.seed),
+            guard=FiniteGuard(cfg, model, self.student, self.seed, self.quantization),
             heads=tuple(self.heads),
             cosine_period=cfg.MODEL.DISTILL.COSINE_PERIOD,
             accumulate=cfg.SOLVER.ACCUMULATE,
@@ -146,6 +150,7 @@ class Trainer(DefaultTrainer):
             student_state=StudentState(self.student),
             distill=self.head_state,
             **({} if self.balance is None else {"balance": self.balance}),
+            **({} if self.quantization is None else {PART: self.quantization}),
             trainer=self,
         )
         self.register_hooks([*self.build_hooks(), *extra_hooks])
@@ -220,6 +225,8 @@ class Trainer(DefaultTrainer):
         before.append(TelemetryHook(cfg.SOLVER.IMS_PER_BATCH, left_out))
         if self.heads and self.balance is None:
             before.insert(0, KDRatioHook(tuple(self.heads)))
+        if self.quantization is not None:
+            before.insert(0, QuantizationHook(self.quantization))
         before = [hook for hook in (self.ema, build_warmup(cfg)) if hook] + before
         before.append(LossHealthHook(self.heads, self.balance))
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
@@ -352,6 +359,7 @@ class Trainer(DefaultTrainer):
         misfits = chain(
             tensor_misfits(checkpoint["model"], self.student.state_dict(), ONCE_SAVED),
             self.head_state.misfits(checkpoint["distill"]),
+            self.quantization.misfits(checkpoint[PART]) if self.quantization else (),
             self.ema.misfits(hooks["EMAHook"]) if self.ema and "EMAHook" in hooks else (),
             optimizer_misfits(state["_trainer"]["optimizer"], self.optimizer, names),
             schedule_misfits(hooks.get("LRScheduler", {}), state["iteration"], self.scheduler),
@@ -405,6 +413,7 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         sgd = cfg.SOLVER.OPTIMIZER == "SGD"
         optimizer = super().build_optimizer(cfg, model) if sgd else build_adamw(cfg, model)
+        split_implicit(cfg, optimizer, model)
         split_biases(cfg, optimizer, model)
         return optimizer
 
@@ -549,9 +558,19 @@ def load_student(cfg: CfgNode, weights: str) -> nn.Module:
     """Return the student, a plain detectron2 network, with its weights.
 
     Args:
-        cfg: config of the training, or a plain one.
+        cfg: config of the training, or a plain one. With ``SOLVER.QAT``, the student is quantized
+            as in the training.
         weights: checkpoint of the student.
+
+    Raises:
+        WeightsError: the checkpoint does not fit the student, or lacks its quantization.
     """
     model = build_student(cfg)
     load_strictly(model, weights, "MODEL.WEIGHTS", allow_pickle=cfg.MODEL.ALLOW_PICKLE)
+    quantization = build_quantization(cfg, model)
+    if quantization is not None and not quantization.load(weights):
+        raise WeightsError(
+            f"SOLVER.QAT.ENABLED is True, but '{weights}' is of a training without it; name "
+            "another checkpoint, or set it to False."
+        )
     return model

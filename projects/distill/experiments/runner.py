@@ -24,15 +24,14 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils.env import seed_all_rng
 from rich.progress import TaskID
 from torch import nn
 
-from ..checkpoint.load import load_strictly
-from ..config import one_per_teacher, student_config, teacher_config
+from ..config import one_per_teacher, teacher_config
 from ..config.detectron2_rules import leaves
-from ..engine import Trainer
+from ..engine import Trainer, load_student
 from ..evaluation.sliding_window import with_sliding_window
 from ..utils.io import file_hash, write_json, write_text
 from ..utils.progress import Progress
@@ -119,9 +118,7 @@ class Runner:
         with quiet(stage.folder / "log.txt"):
             if not stage.weights.is_file():
                 self._train(stage)
-            cfg = student_config(stage.cfg)
-            model = build_model(cfg).eval()
-            load_strictly(model, str(stage.weights), "the stage's checkpoint")
+            model = load_student(stage.cfg, str(stage.weights)).eval()
             metrics = self.measure(stage, model)
         write_json(result, metrics)
         return metrics
@@ -141,7 +138,7 @@ class Runner:
         """Return every metric of a run's evaluation, and its cost.
 
         Args:
-            model: the trained student as a plain network, in evaluation mode.
+            model: the trained student, without teacher and heads, in evaluation mode.
         """
         return {**flat(self.test(stage, model)), **training_cost(stage)}
 

@@ -48,7 +48,10 @@ NETWORKS: dict[str, tuple[str, Sequence[Any], str]] = {
     "RTMDet": ("Shapes-Detection/rtmdet_PAFPN_32", (), ""),
     "RTMDet-Ins": ("Shapes-InstanceSegmentation/rtmdet_ins_PAFPN_32", (), ""),
     "YOLOX": ("Shapes-Detection/yolox_PAFPN_32", (), ""),
+    "YOLOv3": ("Shapes-Detection/yolov3_FPN_32", (), ""),
+    "YOLOv4": ("Shapes-Detection/yolov4_PAFPN_32", (), ""),
     "YOLOv5": ("Shapes-Detection/yolov5_PAFPN_32", (), ""),
+    "YOLOv7": ("Shapes-Detection/yolov7_PAFPN_32", (), ""),
     "Semantic FPN": ("Shapes-SemanticSegmentation/semantic_fpn_R_10_FPN_32", (), R_CNN),
     "PSPNet": ("Shapes-SemanticSegmentation/pspnet_R_10", (), ""),
     "DeepLabV3": ("Shapes-SemanticSegmentation/deeplabv3_R_18", (), ""),
@@ -69,7 +72,7 @@ class SupportMatrix(NamedTuple):
 
     Attributes:
         pairs: by student, teacher and head.
-        without_teacher: by student with FPN+PAN and head.
+        without_teacher: by student with FPN+PAN, or YOLOv3's neck, and head.
     """
 
     pairs: dict[str, dict[str, dict[str, str]]]
@@ -107,7 +110,7 @@ def support_matrix(
     without_teacher = {}
     for student in NETWORKS:
         cfg = config(student, "pafpn")
-        if "pafpn" in cfg.MODEL.BACKBONE.NAME:
+        if "fpn" in cfg.MODEL.BACKBONE.NAME:  # YOLOv3's neck has no bottom-up pathway
             without_teacher[student] = try_heads(cfg, build_model(cfg).train(), None, heads)
     return SupportMatrix(pairs, without_teacher)
 

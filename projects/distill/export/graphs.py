@@ -23,7 +23,9 @@ from torchvision.ops import nms
 from ..errors import ConfigError
 from ..nets import RTMDet, RTMDetIns
 from ..nets.assign import dynamic_masks
+from ..nets.blocks import RepConv
 from ..nets.dense import PriorDetector, best_class
+from ..nets.yolov7 import ImplicitConv
 
 Values = dict[str, Tensor]
 """Outputs of a graph by name, in a fixed order."""
@@ -662,10 +664,16 @@ class MeanGrid(nn.Module):
 
 
 def exportable(model: nn.Module) -> nn.Module:
-    """Return a copy of the network in evaluation mode without layers that exporters lack."""
+    """Return a copy of the network in evaluation mode for an exporter.
+
+    It has no layers that exporters lack, and one convolution in place of several that are equal to
+    it (YOLOv7).
+    """
     model = deepcopy(model).eval().requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
                 setattr(parent, name, MeanGrid(child.output_size))
+            elif isinstance(child, RepConv | ImplicitConv):
+                setattr(parent, name, child.fused())
     return model

@@ -1,8 +1,8 @@
 """Export a student to ONNX or TorchScript, and compare the file with its network.
 
     distill export output/student --format onnx [--out student.onnx] [--size 640x640]
-        [--preprocessing outside] [--postprocessing outside] [--features] [--images 8] [--evaluate]
-        [--opts KEY VALUE ...]
+        [--preprocessing outside] [--postprocessing outside] [--features] [--int8] [--images 8]
+        [--evaluate] [--opts KEY VALUE ...]
 
 The folder is the OUTPUT_DIR of a training. Before the file is kept, it runs on images of the test
 set, or of --image-folder. Its outputs must be those of the network, and its detections must be
@@ -10,16 +10,20 @@ those of the network's own inference, one to one. A report is written beside the
 
 Images are resized and padded outside of the file. With --preprocessing inside, it normalizes them.
 With --postprocessing inside, it returns detections, otherwise the outputs of the layers.
+
+--int8 also writes student_int8.onnx, whose convolutions and linear layers compute with 8-bit
+integers, except the last ones. Its ranges are those of a training with SOLVER.QAT, otherwise of
+images of the training set.
 """
 
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from detectron2.config import CfgNode
@@ -31,61 +35,39 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..checkpoint.load import read_part
 from ..engine import Trainer, load_student
 from ..errors import ConfigError
+from ..modeling.quantization import METHODS, PART
 from ..utils.arguments import at_least, size
 from ..utils.io import write_json
 from ..utils.progress import Progress
 from ..utils.provenance import command
 from ..utils.text import clause
+from ..utils.timing import cpu_milliseconds
 from .graphs import build_graph, exportable
-from .parity import Parity, compare
+from .int8 import Calibration, export_int8
+from .int8_report import SURE
+from .parity import Parity, compare, network_pixels, reference
 from .predict import folder_images
-from .runner import ExportError, Prediction, Predictor, Size, read_image
+from .runner import ExportError, Prediction, Predictor, network_input, read_image
 from .student import student_cfg, test_cfg
 from .writer import (
     FORMATS,
     NEAREST,
     OPSET,
     OPSETS,
+    Exported,
+    Options,
     export_info,
     keep_outputs,
     load,
     write,
 )
 
+T = TypeVar("T")
+
 WHERE = ("inside", "outside")
-
-
-class Options(NamedTuple):
-    """Content of a file.
-
-    Attributes:
-        form: a key of :data:`FORMATS`.
-        size: height and width of the input in pixels, or None if they may vary.
-        normalizes: True if the file normalizes pixels.
-        final: True if the file selects detections; False if it returns the outputs of its layers.
-        features: True if the file also returns the maps of the backbone.
-        opset: version of ONNX's operators.
-    """
-
-    form: str = "onnx"
-    size: Size | None = None
-    normalizes: bool = True
-    final: bool = True
-    features: bool = False
-    opset: int = OPSET
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "Options":
-        return cls(
-            args.format,
-            args.size and args.size[::-1],
-            args.preprocessing == "inside",
-            args.postprocessing == "inside",
-            args.features,
-            args.opset,
-        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +95,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=OPSET,
         help=f"version of ONNX's operators; default: {OPSET}",
     )
+    parser.add_argument("--int8", action="store_true", help="also write an ONNX file of integers")
+    parser.add_argument(
+        "--calibration-images",
+        type=at_least(1),
+        default=100,
+        help="number of training images that give the ranges of --int8; default: 100",
+    )
+    parser.add_argument(
+        "--calibration-folder", type=Path, metavar="DIR", help="images instead of the training set"
+    )
+    parser.add_argument(
+        "--calibration-method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="mean of the images' least and largest values, the extremes of all, or the mean of "
+        f"percentiles; default: {METHODS[0]}",
+    )
     parser.add_argument(
         "--images", type=at_least(1), default=8, help="number of compared images; default: 8"
     )
@@ -131,45 +130,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def options_of(args: argparse.Namespace) -> Options:
+    """Return the content of the file that the arguments ask for."""
+    return Options(
+        args.format,
+        args.size and args.size[::-1],
+        args.preprocessing == "inside",
+        args.postprocessing == "inside",
+        args.features,
+        args.opset,
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    options = Options.from_args(args)
+    options = options_of(args)
     path = args.out or args.folder / f"student{FORMATS[options.form]}"
     if path.suffix != FORMATS[options.form]:
         raise ConfigError(f"--out '{path}' must end with {FORMATS[options.form]}.")
     if args.evaluate and not options.final:
         raise ConfigError("--evaluate needs detections; use --postprocessing inside.")
+    if args.int8 and options.form != "onnx":
+        raise ConfigError("--int8 needs --format onnx, whose files onnxruntime runs with integers.")
+    if args.int8 and options.features:
+        raise ConfigError("--int8 is for devices, and --features is for teachers; export twice.")
     with Progress() as progress:
         cfg = student_cfg(args.folder)
         model = load_student(cfg, cfg.MODEL.WEIGHTS).eval()
-        parity = export(cfg, model, path, image_files(args), options, progress)
-        report = {
-            "command": command(),
-            "info": load(path).info,
-            "bytes": os.path.getsize(path),
-            "parity": asdict(parity),
-        }
+        files, calibration = compared_files(args), calibration_of(args, cfg)
+        parity = export(cfg, model, path, files, options, progress)
+        report = {"command": command(), **described(path), "parity": asdict(parity)}
+        paths = {"file": path}
+        if args.int8:
+            paths["int8"] = path.with_name(f"{path.stem}_int8.onnx")
+            own = export_int8(cfg, model, paths["int8"], files, options, calibration, progress)
+            report["int8"] = {**described(paths["int8"]), "report": asdict(own)}
+            report["ms"] = measured(model, paths, files)
         if args.evaluate:
             test = test_cfg(args.folder, args.opts)
-            networks = {"network": model, "file": exported_model(path)}
+            networks = {"network": model, **{k: exported_model(x) for k, x in paths.items()}}
             report["metrics"] = {k: evaluate(test, x, progress, k) for k, x in networks.items()}
     write_json(path.with_suffix(".json"), report)
     show(path, report)
     return 0
 
 
-def image_files(args: argparse.Namespace) -> list[str]:
+def described(path: Path) -> dict[str, Any]:
+    """Return the metadata and the size of a file."""
+    return {"info": load(path).info, "bytes": os.path.getsize(path)}
+
+
+# ---- Images.
+
+
+def compared_files(args: argparse.Namespace) -> list[str]:
     """Return evenly spaced images of ``--image-folder``, or of the first test set.
 
     Raises:
         DistillError: if there are no images.
     """
     if args.image_folder is None:
-        name = test_cfg(args.folder, args.opts).DATASETS.TEST[0]
-        files = [x["file_name"] for x in DatasetCatalog.get(name)]
+        files = set_files(test_cfg(args.folder, args.opts))
     else:
         files = [str(x) for x in folder_images(args.image_folder)]
-    step = max(len(files) / args.images, 1.0)
-    return [files[int(k * step)] for k in range(min(args.images, len(files)))]
+    return evenly_spaced(files, args.images)
+
+
+def calibration_of(args: argparse.Namespace, cfg: CfgNode) -> Calibration | None:
+    """Return the images that give ranges; None if the student has learned its ranges.
+
+    Raises:
+        DistillError: if there are no images.
+    """
+    if not args.int8 or read_part(cfg.MODEL.WEIGHTS, PART) is not None:
+        return None
+    if args.calibration_folder is None:
+        train = test_cfg(args.folder, args.opts).DATASETS.TRAIN
+        if not train:
+            raise ConfigError("DATASETS.TRAIN is empty; name images by --calibration-folder.")
+        files = set_files(test_cfg(args.folder, [*args.opts, "DATASETS.TEST", tuple(train)]))
+    else:
+        files = [str(x) for x in folder_images(args.calibration_folder)]
+    return Calibration(evenly_spaced(files, args.calibration_images), args.calibration_method)
+
+
+def set_files(cfg: CfgNode) -> list[str]:
+    """Return the image files of the first set of ``DATASETS.TEST``."""
+    return [x["file_name"] for x in DatasetCatalog.get(cfg.DATASETS.TEST[0])]
+
+
+def evenly_spaced(files: Sequence[T], number: int) -> list[T]:
+    step = max(len(files) / number, 1.0)
+    return [files[int(k * step)] for k in range(min(number, len(files)))]
+
+
+# ---- The file.
 
 
 def export(
@@ -219,6 +273,30 @@ def export(
         parity.check()
         os.replace(kept, path)
     return parity
+
+
+# ---- Time.
+
+
+def measured(model: nn.Module, paths: Mapping[str, Path], files: Sequence[str]) -> dict[str, float]:
+    """Return the CPU time per image in ms of a network, and of its files in one thread.
+
+    Images are resized already. The network's time includes the pasting of masks.
+    """
+    exported = {name: load(path, threads=1) for name, path in paths.items()}
+    info = exported["file"].info
+    pixels = [network_pixels(read_image(x), info) for x in files]
+    images = [network_input(x, info) for x in pixels]
+    sizes = [(x.shape[1], x.shape[2]) for x in pixels]
+
+    def network(k: int) -> None:
+        reference(model, pixels[k % len(files)], sizes[k % len(files)], info)
+
+    def file(k: int, run: Exported) -> None:
+        run(images[k % len(files)], sizes[k % len(files)])
+
+    times = {name: cpu_milliseconds(partial(file, run=run)) for name, run in exported.items()}
+    return {"network": cpu_milliseconds(network), **times}
 
 
 # ---- Evaluation.
@@ -300,10 +378,42 @@ def show(path: Path, report: dict[str, Any]) -> None:
         )
     if "sem_seg" in report["info"].get("outputs", ()):
         console.print(f"At least {parity['pixels']:.2%} of the pixels have the same class.")
-    if "metrics" not in report:
-        return
-    table = Table("metric", "network", "file")
-    both = report["metrics"]
-    for name, value in both["network"].items():
-        table.add_row(name, *(f"{x:.3f}" for x in (value, both["file"].get(name, float("nan")))))
-    console.print(table)
+    if "int8" in report:
+        show_int8(report["int8"]["report"], console)
+    if "metrics" in report or "ms" in report:
+        console.print(comparison(report))
+
+
+def show_int8(report: dict[str, Any], console: Console) -> None:
+    """Print how an INT8 file differs from its network."""
+    console.print(
+        f"INT8: {report['weights']} weights are integers; ranges: {report['ranges']}. The outputs "
+        f"of layers deviate by at most {report['deviation']:.1%}."
+    )
+    if report["detections"]:
+        console.print(
+            f"{report['found']} of {report['detections']} detections with a score of at least "
+            f"{SURE} are found; their scores differ by at most {report['score']:.2f}."
+        )
+    if report["pixels"] < 1:
+        console.print(f"At least {report['pixels']:.2%} of the pixels have the same class.")
+
+
+def comparison(report: dict[str, Any]) -> Table:
+    """Return the metrics, sizes and times of a network and its files as a table."""
+    sizes = {"file": report["bytes"]}
+    if "int8" in report:
+        sizes["int8"] = report["int8"]["bytes"]
+    columns = ("network", *sizes)
+    metrics = report.get("metrics", {"network": {}})
+    rows: dict[str, dict[str, float]] = {
+        name: {k: found[name] for k, found in metrics.items() if name in found}
+        for name in metrics["network"]
+    }
+    if "ms" in report:
+        rows["MiB"] = {name: x / 2**20 for name, x in sizes.items()}
+        rows["ms of CPU per image"] = report["ms"]
+    table = Table("", *columns)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[k]:.3f}" if k in values else "" for k in columns))
+    return table

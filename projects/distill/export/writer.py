@@ -16,6 +16,7 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..modeling.quantization import ROUND_TO_GRID
 from ..utils.io import replacing
 from ..utils.provenance import versions
 from ..utils.text import first_sentence
@@ -32,6 +33,26 @@ EXAMPLE = (2, 3)
 FAULT = re.compile(r"op='([\w:.]+)'|torch\.ops\.([\w.]+)")
 NEAREST = "the other of --format onnx and torchscript, or --postprocessing outside"
 Info = dict[str, Any]
+
+
+class Options(NamedTuple):
+    """Content of a file.
+
+    Attributes:
+        form: a key of :data:`FORMATS`.
+        size: height and width of the input in pixels, or None if they may vary.
+        normalizes: True if the file normalizes pixels.
+        final: True if the file selects detections; False if it returns the outputs of its layers.
+        features: True if the file also returns the maps of the backbone.
+        opset: version of ONNX's operators.
+    """
+
+    form: str = "onnx"
+    size: Size | None = None
+    normalizes: bool = True
+    final: bool = True
+    features: bool = False
+    opset: int = OPSET
 
 
 def export_info(cfg: CfgNode, graph: Graph, size: Size | None) -> Info:
@@ -137,11 +158,22 @@ def write_onnx(graph: Graph, info: Info, path: Path, opset: int) -> None:
         output_names=names,
         dynamic_shapes=None if info["size"] else (varying_sides(info), None),
         opset_version=opset,
+        custom_translation_table={ROUND_TO_GRID: quantized},
         verbose=False,
     )
     model = onnxslim.slim(program.model_proto)
     onnx.checker.check_model(model)
     save_onnx(model, {**info, "opset": opset, "outputs": names}, path)
+
+
+def quantized(x: Any, scale: float, zero_point: int) -> Any:
+    """Translate :data:`~distill.modeling.quantization.ROUND_TO_GRID` to ONNX's operators."""
+    import onnx
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    zero = op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.UINT8, [], [zero_point]))
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 
 
 def save_onnx(model: Any, info: Info, path: Path) -> None:

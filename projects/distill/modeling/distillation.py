@@ -159,6 +159,7 @@ def build_balance(
         ratio=node.RATIO,
         fade=node.FADE,
         max_iter=cfg.SOLVER.MAX_ITER,
+        cosine_period=cfg.MODEL.DISTILL.COSINE_PERIOD,
     )
 
 

@@ -8,16 +8,31 @@ initialization.
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
+Activation = Callable[[], nn.Module]
+"""Builder of an activation."""
+
 
 def silu() -> nn.Module:
     """Build an activation x · sigmoid(x) that works in place."""
     return nn.SiLU(inplace=True)
+
+
+def mish() -> nn.Module:
+    """Build an activation x · tanh(log(1 + exp(x))) that works in place."""
+    return nn.Mish(inplace=True)
+
+
+def leaky_relu() -> nn.Module:
+    """Build a leaky ReLU with the slope 0.1 that works in place."""
+    return nn.LeakyReLU(0.1, inplace=True)
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class ConvStyle:
     norm: str = "BN"
     eps: float = 1e-5
     momentum: float = 0.1
-    activation: Callable[[], nn.Module] = silu
+    activation: Activation = silu
     depthwise: bool = False
 
     @property
@@ -71,6 +86,14 @@ class ConvStyle:
         conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=not self.norm)
         parts = {"conv": conv, "norm": self.build_norm(outputs), "act": self.activation()}
         return nn.Sequential(OrderedDict(parts))
+
+    def plain(self, inputs: int, outputs: int) -> nn.Conv2d:
+        """Build a 1x1 convolution whose norm comes later, so that it has no bias."""
+        return nn.Conv2d(inputs, outputs, 1, bias=not self.norm)
+
+    def norm_act(self, channels: int) -> nn.Sequential:
+        """Build norm and activation without a convolution."""
+        return nn.Sequential(self.build_norm(channels), self.activation())
 
     def separable(
         self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1
@@ -148,28 +171,28 @@ class CSPLayer(nn.Module):
     """Cross stage partial layer (Wang et al., CSPNet): two halves, one of them with a subnet.
 
     Args:
-        inputs, outputs: channels.
-        blocks: the subnet, which keeps ``outputs`` // 2 channels.
-        attention: module on both halves before the last convolution.
-        style: style of the convolutions.
+        main: module before the subnet.
+        short: module of the other half.
+        blocks: the subnet.
+        last: module on the concatenated halves.
+        attention: module on them before ``last``.
     """
 
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
         *,
+        main: nn.Module,
+        short: nn.Module,
         blocks: nn.Module,
-        attention: nn.Module,
-        style: ConvStyle,
+        last: nn.Module,
+        attention: nn.Module | None = None,
     ):
         super().__init__()
-        half = outputs // 2
-        self.main = style.conv(inputs, half)
-        self.short = style.conv(inputs, half)
+        self.main = main
+        self.short = short
         self.blocks = blocks
-        self.attention = attention
-        self.last = style.conv(2 * half, outputs)
+        self.attention = nn.Identity() if attention is None else attention
+        self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
         halves = torch.cat([self.blocks(self.main(x)), self.short(x)], 1)
@@ -191,40 +214,319 @@ def csp(
         half = outputs // 2
         branches = [branch(half, style) for _ in range(repeats)]
         return CSPLayer(
-            inputs,
-            outputs,
             blocks=nn.Sequential(*(Residual(x) if residual else x for x in branches)),
-            attention=ChannelAttention(2 * half) if attention else nn.Identity(),
-            style=style,
+            attention=ChannelAttention(2 * half) if attention else None,
+            main=style.conv(inputs, half),
+            short=style.conv(inputs, half),
+            last=style.conv(2 * half, outputs),
         )
 
     return build
 
 
-class SPPF(nn.Module):
-    """Spatial pyramid pooling: the map next to its maxima over 5x5, 9x9 and 13x13 cells.
+def narrow(inputs: int, outputs: int, style: ConvStyle) -> nn.Sequential:
+    """Build Darknet's branch: convolutions 1x1 to half of the output channels, and 3x3."""
+    half = outputs // 2
+    return nn.Sequential(style.conv(inputs, half), style.spatial(half, outputs))
 
-    Three chained 5x5 pools have the same values as pools of these sizes, which YOLOX and RTMDet
-    use. The parameters are the same too.
+
+def darknet(residual: bool = True) -> Block:
+    """Return the block of a stage of Darknet-53: :func:`narrow` branches.
+
+    Args:
+        residual: True if a branch is added to its input, so that the block keeps the channels.
+    """
+
+    def build(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+        branches = [narrow(a, b, style) for a, b in pairwise([inputs] + [outputs] * repeats)]
+        return nn.Sequential(*(Residual(x) if residual else x for x in branches))
+
+    return build
+
+
+def darknet_csp(first: bool = False) -> Block:
+    """Return the block of a stage of CSPDarknet53: a CSP layer whose subnet ends with a 1x1.
+
+    Args:
+        first: True for the first stage, whose halves have all channels and whose branches are
+            :func:`narrow`.
+    """
+
+    def build(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+        half = outputs if first else outputs // 2
+        branches = (
+            narrow(half, half, style) if first else bottleneck(half, style) for _ in range(repeats)
+        )
+        return CSPLayer(
+            main=style.conv(inputs, half),
+            short=style.conv(inputs, half),
+            blocks=nn.Sequential(nn.Sequential(*map(Residual, branches)), style.conv(half, half)),
+            last=style.conv(2 * half, outputs),
+        )
+
+    return build
+
+
+def norm_csp(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build a stage of YOLOv4-CSP: a CSP layer with one norm for both halves."""
+    half = outputs // 2
+    branches = (Residual(bottleneck(half, style)) for _ in range(repeats))
+    return CSPLayer(
+        main=style.conv(inputs, half),
+        short=style.plain(inputs, half),
+        blocks=nn.Sequential(nn.Sequential(*branches), style.plain(half, half)),
+        last=nn.Sequential(style.norm_act(2 * half), style.conv(2 * half, outputs)),
+    )
+
+
+def norm_csp_neck(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build a layer of YOLOv4-CSP's neck: both halves read the output of one convolution."""
+    layer = CSPLayer(
+        main=nn.Identity(),
+        short=style.plain(outputs, outputs),
+        blocks=nn.Sequential(*(bottleneck(outputs, style) for _ in range(repeats))),
+        last=nn.Sequential(style.norm_act(2 * outputs), style.conv(2 * outputs, outputs)),
+    )
+    return nn.Sequential(style.conv(inputs, outputs), layer)
+
+
+def chain(inputs: int, outputs: int, convs: int, style: ConvStyle) -> nn.Sequential:
+    """Build convolutions that are 1x1 and 3x3 in turn; the 3x3 have twice the output channels.
+
+    Args:
+        convs: number of convolutions, an odd one.
+    """
+    layers, before = [], inputs
+    for k in range(convs):
+        layers.append(style.spatial(before, 2 * outputs) if k % 2 else style.conv(before, outputs))
+        before = 2 * outputs if k % 2 else outputs
+    return nn.Sequential(*layers)
+
+
+def five_convs(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build a layer of YOLOv4's neck, a :func:`chain` of five convolutions."""
+    return chain(inputs, outputs, 5, style)
+
+
+class ELAN(nn.Module):
+    """Efficient layer aggregation (Wang et al., "YOLOv7", Fig. 2c).
+
+    Stages follow each other. The maps of all of them, and of two 1x1 convolutions of the input, are
+    concatenated, the last one first.
+
+    Args:
+        inputs, outputs: channels.
+        branch: channels of the two 1x1 convolutions.
+        width: channels of a stage.
+        stages: number of stages.
+        convs: 3x3 convolutions in a stage.
+        style: style of the convolutions.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        branch: int,
+        width: int,
+        stages: int,
+        convs: int,
+        style: ConvStyle,
+    ):
+        super().__init__()
+        self.short = style.conv(inputs, branch)
+        self.main = style.conv(inputs, branch)
+        channels = [branch] + [width] * (stages * convs)
+        layers = [style.spatial(a, b) for a, b in pairwise(channels)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*layers[k : k + convs]) for k in range(0, len(layers), convs)
+        )
+        self.last = style.conv(2 * branch + stages * width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [self.short(x), self.main(x)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return self.last(torch.cat(maps[::-1], 1))
+
+
+def elan(branch: float, width: float, convs: int = 1) -> Block:
+    """Return the block of an :class:`ELAN` whose stages are the repeats of its row.
+
+    Args:
+        branch, width: channels over the output channels.
+        convs: 3x3 convolutions in a stage.
+    """
+    return lambda inputs, outputs, repeats, style: ELAN(
+        inputs,
+        outputs,
+        branch=int(outputs * branch),
+        width=int(outputs * width),
+        stages=repeats,
+        convs=convs,
+        style=style,
+    )
+
+
+def pool(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build a maximum over 2x2 cells of stride 2, which keeps the channels."""
+    return nn.MaxPool2d(2)
+
+
+class PoolDown(nn.Module):
+    """YOLOv7's downsampling: a strided convolution next to a maximum over 2x2 cells.
+
+    Args:
+        inputs, outputs: channels; each part has half of the outputs.
+        style: style of the convolutions.
+    """
+
+    def __init__(self, inputs: int, outputs: int, style: ConvStyle):
+        super().__init__()
+        half = outputs // 2
+        self.pooled = nn.Sequential(nn.MaxPool2d(2), style.conv(inputs, half))
+        self.strided = nn.Sequential(style.conv(inputs, half), style.spatial(half, half, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.strided(x), self.pooled(x)], 1)
+
+
+def pool_down(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build a :class:`PoolDown`."""
+    return PoolDown(inputs, outputs, style)
+
+
+class RepConv(nn.Module):
+    """Sum of a 3x3 and a 1x1 convolution, each with a norm, then the activation.
+
+    It is RepVGG's layer (Ding et al.) without the identity, as YOLOv7 uses it. :meth:`fused` is one
+    convolution with the same output.
+    """
+
+    def __init__(self, inputs: int, outputs: int, style: ConvStyle):
+        super().__init__()
+        self.spatial = nn.Conv2d(inputs, outputs, 3, padding=1, bias=not style.norm)
+        self.spatial_norm = style.build_norm(outputs)
+        self.point = style.plain(inputs, outputs)
+        self.point_norm = style.build_norm(outputs)
+        self.act = style.activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.spatial_norm(self.spatial(x)) + self.point_norm(self.point(x)))
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """Return a 3x3 convolution and the activation, for inference.
+
+        Norms without running statistics cannot be fused: then it is this layer.
+        """
+        if not all(
+            isinstance(x, nn.Identity) or hasattr(x, "running_var")
+            for x in (self.spatial_norm, self.point_norm)
+        ):
+            return self
+        weight, bias = _folded(self.spatial, self.spatial_norm)
+        point, shift = _folded(self.point, self.point_norm)
+        conv = nn.Conv2d(self.spatial.in_channels, len(weight), 3, padding=1)
+        conv.to(weight).load_state_dict(
+            {"weight": weight + F.pad(point, (1, 1, 1, 1)), "bias": bias + shift}
+        )
+        return nn.Sequential(OrderedDict(conv=conv, act=self.act))
+
+
+def rep_conv(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build a :class:`RepConv`."""
+    return RepConv(inputs, outputs, style)
+
+
+def _folded(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Any]:
+    """Return weight and bias of a convolution with its norm in evaluation mode."""
+    if isinstance(norm, nn.Identity):
+        return conv.weight, conv.bias
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+class Pyramid(nn.Module):
+    """A map next to its maxima over 5x5, 9x9 and 13x13 cells.
+
+    Three chained 5x5 pools have the same values as pools of these sizes.
+
+    Args:
+        descending: True to put the largest pool first and the map itself last.
+    """
+
+    def __init__(self, descending: bool = False):
+        super().__init__()
+        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.descending = descending
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for _ in range(3):
+            maps.append(self.pool(maps[-1]))
+        return torch.cat(maps[::-1] if self.descending else maps, 1)
+
+
+class SPPF(nn.Module):
+    """Spatial pyramid pooling: two 1x1 convolutions around a :class:`Pyramid`.
+
+    YOLOX and RTMDet pool over 5x5, 9x9 and 13x13 cells, which has the same values and parameters.
     """
 
     def __init__(self, inputs: int, outputs: int, style: ConvStyle):
         super().__init__()
         half = inputs // 2
         self.first = style.conv(inputs, half)
-        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.pyramid = Pyramid()
         self.last = style.conv(4 * half, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = [self.first(x)]
-        for _ in range(3):
-            maps.append(self.pool(maps[-1]))
-        return self.last(torch.cat(maps, 1))
+        return self.last(self.pyramid(self.first(x)))
 
 
 def sppf(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
     """Build an :class:`SPPF`."""
     return SPPF(inputs, outputs, style)
+
+
+def spp_convs(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build YOLOv4's pooling: a :class:`Pyramid` between two :func:`chain` of three."""
+    after = chain(4 * outputs, outputs, 3, style)
+    return nn.Sequential(chain(inputs, outputs, 3, style), Pyramid(descending=True), after)
+
+
+def spp_csp(norm: bool) -> Block:
+    """Return the pooling of YOLOv4-CSP and of YOLOv7: a CSP layer around a :class:`Pyramid`.
+
+    Args:
+        norm: True for one norm of both halves (YOLOv4-CSP), False for one of each (YOLOv7).
+    """
+
+    def build(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+        first, middle = style.conv(inputs, outputs), style.spatial(outputs, outputs)
+        after = style.conv(4 * outputs, outputs), style.spatial(outputs, outputs)
+        last = style.conv(2 * outputs, outputs)
+        return CSPLayer(
+            main=nn.Sequential(first, middle, style.conv(outputs, outputs)),
+            short=style.plain(inputs, outputs) if norm else style.conv(inputs, outputs),
+            blocks=nn.Sequential(Pyramid(), *after),
+            last=nn.Sequential(style.norm_act(2 * outputs), last) if norm else last,
+        )
+
+    return build
+
+
+def spp_tiny(inputs: int, outputs: int, repeats: int, style: ConvStyle) -> nn.Module:
+    """Build the pooling of YOLOv7-tiny: a CSP layer around a :class:`Pyramid`."""
+    pools = Pyramid(descending=True)
+    return CSPLayer(
+        main=style.conv(inputs, outputs),
+        short=style.conv(inputs, outputs),
+        blocks=nn.Sequential(pools, style.conv(4 * outputs, outputs)),
+        last=style.conv(2 * outputs, outputs),
+    )
 
 
 class Focus(nn.Module):

@@ -11,7 +11,10 @@ from .gfl import GFL
 from .reppoints import RepPoints
 from .rtmdet import RTMDet
 from .rtmdet_ins import RTMDetIns
+from .yolov3 import YOLOv3
+from .yolov4 import YOLOv4
 from .yolov5 import YOLOv5
+from .yolov7 import YOLOv7
 from .yolox import YOLOX
 
 NAMED_STRIDES = Rule(
@@ -20,7 +23,10 @@ NAMED_STRIDES = Rule(
 )
 _DETECTORS = {
     cls.__name__: cls.section
-    for cls in (ATSS, FCOS, GFL, RepPoints, RTMDet, RTMDetIns, YOLOX, YOLOv5)
+    for cls in (
+        *(ATSS, FCOS, GFL, RepPoints, RTMDet, RTMDetIns),
+        *(YOLOX, YOLOv3, YOLOv4, YOLOv5, YOLOv7),
+    )
 }
 _DENSE_KEYS = {
     f"MODEL.{name.upper()}.{key}": value

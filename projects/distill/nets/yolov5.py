@@ -40,6 +40,83 @@ LEVELS, CLASSES = 3, 80  # for which the authors' factors of the losses hold
 CLASS_SHARE = 0.6  # sum of the class probabilities that a new head gives to an object
 
 
+class YOLOv5Head(nn.Module):
+    """YOLOv5's head: one 1x1 convolution per level.
+
+    Its channels are, for each anchor, x, y, width, height, objectness and classes.
+
+    Args:
+        input_shape: shape of each level.
+        num_classes: K.
+        anchor_sizes: (width, height) in pixels of the A anchors of each level.
+    """
+
+    predictor: type[nn.Conv2d] = nn.Conv2d
+    other_classes = 0.99999
+    """Number that is subtracted from K in the initial biases."""
+
+    def __init__(
+        self,
+        *,
+        input_shape: list[ShapeSpec],
+        num_classes: int,
+        anchor_sizes: Sequence[Sequence[Size]],
+    ):
+        super().__init__()
+        self.num_anchors = len(anchor_sizes[0])
+        self.predictors = nn.ModuleList(
+            self.predictor(x.channels, self.num_anchors * (5 + num_classes), 1) for x in input_shape
+        )
+        self.strides: list[int] = [x.stride for x in input_shape]
+        for predictor, stride in zip(self.predictors, self.strides):
+            self._init_bias(predictor, stride, num_classes)
+        sizes = torch.tensor(anchor_sizes, dtype=torch.float32)
+        self.anchor_sizes: Tensor
+        self.register_buffer("anchor_sizes", sizes[:, None, :, :, None, None], persistent=False)
+
+    @torch.no_grad()
+    def _init_bias(self, predictor: Any, stride: int, num_classes: int) -> None:
+        """Add the logit of the expected objects and classes to PyTorch's random biases."""
+        bias = predictor.bias.view(self.num_anchors, -1)
+        bias[:, 4] += math.log(OBJECTS / (IMAGE / stride) ** 2)
+        bias[:, 5:] += math.log(CLASS_SHARE / (num_classes - self.other_classes))
+
+    def forward(
+        self, features: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Return logits, deltas, objectness and raw boxes of each level.
+
+        They are (N, A · K, Hi, Wi), (N, A · 4, Hi, Wi), (N, A, Hi, Wi) and (N, A · 4, Hi, Wi). Raw
+        boxes are the predictions t from which the deltas are computed.
+        """
+        levels = [self._level(k, x) for k, x in enumerate(features)]
+        logits, deltas, objectness, raw = map(list, zip(*levels))
+        return logits, deltas, objectness, raw
+
+    def _level(self, level: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = self.predictors[level](x).unflatten(1, (self.num_anchors, -1))  # N, A, 5 + K, H, W
+        raw, objectness, logits = output[:, :, :4], output[:, :, 4], output[:, :, 5:]
+        deltas = self.deltas(raw.float(), level)
+        return logits.flatten(1, 2), deltas.flatten(1, 2), objectness, raw.flatten(1, 2)
+
+    def deltas(self, raw: Tensor, level: int) -> Tensor:
+        """Return detectron2's deltas of raw boxes.
+
+        The authors' form with the cell's corner x, the stride s and the anchor's size a::
+
+            centre = (2 * sigmoid(t_xy) - 0.5 + x) * s
+            size = (2 * sigmoid(t_wh)) ** 2 * a
+
+        Args:
+            raw: (N, A, 4, H, W).
+            level: index of the level.
+        """
+        centre, size = raw.split(2, dim=2)
+        shift = (2 * centre.sigmoid() - 1) * self.strides[level] / self.anchor_sizes[level]
+        growth = 2 * (math.log(2) + F.logsigmoid(size))  # log(2σ) would be −∞ for very negative t
+        return torch.cat([shift, growth], 2)
+
+
 @META_ARCH_REGISTRY.register()
 class YOLOv5(ObjectnessDetector):
     """YOLOv5: each anchor of each cell predicts class scores, an objectness, and a box.
@@ -86,15 +163,22 @@ class YOLOv5(ObjectnessDetector):
         ),
         BOX_LOSS_WEIGHT=Key(0.05, "factor of the CIoU loss", at_least(0)),
         OBJ_LOSS_WEIGHT=Key(
-            1.0, "factor of the objectness loss at 640 x 640; 0.7 for m, l and x", at_least(0)
+            1.0,
+            "factor of the objectness loss at 640 x 640; 0.7 for YOLOv5 m, l and x",
+            at_least(0),
         ),
         CLS_LOSS_WEIGHT=Key(
-            0.5, "factor of the class loss for 80 classes; 0.3 for m, l and x", at_least(0)
+            0.5, "factor of the class loss for 80 classes; 0.3 for YOLOv5 m, l and x", at_least(0)
         ),
         ANCHORS=Key(
             ANCHORS, "width and height in pixels of the anchors of each level", SIZES_PER_LEVEL
         ),
     ).on_top_of(YOLO_SECTION)
+    section_name = "YOLOV5"
+    """Name of the config section, ``MODEL.<name>``."""
+    head_class = YOLOv5Head
+    ota = False
+    """True if the targets are those of :func:`~distill.nets.assign.ota_assign`."""
 
     @configurable
     def __init__(
@@ -118,16 +202,16 @@ class YOLOv5(ObjectnessDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.YOLOV5
+        node = cfg.MODEL[cls.section_name]
         arguments = yolo_arguments(cfg, node)
         inputs = input_shapes(arguments)
         for key in ("ANCHORS", "OBJ_BALANCE"):
             if len(node[key]) != len(inputs):
                 raise ValueError(
-                    f"MODEL.YOLOV5.{key} has {len(node[key])} levels; the head reads "
+                    f"MODEL.{cls.section_name}.{key} has {len(node[key])} levels; the head reads "
                     f"{len(inputs)}: {', '.join(node.IN_FEATURES)}"
                 )
-        head = YOLOv5Head(
+        head = cls.head_class(
             input_shape=inputs, num_classes=node.NUM_CLASSES, anchor_sizes=node.ANCHORS
         )
         return {
@@ -186,6 +270,7 @@ class YOLOv5(ObjectnessDetector):
             "anchors": torch.stack([x[:, 2:] - x[:, :2] for x in cells]),
             "strides": self.strides,
             "ratio": self.anchor_ratio,
+            "ota": self.ota,
         }
 
     def _gains(self, maps: list[Tensor]) -> tuple[float, float, float]:
@@ -193,76 +278,3 @@ class YOLOv5(ObjectnessDetector):
         box, obj, cls = (x * LEVELS / len(maps) for x in self.gains)
         height, width = (n * self.strides[0] for n in maps[0].shape[2:4])
         return box, obj * height * width / IMAGE**2, cls * self.num_classes / CLASSES
-
-
-class YOLOv5Head(nn.Module):
-    """YOLOv5's head: one 1x1 convolution per level.
-
-    Its channels are, for each anchor, x, y, width, height, objectness and classes.
-
-    Args:
-        input_shape: shape of each level.
-        num_classes: K.
-        anchor_sizes: (width, height) in pixels of the A anchors of each level.
-    """
-
-    def __init__(
-        self,
-        *,
-        input_shape: list[ShapeSpec],
-        num_classes: int,
-        anchor_sizes: Sequence[Sequence[Size]],
-    ):
-        super().__init__()
-        self.num_anchors = len(anchor_sizes[0])
-        self.predictors = nn.ModuleList(
-            nn.Conv2d(x.channels, self.num_anchors * (5 + num_classes), 1) for x in input_shape
-        )
-        self.strides: list[int] = [x.stride for x in input_shape]
-        for predictor, stride in zip(self.predictors, self.strides):
-            self._init_bias(predictor, stride, num_classes)
-        sizes = torch.tensor(anchor_sizes, dtype=torch.float32)
-        self.anchor_sizes: Tensor
-        self.register_buffer("anchor_sizes", sizes[:, None, :, :, None, None], persistent=False)
-
-    @torch.no_grad()
-    def _init_bias(self, predictor: Any, stride: int, num_classes: int) -> None:
-        """Add the logit of the expected objects and classes to PyTorch's random biases."""
-        bias = predictor.bias.view(self.num_anchors, -1)
-        bias[:, 4] += math.log(OBJECTS / (IMAGE / stride) ** 2)
-        bias[:, 5:] += math.log(CLASS_SHARE / (num_classes - 0.99999))
-
-    def forward(
-        self, features: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Return logits, deltas, objectness and raw boxes of each level.
-
-        They are (N, A · K, Hi, Wi), (N, A · 4, Hi, Wi), (N, A, Hi, Wi) and (N, A · 4, Hi, Wi). Raw
-        boxes are the predictions t from which the deltas are computed.
-        """
-        levels = [self._level(k, x) for k, x in enumerate(features)]
-        logits, deltas, objectness, raw = map(list, zip(*levels))
-        return logits, deltas, objectness, raw
-
-    def _level(self, level: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = self.predictors[level](x).unflatten(1, (self.num_anchors, -1))  # N, A, 5 + K, H, W
-        raw, objectness, logits = output[:, :, :4], output[:, :, 4], output[:, :, 5:]
-        deltas = self.deltas(raw.float(), level)
-        return logits.flatten(1, 2), deltas.flatten(1, 2), objectness, raw.flatten(1, 2)
-
-    def deltas(self, raw: Tensor, level: int) -> Tensor:
-        """Return detectron2's deltas of raw boxes.
-
-        The authors' form with the cell's corner x, the stride s and the anchor's size a::
-
-            centre = (2 * sigmoid(t_xy) - 0.5 + x) * s
-            size = (2 * sigmoid(t_wh)) ** 2 * a
-
-        Args:
-            raw: (N, A, 4, H, W).
-            level: index of the level.
-        """
-        centre, size = raw.split(2, dim=2)
-        shift = (2 * centre.sigmoid() - 1) * self.strides[level] / self.anchor_sizes[level]
-        growth = 2 * (math.log(2) + F.logsigmoid(size))  # log(2σ) would be −∞ for very negative t
-        return torch.cat([shift, growth], 2)

@@ -1,12 +1,11 @@
 """Warm-up of the biases' learning rate and of the momentum, as YOLOv5 has it (as released)."""
 
-from collections.abc import Iterator
-from typing import Any
-
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .groups import split_groups
 
 EXTRA_LR = "extra_lr"
 """Key of an optimizer's groups of biases: what their learning rate has more at iteration 0."""
@@ -58,12 +57,4 @@ def split_biases(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> None:
         return
     named = model.named_parameters()
     biases: set[Tensor] = {x for name, x in named if name.rpartition(".")[2] == "bias"}
-    groups = optimizer.param_groups
-    groups[:] = [part for group in groups for part in _split(group, biases, extra)]
-
-
-def _split(group: dict[str, Any], biases: set[Tensor], extra: float) -> Iterator[dict[str, Any]]:
-    """Yield the group without its biases, and a group of these; neither is empty."""
-    for own in (False, True):
-        if params := [x for x in group["params"] if (x in biases) == own]:
-            yield {**group, "params": params} | ({EXTRA_LR: extra * group["lr"]} if own else {})
+    split_groups(optimizer, biases, lambda group: {EXTRA_LR: extra * group["lr"]})

@@ -16,6 +16,7 @@ from .rtmdet_masks import (
     sampled_masks,
 )
 from .yolov5 import yolov5_boxes, yolov5_loss, yolov5_targets
+from .yolov7 import ota_assign
 from .yolox import sim_ota, yolox_l1, yolox_loss
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "mask_kernel_size",
     "mask_loss",
     "nearest_point_assign",
+    "ota_assign",
     "rtmdet_loss",
     "sampled_masks",
     "sim_ota",

@@ -1,6 +1,7 @@
 """Targets and loss of YOLOv5 (Jocher et al., releases 6.0 to 7.0; there is no paper)."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ...losses.boxes import box_centres
 from ...losses.reduce import full_precision
 from .geometric import NO_BOX
 from .overlaps import complete_iou
+from .yolov7 import ota_assign
 
 
 class _Candidates(NamedTuple):
@@ -19,14 +21,11 @@ class _Candidates(NamedTuple):
     Attributes:
         keep: (A, M, 5) bool, True for those that do.
         y, x: (M, 5) int64, inside the map.
-        centres, sides: (M, 2) of the boxes, in cells.
     """
 
     keep: Tensor
     y: Tensor
     x: Tensor
-    centres: Tensor
-    sides: Tensor
 
 
 def yolov5_targets(
@@ -87,18 +86,15 @@ def yolov5_targets(
 def _candidates(size: tuple[int, int], gt: Tensor, anchors: Tensor, ratio: float) -> _Candidates:
     """Return the cells around the centres of (M, 4) boxes, for (A, 2) anchors, both in cells."""
     height, width = size
-    centres, sides = box_centres(gt), (gt[:, 2:] - gt[:, :2]).clamp(min=0)
-    factor = sides / anchors[:, None]
+    factor = (gt[:, 2:] - gt[:, :2]).clamp(min=0) / anchors[:, None]
     fits = torch.maximum(factor, 1 / factor).amax(2) < ratio
-    x, y = centres.unbind(1)
+    x, y = box_centres(gt).unbind(1)
     near = [(v % 1 < 0.5) & (v > 1) for v in (x, y, width - x, height - y)]
     keep = fits[..., None] & torch.stack([torch.ones_like(near[0]), *near], 1)
     return _Candidates(
         keep,
         torch.stack([y, y, y - 0.5, y, y + 0.5], 1).long().clamp(0, height - 1),
         torch.stack([x, x - 0.5, x, x + 0.5, x], 1).long().clamp(0, width - 1),
-        centres,
-        sides,
     )
 
 
@@ -110,6 +106,7 @@ def yolov5_loss(
     gains: tuple[float, float, float] = (0.05, 1.0, 0.5),
     balance: Sequence[float] = (4.0, 1.0, 0.4),
     ratio: float = 4.0,
+    ota: bool = False,
 ) -> dict[str, Tensor]:
     """YOLOv5's loss of a batch.
 
@@ -139,6 +136,8 @@ def yolov5_loss(
         gains: factors of ``box``, ``obj`` and ``cls``, in this order.
         balance: weight of the objectness of each level.
         ratio: as in :func:`yolov5_targets`.
+        ota: True to select among these targets by :func:`~distill.nets.assign.ota_assign`, as
+            YOLOv7 does.
 
     Returns:
         Scalars: ``box``, ``obj`` and ``cls`` times their gains, and ``total``. All >= 0, connected
@@ -150,9 +149,10 @@ def yolov5_loss(
     """
     _check_levels(len(anchors), maps=maps, strides=strides, balance=balance)
     batch = _joined(maps, targets)
+    matches = _matches(batch, anchors, strides, ratio, ota)
     levels = [
-        _level_losses(x, batch.gt / s, batch.image, batch.labels, a.to(x.dtype) / s, ratio)
-        for x, s, a in zip(batch.maps, strides, anchors)
+        _level_losses(x, found, batch.gt / s, batch.labels)
+        for x, found, s in zip(batch.maps, matches, strides)
     ]
     box, obj, classes = zip(*levels)
     losses = {
@@ -170,6 +170,7 @@ def yolov5_boxes(
     anchors: Tensor,
     strides: Sequence[int],
     ratio: float = 4.0,
+    ota: bool = False,
 ) -> list[Tensor]:
     """Return the box whose overlap is the target of each prediction's objectness.
 
@@ -180,18 +181,16 @@ def yolov5_boxes(
         (N, A, Hi, Wi) int64 per level: row among the boxes of all images, or -1.
     """
     batch = _joined(maps, targets)
-    levels = []
-    for x, s, a in zip(batch.maps, strides, anchors):
-        found = _overlaps(x, batch.gt / s, batch.image, a.to(x.dtype) / s, ratio)
-        index, rows = found.places.flatten(), torch.arange(len(batch.gt), device=x.device)
-        iou = found.iou.where(found.candidates.keep, -torch.inf).flatten()
-        empty = x[..., 0].flatten()
+    levels, most = [], len(batch.gt)
+    for x, found, s in zip(batch.maps, _matches(batch, anchors, strides, ratio, ota), strides):
+        index, empty = found.places.flatten(), x[..., 0].flatten()
+        iou = found.overlaps(batch.gt / s).where(found.keep, -torch.inf).flatten()
         best = torch.full_like(empty, -torch.inf).scatter_reduce(0, index, iou, "amax")
         wins = (iou >= best[index]) & (iou > -torch.inf)
-        row = rows[:, None].expand(found.iou.shape).flatten().where(wins, len(rows))
-        first = torch.full_like(empty, len(rows), dtype=torch.long)
+        row = found.box.flatten().where(wins, most)
+        first = torch.full_like(empty, most, dtype=torch.long)
         first = first.scatter_reduce(0, index, row, "amin")
-        levels.append(first.where(first < len(rows), NO_BOX).view(x.shape[:4]))
+        levels.append(first.where(first < most, NO_BOX).view(x.shape[:4]))
     return levels
 
 
@@ -202,12 +201,14 @@ class _Joined(NamedTuple):
         maps: (N, A, Hi, Wi, 5 + K) per level.
         gt: (M, 4) XYXY in pixels.
         labels, image: (M,) int64.
+        numbers: number of boxes of each image.
     """
 
     maps: list[Tensor]
     gt: Tensor
     labels: Tensor
     image: Tensor
+    numbers: list[int]
 
 
 def _joined(maps: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> _Joined:
@@ -218,84 +219,127 @@ def _joined(maps: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> _Jo
     gt = torch.cat([x["gt_boxes"].to(full[0].dtype) for x in targets])
     labels = [x["gt_classes"] for x in targets]
     image = torch.cat([torch.full_like(x, i) for i, x in enumerate(labels)])
-    return _Joined(full, gt, torch.cat(labels), image)
+    return _Joined(full, gt, torch.cat(labels), image, [len(x) for x in labels])
 
 
-class _Overlaps(NamedTuple):
-    """The candidates of a level and what the network predicts for them.
+class _Matches(NamedTuple):
+    """The predictions of a level that may train boxes. Only those in ``keep`` do.
 
     Attributes:
-        candidates: cells of the boxes.
+        keep: (A, M, 5) bool.
+        box: (A, M, 5) int64 row of the box that each prediction trains.
         places: (A, M, 5) int64 into the N · A · H · W predictions.
         rows: (A, M, 5, 5 + K) predictions.
-        iou: (A, M, 5) CIoU of predicted and true box.
+        cells: (M, 5, 2) x and y of the cells.
+        anchors: (A, 2) in cells.
     """
 
-    candidates: _Candidates
+    keep: Tensor
+    box: Tensor
     places: Tensor
     rows: Tensor
-    iou: Tensor
+    cells: Tensor
+    anchors: Tensor
+
+    def boxes(self) -> Tensor:
+        """Return the predicted boxes, (A, M, 5, 4) XYXY in cells, relative to the cell."""
+        twice = 2 * self.rows[..., :4].sigmoid()
+        middle, side = twice[..., :2] - 0.5, twice[..., 2:].square() * self.anchors[:, None, None]
+        return torch.cat([middle - side / 2, middle + side / 2], -1)
+
+    def overlaps(self, gt: Tensor) -> Tensor:
+        """Return (A, M, 5) CIoU of the predicted boxes with their true ones, (M, 4) in cells."""
+        centres, sides = box_centres(gt)[self.box], (gt[:, 2:] - gt[:, :2]).clamp(min=0)[self.box]
+        centre, half = centres - self.cells, sides / 2
+        return complete_iou(self.boxes(), torch.cat([centre - half, centre + half], -1))
 
 
-def _overlaps(
+def _matches(
+    batch: _Joined, anchors: Tensor, strides: Sequence[int], ratio: float, ota: bool
+) -> list[_Matches]:
+    """Return the matches of each level; the arguments are those of :func:`yolov5_loss`."""
+    levels = [
+        _proposed(x, batch.gt / s, batch.image, a.to(x.dtype) / s, ratio)
+        for x, s, a in zip(batch.maps, strides, anchors)
+    ]
+    return _selected(levels, batch, strides) if ota else levels
+
+
+def _proposed(
     predicted: Tensor, gt: Tensor, image: Tensor, anchors: Tensor, ratio: float
-) -> _Overlaps:
-    """Return all candidates of a level; the arguments are those of :func:`_level_losses`."""
-    number, height, width = predicted.shape[1:4]
-    found = _candidates((height, width), gt, anchors, ratio)
-    anchor = torch.arange(number, device=gt.device)[:, None, None]
-    index = ((image[:, None] * number + anchor) * height + found.y) * width + found.x
-    rows = predicted.flatten(0, 3)[index]
-    return _Overlaps(found, index, rows, complete_iou(*_boxes(rows, found, anchors)))
+) -> _Matches:
+    """Return all candidates of a level, each for the box that proposes it.
 
-
-def _level_losses(
-    predicted: Tensor, gt: Tensor, image: Tensor, labels: Tensor, anchors: Tensor, ratio: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return box, objectness and class loss of one level.
-
-    All candidates are computed, at most 15 per box with three anchors, and those that do not count
-    are masked. To select them would wait for the device.
+    At most 15 per box count with three anchors. To select them would wait for the device.
 
     Args:
         predicted: (N, A, H, W, 5 + K).
         gt: (M, 4) XYXY in cells, of all images.
-        image, labels: (M,) int64.
+        image: (M,) int64.
         anchors: (A, 2) in cells.
         ratio: as in :func:`yolov5_targets`.
     """
-    found, index, rows, iou = _overlaps(predicted, gt, image, anchors, ratio)
-    total = found.keep.sum().clamp(min=1)
+    number, height, width = predicted.shape[1:4]
+    found = _candidates((height, width), gt, anchors, ratio)
+    anchor = torch.arange(number, device=gt.device)[:, None, None]
+    index = ((image[:, None] * number + anchor) * height + found.y) * width + found.x
+    box = torch.arange(len(gt), device=gt.device)[:, None].expand(found.keep.shape)
+    cells = torch.stack([found.x, found.y], -1)
+    return _Matches(found.keep, box, index, predicted.flatten(0, 3)[index], cells, anchors)
+
+
+@torch.no_grad()
+def _selected(levels: list[_Matches], batch: _Joined, strides: Sequence[int]) -> list[_Matches]:
+    """Return the matches by :func:`~distill.nets.assign.ota_assign` among all candidates."""
+    offsets = accumulate((x[..., 0].numel() for x in batch.maps), initial=0)
+    candidates = [
+        (x.rows, (x.boxes() + x.cells.repeat(1, 1, 2)) * s, x.places + offset, x.keep)
+        for x, s, offset in zip(levels, strides, offsets)
+    ]
+    found, first = [], 0
+    for number in batch.numbers:
+        own = slice(first, first + number)
+        parts = [[x[:, own] for x in level] for level in candidates]
+        rows, boxes, places, keep = (
+            torch.cat([x.flatten(0, 2) for x in kind]) for kind in zip(*parts)
+        )
+        truth = batch.gt[own], batch.labels[own]
+        matched = ota_assign(rows[:, 5:], rows[:, 4], boxes, places, keep, *truth)
+        matched = matched.where(matched < 0, matched + first)
+        keeps = [level[-1] for level in parts]
+        shares = matched.split([x.numel() for x in keeps])
+        found.append([row.view(x.shape) for row, x in zip(shares, keeps)])
+        first += number
+    joint = [torch.cat(images, 1) for images in zip(*found)]
+    return [x._replace(keep=box >= 0, box=box.clamp(min=0)) for x, box in zip(levels, joint)]
+
+
+def _level_losses(
+    predicted: Tensor, found: _Matches, gt: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return box, objectness and class loss of one level.
+
+    Args:
+        predicted: (N, A, H, W, 5 + K).
+        found: the matches.
+        gt: (M, 4) XYXY in cells, of all images.
+        labels: (M,) int64.
+    """
+    iou, total = found.overlaps(gt), found.keep.sum().clamp(min=1)
     box = (1 - iou).where(found.keep, 0).sum() / total
 
-    logits = rows[..., 5:]
-    one_hot = labels[:, None] == torch.arange(logits.shape[-1], device=gt.device)
-    target = one_hot.to(logits.dtype)[:, None].expand_as(logits)
+    logits = found.rows[..., 5:]
+    one_hot = labels[found.box][..., None] == torch.arange(logits.shape[-1], device=gt.device)
+    target = one_hot.to(logits.dtype)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
     classes = entropy.where(found.keep, 0).sum() / (total * logits.shape[-1])
     classes = classes * (logits.shape[-1] > 1)
 
     best = iou.detach().clamp(min=0).where(found.keep, 0).flatten()
     objectness = predicted[..., 4].flatten()
-    target = torch.zeros_like(objectness).scatter_reduce(0, index.flatten(), best, "amax")
+    target = torch.zeros_like(objectness).scatter_reduce(0, found.places.flatten(), best, "amax")
     exists = F.binary_cross_entropy_with_logits(objectness, target)
     return box, exists, classes
-
-
-def _boxes(rows: Tensor, found: _Candidates, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return predicted and true boxes, (A, M, 5, 4) XYXY in cells, relative to the cell.
-
-    Args:
-        rows: (A, M, 5, 5 + K), the candidates' predictions.
-        found: the candidates.
-        anchors: (A, 2) in cells.
-    """
-    twice = 2 * rows[..., :4].sigmoid()
-    middle, side = twice[..., :2] - 0.5, twice[..., 2:].square() * anchors[:, None, None]
-    cells = torch.stack([found.x, found.y], -1)
-    centre, half = found.centres[:, None] - cells, found.sides[:, None] / 2
-    truth = torch.cat([centre - half, centre + half], -1).expand(len(anchors), -1, -1, -1)
-    return torch.cat([middle - side / 2, middle + side / 2], -1), truth
 
 
 def _check_levels(number: int, **others: Sequence[object]) -> None:
