@@ -419,6 +419,7 @@ def test_the_report_takes_each_class_from_the_first_teacher_that_knows_it(
     assert classes_on(cfg, shapes[0], info, {CLASSES[1]}).in_teacher.tolist() == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_proof_has_a_random_teacher_for_each(
     tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
