@@ -1,7 +1,6 @@
 """Base class and registry of distillation heads."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,8 +15,6 @@ from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.text import choices
 from ..utils.training import current_iteration
-
-logger = logging.getLogger(__name__)
 
 Terms = dict[str, Tensor]
 """Scalar losses by the name of the term."""
@@ -75,6 +72,9 @@ class DistillHead(nn.Module):
     features from the box head, and an R-CNN gets worse.
     """
 
+    taught_by: str = ""
+    """Name of the head's teacher in ``MODEL.DISTILL.TEACHERS``; "" if there is only one."""
+
     parts: tuple[str, ...] = ("",)
     """Keys of the dict of :meth:`losses`; "" if there is only one loss. All are returned at every
     iteration, because loggers would go on showing the last value of a missing one."""
@@ -94,6 +94,11 @@ class DistillHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
         return {key.lower(): x for key, x in cls.config_values(cfg, student).items()}
+
+    @property
+    def name(self) -> str:
+        """Name of the class; with several teachers ``<class>@<teacher>``."""
+        return f"{type(self).__name__}{'@' if self.taught_by else ''}{self.taught_by}"
 
     @classmethod
     def config_node(cls, cfg: CfgNode) -> CfgNode:
@@ -190,7 +195,7 @@ class DistillHead(nn.Module):
         teacher: NetworkOutputs | None,
         weigh: Callable[[Losses], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        """Return weighted losses, named ``loss_<head>[/<part>]``.
+        """Return weighted losses, named ``loss_<head>[/<part>]`` after :attr:`name`.
 
         Args:
             student: the student's outputs.
@@ -198,7 +203,7 @@ class DistillHead(nn.Module):
                 for a head without ``needs_teacher``.
             weigh: returns the weighted losses by part; None: they are weighted by :meth:`factor`.
         """
-        head = f"loss_{type(self).__name__.lower()}"
+        head = f"loss_{self.name.lower()}"
         names = {part: f"{head}/{part}" if part else head for part in self.parts}
         factor = self.factor()
         if factor == 0 or (teacher is None and self.needs_teacher):
@@ -256,17 +261,23 @@ def teacher_needed(cfg: CfgNode) -> bool:
     return any(DISTILL_HEAD_REGISTRY.get(n).needs_teacher for n in cfg.MODEL.DISTILL.HEADS)
 
 
-def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None) -> nn.ModuleDict:
+def build_heads(
+    cfg: CfgNode,
+    student: NetworkInfo,
+    teacher: NetworkInfo | None,
+    names: Sequence[str] | None = None,
+) -> nn.ModuleDict:
     """Build the heads that ``cfg.MODEL.DISTILL.HEADS`` names, in that order.
 
     Args:
         teacher: None if no head needs one.
+        names: build only these heads; None: all of them.
 
     Raises:
         ConfigError: if a head cannot compare these networks; the message names heads that can.
     """
     heads = nn.ModuleDict()
-    for name in cfg.MODEL.DISTILL.HEADS:
+    for name in cfg.MODEL.DISTILL.HEADS if names is None else names:
         cls = DISTILL_HEAD_REGISTRY.get(name)
         problem = cls.problem(student, teacher)
         if problem:
@@ -278,8 +289,6 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
                 f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}{others}."
             )
         heads[name] = cls(cfg, student, teacher)
-    for sentence in unfinished_phases(cfg):
-        logger.warning(sentence)
     return heads
 
 
