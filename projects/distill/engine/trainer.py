@@ -44,6 +44,7 @@ from ..data.detections import DetectionsMapper
 from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader, data_seed
 from ..data.registration import label_digests
+from ..data.unlabeled import images_digest, load_unlabeled
 from ..errors import WeightsError
 from ..evaluation.images import ImageEvaluator
 from ..evaluation.sliding_window import with_sliding_window
@@ -113,6 +114,7 @@ class Trainer(DefaultTrainer):
         check_batch_size(cfg)
         check_installed(cfg)
         self.sets = load_training_sets(cfg)
+        self.unlabeled = load_unlabeled(cfg, self.sets)
         self.check_evaluation(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -125,9 +127,12 @@ class Trainer(DefaultTrainer):
         self.teacher: Teacher | None = getattr(model, "teacher", None)
         if isinstance(model, DistillModel) and model.teacher and model.teacher.cache:
             shapes = model.teacher.map_shapes(model.teacher_maps())
-            check_cache(cfg, shapes, [entry for _, entries in self.sets for entry in entries])
+            labeled = [entry for _, entries in self.sets for entry in entries]
+            check_cache(cfg, shapes, [*labeled, *self.unlabeled])
         teacher = self.teacher.weights_hash() if self.teacher else ""
-        self.values = training_values(given, teacher, label_digests(cfg))
+        self.values = training_values(
+            given, teacher, label_digests(cfg), images_digest(self.unlabeled)
+        )
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
@@ -177,7 +182,12 @@ class Trainer(DefaultTrainer):
         """Return the training data from iteration ``start`` on."""
         check_labels(cfg, [entry for _, entries in self.sets for entry in entries])
         seed = data_seed(cfg, self.seed)
-        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=seed, start=start)
+        return build_train_loader(
+            *(cfg, self.sets, train_mapper(cfg)),
+            seed=seed,
+            start=start,
+            unlabeled=self.unlabeled,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:

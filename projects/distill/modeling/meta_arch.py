@@ -1,6 +1,7 @@
 """The distilled student as a detectron2 meta-architecture."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,9 +21,10 @@ from ..data.datasets import class_names
 from ..errors import ConfigError, building
 from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
 from ..heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, teacher_needed
-from ..structures import NetworkInfo
+from ..structures import Batch, NetworkInfo, NetworkOutputs
 from .balance import GradientBalance
 from .teacher import Teacher, build_teacher
+from .unlabeled import Unlabeled, build_unlabeled, is_unlabeled, unlogged
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class DistillModel(nn.Module):
         teacher: None if no head needs one.
         heads: :class:`DistillHead` modules by name.
         balance: sets the heads' weights; None: they are those of the config.
+        unlabeled: what the student learns from unlabelled images; None: it has none.
     """
 
     family_type: ClassVar[type[Family]] = Family
@@ -57,6 +60,7 @@ class DistillModel(nn.Module):
         teacher: Teacher | None,
         heads: nn.ModuleDict,
         balance: GradientBalance | None = None,
+        unlabeled: Unlabeled | None = None,
     ):
         super().__init__()
         self.student = student
@@ -66,6 +70,7 @@ class DistillModel(nn.Module):
         # Neither is an nn.Module: they stay outside parameters() and state_dict().
         self.teacher = teacher
         self.balance = balance
+        self.unlabeled = unlabeled
 
     @classmethod
     def check_student(cls, architecture: type[nn.Module]) -> None:
@@ -80,7 +85,7 @@ class DistillModel(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
-        teacher, heads, balance = None, nn.ModuleDict(), None
+        teacher, heads, balance, unlabeled = None, nn.ModuleDict(), None, None
         if cfg.MODEL.DISTILL.HEADS:
             # Teacher and heads would shift torch's global random state, and the student's training.
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -90,7 +95,9 @@ class DistillModel(nn.Module):
                 infos = network_infos(cfg, build_family(student), teacher)
                 heads = build_heads(cfg, *infos)
                 balance = build_balance(cfg, infos[0])
-        return {"student": student, "teacher": teacher, "heads": heads, "balance": balance}
+                unlabeled = build_unlabeled(cfg, *infos, heads)
+        own = {"student": student, "heads": heads, "unlabeled": unlabeled}
+        return {**own, "teacher": teacher, "balance": balance}
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +107,37 @@ class DistillModel(nn.Module):
         """Return losses in training and predictions in evaluation, as detectron2's networks do."""
         if not self.training or not self.heads:
             return self.student(batched_inputs)
+        if self.unlabeled is None or not is_unlabeled(batched_inputs[0]):
+            return self._losses(batched_inputs, self._heads())
+        inputs, known = self._labelled(self.unlabeled, batched_inputs)
+        heads = [(name, x) for name, x in self._heads() if name not in self.unlabeled.idle]
+        with unlogged(self.student):
+            losses = self._losses(inputs, heads, known)
+        return self.unlabeled.learned(losses)
+
+    def _labelled(
+        self, unlabeled: Unlabeled, inputs: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], NetworkOutputs | None]:
+        """Return unlabelled images with labels, and the teacher's outputs if it made them."""
+        asked = self.active_needs(of_teacher=True) or unlabeled.task_weight() > 0
+        if self.teacher is None or unlabeled.pseudo is None or not asked:
+            return unlabeled.labelled(inputs), None
+        images = self.family.model.preprocess_image(inputs).tensor
+        batch = Batch(inputs, tuple(images.shape[-2:]), device=images.device)
+        known = self.teacher.ask(NetworkOutputs(batch), frozenset({"detections"}))
+        return unlabeled.labelled(inputs, known), known
+
+    def _losses(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        heads: Sequence[tuple[str, DistillHead]],
+        known: NetworkOutputs | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the student's own losses and those of some heads.
+
+        Args:
+            known: outputs of the teacher for these images with features and detections.
+        """
         if self.balance is not None:
             self.balance.start({name: head.factor() for name, head in self._heads()})
         student_needs = self.active_needs()
@@ -110,8 +148,8 @@ class DistillModel(nn.Module):
         student = self.family.read(recorder, batch, student_needs)
         teacher = None
         if self.teacher and teacher_needs:
-            teacher = self.teacher.ask(student, teacher_needs, self.teacher_maps())
-        for name, head in self._heads():
+            teacher = self.teacher.ask(student, teacher_needs, self.teacher_maps(), known)
+        for name, head in heads:
             taught_by = teacher if head.needs_teacher else student
             if self.balance is not None and head.factor() > 0:
                 own = self.family.read(self.balance.branch(name, recorder), batch, head.needs)
