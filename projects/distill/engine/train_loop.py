@@ -220,18 +220,15 @@ def pieces(batch: Sequence[Any], parts: int, unlabeled: Unlabeled | None) -> lis
         parts: ``SOLVER.ACCUMULATE``.
         unlabeled: that of the model; None if it has no unlabelled images.
     """
+    if unlabeled is None or not any(map(is_unlabeled, batch)):
+        return [Piece(images, k) for k, images in enumerate(micro_batches(batch, parts))]
     labeled = micro_batches([x for x in batch if not is_unlabeled(x)], parts)
-    if unlabeled is None:
-        return [Piece(images, k) for k, images in enumerate(labeled)]
-    found = []
     others = micro_batches([x for x in batch if is_unlabeled(x)], parts)
+    numbers = len(labeled[0]), len(others[0])
+    found = []
     for k, (own, other) in enumerate(zip(labeled, others)):
-
-        def share(loss: str, numbers: tuple[int, int] = (len(own), len(other))) -> float:
-            return unlabeled.share(loss, *numbers)
-
-        found.append(Piece(other, parts + k, share))
-        found.append(Piece(own, k, lambda loss, share=share: 1 - share(loss)))  # type: ignore[misc]
+        found.append(Piece(other, parts + k, lambda loss: unlabeled.share(loss, *numbers)))
+        found.append(Piece(own, k, lambda loss: 1 - unlabeled.share(loss, *numbers)))
     return found
 
 

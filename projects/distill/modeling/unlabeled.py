@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers.mask_ops import paste_masks_in_image
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
 
@@ -30,14 +30,22 @@ class PseudoLabels(nn.Module):
         scores: least score of each class of the student, (K,).
         masks: also make masks. They are those of the detections, or their boxes if the teacher has
             no masks.
+        scale: size of the teacher's images relative to the student's.
     """
 
     scores: Tensor
 
-    def __init__(self, selection: TeacherInstances, scores: Sequence[float], masks: bool):
+    def __init__(
+        self,
+        selection: TeacherInstances,
+        scores: Sequence[float],
+        masks: bool = False,
+        scale: float = 1.0,
+    ):
         super().__init__()
         self.selection = selection
         self.masks = masks
+        self.scale = scale
         self.register_buffer("scores", torch.tensor(scores), persistent=False)
 
     def forward(
@@ -59,10 +67,22 @@ class PseudoLabels(nn.Module):
         found, boxes = found[kept], boxes[kept]
         truth = Instances(size, gt_boxes=boxes, gt_classes=found.pred_classes)
         if self.masks:
-            whole = found.scores.new_ones(len(found), 1, 28, 28)
-            masks = found.pred_masks if found.has("pred_masks") else whole
-            truth.gt_masks = BitMasks(paste_masks_in_image(masks[:, 0].float(), boxes, size))
+            truth.gt_masks = BitMasks(self._masks(found, boxes, size))
         return truth
+
+    def _masks(self, found: Instances, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """Return the (R, H, W) masks of detections in an image of (height, width) ``size``."""
+        if not len(found):
+            return self.scores.new_zeros(0, *size)
+        masks: Any = found.scores.new_ones(len(found), 1, 28, 28)
+        if found.has("pred_masks"):
+            masks = found.pred_masks
+        if isinstance(masks, ROIMasks):  # RTMDet-Ins: logits of the teacher's whole image
+            height, width = (round(x / self.scale) for x in masks.image_size)
+            whole: Tensor = masks.to_bitmasks(boxes, height, width).tensor
+            return whole[:, : size[0], : size[1]]
+        pasted: Tensor = paste_masks_in_image(masks[:, 0].float(), boxes, size)
+        return pasted
 
 
 class Unlabeled(nn.Module):
@@ -238,7 +258,7 @@ def _build_pseudo(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo) -> P
     scores *= number if len(scores) == 1 else 1
     names = student.classes, teacher.detection_classes
     selection = TeacherInstances(min(scores), *names)
-    return PseudoLabels(selection, scores, masks=cfg.MODEL.MASK_ON)
+    return PseudoLabels(selection, scores, cfg.MODEL.MASK_ON, teacher.scale)
 
 
 def _is_idle(head: Any, pseudo: PseudoLabels | None) -> bool:
