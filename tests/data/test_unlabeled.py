@@ -145,7 +145,7 @@ def test_a_ratio_that_gives_no_images_for_a_part(
 ) -> None:
     parts = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE", 2)
     check_batch_size(config(shapes, folder, *parts))
-    with pytest.raises(ConfigError, match="UNLABELED_RATIO is .* a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"UNLABELED_RATIO is .* a multiple of 2"):
         check_batch_size(config(shapes, folder, *parts, "DATASETS.UNLABELED_RATIO", ratio))
 
 
@@ -153,7 +153,7 @@ def test_an_empty_folder(shapes: Shapes, folder: Path) -> None:
     cfg = config(shapes, folder)
     for path in folder.rglob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match="'more' of DATASETS.UNLABELED: it has no images"):
+    with pytest.raises(DataError, match=r"'more' of DATASETS.UNLABELED: it has no images"):
         load_unlabeled(cfg, [])
 
 
@@ -166,5 +166,5 @@ def test_malformed_entries(entry: Any, shapes: Shapes, folder: Path) -> None:
 
 
 def test_a_missing_folder(shapes: Shapes, folder: Path) -> None:
-    with pytest.raises(DataError, match="FOLDER_FORMAT 'more': there is no folder '.*gone'"):
+    with pytest.raises(DataError, match=r"FOLDER_FORMAT 'more': there is no folder '.*gone'"):
         config(shapes, folder, "DATASETS.FOLDER_FORMAT", (("more", str(folder / "gone")),))

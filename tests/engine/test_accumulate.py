@@ -19,7 +19,6 @@ from tests.support.processes import WORLD, needs_loopback, spawn, starts_process
 from tests.support.trainings import Shapes, trainable_cfg, write_teacher
 
 
-
 def assert_alike(a: Gradients, b: Gradients) -> None:
     assert a.keys() == b.keys() and len(a) > 10
     largest = max(float(x.abs().max()) for x in a.values())

@@ -6,21 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.engine import create_ddp_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from distill import DistillModel
+from distill import DistillModel, cli
+from distill.doctor import examine
 from distill.engine.train_loop import pieces
 from distill.modeling.unlabeled import unlabeled_of
 from distill.structures import UNLABELED
 from tests.support.loops import gradients, loop_of
 from tests.support.networks import distill_opts, distilled, image_dict
+from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 from tests.support.trainings import (
     Interrupted,
     Interruption,
     Shapes,
     differences,
+    distillation_file,
     train,
     trainable_cfg,
     write_teacher,
@@ -170,3 +174,59 @@ def test_a_resumed_training_ends_with_the_same_bits(
     resumed = train(halted, resume=True, seed=4)
     assert not differences(whole["model"], resumed["model"])
     assert not differences(whole["distill"], resumed["distill"])
+
+
+# ---- Several processes.
+
+
+def two_steps(rank: int, folder: Path) -> None:
+    """Take two steps, and write the gradients of the last one."""
+    model = built("faster", ["FitNet"])
+    ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    batch = [image_dict(rank, 64, 64), unlabeled()[rank]]
+    loop = loop_of(model, [batch, batch], 1, folder, ddp)
+    with EventStorage() as storage:
+        for iteration in range(2):
+            loop.iter = storage.iter = iteration
+            loop.run_step()
+    torch.save({k: p.grad for k, p in model.named_parameters()}, folder / f"{rank}.pth")
+
+
+@pytest.mark.slow
+@starts_processes
+@needs_loopback
+def test_processes_exchange_the_sum_of_both_backwards(tmp_path: Path) -> None:
+    spawn(two_steps, tmp_path)
+    first, second = (torch.load(tmp_path / f"{k}.pth", weights_only=True) for k in range(WORLD))
+    assert not differences(first, second)
+    assert any(x is not None and x.any() for x in first.values())
+
+
+# ---- The doctor.
+
+
+@pytest.mark.slow
+def test_the_doctor_shows_what_the_teacher_says(
+    shapes: Shapes, folder: Path, tmp_path: Path, catalogues: None
+) -> None:
+    cfg = config(shapes, folder, tmp_path / "out", "SOLVER.MAX_ITER", 4)
+    drawing = tmp_path / "drawing.png"
+    report = examine(cfg, drawing=str(drawing))
+    assert report.unlabeled and report.unlabeled.images == 16 and report.unlabeled.objects > 0
+    assert report.cost and report.cost.batch == 4
+    assert not report.errors
+    with Image.open(drawing) as image:
+        assert image.size > (4 * 64, 4 * 64)
+    unsure = config(shapes, folder, tmp_path / "out", f"{NODE}.SCORE", [1.0])
+    report = examine(unsure)
+    assert any("finds no object in 16 unlabelled images" in x for x in report.warnings)
+
+
+def test_a_drawing_needs_images(
+    shapes: Shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["doctor", "--config-file", distillation_file(tmp_path, shapes), "--draw-unlabeled"]
+    assert cli.main([*command, str(tmp_path / "a.png")]) == 2
+    assert "DATASETS.UNLABELED is empty; " in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "a.jpg")]) == 2
+    assert "a.jpg' is no .png file in an existing folder" in capsys.readouterr().err

@@ -14,18 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import teacher_config
 from ..engine.hooks import memory_mb
+from ..engine.train_loop import pieces
 from ..errors import ConfigError
 from ..families import build_family
 from ..heads import unfinished_phases
 from ..heads.classes import ClassMap
 from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
+from ..modeling.unlabeled import unlabeled_of
 from ..structures import NetworkOutputs
-from .dry_run import DryRun, Inputs, build_dry_run, preserved
+from .dry_run import DryRun, Inputs, build_dry_run, labelled, preserved
 from .losses import balance_rows, loss_table, loss_warnings, losses_of
 from .recording import head_table, output_table, record_both
 from .report import Cost, DoctorReport, Setting, TeacherCheck
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
+from .unlabeled import add_unlabeled
 
 BATCHES = 2
 FEWEST_IMAGES = 4  # per process, for batch normalisation in training mode
@@ -33,13 +36,16 @@ FEWEST_IMAGES = 4  # per process, for batch normalisation in training mode
 Say = Callable[[str], Any]
 
 
-def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorReport:
+def examine(
+    cfg: CfgNode, *, teacher_images: int = 0, drawing: str = "", say: Say = str
+) -> DoctorReport:
     """Examine a training by two batches, without changing it.
 
     Args:
         cfg: config of the training.
         teacher_images: number of images of the first test set on which the teacher's AP is
             measured.
+        drawing: PNG file to write with unlabelled images and their objects; "": none.
         say: function that is called with the name of each stage.
 
     Raises:
@@ -56,6 +62,7 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
         say("training steps")
         with preserved(dry_run):
             report.cost = measure_cost(dry_run, batches, data_seconds, cfg)
+        batches = [labelled(batch) for batch in batches]
         say("outputs of the networks")
         with preserved(dry_run):
             add_outputs(report, dry_run, batches[0])
@@ -66,6 +73,9 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
                 report.balance = balance_rows(dry_run.balance)
         say("the teacher's predictions")
         add_teacher(report, dry_run, batches, teacher_images)
+        if cfg.DATASETS.UNLABELED:
+            say("the unlabelled images")
+            add_unlabeled(report, dry_run, drawing)
     report.errors += errors
     report.warnings += unfinished_phases(cfg)
     report.warnings += loss_warnings(report.losses, dry_run.heads, dry_run.balance is not None)
@@ -83,7 +93,7 @@ def examine_outputs(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
         report = introduction(dry_run)
         say("outputs of the networks")
         with preserved(dry_run):
-            add_outputs(report, dry_run, next(dry_run.batches))
+            add_outputs(report, dry_run, labelled(next(dry_run.batches)))
     return report
 
 
@@ -259,9 +269,10 @@ def measure_cost(
 
 def step(dry_run: DryRun, batch: Inputs) -> None:
     try:
-        losses = losses_of(dry_run, batch, seed=0)
         dry_run.optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
+        for piece in pieces(batch, 1, unlabeled_of(dry_run.model)):
+            losses = piece.weighted(losses_of(dry_run, list(piece.images), seed=0))
+            torch.stack(list(losses.values())).sum().backward()
         dry_run.optimizer.step()
     except torch.cuda.OutOfMemoryError as e:
         raise ConfigError(

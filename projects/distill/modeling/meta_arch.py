@@ -122,10 +122,14 @@ class DistillModel(nn.Module):
         asked = self.active_needs(of_teacher=True) or unlabeled.task_weight() > 0
         if self.teacher is None or unlabeled.pseudo is None or not asked:
             return unlabeled.labelled(inputs), None
+        known = self.detected(self.teacher, inputs)
+        return unlabeled.labelled(inputs, known), known
+
+    def detected(self, teacher: Teacher, inputs: list[dict[str, Any]]) -> NetworkOutputs:
+        """Return a teacher's features and detections of a batch before the student's forward."""
         images = self.family.model.preprocess_image(inputs).tensor
         batch = Batch(inputs, tuple(images.shape[-2:]), device=images.device)
-        known = self.teacher.ask(NetworkOutputs(batch), frozenset({"detections"}))
-        return unlabeled.labelled(inputs, known), known
+        return teacher.ask(NetworkOutputs(batch), frozenset({"detections"}))
 
     def _losses(
         self,

@@ -51,20 +51,29 @@ class PseudoLabels(nn.Module):
     def forward(
         self, detections: list[Instances], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]
     ) -> list[Instances]:
-        """Return detectron2's ground truth of each image.
+        """Return detectron2's ground truth of each image, see :meth:`kept`."""
+        return [self._truth(x) for x in self.kept(detections, sizes, padded)]
+
+    def kept(
+        self, detections: list[Instances], sizes: Sequence[tuple[int, int]], padded: tuple[int, int]
+    ) -> list[Instances]:
+        """Return the detections of each image that become objects.
 
         Args:
             detections: the teacher's, in pixels of the padded input.
             sizes: (height, width) of the images, to which their objects are cut.
             padded: (height, width) of the padded input.
         """
-        return [self._of(x, size) for x, size in zip(self.selection(detections, padded), sizes)]
+        return [self._kept(x, size) for x, size in zip(self.selection(detections, padded), sizes)]
 
-    def _of(self, found: Instances, size: tuple[int, int]) -> Instances:
+    def _kept(self, found: Instances, size: tuple[int, int]) -> Instances:
         boxes = Boxes(found.pred_boxes.tensor.float())
         boxes.clip(size)
-        kept = boxes.nonempty() & (found.scores >= self.scores[found.pred_classes])
-        found, boxes = found[kept], boxes[kept]
+        cut = Instances(size, **{**found.get_fields(), "pred_boxes": boxes})
+        return cut[boxes.nonempty() & (found.scores >= self.scores[found.pred_classes])]
+
+    def _truth(self, found: Instances) -> Instances:
+        boxes, size = found.pred_boxes, found.image_size
         truth = Instances(size, gt_boxes=boxes, gt_classes=found.pred_classes)
         if self.masks:
             truth.gt_masks = BitMasks(self._masks(found, boxes, size))
