@@ -112,7 +112,7 @@ def test_parts_have_both_kinds_and_own_random_numbers() -> None:
 
 
 def test_the_weight_rises(tmp_path: Path) -> None:
-    model = built("faster", ["FitNet"], f"{NODE}.WEIGHT", 0.5, f"{NODE}.WARMUP_ITERS", 10)
+    model = built("faster", ["FGD"], f"{NODE}.WEIGHT", 0.5, f"{NODE}.WARMUP_ITERS", 10)
     own = unlabeled_of(model)
     assert own is not None
     weights = []
@@ -125,6 +125,20 @@ def test_the_weight_rises(tmp_path: Path) -> None:
         shown = storage.latest()
     assert shown["unlabeled/objects_per_image"][0] > 0
     assert shown["unlabeled/images_without_objects"][0] in (0, 0.5)
+
+
+def test_detections_are_asked_only_if_something_reads_them() -> None:
+    for heads, weight, asked in (("FitNet", 0.0, 0), ("FitNet", 1.0, 1), ("FGD", 0.0, 1)):
+        model: Any = built("faster", [heads], f"{NODE}.WEIGHT", weight)
+        calls: list[int] = []
+        detect = model.teacher.model.roi_heads.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        with EventStorage():
+            losses = model(unlabeled())
+        detect.remove()
+        assert len(calls) == asked
+        assert ("loss_cls" in losses) == (weight > 0)
 
 
 def test_the_balance_measures_both(tmp_path: Path) -> None:

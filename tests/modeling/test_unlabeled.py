@@ -72,10 +72,13 @@ def build(heads: tuple[str, ...], networks: tuple[Any, Any], *opts: Any) -> Unla
     return build_unlabeled(cfg, *networks, build_heads(cfg, *networks))
 
 
-def test_heads_that_need_labels_are_idle_without_detections() -> None:
+def test_heads_that_need_labels_are_idle_without_detections(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     networks = infos(outputs=frozenset({"features"}), detection_classes=())
     own = build(("FitNet", "FGD", "FKD"), networks)
     assert own is not None and own.pseudo is None and own.idle == {"FGD"}
+    assert "does not train FGD: they have no teacher or the teacher" in caplog.text
     assert own.share("loss_fgd/p3", 2, 6) == 0
     assert own.share("loss_fitnet/p3", 2, 6) == 0.75
     assert own.share("loss_cls", 2, 6) == 0

@@ -37,7 +37,7 @@ def run_doctor(
     cfg: CfgNode,
     *,
     teacher_ap: int = 0,
-    drawing: str = "",
+    drawing: str | None = None,
     as_json: bool = False,
     list_outputs: bool = False,
     list_heads: bool = False,
@@ -47,7 +47,7 @@ def run_doctor(
     Args:
         cfg: config of the training.
         teacher_ap: number of images of the first test set on which the teacher's AP is measured.
-        drawing: PNG file to write with unlabelled images and their objects; "": none.
+        drawing: PNG file to write with unlabelled images and their objects; None: no file.
         as_json: print one JSON object instead of text.
         list_outputs, list_heads: examine only the recorded outputs, or only the registered heads.
 
@@ -113,7 +113,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draw-unlabeled",
         type=png,
-        default="",
         metavar="PNG",
         help="also draw 16 images of DATASETS.UNLABELED with the teacher's objects",
     )

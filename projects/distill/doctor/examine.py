@@ -37,7 +37,7 @@ Say = Callable[[str], Any]
 
 
 def examine(
-    cfg: CfgNode, *, teacher_images: int = 0, drawing: str = "", say: Say = str
+    cfg: CfgNode, *, teacher_images: int = 0, drawing: str | None = None, say: Say = str
 ) -> DoctorReport:
     """Examine a training by two batches, without changing it.
 
@@ -45,7 +45,7 @@ def examine(
         cfg: config of the training.
         teacher_images: number of images of the first test set on which the teacher's AP is
             measured.
-        drawing: PNG file to write with unlabelled images and their objects; "": none.
+        drawing: PNG file to write with unlabelled images and their objects; None: no file.
         say: function that is called with the name of each stage.
 
     Raises:

@@ -19,11 +19,11 @@ IMAGES = 16
 COLUMNS = 4
 
 
-def add_unlabeled(report: DoctorReport, dry_run: DryRun, drawing: str = "") -> None:
+def add_unlabeled(report: DoctorReport, dry_run: DryRun, drawing: str | None = None) -> None:
     """Add the objects that the teacher finds in the first unlabelled images of the training.
 
     Args:
-        drawing: PNG file to write with these images and their objects; "": none.
+        drawing: PNG file to write with these images and their objects; None: no file.
     """
     model = dry_run.model
     assert isinstance(model, DistillModel) and model.unlabeled, "it has unlabelled images"

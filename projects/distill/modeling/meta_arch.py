@@ -118,9 +118,14 @@ class DistillModel(nn.Module):
     def _labelled(
         self, unlabeled: Unlabeled, inputs: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], NetworkOutputs | None]:
-        """Return unlabelled images with labels, and the teacher's outputs if it made them."""
-        asked = self.active_needs(of_teacher=True) or unlabeled.task_weight() > 0
-        if self.teacher is None or unlabeled.pseudo is None or not asked:
+        """Return unlabelled images with labels, and the teacher's outputs if it made them.
+
+        It is asked for its detections only while something reads the labels.
+        """
+        read = unlabeled.task_weight() > 0 or any(
+            head.reads_labels and head.factor() != 0 for _, head in self._heads()
+        )
+        if self.teacher is None or unlabeled.pseudo is None or not read:
             return unlabeled.labelled(inputs), None
         known = self.detected(self.teacher, inputs)
         return unlabeled.labelled(inputs, known), known

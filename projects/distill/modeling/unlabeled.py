@@ -1,5 +1,6 @@
 """Student's forward on images without labels, whose objects are those that the teacher detects."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from ..heads.classes import no_shared_class
 from ..heads.instances import TeacherInstances
 from ..structures import UNLABELED, NetworkInfo, NetworkOutputs
 from ..utils.training import current_iteration
+
+logger = logging.getLogger(__name__)
 
 KEY = "MODEL.DISTILL.UNLABELED"
 
@@ -237,6 +240,12 @@ def build_unlabeled(
             f"DATASETS.UNLABELED is {tuple(cfg.DATASETS.UNLABELED)}, but no head of "
             f"{tuple(heads)} learns without labels because {problem}; empty it, or name a head "
             "that compares whole maps, such as FitNet or CWD."
+        )
+    if idle:
+        reason = f" or {problem}" if problem else ""
+        logger.warning(
+            "DATASETS.UNLABELED does not train %s: they have no teacher%s",
+            *(", ".join(sorted(idle)), reason),
         )
     return Unlabeled(
         heads=tuple(heads),

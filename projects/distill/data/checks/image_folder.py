@@ -14,7 +14,7 @@ class ImageFolder:
         folder: the folder.
 
     Attributes:
-        remarks: none; unreadable images are found as they are opened.
+        remarks: always empty, since there are no annotations.
     """
 
     def __init__(self, folder: str):
