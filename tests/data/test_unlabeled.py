@@ -130,6 +130,7 @@ def test_an_unreadable_image_is_named(shapes: Shapes, folder: Path) -> None:
         (("MODEL.DISTILL.HEADS", ()), r"UNLABELED is \('more',\), but no head of .* teacher"),
         (("MODEL.DISTILL.HEADS", ("LGD",)), "no head of .*'LGD'.* has a teacher"),
         (("MODEL.KEYPOINT_ON", True), "KEYPOINT_ON is True"),
+        (("TEST.PRECISE_BN.ENABLED", True), "UNLABELED.* but TEST.PRECISE_BN.ENABLED"),
         (("DATASETS.UNLABELED_RATIO", 0.0), "UNLABELED_RATIO is 0.0; it must be above 0"),
         (("MODEL.DISTILL.UNLABELED.SCORE", [1.5]), r"SCORE is \[1.5\]; it must be"),
     ],

@@ -69,7 +69,7 @@ def test_detections_teach_as_annotations(family: str, weight: float, tmp_path: P
     own = model.unlabeled
     assert own is not None and not own.idle
     with EventStorage():
-        annotated, _ = model._labelled(own, unlabeled())
+        annotated, _ = model._with_labels(own, unlabeled())
     assert sum(len(x["instances"]) for x in annotated) > 0
     mixed = gradients(model, [*labeled(), *unlabeled()], 1, tmp_path)
     plain = distilled(family, heads)

@@ -100,7 +100,12 @@ BLIND = {"outputs": frozenset({"features"}), "detection_classes": ()}
     "heads, changes, opts, message",
     [
         (("FitNet",), BLIND, (f"{NODE}.WEIGHT", 1.0), "WEIGHT is 1.0, but the teacher .*set it"),
-        (("FGD",), BLIND, (), "no head of .*'FGD'.* because the teacher .* no detections"),
+        (
+            ("FGD",),
+            BLIND,
+            (),
+            "UNLABELED.* the teacher .* no detections, and all of .*'FGD'.* need labels",
+        ),
         (("FitNet",), {}, (f"{NODE}.SCORE", [0.1, 0.2]), "SCORE has 2 numbers; .* 3 classes"),
         (
             ("FitNet",),

@@ -109,17 +109,19 @@ def _validate_unlabeled(cfg: CfgNode) -> None:
             "teacher, who says what is in these images; name such a head, or empty it."
         )
     student, crop = student_class(cfg), cfg.INPUT.CROP
+    by_category = crop.ENABLED and crop.SINGLE_CATEGORY_MAX_AREA < 1
     reasons = {
-        "a PanopticFPN trains on semantic labels and instances at once": issubclass(
-            student, PanopticFPN
-        ),
+        "PanopticFPN needs semantic labels, too": issubclass(student, PanopticFPN),
         "MODEL.KEYPOINT_ON is True, and teachers detect no keypoints": cfg.MODEL.KEYPOINT_ON,
         "MODEL.DISTILL.TEACHER.DETECTIONS are of labelled images only": bool(
             cfg.MODEL.DISTILL.TEACHER.DETECTIONS
         ),
-        "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is below 1, which needs semantic labels": crop.ENABLED
-        and crop.SINGLE_CATEGORY_MAX_AREA < 1
-        and issubclass(student, SemanticSegmentor),
+        "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is below 1, which needs semantic labels": (
+            by_category and issubclass(student, SemanticSegmentor)
+        ),
+        "TEST.PRECISE_BN.ENABLED is True, which reads labelled batches": (
+            cfg.TEST.PRECISE_BN.ENABLED
+        ),
     }
     reason = next((text for text, holds in reasons.items() if holds), None)
     if reason:

@@ -55,7 +55,7 @@ def unlabeled_images(name: str) -> list[dict[str, Any]]:
     """Return the images of a registered data set as dataset dicts without objects.
 
     Raises:
-        DataError: they cannot be read, or there are none.
+        DataError: they cannot be read, or there are no images.
     """
     files = own_files(name)
     dicts = files.images() if files else load_dicts(name)

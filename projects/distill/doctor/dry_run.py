@@ -128,7 +128,7 @@ def load_weights(trainer: Trainer) -> Weights:
     return Weights(file, len(tensors) - len(kept), len(tensors), groups)
 
 
-def labelled(batch: Inputs) -> Inputs:
+def labeled_images(batch: Inputs) -> Inputs:
     """Return the images of a batch that are not of ``DATASETS.UNLABELED``."""
     return [x for x in batch if not is_unlabeled(x)]
 

@@ -23,7 +23,7 @@ from ..modeling.meta_arch import DistillModel, build_student, network_infos
 from ..modeling.teacher import build_teacher
 from ..modeling.unlabeled import unlabeled_of
 from ..structures import NetworkOutputs
-from .dry_run import DryRun, Inputs, build_dry_run, labelled, preserved
+from .dry_run import DryRun, Inputs, build_dry_run, labeled_images, preserved
 from .losses import balance_rows, loss_table, loss_warnings, losses_of
 from .recording import head_table, output_table, record_both
 from .report import Cost, DoctorReport, Setting, TeacherCheck
@@ -62,7 +62,7 @@ def examine(
         say("training steps")
         with preserved(dry_run):
             report.cost = measure_cost(dry_run, batches, data_seconds, cfg)
-        batches = [labelled(batch) for batch in batches]
+        batches = [labeled_images(batch) for batch in batches]
         say("outputs of the networks")
         with preserved(dry_run):
             add_outputs(report, dry_run, batches[0])
@@ -93,7 +93,7 @@ def examine_outputs(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
         report = introduction(dry_run)
         say("outputs of the networks")
         with preserved(dry_run):
-            add_outputs(report, dry_run, labelled(next(dry_run.batches)))
+            add_outputs(report, dry_run, labeled_images(next(dry_run.batches)))
     return report
 
 

@@ -104,18 +104,22 @@ class DistillModel(nn.Module):
         return self.student.device  # type: ignore[return-value]
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Return losses in training and predictions in evaluation, as detectron2's networks do."""
+        """Return losses in training and predictions in evaluation, as detectron2's networks do.
+
+        Args:
+            batched_inputs: in training, all images are labelled, or all are unlabelled.
+        """
         if not self.training or not self.heads:
             return self.student(batched_inputs)
         if self.unlabeled is None or not is_unlabeled(batched_inputs[0]):
             return self._losses(batched_inputs, self._heads())
-        inputs, known = self._labelled(self.unlabeled, batched_inputs)
+        inputs, known = self._with_labels(self.unlabeled, batched_inputs)
         heads = [(name, x) for name, x in self._heads() if name not in self.unlabeled.idle]
         with unlogged(self.student):
             losses = self._losses(inputs, heads, known)
         return self.unlabeled.learned(losses)
 
-    def _labelled(
+    def _with_labels(
         self, unlabeled: Unlabeled, inputs: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], NetworkOutputs | None]:
         """Return unlabelled images with labels, and the teacher's outputs if it made them.
@@ -126,9 +130,9 @@ class DistillModel(nn.Module):
             head.reads_labels and head.factor() != 0 for _, head in self._heads()
         )
         if self.teacher is None or unlabeled.pseudo is None or not read:
-            return unlabeled.labelled(inputs), None
+            return unlabeled.with_labels(inputs), None
         known = self.detected(self.teacher, inputs)
-        return unlabeled.labelled(inputs, known), known
+        return unlabeled.with_labels(inputs, known), known
 
     def detected(self, teacher: Teacher, inputs: list[dict[str, Any]]) -> NetworkOutputs:
         """Return a teacher's features and detections of a batch before the student's forward."""

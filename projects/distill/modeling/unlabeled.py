@@ -153,7 +153,7 @@ class Unlabeled(nn.Module):
         """Return the losses of which unlabelled images have a share."""
         return {name: x for name, x in losses.items() if self.share(name, 1, 1) > 0}
 
-    def labelled(
+    def with_labels(
         self,
         inputs: list[dict[str, Any]],
         known: NetworkOutputs | None = None,
@@ -237,9 +237,8 @@ def build_unlabeled(
     idle = frozenset(name for name, x in heads.items() if _is_idle(x, pseudo))
     if len(idle) == len(heads) and not node.WEIGHT:
         raise ConfigError(
-            f"DATASETS.UNLABELED is {tuple(cfg.DATASETS.UNLABELED)}, but no head of "
-            f"{tuple(heads)} learns without labels because {problem}; empty it, or name a head "
-            "that compares whole maps, such as FitNet or CWD."
+            f"DATASETS.UNLABELED is {tuple(cfg.DATASETS.UNLABELED)}, but {problem}, and all of "
+            f"{tuple(heads)} need labels; empty it, or name a head such as FitNet or CWD."
         )
     if idle:
         reason = f" or {problem}" if problem else ""
