@@ -103,6 +103,8 @@ def lines(matrix: SupportMatrix, data: dict[str, dict[str, Any]]) -> Iterator[st
         yield f"- Student: {shortened(students(name, matrix))}"
         yield f"- Paper: {paper(data.get(name, {})) or 'this package'}"
         yield f"- Balance: × {cls.balance_share:g} the ratio\n" if cls.balance_share != 1 else ""
+        if cls.rpn_share != 1:
+            yield f"- Balance in an R-CNN: × {cls.rpn_share:g} the ratio\n"
         yield from key_table(rows[name])
         yield from presets(name, rows[name], students(name, matrix))
         yield from configs(name)

@@ -38,6 +38,21 @@ class RecorderError(DistillError, RuntimeError):
     """A module whose output should be recorded, but which does not exist or did not run."""
 
 
+@contextmanager
+def of_teacher(name: str) -> Iterator[None]:
+    """Say in the errors of this context to which of several teachers they belong.
+
+    Args:
+        name: name of the teacher; "" if there is only one.
+    """
+    try:
+        yield
+    except DistillError as e:
+        if not name:
+            raise
+        raise type(e)(f"Teacher {name} of MODEL.DISTILL.TEACHERS: {e}") from e
+
+
 _UNBUILDABLE = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),

@@ -8,8 +8,8 @@ Shape shorthand:
     K: foreground classes
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -199,6 +199,22 @@ class NetworkOutputs:
         """``features`` and, if recorded, the features of the semantic head."""
         head = {SEM_SEG_HEAD: self.sem_seg.features} if self.sem_seg else {}
         return {**self.features, **head}
+
+
+def tensors_of(outputs: NetworkOutputs) -> Iterator[Tensor]:
+    """Yield all tensors of a network's outputs, without those of its batch."""
+    fields = {name: x for name, x in vars(outputs).items() if name != "batch"}
+    yield from _tensors(fields)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | dict):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(x)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Run:
         """A head, what it saw of the first image, and its grid."""
         model, heads = visualize.build(self.cfg)
         entry = visualize.read_input(self.cfg, heads, "0")
-        view = visualize.look(model, list(heads.values()), self.cfg, entry)
+        view = visualize.look(model, list(heads.values()), self.cfg, entry)[""]
         with torch.no_grad():
             return heads[name], view, visualize.GRIDS[type(heads[name])](heads[name], view)
 

@@ -359,7 +359,7 @@ def test_a_resume_compares_labels_and_no_places(tmp_path: Path) -> None:
         DatasetCatalog.remove(name), MetadataCatalog.remove(name)
         cfg.DATASETS.YOLO_FORMAT = ((name, str(folder / "data.yaml"), "train"),)
         register_own_sets(cfg)
-        return training_values(cfg, "", label_digests(cfg))
+        return training_values(cfg, {}, label_digests(cfg))
 
     before = values(root)
     assert len(before[key]) == 16 and not takes_effect(key)

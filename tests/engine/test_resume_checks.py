@@ -142,7 +142,7 @@ def test_other_annotations(folder: Path, shapes: Shapes, tmp_path: Path) -> None
     content["annotations"].pop()
     (tmp_path / "changed.json").write_text(json.dumps(content))
     opts = ("DATASETS.COCO_FORMAT", ((name, str(tmp_path / "changed.json"), images),))
-    values = [training_values(config(folder, shapes), ""), training_values(tiny_cfg("faster"), "")]
+    values = [training_values(config(folder, shapes)), training_values(tiny_cfg("faster"))]
     cfg = config(folder, shapes)
     cfg.merge_from_list(list(opts))
     key = f"DATASETS.COCO_FORMAT '{name}'"

@@ -323,7 +323,9 @@ def test_the_training_set_gives_ranges(tmp_path: Path, shapes: Shapes, catalogue
     assert found is not None and len(found.files) == 4 and found.files[0].startswith(shapes[2])
 
 
-def test_torchscript_and_teachers_have_no_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchscript_and_teachers_have_no_integers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["export", str(tmp_path), "--format", "torchscript", "--int8"]) == 2
     assert "--int8 needs --format onnx" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path), "--features", "--int8"]) == 2

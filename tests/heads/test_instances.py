@@ -90,8 +90,8 @@ def test_the_networks_own_detections() -> None:
     found = kd_losses(model, [image_dict(0, objects=0), image_dict(1)])
     plain = distilled("faster", ["FGD"], teacher=outspoken_model("faster", seed=1))
     other = kd_losses(plain, [image_dict(0, objects=0), image_dict(1)])
-    assert "detections" in model.active_needs(of_teacher=True)
-    assert "detections" not in plain.active_needs(of_teacher=True)
+    assert "detections" in model.active_needs(teacher="")
+    assert "detections" not in plain.active_needs(teacher="")
     assert all(x.isfinite() and x != other[name] for name, x in found.items())
 
 

@@ -102,14 +102,14 @@ def test_no_teacher_is_configured_built_or_asked():
     assert cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE == ""
     model = build_model(cfg)
     assert model.teacher is None and list(model.heads) == ["MSSD"]
-    assert "features" in model.active_needs() and not model.active_needs(of_teacher=True)
+    assert "features" in model.active_needs() and not model.active_needs(teacher="")
 
 
 def test_a_teacher_beside_it_is_asked_for_the_others_needs_alone(tmp_path):
     teacher = write_teacher(tmp_path, "faster")
     opts = distill_opts("faster", ["MSSD", "ROIKD"])
     model = build_model(tiny_cfg("faster", *opts, *PAFPN, *teacher)).train()
-    assert model.active_needs(of_teacher=True) == {"rois"}
+    assert model.active_needs(teacher="") == {"rois"}
     found = kd_losses(model, [image_dict(0)])
     assert {k.split("/")[0] for k in found} == {"loss_mssd", "loss_roikd"}
 

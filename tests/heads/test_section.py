@@ -8,7 +8,7 @@ from torch import nn
 
 from distill import heads
 from distill.config import get_distill_cfg, validate_config
-from distill.config.defaults import declared_keys
+from distill.config.defaults import TEACHERS_KEYS, declared_keys
 from distill.config.detectron2_rules import leaves
 from distill.config.reference import head_rows, other_rows
 from distill.errors import ConfigError
@@ -255,7 +255,8 @@ def test_a_head_checks_keys_together(family, head, opts, words):
 
 def test_the_reference_has_every_declared_key_once():
     rows = [*other_rows(), *(row for rows in head_rows().values() for row in rows)]
-    assert sorted(row.key for row in rows) == sorted(declared_keys())
+    of_teachers = [f"MODEL.DISTILL.TEACHERS[i].{name}" for name in TEACHERS_KEYS]
+    assert sorted(row.key for row in rows) == sorted([*declared_keys(), *of_teachers])
 
 
 def test_a_row_of_the_reference_says_all_of_a_key():

@@ -133,6 +133,32 @@ def test_a_head_may_ask_for_a_share_of_the_ratio() -> None:
     assert model.balance.shares == {"AT": 0.1, "SKD": 0.1, "CWD": 1.0}
 
 
+@pytest.mark.parametrize(("family", "share"), [("faster", 0.1), ("retinanet", 1.0)])
+def test_what_follows_an_rpn_has_a_share(family: str, share: float) -> None:
+    heads = ["FGFI", "DenseKD", "FitNet"]
+    model = distilled(family, heads, *ON)
+    assert model.balance.shares == dict(zip(heads, (share, share, 1.0)))
+
+
+def test_cosines_of_a_period() -> None:
+    """Each head's own, at each map; none of a gradient that is 0, as in the first step."""
+    toy = Toy("FitNet", "IMA")
+    toy.balance.cosine_period = 2
+    task, other = torch.tensor([3.0, 0, 0, 0]), torch.tensor([0, 7.0, 0, 0])
+    heads = {"FitNet": {"p3": -5 * task, "p4": 0.6 * task + 0.8 * 3 / 7 * other}, "IMA": 2 * other}
+    cosines = [
+        {k: x for k, x in toy.step(task, **heads).items() if k.startswith("kd_cosine")}
+        for _ in range(4)
+    ]
+    assert cosines[0] == cosines[1] == cosines[3] == {}
+    assert cosines[2] == {
+        "kd_cosine/fitnet/backbone.p3": pytest.approx(-1.0),
+        "kd_cosine/fitnet/backbone.p4": pytest.approx(0.6),
+        "kd_cosine/ima/backbone.p3": pytest.approx(0.0),
+        "kd_cosine/ima/backbone.p4": pytest.approx(0.0),
+    }
+
+
 def test_the_ratio_falls_to_0_at_the_end() -> None:
     toy = Toy("FitNet", fade=0.5)
     found = [toy.step(FitNet=5.0).get("kd_ratio/fitnet/backbone.p3") for _ in range(10)]

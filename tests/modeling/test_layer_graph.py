@@ -35,7 +35,7 @@ FLOAT = {
         "head.prototypes",
     ],
     "yolox": UNREAD + PER_LEVEL + [f"head.objectness.{k}" for k in range(3)],
-    "yolov5": UNREAD + [f"head.predictors.{k}" for k in range(3)],
+    **dict.fromkeys(("yolov5", "yolov7"), UNREAD + [f"head.predictors.{k}" for k in range(3)]),
     "semantic": ["sem_seg_head.predictor"],
 }
 

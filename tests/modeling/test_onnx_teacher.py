@@ -18,7 +18,7 @@ from distill.export import runner
 from distill.export.graphs import build_graph
 from distill.export.writer import export_info
 from distill.families import build_family
-from distill.modeling.meta_arch import network_infos
+from distill.modeling.distillation import network_infos
 from distill.modeling.teacher import Teacher, build_teacher
 from distill.nets import onnx
 from distill.structures import Batch, NetworkOutputs

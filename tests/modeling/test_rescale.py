@@ -96,7 +96,7 @@ def test_scale_1_is_a_training_without_the_key(family: str) -> None:
     expected = teacher.family.preprocess([x["image"] for x in batch.inputs], (96, 96))
     assert torch.equal(teacher.preprocess(batch), expected)
     losses, _, _ = record(model, image_dicts())
-    model.teacher = Teacher(teacher.family, input_format="BGR", student_format="BGR")
+    model.teachers[""] = Teacher(teacher.family, input_format="BGR", student_format="BGR")
     plain, _, _ = record(model, image_dicts())
     assert all(torch.equal(x, plain[k]) for k, x in losses.items())
 

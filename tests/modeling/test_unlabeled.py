@@ -69,7 +69,7 @@ def infos(family: str = "faster", teacher: str = "faster", **changes: Any) -> tu
 
 def build(heads: tuple[str, ...], networks: tuple[Any, Any], *opts: Any) -> Unlabeled | None:
     cfg = tiny_cfg("faster", "MODEL.DISTILL.HEADS", heads, *ON, *opts)
-    return build_unlabeled(cfg, *networks, build_heads(cfg, *networks))
+    return build_unlabeled(cfg, {"": networks}, build_heads(cfg, *networks))
 
 
 def test_heads_that_need_labels_are_idle_without_detections(
@@ -91,6 +91,15 @@ def test_with_detections_all_heads_learn() -> None:
     assert own is not None and own.pseudo is not None and not own.idle
     assert own.pseudo.scores.tolist() == pytest.approx([0.3, 0.4, 0.5])
     assert not own.state_dict()
+
+
+def test_the_first_teacher_with_detections_labels() -> None:
+    student, seeing = infos()
+    blind = replace(seeing, outputs=frozenset({"features"}), detection_classes=())
+    cfg = tiny_cfg("faster", "MODEL.DISTILL.HEADS", ("FGD",), *ON)
+    networks = {"blind": (student, blind), "seeing": (student, seeing)}
+    own = build_unlabeled(cfg, networks, build_heads(cfg, student, blind))
+    assert own is not None and own.teacher == "seeing" and not own.idle
 
 
 BLIND = {"outputs": frozenset({"features"}), "detection_classes": ()}
@@ -128,4 +137,4 @@ def test_refusals(heads: Any, changes: Any, opts: Any, message: str) -> None:
 
 def test_without_the_key_nothing_is_built() -> None:
     cfg = tiny_cfg("faster", "MODEL.DISTILL.HEADS", ("FitNet",))
-    assert build_unlabeled(cfg, *infos(), nn.ModuleDict()) is None
+    assert build_unlabeled(cfg, {"": infos()}, nn.ModuleDict()) is None

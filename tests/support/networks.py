@@ -21,7 +21,7 @@ from distill.config import get_distill_cfg, merge_from_list
 from distill.families import build_family
 from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed
 from distill.heads.fpn import Level
-from distill.modeling.meta_arch import build_balance
+from distill.modeling.distillation import build_balance
 from distill.modeling.teacher import Teacher
 from distill.modeling.unlabeled import build_unlabeled
 from distill.structures import Batch, NetworkInfo, NetworkOutputs
@@ -258,7 +258,8 @@ def distilled(
     own = network_info("student", student)
     architecture = META_ARCH_REGISTRY.get(DISTILL_ARCHITECTURES.get(family, "DistillRCNN"))
     if not teacher_needed(cfg):
-        parts = {"heads": build_heads(cfg, own, None), "balance": build_balance(cfg, own)}
+        own_heads = build_heads(cfg, own, None)
+        parts = {"heads": own_heads, "balance": build_balance(cfg, own, own_heads)}
         return architecture(student=student, teacher=None, **parts).train()
     teacher = teacher or outspoken_model(family, *opts, seed=1, **kw)
     family, named = build_family(teacher), tuple(teacher_classes)
@@ -266,9 +267,9 @@ def distilled(
     asked = Teacher(family, input_format=teacher_format, student_format="BGR", scale=scale)
     detected = named if cfg.DATASETS.UNLABELED else ()
     taught = asked.info(named, (*named, "background") if family.sem_seg_shape else (), detected)
-    heads = build_heads(cfg, own, taught)
-    parts = {"heads": heads, "balance": build_balance(cfg, own)}
-    parts["unlabeled"] = build_unlabeled(cfg, own, taught, heads)
+    built = build_heads(cfg, own, taught)
+    parts = {"heads": built, "balance": build_balance(cfg, own, built)}
+    parts["unlabeled"] = build_unlabeled(cfg, {"": (own, taught)}, built)
     return architecture(student=student, teacher=asked, **parts).train()
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly, readable
-from ..config import teacher_config
+from ..config import one_per_teacher, teacher_config
 from ..data.datasets import class_names, in_model_order, load_training_set
 from ..data.detection_file import detection_file
 from ..engine import setup_config
@@ -56,7 +56,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AssertionErr
 
 @dataclass(frozen=True)
 class View:
-    """An image and the outputs of both networks for it.
+    """An image and the outputs of the student and a teacher for it.
 
     Attributes:
         image: the image as the student gets it, with the ground-truth boxes.
@@ -372,24 +372,29 @@ def load_weights(model: DistillModel, cfg: CfgNode, weights: str) -> tuple[str, 
 @torch.no_grad()
 def look(
     model: DistillModel, heads: Sequence[DistillHead], cfg: CfgNode, entry: dict[str, Any]
-) -> View:
-    """Record the outputs of both networks for one image."""
+) -> dict[str, View]:
+    """Record the outputs of all networks for one image, by the teacher of the heads."""
     image = entry["image"]
     images = model.family.preprocess([image], tuple(image.shape[1:]))
     instances = [entry["instances"].to(model.device)] if "instances" in entry else []
     batch = Batch([entry], (images.shape[2], images.shape[3]), instances)
     student = model.family.ask(images, NetworkOutputs(batch), needs_of(heads))
-    asked = needs_of([head for head in heads if head.needs_teacher])
-    teacher = model.teacher.ask(student, asked) if model.teacher else None
+    asked = {
+        name: needs_of([x for x in heads if x.needs_teacher and x.taught_by == name])
+        for name in model.teachers
+    }
+    answers = {name: x.ask(student, asked[name]) for name, x in model.teachers.items()}
     rgb = convert_image_to_rgb(image.permute(1, 2, 0), cfg.INPUT.FORMAT)
-    names = class_names(cfg)
-    classes = [i for x in instances for i in x.gt_classes.tolist()]
+    known = class_names(cfg)
+    labels = [i for x in instances for i in x.gt_classes.tolist()]
     shown = ShownImage(
         np.asarray(rgb).clip(0, 255).astype(np.uint8),
         [box for boxes in batch.boxes for box in boxes.tolist()],
-        [f"{n} {names[i] if names else f'class {i}'}" for n, i in enumerate(classes, 1)],
+        [f"{n} {known[i] if known else f'class {i}'}" for n, i in enumerate(labels, 1)],
     )
-    return View(shown, class_names(cfg, semantic=True) or (), student, teacher)
+    classes = class_names(cfg, semantic=True) or ()
+    names = {head.taught_by for head in heads}
+    return {name: View(shown, classes, student, answers.get(name)) for name in names}
 
 
 def needs_of(heads: Iterable[DistillHead]) -> frozenset[str]:
@@ -428,7 +433,8 @@ def draw_methods(cfg: CfgNode, image: str, weights: str, out: Path) -> None:
     model, heads = build(cfg)
     weights, fresh = load_weights(model, cfg, weights)
     entry = read_input(cfg, heads, image)
-    view = look(model, list(heads.values()), cfg, entry)
+    views = look(model, list(heads.values()), cfg, entry)
+    parts = {one.name: one.cfg for one in one_per_teacher(cfg)}
     file = Path(entry["file_name"])
     out.mkdir(parents=True, exist_ok=True)
     for name, head in heads.items():
@@ -437,9 +443,10 @@ def draw_methods(cfg: CfgNode, image: str, weights: str, out: Path) -> None:
             f"student: {'random weights' if weights == RANDOM else weights}",
         ]
         if head.needs_teacher:
-            lines.append(f"teacher: {teacher_config(cfg).MODEL.WEIGHTS}")
+            lines.append(f"teacher: {teacher_config(parts[head.taught_by]).MODEL.WEIGHTS}")
         if name in fresh:
             lines.append("adapters: fresh, no checkpoint has trained them")
+        view = views[head.taught_by]
         with torch.no_grad():
             grid = GRIDS[type(head)](head, view)
         objects = len(view.image.labels)

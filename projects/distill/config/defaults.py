@@ -3,6 +3,8 @@
 The keys of a head are in its class: ``section`` in ``heads/<method>.py``.
 """
 
+import re
+
 from detectron2.config import CfgNode, get_cfg
 
 from ..heads import DISTILL_HEAD_REGISTRY
@@ -106,6 +108,12 @@ KEYS: dict[str, Key] = {
         "float32",
         "how maps are stored. float32 changes no bit of a training; the others round the maps",
         one_of("float32", "float16", "bfloat16"),
+    ),
+    "MODEL.DISTILL.TEACHERS": Key(
+        [],
+        "several teachers, each with keys of TEACHER and with NAME, HEADS and FACTOR. TEACHER then "
+        "names no network, and its other values are the defaults of all",
+        LIST,
     ),
     "MODEL.DISTILL.BALANCE.MODE": Key(
         "auto",
@@ -451,6 +459,25 @@ KEYS: dict[str, Key] = {
         SWITCH,
     ),
 }
+
+
+TEACHERS_KEYS: dict[str, Key] = {
+    "NAME": Key(
+        "",
+        "name of the teacher in logs, losses and checkpoints, without regard to capital letters",
+        Rule(
+            lambda x: x == "" or bool(re.fullmatch(r"[a-zA-Z]\w*", x, re.ASCII)),
+            "letters, digits and _, beginning with a letter",
+        ),
+    ),
+    "HEADS": Key(
+        (), "heads of MODEL.DISTILL.HEADS that it teaches; empty: all that work with it", TEXTS
+    ),
+    "FACTOR": Key(
+        1.0, "factor of its losses, and with BALANCE of the ratio that its heads get", POSITIVE
+    ),
+}
+"""Keys of a section of ``MODEL.DISTILL.TEACHERS`` besides those of ``MODEL.DISTILL.TEACHER``."""
 
 
 def head_keys() -> dict[str, Key]:

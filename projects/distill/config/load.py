@@ -300,6 +300,19 @@ def _merge(cfg: CfgNode, loaded: CfgNode, source: str) -> None:
             raise ConfigError(f"{source}: {_said(e)}") from e
 
 
+def merge_section(cfg: CfgNode, values: Any, source: str) -> None:
+    """Merge keys and values of plain types, as a yaml file has them, into ``cfg``.
+
+    Raises:
+        ConfigError: there is an unknown key, a value of another type, or no mapping.
+    """
+    try:
+        loaded = CfgNode(values)
+    except (AttributeError, TypeError, ValueError, AssertionError) as e:
+        raise ConfigError(f"{source} is {values!r:.80}; it must be KEY: VALUE pairs.") from e
+    _merge(cfg, loaded, source)
+
+
 def _said(error: Exception) -> str:
     """Return the message of yacs, rewritten for users where it compares Python types."""
     sentence = str(error.args[0] if error.args else error)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ..heads import DISTILL_HEAD_REGISTRY
 from ..nets.config import NETS_KEYS
 from ..section import Key
-from .defaults import KEYS
+from .defaults import KEYS, TEACHERS_KEYS
 
 
 class KeyRow(NamedTuple):
@@ -38,7 +38,8 @@ def head_rows() -> dict[str, list[KeyRow]]:
 
 def other_rows() -> list[KeyRow]:
     """Return the rows of all keys of this package and its networks that belong to no head."""
-    return _rows({**KEYS, **NETS_KEYS})
+    own = _rows(TEACHERS_KEYS, "MODEL.DISTILL.TEACHERS[i].")
+    return [*_rows(KEYS), *own, *_rows(NETS_KEYS)]
 
 
 def _rows(keys: Mapping[str, Key], prefix: str = "") -> list[KeyRow]:

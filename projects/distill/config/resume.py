@@ -17,8 +17,8 @@ from .architecture import student_architecture
 from .defaults import declared_keys
 from .detectron2_rules import leaves
 from .resolve import balance_mode, teacher_config
+from .several import TEACHER, TEACHERS, OneTeacher, one_per_teacher
 
-TEACHER = "MODEL.DISTILL.TEACHER"
 DIGITS = 16  # as many digits of a hash tell files apart, and fit into a message
 
 # Keys that change nothing of a training that goes on: evaluation, logs, places, starting weights.
@@ -37,7 +37,7 @@ _IGNORED = (
     *("MODEL.DISTILL.COSINE_PERIOD", "MODEL.DISTILL.INHERIT", "MODEL.PANOPTIC_FPN.COMBINE.*"),
     "MODEL.DISTILL.STUDENT_ARCHITECTURE",
     *(f"{TEACHER}.CONFIG_FILE", f"{TEACHER}.OPTS", f"{TEACHER}.WEIGHTS"),
-    *(f"{TEACHER}.CACHE.*", f"{TEACHER}.DETECTIONS"),
+    *(f"{TEACHER}.CACHE.*", f"{TEACHER}.DETECTIONS", TEACHERS),
     *("MODEL.ONNX.FILE", "MODEL.TIMM.PRETRAINED", "MODEL.TIMM.WEIGHTS", "SOLVER.CHECKPOINT_PERIOD"),
     *("SOLVER.KEEP_CHECKPOINTS", "SOLVER.MAX_SKIPS", "SOLVER.ON_NONFINITE", "SOLVER.SCHEDULE"),
     *(
@@ -63,7 +63,7 @@ _APPLIED = (
     *("SOLVER.NUM_DECAYS", "SOLVER.POLY_LR_*", "SOLVER.RESCALE_INTERVAL", "SOLVER.STEPS"),
     *("SOLVER.PATIENCE", "SOLVER.WARMUP_*", "SOLVER.WEIGHT_DECAY*"),
     *("MODEL.DISTILL.*WEIGHT", "MODEL.DISTILL.*_ITER", "MODEL.DISTILL.*_ITERS"),
-    *("MODEL.DISTILL.BALANCE.RATIO", "MODEL.DISTILL.BALANCE.FADE"),
+    *("MODEL.DISTILL.BALANCE.RATIO", "MODEL.DISTILL.BALANCE.FADE", f"{TEACHERS}.*.FACTOR"),
 )
 # Values for checkpoints of versions that lack a key, where its default is another.
 _BEFORE = {"MODEL.DISTILL.BALANCE.MODE": "none"}
@@ -72,7 +72,7 @@ _OF_TEACHER = ("MODEL.*", "INPUT.FORMAT", "DATASETS.TRAIN")  # keys of its confi
 
 def training_values(
     cfg: CfgNode,
-    teacher: str = "",
+    teachers: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
     unlabeled: str = "",
 ) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def training_values(
 
     Args:
         cfg: the whole config.
-        teacher: hash of the teacher's weights, or "".
+        teachers: hash of the weights of each teacher, by its name.
         labels: hash of the labels of each training set of ``DATASETS.YOLO_FORMAT``, by its name.
         unlabeled: hash of the names of the images of ``DATASETS.UNLABELED``.
     """
@@ -109,22 +109,35 @@ def training_values(
     detections = cfg.MODEL.DISTILL.TEACHER.DETECTIONS
     if os.path.isfile(detections):
         values[f"{TEACHER}.DETECTIONS"] = file_hash(detections)[:DIGITS]
-    if teacher_needed(cfg):
-        cache = cfg.MODEL.DISTILL.TEACHER.CACHE
-        values[f"{TEACHER}.CACHE.DTYPE"] = cache.DTYPE if cache.DIR else "float32"
-        values[f"{TEACHER}.WEIGHTS"] = teacher[:DIGITS]
-        values |= _teacher_values(teacher_config(cfg))
+    parts = [x for x in one_per_teacher(cfg) if teacher_needed(x.cfg)]
+    values[TEACHERS] = [x.name for x in parts if x.name]
+    for one in parts:
+        own = _teacher_values(one, (teachers or {}).get(one.name, ""))
+        prefix = f"{TEACHERS}.{one.name}" if one.name else TEACHER
+        values |= {f"{prefix}.{key}": value for key, value in own.items()}
     return values
 
 
-def _teacher_values(cfg: CfgNode) -> dict[str, Any]:
-    return {
-        f"{TEACHER}.CONFIG_FILE ({key})": _plain(value)
-        for key, value in leaves(cfg)
-        if _fits(key, _OF_TEACHER)
-        and not _fits(key, _IGNORED)
-        and not key.startswith("MODEL.DISTILL.")
+def _teacher_values(one: OneTeacher, weights: str) -> dict[str, Any]:
+    """Return the values of a teacher by their keys in ``MODEL.DISTILL.TEACHER``.
+
+    Args:
+        weights: hash of its weights.
+    """
+    node = one.cfg.MODEL.DISTILL
+    cache = node.TEACHER.CACHE
+    values: dict[str, Any] = {
+        "CACHE.DTYPE": cache.DTYPE if cache.DIR else "float32",
+        "WEIGHTS": weights[:DIGITS],
     }
+    if one.name:
+        values |= {"FACTOR": one.factor, "HEADS": _plain(node.HEADS)}
+        values |= {key: _plain(node.TEACHER[key]) for key in ("CLASSES", "SCALE")}
+    for key, value in leaves(teacher_config(one.cfg)):
+        of_network = _fits(key, _OF_TEACHER) and not key.startswith("MODEL.DISTILL.")
+        if of_network and not _fits(key, _IGNORED):
+            values[f"CONFIG_FILE ({key})"] = _plain(value)
+    return values
 
 
 def changed_values(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

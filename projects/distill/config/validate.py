@@ -13,7 +13,7 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
-from ..errors import ConfigError
+from ..errors import ConfigError, of_teacher
 from ..families import FAMILIES
 from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed
 from ..section import check_choice
@@ -21,6 +21,7 @@ from .architecture import distill_architectures, student_architecture, student_c
 from .defaults import AUGMENT_STEPS, SIZED_STEPS, TRACKERS, declared_keys
 from .detectron2_rules import check_read, check_rules, check_together, leaves
 from .resolve import teacher_config
+from .several import check_teachers, one_per_teacher
 
 INHERITED_PARTS = ("neck", "head")
 ONLY_TEACH = ("FeatureExtractor", "LazyNetwork")
@@ -54,8 +55,11 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
     _validate_data(cfg, training)
     if cfg.MODEL.DISTILL.HEADS or cfg.MODEL.META_ARCHITECTURE in distill_architectures():
         _validate_distill(cfg)
-        if training and teacher_needed(cfg):
-            _validate_teacher(teacher_config(cfg))
+    check_teachers(cfg)
+    for one in one_per_teacher(cfg) if training else ():
+        if teacher_needed(one.cfg):
+            with of_teacher(one.name):
+                _validate_teacher(teacher_config(one.cfg))
     if training:
         _validate_detections(cfg)
         _validate_unlabeled(cfg)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..checkpoint.load import STATISTICS
 from ..checkpoint.save import StudentState
+from ..config import one_per_teacher
 from ..engine.setup import check_batch_size
 from ..engine.trainer import Trainer
 from ..families import Family
 from ..heads import DistillHead
 from ..modeling.balance import GradientBalance
-from ..modeling.meta_arch import DistillModel, network_infos
+from ..modeling.distillation import infos_by_teacher
+from ..modeling.meta_arch import DistillModel
 from ..modeling.teacher import Teacher
 from ..modeling.unlabeled import is_unlabeled
 from ..structures import NetworkInfo
@@ -43,10 +45,11 @@ class DryRun:
         batches: endless iterator; unlabelled images follow the labelled ones.
         weights: tensors that ``MODEL.WEIGHTS`` filled.
         family: None for a plain network, whose outputs are not recorded.
-        teacher: None if no head needs one.
+        teacher: the only teacher; None if no head needs one, or if there are several.
         heads: heads by name; empty without distillation.
         infos: descriptions of student and teacher; None if there is no such network.
         balance: sets the heads' weights; None if they are fixed.
+        parts: with several teachers, see :meth:`by_teacher`; otherwise empty.
     """
 
     cfg: CfgNode
@@ -61,6 +64,14 @@ class DryRun:
     heads: dict[str, DistillHead]
     infos: tuple[NetworkInfo | None, NetworkInfo | None]
     balance: GradientBalance | None = None
+    parts: dict[str, "DryRun"] = field(default_factory=dict)
+
+    def by_teacher(self) -> dict[str, "DryRun"]:
+        """Return this training as each teacher sees it: its config, and only its heads.
+
+        The only teacher has the name "". Heads that need no teacher have it, too.
+        """
+        return self.parts or {"": self}
 
 
 def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
@@ -88,12 +99,7 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
     weights = load_weights(trainer)
     loop: Any = trainer._trainer
     model: nn.Module = getattr(loop.model, "module", loop.model).train()
-    family, teacher, heads = None, None, {}
-    infos: tuple[NetworkInfo | None, NetworkInfo | None] = (None, None)
-    if isinstance(model, DistillModel):
-        family, teacher, heads = model.family, model.teacher, dict(model.heads.items())
-        infos = network_infos(cfg, family, teacher)
-    return DryRun(
+    dry_run = DryRun(
         cfg=trainer.cfg,
         model=model,
         student=trainer.student,
@@ -101,12 +107,34 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
         autocast=loop.autocast,
         batches=iter(loop.data_loader),
         weights=weights,
-        family=family,
-        teacher=teacher,
-        heads=heads,
-        infos=infos,
+        family=None,
+        teacher=None,
+        heads={},
+        infos=(None, None),
         balance=trainer.balance,
     )
+    if isinstance(model, DistillModel):
+        add_distillation(dry_run, model)
+    return dry_run
+
+
+def add_distillation(dry_run: DryRun, model: DistillModel) -> None:
+    """Add the teachers and the heads of a distilled student."""
+    heads: dict[str, Any] = dict(model.heads.items())
+    dry_run.family, dry_run.heads = model.family, heads
+    infos = infos_by_teacher(dry_run.cfg, model.family, model.teachers)
+    if not dry_run.cfg.MODEL.DISTILL.TEACHERS:
+        dry_run.teacher, dry_run.infos = model.teacher, infos[""]
+        return
+    for one in one_per_teacher(dry_run.cfg):
+        dry_run.parts[one.name] = replace(
+            dry_run,
+            cfg=one.cfg,
+            teacher=model.teachers.get(one.name),
+            heads={name: x for name, x in heads.items() if x.taught_by == one.name},
+            infos=infos[one.name],
+            parts={},
+        )
 
 
 def load_weights(trainer: Trainer) -> Weights:

@@ -3,34 +3,36 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import teacher_config
+from ..config import one_per_teacher, teacher_config
 from ..engine.hooks import memory_mb
 from ..engine.train_loop import pieces
-from ..errors import ConfigError
+from ..errors import ConfigError, of_teacher
 from ..families import build_family
 from ..heads import unfinished_phases
 from ..heads.classes import ClassMap
-from ..modeling.meta_arch import DistillModel, build_student, network_infos
+from ..modeling.distillation import network_infos
+from ..modeling.meta_arch import DistillModel, build_student
 from ..modeling.teacher import build_teacher
 from ..modeling.unlabeled import unlabeled_of
-from ..structures import NetworkOutputs
-from .dry_run import DryRun, Inputs, build_dry_run, labeled_images, preserved
+from ..structures import NetworkOutputs, tensors_of
+from .dry_run import DryRun, Inputs, build_dry_run, full_weight, labeled_images, preserved
 from .losses import balance_rows, loss_table, loss_warnings, losses_of
-from .recording import head_table, output_table, record_both
-from .report import Cost, DoctorReport, Setting, TeacherCheck
+from .recording import ask_teacher, head_table, output_table, record_student
+from .report import Cost, DoctorReport, Setting, TeacherCheck, TeacherCost
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
 from .unlabeled import add_unlabeled
 
 BATCHES = 2
+ANSWERS = 2  # number of a teacher's answers that are timed
 FEWEST_IMAGES = 4  # per process, for batch normalisation in training mode
 
 Say = Callable[[str], Any]
@@ -72,10 +74,12 @@ def examine(
             if dry_run.balance:
                 report.balance = balance_rows(dry_run.balance)
         say("the teacher's predictions")
-        add_teacher(report, dry_run, batches, teacher_images)
+        for own, part in by_teacher(report, dry_run):
+            add_teacher(own, part, batches, teacher_images)
         if cfg.DATASETS.UNLABELED:
             say("the unlabelled images")
             add_unlabeled(report, dry_run, drawing)
+    gather_sentences(report)
     report.errors += errors
     report.warnings += unfinished_phases(cfg)
     report.warnings += loss_warnings(report.losses, dry_run.heads, dry_run.balance is not None)
@@ -94,25 +98,50 @@ def examine_outputs(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
         say("outputs of the networks")
         with preserved(dry_run):
             add_outputs(report, dry_run, labeled_images(next(dry_run.batches)))
+    gather_sentences(report)
     return report
 
 
 def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
     """Examine which registered heads work for student and teacher, and why the others do not.
 
-    There is a teacher if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` names one. A configured head that
-    does not work is not an error here.
+    There is a teacher if ``MODEL.DISTILL.TEACHER.CONFIG_FILE`` or ``TEACHERS`` names one. A
+    configured head that does not work is not an error here.
     """
     say("building the networks")
     student = build_student(cfg)
-    teacher = build_teacher(cfg) if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE else None
-    infos = network_infos(cfg, build_family(student), teacher)
-    return DoctorReport(
-        student=type(student).__name__,
-        teacher=type(teacher.model).__name__ if teacher else "",
-        teacher_weights=teacher_config(cfg).MODEL.WEIGHTS if teacher else "",
-        registered_heads=head_table(*infos, configured=tuple(cfg.MODEL.DISTILL.HEADS)),
-    )
+    report = DoctorReport(student=type(student).__name__)
+    for one in one_per_teacher(cfg):
+        own = DoctorReport(student=report.student) if one.name else report
+        if one.name:
+            report.teachers[one.name] = own
+        with of_teacher(one.name):
+            taught = bool(one.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
+            teacher = build_teacher(one.cfg) if taught else None
+            infos = network_infos(one.cfg, build_family(student), teacher)
+        if teacher:
+            own.teacher = type(teacher.model).__name__
+            own.teacher_weights = teacher_config(one.cfg).MODEL.WEIGHTS
+        own.registered_heads = head_table(*infos, configured=tuple(one.cfg.MODEL.DISTILL.HEADS))
+    return report
+
+
+# ---- Several teachers.
+
+
+def by_teacher(report: DoctorReport, dry_run: DryRun) -> Iterator[tuple[DoctorReport, DryRun]]:
+    """Yield the report and the training of each teacher; those of the only one are the whole."""
+    for name, part in dry_run.by_teacher().items():
+        own = DoctorReport(student=report.student, heads=list(part.heads))
+        yield report.teachers.setdefault(name, own) if name else report, part
+
+
+def gather_sentences(report: DoctorReport) -> None:
+    """Move the notes and warnings about several teachers to the end of the whole report."""
+    for name, own in report.teachers.items():
+        report.notes += [f"Teacher {name}: {x}" for x in own.notes]
+        report.warnings += [f"Teacher {name}: {x}" for x in own.warnings]
+        own.notes, own.warnings = [], []
 
 
 # ---- Networks, before the first batch.
@@ -120,13 +149,20 @@ def examine_heads(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
 
 def introduction(dry_run: DryRun) -> DoctorReport:
     """Begin a report with the networks, their weights and classes."""
-    cfg, weights, (student, teacher) = dry_run.cfg, dry_run.weights, dry_run.infos
     report = DoctorReport(
         student=type(dry_run.student).__name__,
         heads=list(dry_run.heads),
-        weights=weights,
+        weights=dry_run.weights,
         notes=remarks(dry_run),
     )
+    for own, part in by_teacher(report, dry_run):
+        introduce_teacher(own, part)
+    return report
+
+
+def introduce_teacher(report: DoctorReport, dry_run: DryRun) -> None:
+    """Add a teacher with its weights and classes, if there is one."""
+    cfg, weights, (student, teacher) = dry_run.cfg, dry_run.weights, dry_run.infos
     if student and teacher:
         report.teacher = teacher.kind
         report.teacher_weights = teacher_config(cfg).MODEL.WEIGHTS
@@ -141,7 +177,6 @@ def introduction(dry_run: DryRun) -> DoctorReport:
                 f"Teacher and student have the same weights '{weights.file}', so the teacher knows "
                 "no more than the student; change MODEL.DISTILL.TEACHER.WEIGHTS or MODEL.WEIGHTS."
             )
-    return report
 
 
 def remarks(dry_run: DryRun) -> list[str]:
@@ -152,10 +187,10 @@ def remarks(dry_run: DryRun) -> list[str]:
         found.append(f"MODEL.META_ARCHITECTURE {name} trains without distillation.")
     elif not dry_run.heads:
         found.append("MODEL.DISTILL.HEADS is empty: the student trains without distillation.")
-    elif dry_run.teacher is None:
+    elif dry_run.model.teacher is None:
         found.append("No head needs a teacher: the student teaches itself.")
     found += [
-        f"MODEL.DISTILL.{name.upper()}.WEIGHT is 0: {name} is off."
+        f"MODEL.DISTILL.{type(head).__name__.upper()}.WEIGHT is 0: {name} is off."
         for name, head in dry_run.heads.items()
         if head.weight == 0
     ]
@@ -193,9 +228,12 @@ def batch_norm_warning(dry_run: DryRun, total: int) -> str | None:
 
 
 def add_outputs(report: DoctorReport, dry_run: DryRun, inputs: Inputs) -> None:
-    outputs = record_both(dry_run, inputs) if dry_run.family else None
-    report.outputs = output_table(dry_run, *outputs) if outputs else []
-    report.preprocessing = preprocessing(dry_run, outputs[0] if outputs else None)
+    student = record_student(dry_run, inputs) if dry_run.family else None
+    for own, part in by_teacher(report, dry_run):
+        if student:
+            own.outputs = output_table(part, student, ask_teacher(part, student))
+            own.teacher_cost = answer_cost(part, student)
+        own.preprocessing = preprocessing(part, student)
 
 
 def preprocessing(dry_run: DryRun, outputs: NetworkOutputs | None) -> list[Setting]:
@@ -265,6 +303,31 @@ def measure_cost(
         iterations=cfg.SOLVER.MAX_ITER,
         hours=iteration * cfg.SOLVER.MAX_ITER / 3600,
     )
+
+
+def answer_cost(dry_run: DryRun, student: NetworkOutputs) -> TeacherCost | None:
+    """Measure the teacher's answer to the student's outputs, or return None without a teacher."""
+    teacher, model = dry_run.teacher, dry_run.model
+    if teacher is None or not isinstance(model, DistillModel):
+        return None
+    name = next(iter(dry_run.heads.values())).taught_by
+    finish = torch.cuda.synchronize if dry_run.cfg.MODEL.DEVICE.startswith("cuda") else lambda: None
+    with full_weight(dry_run), dry_run.autocast():
+        needs, maps = model.active_needs(teacher=name), model.teacher_maps(name)
+        teacher.ask(student, needs, maps)  # warm-up
+        finish()
+        start = time.perf_counter()
+        for _ in range(ANSWERS):
+            answer = teacher.ask(student, needs, maps)
+        finish()
+        seconds = (time.perf_counter() - start) / ANSWERS
+    return TeacherCost(
+        seconds, mebibytes(teacher.model.parameters()), mebibytes(tensors_of(answer))
+    )
+
+
+def mebibytes(tensors: Iterable[Tensor]) -> float:
+    return sum(x.numel() * x.element_size() for x in tensors) / 2**20
 
 
 def step(dry_run: DryRun, batch: Inputs) -> None:

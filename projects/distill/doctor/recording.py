@@ -25,19 +25,24 @@ class Pairing(NamedTuple):
     head: ComparingHead
 
 
-def record_both(dry_run: DryRun, inputs: Inputs) -> tuple[NetworkOutputs, NetworkOutputs | None]:
-    """Return all outputs of the student for a batch, and the teacher's that heads can compare."""
-    family, (own, theirs) = dry_run.family, dry_run.infos
-    assert family and own, "only networks with a family have recorded outputs"
+def record_student(dry_run: DryRun, inputs: Inputs) -> NetworkOutputs:
+    """Return all outputs of the student for a batch, without gradients."""
+    family = dry_run.family
+    assert family, "only networks with a family have recorded outputs"
     needs = family.outputs
     with EventStorage(), torch.no_grad(), dry_run.autocast():
         with family.record(needs) as recorder:
             dry_run.student(inputs)
-        student = family.read(recorder, family.batch(recorder, inputs), needs)
-        teacher = dry_run.teacher
-        if teacher is None:
-            return student, None
-        return student, teacher.ask(student, comparable_outputs(own, theirs))
+        return family.read(recorder, family.batch(recorder, inputs), needs)
+
+
+def ask_teacher(dry_run: DryRun, student: NetworkOutputs) -> NetworkOutputs | None:
+    """Return the teacher's outputs that heads can compare, or None without a teacher."""
+    own, theirs = dry_run.infos
+    if dry_run.teacher is None or own is None:
+        return None
+    with EventStorage(), dry_run.autocast():
+        return dry_run.teacher.ask(student, comparable_outputs(own, theirs))
 
 
 def comparable_outputs(student: NetworkInfo, teacher: NetworkInfo | None) -> frozenset[str]:
@@ -120,7 +125,7 @@ def pairings(
     teacher: Mapping[OutputKey, TensorInfo],
 ) -> list[Pairing]:
     """Return the pairs that a head compares: features as it matches them, others by index."""
-    name, needs, found = type(head).__name__, set(head.needs), []
+    name, needs, found = head.name, set(head.needs), []
     if isinstance(head, FPNDistillHead):
         needs.discard("features")
         for level in head.levels:

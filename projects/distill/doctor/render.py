@@ -42,6 +42,8 @@ def render(report: DoctorReport) -> None:
 
 def sections(report: DoctorReport) -> Iterator[tuple[str, Sequence[Any]]]:
     yield "Networks", network_lines(report)
+    for name, teacher in report.teachers.items():
+        yield from ((f"{title} of {name}", content) for title, content in sections(teacher))
     if report.preprocessing:
         yield "Preprocessing", [setting_table(report.preprocessing)]
     if report.classes:
@@ -52,7 +54,7 @@ def sections(report: DoctorReport) -> Iterator[tuple[str, Sequence[Any]]]:
         yield "Losses", [loss_table(report.losses, balanced=bool(report.balance))]
     if report.balance:
         yield "Balance", [balance_table(report.balance)]
-    if report.teacher_check or report.teacher_ap:
+    if report.teacher_check or report.teacher_ap or report.teacher_cost:
         yield "Teacher", teacher_lines(report)
     if unlabeled := report.unlabeled:
         text = f"{unlabeled.objects} objects in {unlabeled.images} images, {unlabeled.empty} empty"
@@ -71,7 +73,8 @@ def network_lines(report: DoctorReport) -> list[Any]:
     table = Table.grid(padding=(0, 2))
     table.add_row("student", report.student + weights_text(report.weights))
     filled = f", every tensor filled by {report.teacher_weights}"
-    table.add_row("teacher", report.teacher + filled if report.teacher else "none")
+    several = ", ".join(report.teachers) or "none"
+    table.add_row("teacher", report.teacher + filled if report.teacher else several)
     if not report.registered_heads:
         table.add_row("heads", ", ".join(report.heads) or "none")
     return [table]
@@ -168,6 +171,11 @@ def teacher_lines(report: DoctorReport) -> list[str]:
         lines.append(f"on the first {measured.images} images of {measured.dataset}:")
         shown = [k for k in measured.metrics if k.split("/")[1] in ("AP", "AP50", "mIoU", "pACC")]
         lines.append("  " + ", ".join(f"{k} {measured.metrics[k]:.1f}" for k in shown))
+    if cost := report.teacher_cost:
+        lines.append(
+            f"{cost.seconds:.3g} s per batch, {cost.parameters_mb:,.1f} MiB of parameters, "
+            f"{cost.outputs_mb:,.1f} MiB of outputs"
+        )
     return lines
 
 

@@ -182,10 +182,10 @@ def _config(path: str, text: str, opts: Sequence[str]) -> CfgNode:
 
 
 def _networks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return student and teacher by the prefix of their modules' names."""
-    if isinstance(model, DistillModel) and model.teacher:
-        return {"": model, "teacher.": model.teacher.model}
-    return {"": model}
+    """Return student and teachers by the prefix of their modules' names."""
+    teachers = model.teachers if isinstance(model, DistillModel) else {}
+    own = {f"teacher.{name}." if name else "teacher.": x.model for name, x in teachers.items()}
+    return {"": model, **own}
 
 
 @contextmanager

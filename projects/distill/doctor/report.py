@@ -124,6 +124,21 @@ class BalanceRow:
 
 
 @dataclass
+class TeacherCost:
+    """Cost of a teacher in the training step.
+
+    Attributes:
+        seconds: mean time of its answer for one batch.
+        parameters_mb: size of its parameters in MiB.
+        outputs_mb: size of its answer in MiB, which stays in memory until the backward is done.
+    """
+
+    seconds: float
+    parameters_mb: float
+    outputs_mb: float
+
+
+@dataclass
 class TeacherCheck:
     """Share of the ground truth of two batches that the teacher predicts.
 
@@ -211,8 +226,9 @@ class DoctorReport:
     """Findings of the doctor. Parts that were not examined are empty.
 
     Attributes:
-        student, teacher: class names of the networks; "" without a teacher.
+        student, teacher: class names of the networks; "" without a teacher or with several.
         teacher_weights: file that filled every tensor of the teacher.
+        teachers: findings about each of several teachers by its name; empty if there is only one.
         heads: names of ``MODEL.DISTILL.HEADS`` that train.
         notes: remarks, such as checks that were not possible.
         warnings: findings to look at before the training.
@@ -231,9 +247,11 @@ class DoctorReport:
     balance: list[BalanceRow] = field(default_factory=list)
     teacher_check: TeacherCheck | None = None
     teacher_ap: TeacherAP | None = None
+    teacher_cost: TeacherCost | None = None
     unlabeled: UnlabeledCheck | None = None
     cost: Cost | None = None
     registered_heads: list[HeadRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    teachers: dict[str, "DoctorReport"] = field(default_factory=dict)

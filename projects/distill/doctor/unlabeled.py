@@ -54,15 +54,16 @@ def _first_images(dry_run: DryRun) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _objects(dry_run: DryRun, model: DistillModel, images: list[dict[str, Any]]) -> list[Instances]:
     """Return the detections of each image that become objects; [] if the teacher detects none."""
-    pseudo = model.unlabeled.pseudo if model.unlabeled else None
-    if pseudo is None or model.teacher is None:
+    unlabeled = model.unlabeled
+    if unlabeled is None or unlabeled.pseudo is None:
         return []
+    teacher = model.teachers[unlabeled.teacher]
     found = []
     for image in images:
         with dry_run.autocast():
-            known = model.detected(model.teacher, [image])
+            known = model.detected(teacher, [image])
         size = tuple(image["image"].shape[-2:])
-        found += pseudo.kept(known.detections, [size], known.batch.padded_size)
+        found += unlabeled.pseudo.kept(known.detections, [size], known.batch.padded_size)
     return [x.to("cpu") for x in found]
 
 

@@ -76,4 +76,6 @@ def _short(loss: str) -> str:
 
 
 def _weight(loss: str) -> str:
-    return f"MODEL.DISTILL.{_short(loss).split('/')[0].upper()}.WEIGHT"
+    head, _, teacher = _short(loss).split("/")[0].partition("@")
+    of_teacher = f" or FACTOR of the teacher {teacher}" if teacher else ""
+    return f"MODEL.DISTILL.{head.upper()}.WEIGHT{of_teacher}"

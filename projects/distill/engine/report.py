@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 
 ANALYZED = 200  # test images of an analysis, which then takes seconds also on COCO
 TEACHER_IMAGES = 100  # test images in which the teacher detects
-Described = tuple[Teacher, NetworkInfo]
-"""The teacher and its description."""
+Described = tuple[CfgNode, Teacher, NetworkInfo]
+"""Config with a teacher, the teacher, and its description."""
 
 
-def no_teacher() -> None:
-    """Stand for the teacher of a training without one."""
+def no_teachers() -> list[Described]:
+    """Stand for the teachers of a training without one."""
+    return []
 
 
 class RunReport:
@@ -41,14 +42,13 @@ class RunReport:
 
     Args:
         cfg: the whole config.
-        teacher: function that returns the teacher, or None without one that detects boxes. It is
-            called once.
+        teachers: function that returns the teachers that detect boxes. It is called once.
     """
 
-    def __init__(self, cfg: CfgNode, teacher: Callable[[], Described | None] = no_teacher):
+    def __init__(self, cfg: CfgNode, teachers: Callable[[], list[Described]] = no_teachers):
         self.cfg = cfg
         self.folder = Path(cfg.OUTPUT_DIR)
-        self.teacher = teacher
+        self.teachers = teachers
 
     def write(self, newest: tuple[int, Row] | None = None) -> None:
         """Write the page.
@@ -90,17 +90,23 @@ class RunReport:
             return None, str(e)
 
     def _detect(self, data: AnnotatedSet) -> None:
-        """Let the teacher detect in some test images once, and keep its detections in a file."""
-        described, self.teacher = self.teacher(), no_teacher
-        if described is None:
+        """Let the teachers detect in some test images once, and keep the detections in a file.
+
+        A class that several teachers know is detected by the first of them.
+        """
+        described, self.teachers = self.teachers(), no_teachers
+        if not described:
             return
-        (name,), (teacher, info) = self.cfg.DATASETS.TEST, described
+        (name,) = self.cfg.DATASETS.TEST
         images = spread(sorted(data.truth.imgs), TEACHER_IMAGES)
         entries = [x for x in DatasetCatalog.get(name) if x["image_id"] in {*images}]
         collector = ResultCollector(name, class_indices(self.cfg, name), self.cfg.MODEL.MASK_ON)
-        classes = classes_on(self.cfg, name, info)
-        for inputs, outputs in teacher_outputs(self.cfg, teacher, classes, entries):
-            collector.process(inputs, outputs)
+        known: set[str] = set()
+        for cfg, teacher, info in described:
+            classes = classes_on(cfg, name, info, known)
+            known |= {*info.classes}
+            for inputs, outputs in teacher_outputs(cfg, teacher, classes, entries):
+                collector.process(inputs, outputs)
         TeacherDetections(images, collector.evaluate()).write(self.folder)
 
 

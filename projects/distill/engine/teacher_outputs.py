@@ -1,7 +1,7 @@
 """The teacher's own predictions for images of a test set, with its own preprocessing."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,22 @@ from ..structures import NetworkInfo
 Dicts = list[dict[str, Any]]
 
 
-def classes_on(cfg: CfgNode, name: str, teacher: NetworkInfo) -> ClassMap:
+def classes_on(
+    cfg: CfgNode, name: str, teacher: NetworkInfo, left_out: Collection[str] = ()
+) -> ClassMap:
     """Return the map between the classes that are evaluated on a test set and the teacher's.
 
     Args:
         cfg: the whole config.
         name: name of the test set.
         teacher: description of the teacher.
+        left_out: classes of the teacher that do not count.
     """
     metadata = MetadataCatalog.get(name)
     semantic = metadata.get("evaluator_type") == "sem_seg"
     names = metadata.get("stuff_classes") if semantic else predicted_classes(cfg, name)
-    return ClassMap(tuple(names or teacher.classes), teacher.classes)
+    theirs = tuple("" if x in left_out else x for x in teacher.classes)  # "" is no class
+    return ClassMap(tuple(names or teacher.classes), theirs)
 
 
 @torch.no_grad()

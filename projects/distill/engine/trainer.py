@@ -34,7 +34,7 @@ from ..checkpoint.save import (
     check_states,
     write_checked,
 )
-from ..config import student_class
+from ..config import one_per_teacher, student_class
 from ..config.resume import training_values
 from ..config.student import write_student
 from ..data.augment.mapper import AugmentingMapper
@@ -45,19 +45,15 @@ from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader, data_seed
 from ..data.registration import label_digests
 from ..data.unlabeled import images_digest, load_unlabeled
-from ..errors import WeightsError
+from ..errors import WeightsError, of_teacher
 from ..evaluation.images import ImageEvaluator
 from ..evaluation.sliding_window import with_sliding_window
 from ..families import build_family
 from ..modeling.balance import balance_of
+from ..modeling.distillation import infos_by_teacher
 from ..modeling.feature_cache import check_cache
 from ..modeling.init_from_teacher import init_from_teacher
-from ..modeling.meta_arch import (
-    DistillModel,
-    build_distill_model,
-    build_student,
-    network_infos,
-)
+from ..modeling.meta_arch import DistillModel, build_distill_model, build_student
 from ..modeling.quantization import PART, build_quantization
 from ..modeling.teacher import Teacher
 from ..solver.ema import EMAHook
@@ -124,15 +120,11 @@ class Trainer(DefaultTrainer):
         self.student: nn.Module = getattr(model, "student", model)
         self.quantization = build_quantization(cfg, self.student)
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
-        self.teacher: Teacher | None = getattr(model, "teacher", None)
-        if isinstance(model, DistillModel) and model.teacher and model.teacher.cache:
-            shapes = model.teacher.map_shapes(model.teacher_maps())
-            labeled = [entry for _, entries in self.sets for entry in entries]
-            check_cache(cfg, shapes, [*labeled, *self.unlabeled])
-        teacher = self.teacher.weights_hash() if self.teacher else ""
-        self.values = training_values(
-            given, teacher, label_digests(cfg), images_digest(self.unlabeled)
-        )
+        self.teachers = model.teachers if isinstance(model, DistillModel) else {}
+        self._check_caches(cfg, model)
+        hashes = {name: teacher.weights_hash() for name, teacher in self.teachers.items()}
+        images = images_digest(self.unlabeled)
+        self.values = training_values(given, hashes, label_digests(cfg), images)
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
@@ -168,6 +160,11 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             write_student(cfg)
 
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, the first one if there are several, or None."""
+        return next(iter(self.teachers.values()), None)
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the student has the weights that are evaluated and saved."""
         return self.ema.applied() if self.ema else contextlib.nullcontext()
@@ -177,6 +174,16 @@ class Trainer(DefaultTrainer):
         model = build_distill_model(cfg)
         logger.info("Model:\n%s", model)
         return model
+
+    def _check_caches(self, cfg: CfgNode, model: nn.Module) -> None:
+        """Refuse a cache of a teacher's maps that would become too large."""
+        labeled = [entry for _, entries in self.sets for entry in entries]
+        for one in one_per_teacher(cfg):
+            teacher = self.teachers.get(one.name)
+            if isinstance(model, DistillModel) and teacher and teacher.cache:
+                shapes = teacher.map_shapes(model.teacher_maps(one.name))
+                with of_teacher(one.name):
+                    check_cache(one.cfg, shapes, [*labeled, *self.unlabeled])
 
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """Return the training data from iteration ``start`` on."""
@@ -233,7 +240,7 @@ class Trainer(DefaultTrainer):
         # Last, so that all that happens at an iteration is done before its checkpoint is written.
         after = [final] if cfg.TEST.BEST_METRIC else []
         if reports(cfg):
-            after.append(ReportHook(cfg.TEST.EVAL_PERIOD, RunReport(cfg, self._described_teacher)))
+            after.append(ReportHook(cfg.TEST.EVAL_PERIOD, RunReport(cfg, self._described_teachers)))
         return [*before, *writers, periodic, *after]
 
     def _evaluation_hooks(self, evaluate: Callable[[], Any]) -> list[HookBase]:
@@ -251,12 +258,17 @@ class Trainer(DefaultTrainer):
             found.append(EvalHook(0, self._test_augmented, self.averaged))
         return found
 
-    def _described_teacher(self) -> Described | None:
-        """Return the teacher with its description, or None without one that detects boxes."""
-        if self.teacher is None:
-            return None
-        _, info = network_infos(self.cfg, build_family(self.student), self.teacher)
-        return (self.teacher, info) if info and info.has_boxes else None
+    def _described_teachers(self) -> list[Described]:
+        """Return the teachers that detect boxes, with their configs and descriptions."""
+        if not self.teachers:
+            return []
+        infos = infos_by_teacher(self.cfg, build_family(self.student), self.teachers)
+        parts = {one.name: one.cfg for one in one_per_teacher(self.cfg)}
+        return [
+            (parts[name], self.teachers[name], info)
+            for name, (_, info) in infos.items()
+            if info and info.has_boxes
+        ]
 
     def _test_augmented(self) -> Any:
         results = self.test_with_TTA(self.cfg, self.student)
@@ -297,10 +309,10 @@ class Trainer(DefaultTrainer):
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
 
     def _init_from(self, teacher: Teacher) -> None:
-        infos = network_infos(self.cfg, build_family(self.student), teacher)
-        own, of_teacher = ((x.classes, x.sem_seg_classes) for x in infos if x)
+        infos = infos_by_teacher(self.cfg, build_family(self.student), self.teachers)[""]
+        own, theirs = ((x.classes, x.sem_seg_classes) for x in infos if x)
         parts = self.cfg.MODEL.DISTILL.INHERIT
-        init_from_teacher(self.student, teacher.model, parts, own == of_teacher)
+        init_from_teacher(self.student, teacher.model, parts, own == theirs)
 
     def train(self) -> Any:
         """Train, and return the results of the last evaluation.

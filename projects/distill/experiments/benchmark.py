@@ -22,9 +22,8 @@ import functools
 import json
 import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -38,17 +37,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..config import student_config, teacher_config
+from ..config import student_config
 from ..data.datasets import number_of_classes
 from ..data.detections import Found
 from ..engine import setup_config
 from ..errors import ConfigError
 from ..families import build_family
-from ..heads import build_heads, teacher_needed
 from ..modeling.balance import GradientBalance, balance_of
-from ..modeling.meta_arch import DistillModel, build_balance, network_infos
+from ..modeling.distillation import build_all_heads, build_balance, build_teachers, infos_by_teacher
+from ..modeling.meta_arch import DistillModel
 from ..modeling.teacher import Teacher
-from ..structures import DETECTIONS, NetworkOutputs
+from ..structures import DETECTIONS, NetworkOutputs, tensors_of
 from ..utils.arguments import add_config_arguments, at_least, size
 from ..utils.progress import Progress
 from ..utils.provenance import command, commit
@@ -80,24 +79,13 @@ def synthetic_batch(
     return entries
 
 
-def build(cfg: CfgNode) -> tuple[nn.Module, Teacher | None, nn.ModuleDict]:
-    """Build student, teacher (if a head needs one) and the configured heads, all untrained."""
+def build(cfg: CfgNode) -> tuple[nn.Module, dict[str, Teacher], nn.ModuleDict]:
+    """Build the student, its teachers and the configured heads, all untrained."""
     torch.manual_seed(0)
     student = build_model(student_config(cfg)).train()
-    if not teacher_needed(cfg):
-        heads = build_heads(cfg, *network_infos(cfg, build_family(student), None))
-        return student, None, heads.to(cfg.MODEL.DEVICE)
-    config = student_config(teacher_config(cfg))
-    config.MODEL.DEVICE = cfg.MODEL.DEVICE
-    teacher = Teacher(
-        build_family(build_model(config)),
-        input_format=config.INPUT.FORMAT,
-        student_format=cfg.INPUT.FORMAT,
-        scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
-        given_detections=bool(cfg.MODEL.DISTILL.TEACHER.DETECTIONS),
-    )
-    heads = build_heads(cfg, *network_infos(cfg, build_family(student), teacher))
-    return student, teacher, heads.to(cfg.MODEL.DEVICE)
+    teachers = build_teachers(cfg, trained=False)
+    heads = build_all_heads(cfg, infos_by_teacher(cfg, build_family(student), teachers))
+    return student, teachers, heads.to(cfg.MODEL.DEVICE)
 
 
 def step(model: nn.Module, inputs: list[Any]) -> None:
@@ -115,16 +103,17 @@ def measure(
     With a balance there are also ``balanced`` and ``overhead``, the ratio of ``balanced`` to
     ``distilled``.
     """
-    student, teacher, heads = build(cfg)
+    student, teachers, heads = build(cfg)
     sets = {name: [name] for name in heads} | {"all": list(heads)}
-    info = network_infos(cfg, build_family(student), teacher)[0]
+    infos = infos_by_teacher(cfg, build_family(student), teachers)
+    described, _ = next(iter(infos.values()))
 
     def model_of(names: list[str], balance: GradientBalance | None = None) -> DistillModel:
         own = nn.ModuleDict({n: heads[n] for n in names})
-        return DistillModel(student=student, teacher=teacher, heads=own, balance=balance).train()
+        return DistillModel(student=student, teacher=teachers, heads=own, balance=balance).train()
 
     models = {key: model_of(names) for key, names in sets.items()}
-    balances = {key: build_balance(cfg, info) for key in sets}
+    balances = {key: build_balance(cfg, described, heads) for key in sets}
     balanced = {key: model_of(sets[key], x) for key, x in balances.items() if x is not None}
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     plain: list[float] = []
@@ -164,21 +153,16 @@ def _said(model: DistillModel, inputs: list[Any]) -> NetworkOutputs:
     return model.family.read(calls, model.family.batch(calls, inputs), needs)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors inside lists, dictionaries and structures."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | dict):
-        for x in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(x)
-    elif is_dataclass(value):
-        yield from _tensors(vars(value))
-
-
 def _question(model: DistillModel, inputs: list[Any]) -> Callable[[], Any]:
-    """Return the call in which the teacher answers the student, to be timed."""
-    student, teacher, needs = _said(model, inputs), model.teacher, model.active_needs(True)
-    return lambda: teacher.ask(student, needs) if teacher else None
+    """Return the call in which the teachers answer the student, to be timed."""
+    student = _said(model, inputs)
+    return lambda: _answers(model, student)
+
+
+def _answers(model: DistillModel, student: NetworkOutputs) -> dict[str, NetworkOutputs]:
+    """Return the answer of each teacher whose heads are in the model."""
+    needs = {name: model.active_needs(teacher=name) for name in model.teachers}
+    return {name: x.ask(student, needs[name]) for name, x in model.teachers.items() if needs[name]}
 
 
 def measure_heads(
@@ -189,17 +173,17 @@ def measure_heads(
     They are the median seconds of ``head`` and ``backbone``, their ``ratio``, the ``largest``
     tensor and the MiB ``kept``.
     """
-    network, teacher, heads = build(cfg)
-    model = DistillModel(student=network, teacher=teacher, heads=heads).train()
+    network, teachers, heads = build(cfg)
+    model = DistillModel(student=network, teacher=teachers, heads=heads).train()
     student = _said(model, inputs)
-    answer = teacher.ask(student, model.active_needs(True)) if teacher else None
-    for x in _tensors([v for k, v in vars(student).items() if k != "batch"]):
+    answers = _answers(model, student)
+    for x in tensors_of(student):
         x.requires_grad_(x.is_floating_point())
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     images = model.family.preprocess([x["image"] for x in inputs], student.batch.padded_size)
 
-    def answer_to(head: nn.Module) -> NetworkOutputs | None:
-        return answer if head.needs_teacher else student
+    def answer_to(head: Any) -> NetworkOutputs | None:
+        return answers[head.taught_by] if head.needs_teacher else student
 
     def backward(head: nn.Module) -> None:
         sum(head(student, answer_to(head)).values()).backward()

@@ -81,7 +81,6 @@ class MethodComparison(PairedTrainings):
             opts = [x for method, *pair in self.args.set if method == name for x in pair]
             self.configs[name] = method_config(self.cfg, name, opts)
         taught = any(teacher_needed(self.configs[name]) for name in names)
-        taught &= bool(self.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
         pair = NetworkPair(self.cfg, taught=taught, trained=not teacher)
         refused: dict[str, str] = {}
         for name in names:

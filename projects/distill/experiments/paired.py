@@ -13,7 +13,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import SemanticSegmentor
 from detectron2.utils.env import seed_all_rng
-from torch import nn
 
 from ..config import (
     balance_mode,
@@ -21,6 +20,7 @@ from ..config import (
     get_distill_cfg,
     load_config,
     merge_from_list,
+    one_per_teacher,
     student_architecture,
     student_class,
     teacher_config,
@@ -29,10 +29,12 @@ from ..config import (
 from ..data.registration import FORMATS
 from ..engine import setup_config
 from ..engine.evaluators import check_test_sets
-from ..errors import ConfigError
-from ..heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed, unfinished_phases
+from ..errors import ConfigError, of_teacher
+from ..families import build_family
+from ..heads import DISTILL_HEAD_REGISTRY, teacher_needed, unfinished_phases
 from ..launch.termination import RERUN, RESUME, user_error
-from ..modeling.meta_arch import DistillModel, build_student, network_infos
+from ..modeling.distillation import Infos, build_all_heads, network_infos
+from ..modeling.meta_arch import build_student
 from ..modeling.teacher import build_teacher
 from ..report.runs import MAIN_METRICS
 from ..section import check_choice
@@ -48,21 +50,24 @@ from .summary import replicates
 
 
 class NetworkPair:
-    """A student and its teacher, to see which heads can compare them.
+    """A student and its teachers, to see which heads can compare them.
 
     Args:
         cfg: config of a distillation.
-        taught: build the teacher, too.
-        trained: load the teacher's weights, so that an unreadable file fails now.
+        taught: build the teachers, too.
+        trained: load the teachers' weights, so that an unreadable file fails now.
     """
 
     def __init__(self, cfg: CfgNode, *, taught: bool, trained: bool):
         cfg = thawed(cfg)
         cfg.MODEL.DEVICE = "cpu"  # nothing is computed
-        student = build_student(cfg)
-        teacher = build_teacher(cfg, trained=trained) if taught else None
-        model = DistillModel(student=student, teacher=teacher, heads=nn.ModuleDict())
-        self.specs = network_infos(cfg, model.family, teacher)
+        student = build_family(build_student(cfg))
+        self.infos: Infos = {}
+        for one in one_per_teacher(cfg):
+            named = taught and bool(one.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
+            with of_teacher(one.name):
+                teacher = build_teacher(one.cfg, trained=trained) if named else None
+                self.infos[one.name] = network_infos(one.cfg, student, teacher)
 
     def extra_parameters(self, cfg: CfgNode) -> int:
         """Number of parameters of the heads that ``cfg`` names.
@@ -70,16 +75,19 @@ class NetworkPair:
         Raises:
             ConfigError: one of them does not work for this pair, or a value is invalid.
         """
-        student, teacher = self.specs
-        teacher = teacher if teacher_needed(cfg) else None
-        for name in cfg.MODEL.DISTILL.HEADS:
-            problem = DISTILL_HEAD_REGISTRY.get(name).problem(student, teacher)
-            if problem:
-                which = f"{name}: " if len(cfg.MODEL.DISTILL.HEADS) > 1 else ""
-                raise ConfigError(f"{which}{problem}.")
+        student, _ = next(iter(self.infos.values()))
+        infos: Infos = {}
+        for one in one_per_teacher(cfg):
+            _, teacher = self.infos.get(one.name, (student, None))
+            infos[one.name] = student, teacher if teacher_needed(one.cfg) else None
+            for name in one.cfg.MODEL.DISTILL.HEADS if one.chosen else ():
+                problem = DISTILL_HEAD_REGISTRY.get(name).problem(*infos[one.name])
+                if problem:
+                    which = f"{name}: " if len(cfg.MODEL.DISTILL.HEADS) > 1 else ""
+                    raise ConfigError(f"{which}{problem}.")
         validate_config(cfg)
         with building(f"method {'+'.join(cfg.MODEL.DISTILL.HEADS)}"):
-            heads = build_heads(cfg, student, teacher)
+            heads = build_all_heads(cfg, infos)
         return sum(p.numel() for p in heads.parameters())
 
 
@@ -143,7 +151,7 @@ def method_config(cfg: CfgNode, name: str, opts: list[Any]) -> CfgNode:
         if head not in node.HEADS and head.upper() in node:
             node[head.upper()] = default[head.upper()]
     if not teacher_needed(cfg):
-        node.TEACHER = default.TEACHER
+        node.TEACHER, node.TEACHERS = default.TEACHER, default.TEACHERS
     return cfg
 
 
@@ -166,7 +174,7 @@ def teachers_own_config(cfg: CfgNode) -> CfgNode:
 
 
 def random_teacher(path: Path, cfg: CfgNode, seed: int) -> None:
-    """Write a checkpoint of an untrained teacher of ``cfg``, unless there is one."""
+    """Write a checkpoint of the untrained teacher of ``cfg``, unless there is one."""
     if path.is_file():
         return
     seed_all_rng(seed)
@@ -201,6 +209,8 @@ class PairedTrainings:
         self.runner = Runner(self.out, Progress())
         self.data_seed, seeds = replicates(args.tune, first + args.seeds)
         self.seeds, self.teacher_seed = seeds[first:], seeds[0]
+        if args.train_teacher or args.shapes:
+            check_one_teacher(args)
         data = self._render() if args.shapes else []
         self.cfg = configure(args.config_file, [*args.opts, *data, "OUTPUT_DIR", str(self.out)])
 
@@ -257,6 +267,20 @@ class PairedTrainings:
             "commit": commit(),
             "versions": versions(),
         }
+
+
+def check_one_teacher(args: argparse.Namespace) -> None:
+    """Refuse to train a teacher where the config names several, before images are rendered.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if load_config(args.config_file, args.opts).MODEL.DISTILL.TEACHERS:
+        option = "--train-teacher" if args.train_teacher else "--shapes"
+        raise ConfigError(
+            f"{option} trains one teacher, but MODEL.DISTILL.TEACHERS names several; train each by "
+            "its own config, and leave the option out."
+        )
 
 
 def chosen_metric(asked: str | None, result: Result) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..config import teacher_config
+from ..config import one_per_teacher, teacher_config
 from ..config.detectron2_rules import leaves
 from ..config.load import scale_schedule
 from ..engine.evaluators import metric_names
@@ -88,12 +88,16 @@ class Proof(PairedTrainings):
         self.details: dict[str, Any] = {}
 
     def _with_random_teacher(self, distilled: CfgNode) -> CfgNode:
-        described = f"{list(leaves(teacher_config(distilled, trained=False)))}{self.runner.code}"
-        digest = hashlib.sha256(described.encode()).hexdigest()[:12]
-        path = self.out / "stages" / f"{RANDOM}-{digest}.pth"
-        random_teacher(path, distilled, self.teacher_seed + 1_000)
         cfg = thawed(distilled)
-        cfg.MODEL.DISTILL.TEACHER.WEIGHTS = str(path)
+        node = cfg.MODEL.DISTILL
+        sections = {x["NAME"]: x for x in node.TEACHERS}
+        for one in one_per_teacher(distilled):
+            if teacher_needed(one.cfg):
+                described = list(leaves(teacher_config(one.cfg, trained=False)))
+                digest = hashlib.sha256(f"{described}{self.runner.code}".encode()).hexdigest()[:12]
+                path = self.out / "stages" / f"{RANDOM}-{digest}.pth"
+                random_teacher(path, one.cfg, self.teacher_seed + 1_000)
+                sections.get(one.name, node.TEACHER)["WEIGHTS"] = str(path)
         return cfg
 
     # ---- The time of a step, and the plan.
@@ -314,7 +318,7 @@ def check_independence(cfg: CfgNode) -> None:
             f"DATALOADER.SEED is {cfg.DATALOADER.SEED}, but the seeds of a proof must see images "
             "in different orders; set it to -1."
         )
-    if cfg.MODEL.DISTILL.TEACHER.CACHE.DIR:
+    if any(one.cfg.MODEL.DISTILL.TEACHER.CACHE.DIR for one in one_per_teacher(cfg)):
         raise ConfigError(
             "MODEL.DISTILL.TEACHER.CACHE.DIR is set, but a proof counts the time of the teacher; "
             "empty it."

@@ -29,7 +29,7 @@ from detectron2.utils.env import seed_all_rng
 from rich.progress import TaskID
 from torch import nn
 
-from ..config import teacher_config
+from ..config import one_per_teacher, teacher_config
 from ..config.detectron2_rules import leaves
 from ..engine import Trainer, load_student
 from ..evaluation.sliding_window import with_sliding_window
@@ -88,10 +88,11 @@ class Runner:
         known = [x for x in leaves(cfg) if x[0] not in PLACES]
         described = repr(known)  # 25 times as fast as the yaml
         files = self._files(cfg)
-        if cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
-            teacher = teacher_config(cfg)
-            described += repr(list(leaves(teacher)))
-            files += self._files(teacher)
+        for one in one_per_teacher(cfg):
+            if one.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE:
+                teacher = teacher_config(one.cfg)
+                described += repr(list(leaves(teacher)))
+                files += self._files(teacher)
         described = described.replace(str(self.out), "OUT") + files
         digest = hashlib.sha256(f"{described}{self.code}".encode()).hexdigest()[:12]
         folder = self.out / "stages" / f"{name}-{seed}-{digest}"
@@ -280,8 +281,8 @@ def texts(value: Any) -> Iterator[str]:
     """Yield all texts in a value of a config."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list | tuple):
-        for x in value:
+    elif isinstance(value, list | tuple | dict):
+        for x in value.values() if isinstance(value, dict) else value:
             yield from texts(x)
 
 

@@ -1,6 +1,5 @@
 """Base class and registry of distillation heads."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -16,8 +15,6 @@ from ..section import Key, Section, at_least
 from ..structures import NetworkInfo, NetworkOutputs
 from ..utils.text import choices
 from ..utils.training import current_iteration
-
-logger = logging.getLogger(__name__)
 
 Terms = dict[str, Tensor]
 """Scalar losses by the name of the term."""
@@ -72,6 +69,16 @@ class DistillHead(nn.Module):
     ratio hinders the task.
     """
 
+    rpn_share: ClassVar[float] = 1.0
+    """The same share where the student's dense head is an RPN.
+
+    0.1 for losses that follow the RPN alone. With the whole ratio, its task takes the student's
+    features from the box head, and an R-CNN gets worse.
+    """
+
+    taught_by: str = ""
+    """Name of the head's teacher in ``MODEL.DISTILL.TEACHERS``; "" if there is only one."""
+
     parts: tuple[str, ...] = ("",)
     """Keys of the dict of :meth:`losses`; "" if there is only one loss. All are returned at every
     iteration, because loggers would go on showing the last value of a missing one."""
@@ -91,6 +98,11 @@ class DistillHead(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, student: NetworkInfo, teacher: Any) -> dict[str, Any]:
         return {key.lower(): x for key, x in cls.config_values(cfg, student).items()}
+
+    @property
+    def name(self) -> str:
+        """Name of the class; with several teachers ``<class>@<teacher>``."""
+        return f"{type(self).__name__}{'@' if self.taught_by else ''}{self.taught_by}"
 
     @classmethod
     def config_node(cls, cfg: CfgNode) -> CfgNode:
@@ -139,6 +151,12 @@ class DistillHead(nn.Module):
         return cls.missing_outputs(student, teacher)
 
     @classmethod
+    def share_of_ratio(cls, student: NetworkInfo) -> float:
+        """Return the share of the balance's ratio that the head gets for this student."""
+        follows_rpn = student.dense is not None and student.dense.objectness
+        return min(cls.balance_share, cls.rpn_share if follows_rpn else 1.0)
+
+    @classmethod
     def authors_weight(cls, student: NetworkInfo) -> float:
         """Return the authors' value of ``WEIGHT`` for this student."""
         return cls.section["WEIGHT"].for_kinds(student.kinds)
@@ -181,7 +199,7 @@ class DistillHead(nn.Module):
         teacher: NetworkOutputs | None,
         weigh: Callable[[Losses], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        """Return weighted losses, named ``loss_<head>[/<part>]``.
+        """Return weighted losses, named ``loss_<head>[/<part>]`` after :attr:`name`.
 
         Args:
             student: the student's outputs.
@@ -189,7 +207,7 @@ class DistillHead(nn.Module):
                 for a head without ``needs_teacher``.
             weigh: returns the weighted losses by part; None: they are weighted by :meth:`factor`.
         """
-        head = f"loss_{type(self).__name__.lower()}"
+        head = f"loss_{self.name.lower()}"
         names = {part: f"{head}/{part}" if part else head for part in self.parts}
         factor = self.factor()
         if factor == 0 or (teacher is None and self.needs_teacher):
@@ -253,17 +271,23 @@ def teacher_needed(cfg: CfgNode) -> bool:
     return any(DISTILL_HEAD_REGISTRY.get(n).needs_teacher for n in cfg.MODEL.DISTILL.HEADS)
 
 
-def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None) -> nn.ModuleDict:
+def build_heads(
+    cfg: CfgNode,
+    student: NetworkInfo,
+    teacher: NetworkInfo | None,
+    names: Sequence[str] | None = None,
+) -> nn.ModuleDict:
     """Build the heads that ``cfg.MODEL.DISTILL.HEADS`` names, in that order.
 
     Args:
         teacher: None if no head needs one.
+        names: build only these heads; None: all of them.
 
     Raises:
         ConfigError: if a head cannot compare these networks; the message names heads that can.
     """
     heads = nn.ModuleDict()
-    for name in cfg.MODEL.DISTILL.HEADS:
+    for name in cfg.MODEL.DISTILL.HEADS if names is None else names:
         cls = DISTILL_HEAD_REGISTRY.get(name)
         problem = cls.problem(student, teacher)
         if problem:
@@ -275,8 +299,6 @@ def build_heads(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None)
                 f"MODEL.DISTILL.HEADS: {name} does not work here because {problem}{others}."
             )
         heads[name] = cls(cfg, student, teacher)
-    for sentence in unfinished_phases(cfg):
-        logger.warning(sentence)
     return heads
 
 

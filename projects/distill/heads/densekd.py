@@ -18,6 +18,8 @@ class DenseKD(DenseDistillHead):
     much as the teacher finds in it.
     """
 
+    rpn_share = 0.1
+
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         levels = [dense_kd(s, t, self.temperature) for s, t in self.logits(student, teacher)]
         mass = reduce_mean(torch.stack([m for _, m in levels]).sum(), minimum=1e-6)

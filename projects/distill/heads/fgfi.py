@@ -35,6 +35,7 @@ class FGFI(RegionHead, BoxedFPNHead):
             0.5, "ψ: share of an object's best IoU from which an anchor is near it", FRACTION
         ),
     )
+    rpn_share = 0.1
     adapter = staticmethod(small_convolution)
 
     @configurable

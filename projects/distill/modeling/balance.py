@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..families.recorder import BranchRecorder, Recorder
 from ..heads.base import Losses
 from ..utils.training import current_iteration
-from .term_balance import BOUND, TermBalance, reduced_norms
+from .term_balance import BOUND, TermBalance, reduced_norms, reduced_sums
 
 MOMENTUM = 0.1  # weight of a new measurement in the averages
 SPIKE = 10.0  # in one step, a head gives at most this many times its share
@@ -47,6 +47,8 @@ class GradientBalance:
         ratio: |f · g| / |t| that all heads of a tensor together get if their shares are 1.
         fade: share of the training, at its end, in which the ratio falls linearly to 0.
         max_iter: iterations of the training.
+        cosine_period: iterations between two cosines of the heads' gradients and the task's; 0:
+            none.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class GradientBalance:
         ratio: float,
         fade: float,
         max_iter: int,
+        cosine_period: int = 0,
     ):
         self.authors = dict(authors)
         self.shares = dict(shares)
         self.ratio = ratio
         self.fade = fade
         self.max_iter = max_iter
+        self.cosine_period = cosine_period
         self.measured: dict[str, dict[str, Measured]] = {}  # by place, and then by head
         self.terms = {head: TermBalance(x) for head, x in strengths.items()}
         self.measuring = False
@@ -72,7 +76,9 @@ class GradientBalance:
         self._branches: dict[str, dict[str, Tensor]] = {}  # by head and place
         self._strengths: dict[str, float] = {}
         self._squares: dict[tuple[str, str], Tensor] = {}  # summed over the parts of a batch
-        self._given: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}  # to the student, by place
+        self._compared: dict[str, list[tuple[str, Tensor]]] = {}  # gradients of heads, by place
+        self._products: dict[tuple[str, str, str], Tensor] = {}  # for the cosines
         self._watched: set[str] = set()
         self._passing = False
 
@@ -170,6 +176,7 @@ class GradientBalance:
         finally:
             self.measuring = False
             self._given.clear()
+            self._compared.clear()
 
     def _scaled(
         self, place: str, head: str, factor: float, most: float, gradient: Tensor
@@ -182,12 +189,20 @@ class GradientBalance:
             self._add(place, head, norm)
             given = self._given.get(place)
             self._given[place] = scaled if given is None else given + scaled
+            if self.cosine_period and current_iteration() % self.cosine_period == 0:
+                self._compared.setdefault(place, []).append((head, scaled))
         return scaled
 
     def _whole(self, place: str, gradient: Tensor) -> None:
         given = self._given.pop(place, None)
         if given is not None:
-            self._add(place, "", torch.linalg.vector_norm(gradient - given, dtype=torch.float32))
+            task = gradient - given
+            self._add(place, "", torch.linalg.vector_norm(task, dtype=torch.float32))
+            for head, own in self._compared.pop(place, []):
+                for name, x in (("task", task), ("own", own)):
+                    key = place, head, name
+                    product = (own.float() * x.float()).sum()
+                    self._products[key] = self._products.get(key, 0) + product
 
     def _add(self, place: str, head: str, norm: Tensor) -> None:
         self._squares[place, head] = self._squares[place, head] + norm.square()
@@ -209,6 +224,7 @@ class GradientBalance:
     def before_step(self) -> None:
         self._stepped = True
         self._squares.clear()
+        self._products.clear()
         for terms in self.terms.values():
             terms.squares.clear()
 
@@ -217,7 +233,8 @@ class GradientBalance:
 
         Returns:
             ``kd_ratio/<head>/<place>``, the norm of what a head gave over that of the task, and
-            ``kd_factor/<head>/<place>``, the factor f.
+            ``kd_factor/<head>/<place>``, the factor f. Once in a ``cosine_period`` there is also
+            ``kd_cosine/<head>/<place>``, the cosine of both gradients.
         """
         for terms in self.terms.values():
             terms.follow()
@@ -235,7 +252,18 @@ class GradientBalance:
                 if factor:
                     scalars[f"kd_ratio/{name}"] = given / task
                     scalars[f"kd_factor/{name}"] = factor
-        return scalars
+        return scalars | self._cosines(norms)
+
+    def _cosines(self, norms: Mapping[tuple[str, str], float]) -> dict[str, float]:
+        """Return the cosines of this step; those of a zero gradient are left out."""
+        products = reduced_sums(self._products)
+        cosines = {}
+        for place, head, name in products:
+            own, task = math.sqrt(products[place, head, "own"]), norms[place, ""]
+            if name == "task" and own * task > 0 and math.isfinite(own * task):
+                cosine = products[place, head, "task"] / (own * task)
+                cosines[f"kd_cosine/{head.lower()}/{place}"] = cosine
+        return cosines
 
     # ---- Checkpoints.
 

@@ -1,7 +1,7 @@
 """The distilled student as a detectron2 meta-architecture."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,34 +13,32 @@ from torch import Tensor, nn
 from ..config import (
     balance_mode,
     distill_architectures,
+    one_per_teacher,
     student_architecture,
     student_config,
-    teacher_config,
 )
-from ..data.datasets import class_names
 from ..errors import ConfigError, building
 from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
-from ..heads import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, teacher_needed
-from ..structures import Batch, NetworkInfo, NetworkOutputs
+from ..heads import DistillHead, teacher_needed
+from ..structures import Batch, NetworkOutputs
 from .balance import GradientBalance
-from .teacher import Teacher, build_teacher
+from .distillation import build_all_heads, build_balance, build_teachers, infos_by_teacher
+from .teacher import Teacher
 from .unlabeled import Unlabeled, build_unlabeled, is_unlabeled, unlogged
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN = "unknown teacher class"  # begins the names of classes whose names are unknown
-
 
 class DistillModel(nn.Module):
-    """A stock detectron2 student, a frozen teacher, and heads that compare them.
+    """A stock detectron2 student, its frozen teachers, and heads that compare them.
 
-    In training the student runs its own ``forward``, whose outputs are recorded. The teacher
-    computes only the outputs that the heads active at this iteration need. In evaluation the model
-    is the student.
+    In training the student runs its own ``forward``, whose outputs are recorded. A teacher computes
+    only the outputs that its heads active at this iteration need. In evaluation the model is the
+    student.
 
     Args:
         student: a plain detectron2 meta-architecture.
-        teacher: None if no head needs one.
+        teacher: the teacher, or several by name; None if no head needs one.
         heads: :class:`DistillHead` modules by name.
         balance: sets the heads' weights; None: they are those of the config.
         unlabeled: what the student learns from unlabelled images; None: it has none.
@@ -57,7 +55,7 @@ class DistillModel(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: Teacher | None,
+        teacher: Teacher | Mapping[str, Teacher] | None,
         heads: nn.ModuleDict,
         balance: GradientBalance | None = None,
         unlabeled: Unlabeled | None = None,
@@ -67,8 +65,9 @@ class DistillModel(nn.Module):
         self.family = build_family(student)
         self.check_student(type(student))
         self.heads = heads
-        # Neither is an nn.Module: they stay outside parameters() and state_dict().
-        self.teacher = teacher
+        # No nn.Module: they stay outside parameters() and state_dict().
+        one = {"": teacher} if isinstance(teacher, Teacher) else teacher
+        self.teachers: dict[str, Teacher] = dict(one or {})
         self.balance = balance
         self.unlabeled = unlabeled
 
@@ -85,19 +84,26 @@ class DistillModel(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
-        teacher, heads, balance, unlabeled = None, nn.ModuleDict(), None, None
+        teachers: dict[str, Teacher] = {}
+        heads, balance, unlabeled = nn.ModuleDict(), None, None
         if cfg.MODEL.DISTILL.HEADS:
-            # Teacher and heads would shift torch's global random state, and the student's training.
+            # They would shift torch's global random state, and with it the student's training.
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(max(cfg.SEED, 0))
-                teacher = build_teacher(cfg) if teacher_needed(cfg) else None
-                infos = network_infos(cfg, build_family(student), teacher)
-                heads = build_heads(cfg, *infos)
-                balance = build_balance(cfg, infos[0])
-                unlabeled = build_unlabeled(cfg, *infos, heads)
+                teachers = build_teachers(cfg)
+                infos = infos_by_teacher(cfg, build_family(student), teachers)
+                heads = build_all_heads(cfg, infos)
+                described, _ = next(iter(infos.values()))
+                balance = build_balance(cfg, described, heads)
+                unlabeled = build_unlabeled(cfg, infos, heads)
         own = {"student": student, "heads": heads, "unlabeled": unlabeled}
-        return {**own, "teacher": teacher, "balance": balance}
+        return {**own, "teacher": teachers, "balance": balance}
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, the first one if there are several, or None."""
+        return next(iter(self.teachers.values()), None)
 
     @property
     def device(self) -> torch.device:
@@ -129,9 +135,9 @@ class DistillModel(nn.Module):
         read = unlabeled.task_weight() > 0 or any(
             head.reads_labels and head.factor() != 0 for _, head in self._heads()
         )
-        if self.teacher is None or unlabeled.pseudo is None or not read:
+        if unlabeled.pseudo is None or not read:
             return unlabeled.with_labels(inputs), None
-        known = self.detected(self.teacher, inputs)
+        known = self.detected(self.teachers[unlabeled.teacher], inputs)
         return unlabeled.with_labels(inputs, known), known
 
     def detected(self, teacher: Teacher, inputs: list[dict[str, Any]]) -> NetworkOutputs:
@@ -149,21 +155,22 @@ class DistillModel(nn.Module):
         """Return the student's own losses and those of some heads.
 
         Args:
-            known: outputs of the teacher for these images with features and detections.
+            known: outputs of the teacher that made labels of these images.
         """
         if self.balance is not None:
             self.balance.start({name: head.factor() for name, head in self._heads()})
         student_needs = self.active_needs()
-        teacher_needs = self.active_needs(of_teacher=True)
         with self.family.record(student_needs) as recorder:
             losses: dict[str, Tensor] = self.student(batched_inputs)
         batch = self.family.batch(recorder, batched_inputs)
         student = self.family.read(recorder, batch, student_needs)
-        teacher = None
-        if self.teacher and teacher_needs:
-            teacher = self.teacher.ask(student, teacher_needs, self.teacher_maps(), known)
+        answers: dict[str, NetworkOutputs] = {}
+        for name, teacher in self.teachers.items():
+            if needs := self.active_needs(teacher=name):
+                before = known if self.unlabeled and name == self.unlabeled.teacher else None
+                answers[name] = teacher.ask(student, needs, self.teacher_maps(name), before)
         for name, head in heads:
-            taught_by = teacher if head.needs_teacher else student
+            taught_by = answers.get(head.taught_by) if head.needs_teacher else student
             if self.balance is not None and head.factor() > 0:
                 own = self.family.read(self.balance.branch(name, recorder), batch, head.needs)
                 losses.update(head(own, taught_by, partial(self.balance.weigh, name)))
@@ -174,21 +181,24 @@ class DistillModel(nn.Module):
     def _heads(self) -> list[tuple[str, DistillHead]]:
         return list(self.heads.items())  # type: ignore[arg-type]
 
-    def teacher_maps(self) -> frozenset[str] | None:
-        """Return the names of the teacher's maps that heads read; None: all of them."""
-        own = [head.teacher_maps() for _, head in self._heads() if head.needs_teacher]
+    def heads_of(self, teacher: str = "") -> list[DistillHead]:
+        """Return the heads of a teacher; "" is the name of the only one."""
+        heads = [head for _, head in self._heads() if head.needs_teacher]
+        return [head for head in heads if head.taught_by == teacher]
+
+    def teacher_maps(self, teacher: str = "") -> frozenset[str] | None:
+        """Return the names of a teacher's maps that heads read; None: all of them."""
+        own = [head.teacher_maps() for head in self.heads_of(teacher)]
         return None if None in own else frozenset().union(*own)  # type: ignore[arg-type]
 
-    def active_needs(self, of_teacher: bool = False) -> frozenset[str]:
+    def active_needs(self, teacher: str | None = None) -> frozenset[str]:
         """Return the student's outputs that heads with a weight above 0 read at this iteration.
 
         Args:
-            of_teacher: return the teacher's outputs instead.
+            teacher: return the outputs of the teacher of this name instead.
         """
-        active = [
-            h for _, h in self._heads() if h.factor() != 0 and (h.needs_teacher or not of_teacher)
-        ]
-        return frozenset().union(*(head.needs for head in active))
+        heads = [x for _, x in self._heads()] if teacher is None else self.heads_of(teacher)
+        return frozenset().union(*(head.needs for head in heads if head.factor() != 0))
 
 
 @META_ARCH_REGISTRY.register()
@@ -231,22 +241,6 @@ def build_distill_model(cfg: CfgNode) -> nn.Module:
         return DistillModel(cfg).to(cfg.MODEL.DEVICE)
 
 
-def build_balance(cfg: CfgNode, student: NetworkInfo) -> GradientBalance | None:
-    """Build the balance of the heads that ``cfg`` names, or None if their weights are fixed."""
-    node = cfg.MODEL.DISTILL.BALANCE
-    if balance_mode(cfg) == "none":
-        return None
-    heads = {name: DISTILL_HEAD_REGISTRY.get(name) for name in cfg.MODEL.DISTILL.HEADS}
-    return GradientBalance(
-        {name: cls.authors_weight(student) for name, cls in heads.items()},
-        {name: cls.term_strengths(cfg, student) for name, cls in heads.items()},
-        {name: cls.balance_share for name, cls in heads.items()},
-        ratio=node.RATIO,
-        fade=node.FADE,
-        max_iter=cfg.SOLVER.MAX_ITER,
-    )
-
-
 def build_student(cfg: CfgNode) -> nn.Module:
     """Build the plain student of ``cfg``, without teacher and heads.
 
@@ -259,85 +253,18 @@ def build_student(cfg: CfgNode) -> nn.Module:
 
 def _log_distillation(cfg: CfgNode) -> None:
     """Log whether ``cfg`` distils; the heads may come from a ``_BASE_``."""
-    heads, teacher = cfg.MODEL.DISTILL.HEADS, cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    heads = cfg.MODEL.DISTILL.HEADS
+    files = [one.cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE for one in one_per_teacher(cfg)]
+    teacher = f"the teacher{'s' if len(files) > 1 else ''} {', '.join(filter(None, files))}"
     if heads:
         mode = balance_mode(cfg)
         logger.info(
             "Distillation: %s learns with MODEL.DISTILL.HEADS %s from %s. BALANCE.MODE is %s: %s",
             *(student_architecture(cfg), ", ".join(heads)),
-            f"the teacher {teacher}" if teacher_needed(cfg) else "itself, without a teacher",
+            teacher if teacher_needed(cfg) else "itself, without a teacher",
             *(mode, "the weights " + ("are constants" if mode == "none" else "set themselves")),
         )
-    elif teacher:
+    elif any(files):
         logger.warning(
-            "MODEL.DISTILL.HEADS is empty: the teacher %s is not used. Name a head to use it.",
-            teacher,
+            "MODEL.DISTILL.HEADS is empty: %s is not used. Name a head to use it.", teacher
         )
-
-
-def network_infos(
-    cfg: CfgNode, student: Family, teacher: Teacher | None
-) -> tuple[NetworkInfo, NetworkInfo | None]:
-    """Describe student and teacher to the heads: levels, outputs and class names.
-
-    Args:
-        teacher: None if no head needs one.
-    """
-    names = class_names(cfg, _is_semantic(student))
-    if names is None or len(names) != student.num_classes:
-        names = tuple(f"class {i}" for i in range(student.num_classes))
-    own = student.info("student", names, _semantic_classes(cfg, student, names))
-    if teacher is None:
-        return own, None
-    family = teacher.family
-    classes = _teacher_classes(cfg, names, family)
-    semantic = _semantic_classes(teacher_config(cfg), family, classes, own.sem_seg_classes)
-    known = () if any(x.startswith(UNKNOWN) for x in classes) else classes
-    return own, teacher.info(classes, semantic, names if teacher.given_detections else known)
-
-
-def _semantic_classes(
-    cfg: CfgNode, family: Family, classes: tuple[str, ...], student: tuple[str, ...] = ()
-) -> tuple[str, ...]:
-    """Return the class names of a semantic head, which is one of two heads in a Panoptic FPN.
-
-    Args:
-        cfg: config of the network.
-        classes: class names of the network; a network without boxes has only semantic classes.
-        student: names for a teacher whose own names are unknown.
-    """
-    if family.sem_seg_shape is None or _is_semantic(family):
-        return classes if _is_semantic(family) else ()
-    number = family.model.sem_seg_head.predictor.out_channels
-    named = class_names(cfg, semantic=True), student
-    unknown = UNKNOWN if student else "class"
-    return next(
-        (x for x in named if x and len(x) == number),
-        tuple(f"{unknown} {i}" for i in range(number)),
-    )
-
-
-def _is_semantic(family: Family) -> bool:
-    """Return whether the network predicts semantic classes only, without instances."""
-    return "rois" not in family.outputs and "sem_seg" in family.outputs
-
-
-def _teacher_classes(cfg: CfgNode, student: tuple[str, ...], teacher: Family) -> tuple[str, ...]:
-    """Return the teacher's class names: given, its own, of its training set, or the student's."""
-    number = teacher.num_classes
-    given = tuple(cfg.MODEL.DISTILL.TEACHER.CLASSES)
-    if not number and "detections" in teacher.outputs:
-        return given  # it does not say how many classes it detects
-    if given and len(given) != number:
-        raise ConfigError(
-            f"MODEL.DISTILL.TEACHER.CLASSES lists {len(given)} names, but the teacher predicts "
-            f"{number} classes."
-        )
-    own = given or teacher.classes or class_names(teacher_config(cfg), _is_semantic(teacher))
-    if own and len(own) == number:
-        return own
-    if number == len(student):
-        logger.warning("The teacher's class names are unknown; assuming those of the student.")
-        return student
-    # Only heads that compare predictions need names, and those heads refuse these.
-    return tuple(f"{UNKNOWN} {i}" for i in range(number))

@@ -110,9 +110,14 @@ def _terms(losses: Losses) -> list[tuple[str, str, Tensor]]:
 
 def reduced_norms(squares: Mapping[K, Tensor]) -> dict[K, float]:
     """Return norms over all processes, from the squares of this process."""
-    if not squares:
+    return {key: math.sqrt(x) for key, x in reduced_sums(squares).items()}
+
+
+def reduced_sums(sums: Mapping[K, Tensor]) -> dict[K, float]:
+    """Return sums over all processes, from those of this process."""
+    if not sums:
         return {}
-    stacked = torch.stack(list(squares.values()))
+    stacked = torch.stack(list(sums.values()))
     if comm.get_world_size() > 1:
         dist.all_reduce(stacked)
-    return dict(zip(squares, stacked.sqrt().tolist()))
+    return dict(zip(sums, stacked.tolist()))

@@ -103,7 +103,8 @@ class Unlabeled(nn.Module):
     Args:
         heads: names of all heads.
         idle: those that do not learn from these images.
-        pseudo: makes their ground truth; None if the teacher detects no objects.
+        pseudo: makes their ground truth; None if no teacher detects objects.
+        teacher: name of the teacher whose detections it takes.
         ignore_value: label of all pixels of a student with semantic labels; None for others.
         weight: weight of an unlabelled image in the student's own losses; a labelled one has 1.
         warmup_iters: iterations in which that weight rises linearly from 0.
@@ -115,6 +116,7 @@ class Unlabeled(nn.Module):
         heads: Sequence[str],
         idle: frozenset[str],
         pseudo: PseudoLabels | None,
+        teacher: str,
         ignore_value: int | None,
         weight: float,
         warmup_iters: int,
@@ -123,6 +125,7 @@ class Unlabeled(nn.Module):
         self.heads = tuple(heads)
         self.idle = idle
         self.pseudo = pseudo
+        self.teacher = teacher
         self.ignore_value = ignore_value
         self.weight = weight
         self.warmup_iters = warmup_iters
@@ -212,47 +215,51 @@ def unlabeled_of(model: nn.Module) -> Unlabeled | None:
 
 
 def build_unlabeled(
-    cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo | None, heads: nn.ModuleDict
+    cfg: CfgNode,
+    infos: Mapping[str, tuple[NetworkInfo, NetworkInfo | None]],
+    heads: nn.ModuleDict,
 ) -> Unlabeled | None:
     """Return what the student learns from ``DATASETS.UNLABELED``; None without such images.
+
+    Args:
+        cfg: the whole config.
+        infos: student and teacher by the teacher's name. The first teacher that detects objects of
+            the student's classes makes the labels.
+        heads: heads by name.
 
     Raises:
         ConfigError: nothing can be learned, or labels that the config asks for cannot be made.
     """
     if not cfg.DATASETS.UNLABELED:
         return None
-    assert teacher is not None, "validate_config refuses unlabelled images without a teacher"
-    node = cfg.MODEL.DISTILL.UNLABELED
-    pseudo = None
-    problem = _detections_problem(student, teacher)
-    if problem is None:
-        pseudo = _build_pseudo(cfg, student, teacher)
-    elif node.WEIGHT:
-        raise ConfigError(f"{KEY}.WEIGHT is {node.WEIGHT}, but {problem}; set it to 0.")
-    if node.WEIGHT and pseudo and pseudo.masks and not teacher.detects_masks:
-        raise ConfigError(
-            f"{KEY}.WEIGHT is {node.WEIGHT}, but the teacher ({teacher.kind}) detects no masks, on "
-            "which the student trains; set WEIGHT to 0, or MODEL.MASK_ON to False."
-        )
+    pairs = {name: (own, x) for name, (own, x) in infos.items() if x is not None}
+    problems = {name: _detections_problem(*pair) for name, pair in pairs.items()}
+    labeller = next((name for name, problem in problems.items() if problem is None), None)
+    pseudo = None if labeller is None else _build_pseudo(cfg, *pairs[labeller])
+    problem = "" if pseudo else next(iter(problems.values()))
+    weight = cfg.MODEL.DISTILL.UNLABELED.WEIGHT
+    if weight and not pseudo:
+        raise ConfigError(f"{KEY}.WEIGHT is {weight}, but {problem}; set it to 0.")
     idle = frozenset(name for name, x in heads.items() if _is_idle(x, pseudo))
-    if len(idle) == len(heads) and not node.WEIGHT:
+    if len(idle) == len(heads):
         raise ConfigError(
             f"DATASETS.UNLABELED is {tuple(cfg.DATASETS.UNLABELED)}, but {problem}, and all of "
             f"{tuple(heads)} need labels; empty it, or name a head such as FitNet or CWD."
         )
     if idle:
-        reason = f" or {problem}" if problem else ""
         logger.warning(
             "DATASETS.UNLABELED does not train %s: they have no teacher%s",
-            *(", ".join(sorted(idle)), reason),
+            *(", ".join(sorted(idle)), f" or {problem}" if problem else ""),
         )
+    student, _ = next(iter(pairs.values()))
     return Unlabeled(
         heads=tuple(heads),
         idle=idle,
         pseudo=pseudo,
+        teacher=labeller or "",
         ignore_value=None if student.has_boxes else cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-        weight=node.WEIGHT,
-        warmup_iters=node.WARMUP_ITERS,
+        weight=weight,
+        warmup_iters=cfg.MODEL.DISTILL.UNLABELED.WARMUP_ITERS,
     )
 
 
@@ -266,6 +273,12 @@ def _detections_problem(student: NetworkInfo, teacher: NetworkInfo) -> str | Non
 
 
 def _build_pseudo(cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo) -> PseudoLabels:
+    weight = cfg.MODEL.DISTILL.UNLABELED.WEIGHT
+    if weight and cfg.MODEL.MASK_ON and not teacher.detects_masks:
+        raise ConfigError(
+            f"{KEY}.WEIGHT is {weight}, but the teacher ({teacher.kind}) detects no masks, on "
+            "which the student trains; set WEIGHT to 0, or MODEL.MASK_ON to False."
+        )
     scores, number = list(cfg.MODEL.DISTILL.UNLABELED.SCORE), len(student.classes)
     if len(scores) not in (1, number):
         raise ConfigError(

@@ -126,7 +126,7 @@ def _distillation(run: Run, id: str, several: bool) -> Iterator[Section]:
         kinds: dict[str, dict[str, Mapping[int, float]]] = {
             "loss": {x.partition("/")[2] or head: run.series(x) for x in run.losses(head)},
             "ratio to the task": _by_level(run, RATIO, head),
-            "cosine to the task's gradient": {head: run.series(COSINE + head)},
+            "cosine to the task's gradient": _by_level(run, COSINE, head),
             "factor of the balance": _by_level(run, FACTOR, head),
         }
         charts = []
