@@ -38,8 +38,8 @@ ALLOWED = {
     ".engine": "* .errors .section .config .checkpoint .utils .data .evaluation .heads .families"
     " .structures .modeling .solver .report",
     ".convert": "* .errors .config .checkpoint .utils .data.datasets .modeling .engine",
-    ".doctor": "* .errors .config .checkpoint .utils .data .heads .families .structures .modeling"
-    " .engine",
+    ".doctor": "* .errors .config .checkpoint .utils .data .evaluation .heads .families"
+    " .structures .modeling .engine",
     ".launch": "* .errors .config .checkpoint .utils .data .engine .doctor",
     ".experiments": "* .errors .section .config .checkpoint .utils .data .evaluation .losses"
     " .heads .families .structures .modeling .engine .launch.termination .report",

@@ -24,6 +24,9 @@ SEM_SEG_HEAD = "sem_seg_head"
 DETECTIONS = "detections"
 """Key of a teacher's detections in dataset dicts and ``batched_inputs``, if a file has them."""
 
+UNLABELED = "unlabeled"
+"""Key of ``batched_inputs`` that is True for images of ``DATASETS.UNLABELED``."""
+
 
 @dataclass
 class Batch:

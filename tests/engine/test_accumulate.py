@@ -7,47 +7,16 @@ import pytest
 import torch
 from detectron2.engine import create_ddp_model
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distill.config import get_distill_cfg
 from distill.engine import Trainer
-from distill.engine.nonfinite import FiniteGuard
-from distill.engine.train_loop import TrainLoop, mean_losses, micro_batches, seed_step
+from distill.engine.train_loop import mean_losses, micro_batches, seed_step
 from distill.errors import ConfigError
+from tests.support.loops import Gradients, gradients, loop_of
 from tests.support.networks import distill_opts, distilled, image_dict, tiny_model
 from tests.support.processes import WORLD, needs_loopback, spawn, starts_processes
 from tests.support.trainings import Shapes, trainable_cfg, write_teacher
-
-Gradients = dict[str, Tensor]
-
-
-def loop_of(
-    model: nn.Module, batches: list[Any], parts: int, folder: Path, module: nn.Module | None = None
-) -> TrainLoop:
-    """Return a loop with a learning rate of 0, whose gradients stay in ``model``."""
-    cfg = get_distill_cfg()
-    cfg.OUTPUT_DIR = str(folder)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    guard = FiniteGuard(cfg, model, getattr(model, "student", model), seed=0)
-    loop = TrainLoop(
-        module or model,
-        batches,
-        optimizer,
-        amp=False,
-        device="cpu",
-        seed=0,
-        guard=guard,
-        accumulate=parts,
-    )
-    loop.iter = 0
-    return loop
-
-
-def gradients(model: nn.Module, batch: list[Any], parts: int, folder: Path) -> Gradients:
-    with EventStorage():
-        loop_of(model, [batch], parts, folder).run_step()
-    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_alike(a: Gradients, b: Gradients) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from distill.engine import Trainer
 from distill.engine.hooks import KDRatioHook, TelemetryHook, memory_mb
-from distill.engine.telemetry import gradient_cosines, head_of
+from distill.engine.telemetry import gradient_cosines
 from distill.engine.train_loop import seed_step
+from distill.heads.base import head_of
 from tests.support.networks import distill_opts, distilled, image_dict
 from tests.support.trainings import differences, trainable_cfg, write_teacher
 

@@ -607,9 +607,9 @@ def test_teacher_is_asked_only_while_a_head_is_active() -> None:
     asked: list[frozenset[str]] = []
     ask = model.teacher.ask
 
-    def counted(student: NetworkOutputs, needs: frozenset[str], maps: Any) -> NetworkOutputs:
+    def counted(student: NetworkOutputs, needs: frozenset[str], *more: Any) -> NetworkOutputs:
         asked.append(needs)
-        return ask(student, needs, maps)
+        return ask(student, needs, *more)
 
     model.teacher.ask = counted
     losses = []

@@ -23,6 +23,7 @@ from distill.heads import DISTILL_HEAD_REGISTRY, build_heads, teacher_needed
 from distill.heads.fpn import Level
 from distill.modeling.distillation import build_balance
 from distill.modeling.teacher import Teacher
+from distill.modeling.unlabeled import build_unlabeled
 from distill.structures import Batch, NetworkInfo, NetworkOutputs
 
 DENSE = {"fcos": "FCOS", "atss": "ATSS", "gfl": "GFL", "reppoints": "RepPoints"}
@@ -264,9 +265,11 @@ def distilled(
     family, named = build_family(teacher), tuple(teacher_classes)
     scale = cfg.MODEL.DISTILL.TEACHER.SCALE
     asked = Teacher(family, input_format=teacher_format, student_format="BGR", scale=scale)
-    taught = asked.info(named, (*named, "background") if family.sem_seg_shape else ())
+    detected = named if cfg.DATASETS.UNLABELED else ()
+    taught = asked.info(named, (*named, "background") if family.sem_seg_shape else (), detected)
     built = build_heads(cfg, own, taught)
     parts = {"heads": built, "balance": build_balance(cfg, own, built)}
+    parts["unlabeled"] = build_unlabeled(cfg, {"": (own, taught)}, built)
     return architecture(student=student, teacher=asked, **parts).train()
 
 

@@ -2,8 +2,9 @@
 
     distill check-data --config-file F [--no-images] [--json] [--workers N] [KEY VALUE ...]
 
-It checks the annotations of all DATASETS.TRAIN and DATASETS.TEST, and decodes every image. Fatal
-issues would stop or spoil a training; a training handles the remarks.
+It checks the annotations of all DATASETS.TRAIN and DATASETS.TEST, and decodes every image, those of
+DATASETS.UNLABELED, too. Fatal issues would stop or spoil a training; a training handles the
+remarks.
 
 The exit code is 0 without fatal issues, 1 with fatal issues, and 2 if the config is wrong.
 """
@@ -25,7 +26,9 @@ from rich.text import Text
 from ..data.checks.images import inspect_images, missing_files
 from ..data.checks.issues import Issue
 from ..data.datasets import find_issues
+from ..data.unlabeled import unlabeled_images
 from ..engine import setup_config
+from ..errors import DataError
 from ..utils.arguments import add_config_arguments, at_least
 from ..utils.progress import Progress
 from ..utils.text import printable
@@ -45,14 +48,22 @@ def check(cfg: CfgNode, decode: bool, workers: int, progress: Progress) -> Issue
         progress: shows the progress per data set.
     """
     found = {}
-    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+    labeled = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name in dict.fromkeys((*labeled, *cfg.DATASETS.UNLABELED)):
         with contextlib.redirect_stdout(sys.stderr):  # libraries print what they load
-            issues, images = find_issues(cfg, name)
+            issues, images = find_issues(cfg, name) if name in labeled else _unlabeled(name)
         by_image = inspect_images(images, workers) if decode else map(missing_files, images)
         for more in progress.track(by_image, total=len(images), description=name):
             issues += more
         found[name] = issues
     return found
+
+
+def _unlabeled(name: str) -> tuple[list[Issue], list[dict[str, Any]]]:
+    try:
+        return [], unlabeled_images(name)
+    except DataError as e:
+        return [Issue("unreadable data set", name, str(e).rstrip("."), True)], []
 
 
 def print_table(found: IssuesByDataset) -> None:

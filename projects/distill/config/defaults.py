@@ -130,6 +130,21 @@ KEYS: dict[str, Key] = {
     "MODEL.DISTILL.BALANCE.FADE": Key(
         0.0, "share of SOLVER.MAX_ITER, at its end, in which RATIO falls linearly to 0", FRACTION
     ),
+    "MODEL.DISTILL.UNLABELED.SCORE": Key(
+        [0.5],
+        "least score of the teacher's detections that are the objects of unlabelled images: one "
+        "number, or one per class of the student",
+        list_of(FRACTION),
+    ),
+    "MODEL.DISTILL.UNLABELED.WEIGHT": Key(
+        0.0,
+        "weight of an unlabelled image in the student's own losses, with the teacher's detections "
+        "as its objects; a labelled image has 1. 0: only the heads learn from unlabelled images",
+        at_least(0),
+    ),
+    "MODEL.DISTILL.UNLABELED.WARMUP_ITERS": Key(
+        0, "iterations in which that weight rises linearly from 0", at_least(0)
+    ),
     "MODEL.DISTILL.COSINE_PERIOD": Key(
         100,
         "iterations between two measurements of the cosine between task and distillation "
@@ -170,6 +185,21 @@ KEYS: dict[str, Key] = {
         "custom semantic labels: (name, image folder, label folder, class names) entries, where "
         "the label of a.jpg is a.png, with class indices or MODEL.SEM_SEG_HEAD.IGNORE_VALUE",
         LIST,
+    ),
+    "DATASETS.FOLDER_FORMAT": Key(
+        (),
+        "images without labels: (name, folder) pairs for UNLABELED, with all images in the folder "
+        "and below it",
+        LIST,
+    ),
+    "DATASETS.UNLABELED": Key(
+        (),
+        "data sets of any format whose images are added to every batch; their annotations are not "
+        "read",
+        TEXTS,
+    ),
+    "DATASETS.UNLABELED_RATIO": Key(
+        1.0, "unlabelled images per labelled image, in addition to SOLVER.IMS_PER_BATCH", POSITIVE
     ),
     "DATASETS.KEEP_GROUP_CATEGORIES": Key(
         False,

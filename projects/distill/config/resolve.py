@@ -22,6 +22,15 @@ def balance_mode(cfg: CfgNode) -> str:
     return mode
 
 
+def unlabeled_per_batch(cfg: CfgNode) -> int:
+    """Return the number of unlabelled images in a batch of all processes.
+
+    ``SOLVER.IMS_PER_BATCH`` may be scaled to the number of processes, and this number follows.
+    """
+    node = cfg.DATASETS
+    return round(node.UNLABELED_RATIO * cfg.SOLVER.IMS_PER_BATCH) if node.UNLABELED else 0
+
+
 def student_config(cfg: CfgNode) -> CfgNode:
     """Return the student's plain detectron2 config, as ``student.yaml`` holds it.
 

@@ -74,6 +74,7 @@ def training_values(
     cfg: CfgNode,
     teachers: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
+    unlabeled: str = "",
 ) -> dict[str, Any]:
     """Return the values on which a training depends, as plain types by dotted name.
 
@@ -81,6 +82,7 @@ def training_values(
         cfg: the whole config.
         teachers: hash of the weights of each teacher, by its name.
         labels: hash of the labels of each training set of ``DATASETS.YOLO_FORMAT``, by its name.
+        unlabeled: hash of the names of the images of ``DATASETS.UNLABELED``.
     """
     heads = {name.upper() for name in cfg.MODEL.DISTILL.HEADS}
     others = {f"MODEL.DISTILL.{name.upper()}." for name, _ in DISTILL_HEAD_REGISTRY}
@@ -98,6 +100,8 @@ def training_values(
             values[f"DATASETS.COCO_FORMAT '{name}'"] = file_hash(annotations)[:DIGITS]
     for name, digest in (labels or {}).items():
         values[f"DATASETS.YOLO_FORMAT '{name}'"] = digest[:DIGITS]
+    if cfg.DATASETS.UNLABELED:
+        values["DATASETS.UNLABELED (images)"] = unlabeled[:DIGITS]
     for key in ("VOC_FORMAT", "SEM_SEG_FORMAT"):
         for name, *_, classes in cfg.DATASETS[key]:
             if name in cfg.DATASETS.TRAIN:

@@ -62,6 +62,7 @@ def validate_config(cfg: CfgNode, *, training: bool = True) -> None:
                 _validate_teacher(teacher_config(one.cfg))
     if training:
         _validate_detections(cfg)
+        _validate_unlabeled(cfg)
     if training and cfg.SOLVER.QAT.ENABLED and not cfg.MODEL.WEIGHTS:
         raise ConfigError(
             "SOLVER.QAT.ENABLED is True, but MODEL.WEIGHTS is empty; name the checkpoint of a "
@@ -89,6 +90,46 @@ def _validate_data(cfg: CfgNode, training: bool) -> None:
                 f"MODEL.KEYPOINT_ON is True, but DATASETS.TRAIN '{name}' has no keypoints; set it "
                 "to False."
             )
+
+
+def _validate_unlabeled(cfg: CfgNode) -> None:
+    """Refuse unlabelled images of which nothing can be learned, and folders without labels."""
+    node, folders = cfg.DATASETS, [entry[0] for entry in cfg.DATASETS.FOLDER_FORMAT]
+    for key in ("TRAIN", "TEST"):
+        for name in node[key]:
+            if name in folders:
+                raise ConfigError(
+                    f"DATASETS.{key} names '{name}' of DATASETS.FOLDER_FORMAT, whose images have "
+                    "no labels; name it in DATASETS.UNLABELED."
+                )
+    if not node.UNLABELED:
+        return
+    named = f"DATASETS.UNLABELED is {tuple(node.UNLABELED)}"
+    for name in node.UNLABELED:
+        check_choice("DATASETS.UNLABELED", name, DatasetCatalog.list())
+    if not cfg.MODEL.DISTILL.HEADS or not teacher_needed(cfg):
+        raise ConfigError(
+            f"{named}, but no head of MODEL.DISTILL.HEADS {tuple(cfg.MODEL.DISTILL.HEADS)} has a "
+            "teacher, who says what is in these images; name such a head, or empty it."
+        )
+    student, crop = student_class(cfg), cfg.INPUT.CROP
+    by_category = crop.ENABLED and crop.SINGLE_CATEGORY_MAX_AREA < 1
+    reasons = {
+        "PanopticFPN needs semantic labels, too": issubclass(student, PanopticFPN),
+        "MODEL.KEYPOINT_ON is True, and teachers detect no keypoints": cfg.MODEL.KEYPOINT_ON,
+        "MODEL.DISTILL.TEACHER.DETECTIONS are of labelled images only": bool(
+            cfg.MODEL.DISTILL.TEACHER.DETECTIONS
+        ),
+        "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is below 1, which needs semantic labels": (
+            by_category and issubclass(student, SemanticSegmentor)
+        ),
+        "TEST.PRECISE_BN.ENABLED is True, which reads labelled batches": (
+            cfg.TEST.PRECISE_BN.ENABLED
+        ),
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    if reason:
+        raise ConfigError(f"{named}, but {reason}; change it, or empty DATASETS.UNLABELED.")
 
 
 def _validate_augment(cfg: CfgNode) -> None:

@@ -85,7 +85,7 @@ def class_names(cfg: CfgNode, semantic: bool = False) -> tuple[str, ...] | None:
     if metadata is None:
         return None
     if metadata.get(key) is None and metadata.get("evaluator_type") == "coco":
-        _load(name)  # the annotation file has the names
+        load_dicts(name)  # the annotation file has the names
     names = metadata.get(key)
     return tuple(names) if names else None
 
@@ -164,7 +164,7 @@ def in_model_order(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list
     return dicts if known == tuple(own) else relabelled(dicts, indices_by_name(own, known))
 
 
-def _load(name: str, files: OwnFiles | None = None) -> list[dict[str, Any]]:
+def load_dicts(name: str, files: OwnFiles | None = None) -> list[dict[str, Any]]:
     """Return the dataset dicts of a data set; every error of its reader becomes a DataError.
 
     Args:
@@ -308,7 +308,7 @@ def _checked_set(cfg: CfgNode, name: str, detections: DetectionFile | None) -> l
     fatal = [issue for issue in _issues_on_disk(cfg, name, files) if issue.fatal]
     if any(map(_unavoidable, fatal)):
         raise _error(name, [issue for issue in fatal if _unavoidable(issue)])
-    dicts = _load(name, files)
+    dicts = load_dicts(name, files)
     if not dicts:
         raise DataError(f"Data set '{name}' of DATASETS.TRAIN has no images.")
     if detections:  # before images are left out, which the file may name
@@ -516,7 +516,7 @@ def check_test_set(cfg: CfgNode, name: str) -> None:
     if kind not in _LISTED and own is None:
         return
     _raise_first(name, filter(_unavoidable, _issues_on_disk(cfg, name, own)))
-    dicts = _load(name, own)
+    dicts = load_dicts(name, own)
     if not dicts:
         raise DataError(f"Data set '{name}' of DATASETS.TEST has no images.")
     roots = metadata_roots(metadata)
@@ -591,7 +591,7 @@ def find_issues(cfg: CfgNode, name: str) -> tuple[list[Issue], list[dict[str, An
     if files is None and issues:  # the reader would open files outside the folder
         return issues, []
     try:
-        dicts = _load(name, own)
+        dicts = load_dicts(name, own)
         reason = "" if dicts else "it has no images"
     except DataError as e:
         dicts, reason = [], str(e).rstrip(".")

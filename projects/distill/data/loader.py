@@ -1,5 +1,6 @@
 """Loaders of batches; a training batch depends only on the run's seed and the iteration."""
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,9 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..config import unlabeled_per_batch
 from ..errors import ConfigError, DataError
+from ..structures import UNLABELED
 from ..utils.seeding import derived_seed, private_randomness
 from .augment.mapper import AugmentingMapper
 from .guarded_mapper import BadImage, GuardedMapper
@@ -27,6 +30,7 @@ from .stream import REACH, Sample, Surroundings
 
 logger = logging.getLogger(__name__)
 
+UNLABELED_STREAM = 1  # with the run's seed, it gives the seed of the unlabelled images
 MAX_REPLACEMENTS = 20  # number of bad images in a row that is an error of the data set
 
 
@@ -125,6 +129,36 @@ class Samples(Dataset[Any]):
         return self.mapper(entry)
 
 
+class MixedBatches(Sampler[list[Sample]]):
+    """Sampler of batches with labelled samples first, and then unlabelled ones.
+
+    Args:
+        labeled, unlabeled: samplers of the two streams, which do not depend on each other.
+    """
+
+    def __init__(self, labeled: Batches, unlabeled: Batches):
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for labeled, unlabeled in zip(self.labeled, self.unlabeled):
+            yield [*labeled, *(x._replace(unlabeled=True) for x in unlabeled)]
+
+
+class MixedSamples(Dataset[Any]):
+    """Samples of both streams; the unlabelled ones are marked by :data:`UNLABELED`."""
+
+    def __init__(self, labeled: Samples, unlabeled: Samples):
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+
+    def __getitem__(self, sample: Sample) -> dict[str, Any] | BadImage:
+        if not sample.unlabeled:
+            return self.labeled[sample]
+        mapped = self.unlabeled[sample]
+        return mapped if isinstance(mapped, BadImage) else {**mapped, UNLABELED: True}
+
+
 class TrainLoader:
     """Endless iterable of this process's batches.
 
@@ -138,7 +172,14 @@ class TrainLoader:
         left_out: reasons by file name of the images that were dropped so far.
     """
 
-    def __init__(self, samples: Samples, batches: Batches, *, workers: int, timeout: float):
+    def __init__(
+        self,
+        samples: Samples | MixedSamples,
+        batches: Batches | MixedBatches,
+        *,
+        workers: int,
+        timeout: float,
+    ):
         self.samples, self.batches = samples, batches
         self.left_out: dict[str, str] = {}
         self.loader: DataLoader[Any] = DataLoader(
@@ -320,8 +361,12 @@ def build_train_loader(
     *,
     seed: int,
     start: int = 0,
+    unlabeled: Sequence[dict[str, Any]] = (),
 ) -> TrainLoader:
     """Build the training loader of a config.
+
+    Unlabelled images have a stream of their own, with its own seed. So the labelled images of a
+    batch are to the bit those of a training without unlabelled images.
 
     Args:
         cfg: the whole config.
@@ -329,22 +374,40 @@ def build_train_loader(
         mapper: a mapper with detectron2's contract, or an :class:`AugmentingMapper`.
         seed: seed of the run, which determines the order of the images and their augmentations.
         start: iteration at which the batches begin.
+        unlabeled: dataset dicts of ``DATASETS.UNLABELED``, without labels.
     """
     dicts = [entry for _, entries in sets for entry in entries]
     with private_randomness(seed):  # detectron2's samplers take their seeds from NumPy's state
         sampler = build_sampler(cfg, sets)
+    number = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    samples: Samples | MixedSamples
+    batches: Batches | MixedBatches
+    samples, batches = _stream(cfg, dicts, mapper, sampler, number, seed, start)
+    if unlabeled:
+        seed = derived_seed(seed, UNLABELED_STREAM)
+        sampler = TrainingSampler(len(unlabeled), seed=seed)
+        mapper = copy.deepcopy(mapper)  # its cache has the images by their index
+        number = unlabeled_per_batch(cfg) // comm.get_world_size()
+        own = _stream(cfg, unlabeled, mapper, sampler, number, seed, start)
+        samples, batches = MixedSamples(samples, own[0]), MixedBatches(batches, own[1])
+    return TrainLoader(
+        samples, batches, workers=cfg.DATALOADER.NUM_WORKERS, timeout=cfg.DATALOADER.TIMEOUT
+    )
+
+
+def _stream(
+    cfg: CfgNode,
+    dicts: Sequence[dict[str, Any]],
+    mapper: Callable[..., Any],
+    sampler: TrainingSampler | RepeatFactorTrainingSampler,
+    number: int,
+    seed: int,
+    start: int,
+) -> tuple[Samples, Batches]:
+    """Return the samples of an endless stream, and its batches of ``number`` images."""
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         groups = [x.get("width", 0) > x.get("height", 0) for x in dicts]
-    samples = Samples(
-        DatasetFromList(dicts, copy=False),
-        mapper,
-        seed,
-        drop=cfg.DATALOADER.ON_BAD_IMAGE == "drop",
-    )
-    return TrainLoader(
-        samples,
-        Batches(sampler, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), groups, start),
-        workers=cfg.DATALOADER.NUM_WORKERS,
-        timeout=cfg.DATALOADER.TIMEOUT,
-    )
+    drop = cfg.DATALOADER.ON_BAD_IMAGE == "drop"
+    samples = Samples(DatasetFromList(list(dicts), copy=False), mapper, seed, drop)
+    return samples, Batches(sampler, number, groups, start)

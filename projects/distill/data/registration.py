@@ -1,4 +1,4 @@
-"""Registration of the data sets that a config describes, in four formats.
+"""Registration of the data sets that a config describes, in five formats.
 
 Each has a reader of its files, which also checks them. Training, evaluation and ``distill
 check-data`` use it instead of detectron2's readers.
@@ -16,6 +16,7 @@ from ..config import get_distill_cfg
 from ..errors import DataError
 from ..utils.text import choices
 from .checks.coco_file import CocoFile
+from .checks.image_folder import ImageFolder
 from .checks.issues import Issue
 from .checks.semantic_folders import SemanticFolders
 from .checks.voc_folder import VOCFolder
@@ -27,7 +28,9 @@ FORMATS = {
     "YOLO_FORMAT": "(name, data.yaml, split) triple",
     "VOC_FORMAT": "(name, folder, split, class names) entry",
     "SEM_SEG_FORMAT": "(name, image folder, label folder, class names) entry",
+    "FOLDER_FORMAT": "(name, image folder) pair",
 }
+_LENGTHS = {"COCO_FORMAT": 3, "YOLO_FORMAT": 3, "FOLDER_FORMAT": 2}  # others end with class names
 
 
 class OwnFiles(Protocol):
@@ -58,7 +61,7 @@ class OwnSet(NamedTuple):
     Attributes:
         key: the key that has it, below ``DATASETS``.
         name: name of the data set.
-        places: the two names of files, folders or splits that follow.
+        places: the two names of files, folders or splits that follow; "" for one that is absent.
         classes: class names; empty if a file has them.
     """
 
@@ -88,14 +91,13 @@ def _own_set(key: str, entry: Any) -> OwnSet:
     names = parts[3:]
     classes = names[0] if names and isinstance(names[0], (tuple, list)) else ()
     texts = [*parts[:3], *classes]
-    triple = key in ("COCO_FORMAT", "YOLO_FORMAT")
-    complete = len(parts) == 3 if triple else len(parts) == 4 and classes
+    complete = len(parts) == _LENGTHS.get(key, 4) and (key in _LENGTHS or classes)
     if not complete or not all(isinstance(x, str) and x for x in texts):
         raise DataError(f"DATASETS.{key}: {entry!r:.200} is not a {FORMATS[key]}.")
     repeated = next((x for x in classes if list(classes).count(x) > 1), "")
     if repeated:
         raise DataError(f"DATASETS.{key} '{parts[0]}' names the class '{repeated}' twice.")
-    return OwnSet(key, parts[0], (parts[1], parts[2]), tuple(classes))
+    return OwnSet(key, parts[0], (parts[1], "".join(parts[2:3])), tuple(classes))
 
 
 def own_set(cfg: CfgNode, name: str) -> OwnSet | None:
@@ -220,11 +222,18 @@ def _register_semantic(cfg: CfgNode, own: OwnSet) -> None:
     )
 
 
+def _register_folder(cfg: CfgNode, own: OwnSet) -> None:
+    folder, _ = own.places
+    _check_folders(own, folder)
+    _register(own, partial(ImageFolder, folder), {"image_root": folder}, {})
+
+
 _REGISTER = {
     "COCO_FORMAT": _register_coco,
     "YOLO_FORMAT": _register_yolo,
     "VOC_FORMAT": _register_voc,
     "SEM_SEG_FORMAT": _register_semantic,
+    "FOLDER_FORMAT": _register_folder,
 }
 
 

@@ -14,12 +14,14 @@ class Sample(NamedTuple):
         image: index of the image in the data set.
         iteration: iteration of the training that gets the sample.
         recent: indices of the images at the ``REACH`` positions before, oldest first.
+        unlabeled: the stream is that of ``DATASETS.UNLABELED``, which has its own positions.
     """
 
     position: int
     image: int
     iteration: int = 0
     recent: tuple[int, ...] = ()
+    unlabeled: bool = False
 
 
 class Surroundings(NamedTuple):

@@ -1,6 +1,6 @@
 """Check a distillation on two batches before it trains for days.
 
-    distill doctor --config-file F [--teacher-ap N] [--json] [KEY VALUE ...]
+    distill doctor --config-file F [--teacher-ap N] [--draw-unlabeled PNG] [--json] [KEY VALUE ...]
     distill doctor --config-file F --list-outputs | --list-heads
 
 The doctor builds the networks as the trainer does, examines two batches of the real data, and
@@ -22,11 +22,11 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..engine import setup_config
-from ..errors import DistillError
-from ..utils.arguments import add_config_arguments, at_least
+from ..errors import ConfigError, DistillError
+from ..utils.arguments import add_config_arguments, at_least, png
 from ..utils.progress import Progress
 from ..utils.text import print_error
-from .examine import Say, examine, examine_heads, examine_outputs
+from .examine import examine, examine_heads, examine_outputs
 from .render import render
 from .report import DoctorReport
 
@@ -37,6 +37,7 @@ def run_doctor(
     cfg: CfgNode,
     *,
     teacher_ap: int = 0,
+    drawing: str | None = None,
     as_json: bool = False,
     list_outputs: bool = False,
     list_heads: bool = False,
@@ -46,6 +47,7 @@ def run_doctor(
     Args:
         cfg: config of the training.
         teacher_ap: number of images of the first test set on which the teacher's AP is measured.
+        drawing: PNG file to write with unlabelled images and their objects; None: no file.
         as_json: print one JSON object instead of text.
         list_outputs, list_heads: examine only the recorded outputs, or only the registered heads.
 
@@ -62,7 +64,12 @@ def run_doctor(
                 progress.update(task, completed=1)
             progress.add_task(text, total=1)
 
-        report = _examine(cfg, teacher_ap, list_outputs, list_heads, say)
+        if list_heads:
+            report = examine_heads(cfg, say=say)
+        elif list_outputs:
+            report = examine_outputs(cfg, say=say)
+        else:
+            report = examine(cfg, teacher_images=teacher_ap, drawing=drawing, say=say)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(report)), indent=1))
     else:
@@ -70,16 +77,6 @@ def run_doctor(
     for sentence in report.errors:
         print_error(sentence)
     return 2 if report.errors else 0
-
-
-def _examine(
-    cfg: CfgNode, teacher_ap: int, list_outputs: bool, list_heads: bool, say: Say
-) -> DoctorReport:
-    if list_heads:
-        return examine_heads(cfg, say=say)
-    if list_outputs:
-        return examine_outputs(cfg, say=say)
-    return examine(cfg, teacher_images=teacher_ap, say=say)
 
 
 @contextlib.contextmanager
@@ -113,6 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also measure the teacher on the first N images of DATASETS.TEST[0]",
     )
+    parser.add_argument(
+        "--draw-unlabeled",
+        type=png,
+        metavar="PNG",
+        help="also draw 16 images of DATASETS.UNLABELED with the teacher's objects",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     lists = parser.add_mutually_exclusive_group()
     lists.add_argument(
@@ -125,9 +128,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         with quiet():
             cfg = setup_config(args.config_file, args.opts)
+        if args.draw_unlabeled and not cfg.DATASETS.UNLABELED:
+            raise ConfigError(
+                "DATASETS.UNLABELED is empty; name images, or leave out --draw-unlabeled."
+            )
         return run_doctor(
             cfg,
             teacher_ap=args.teacher_ap,
+            drawing=args.draw_unlabeled,
             as_json=args.json,
             list_outputs=args.list_outputs,
             list_heads=args.list_heads,

@@ -22,6 +22,7 @@ from ..modeling.balance import GradientBalance
 from ..modeling.distillation import infos_by_teacher
 from ..modeling.meta_arch import DistillModel
 from ..modeling.teacher import Teacher
+from ..modeling.unlabeled import is_unlabeled
 from ..structures import NetworkInfo
 from ..utils.seeding import seed_globally
 from .report import Weights
@@ -41,7 +42,7 @@ class DryRun:
         model: the model in training mode: a :class:`DistillModel`, or the plain student.
         student: the student in it.
         autocast: opens the context of a forward, with the training's precision.
-        batches: endless iterator.
+        batches: endless iterator; unlabelled images follow the labelled ones.
         weights: tensors that ``MODEL.WEIGHTS`` filled.
         family: None for a plain network, whose outputs are not recorded.
         teacher: the only teacher; None if no head needs one, or if there are several.
@@ -153,6 +154,11 @@ def load_weights(trainer: Trainer) -> Weights:
         group = k.split(".")[0]
         groups[group] = groups.get(group, 0) + 1
     return Weights(file, len(tensors) - len(kept), len(tensors), groups)
+
+
+def labeled_images(batch: Inputs) -> Inputs:
+    """Return the images of a batch that are not of ``DATASETS.UNLABELED``."""
+    return [x for x in batch if not is_unlabeled(x)]
 
 
 @contextmanager

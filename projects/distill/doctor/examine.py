@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import one_per_teacher, teacher_config
 from ..engine.hooks import memory_mb
+from ..engine.train_loop import pieces
 from ..errors import ConfigError, of_teacher
 from ..families import build_family
 from ..heads import unfinished_phases
@@ -21,12 +22,14 @@ from ..heads.classes import ClassMap
 from ..modeling.distillation import network_infos
 from ..modeling.meta_arch import DistillModel, build_student
 from ..modeling.teacher import build_teacher
+from ..modeling.unlabeled import unlabeled_of
 from ..structures import NetworkOutputs, tensors_of
-from .dry_run import DryRun, Inputs, build_dry_run, full_weight, preserved
+from .dry_run import DryRun, Inputs, build_dry_run, full_weight, labeled_images, preserved
 from .losses import balance_rows, loss_table, loss_warnings, losses_of
 from .recording import ask_teacher, head_table, output_table, record_student
 from .report import Cost, DoctorReport, Setting, TeacherCheck, TeacherCost
 from .teacher import PIXELS, check_teacher, compare_classes, no_better_than_chance, teacher_ap
+from .unlabeled import add_unlabeled
 
 BATCHES = 2
 ANSWERS = 2  # number of a teacher's answers that are timed
@@ -35,13 +38,16 @@ FEWEST_IMAGES = 4  # per process, for batch normalisation in training mode
 Say = Callable[[str], Any]
 
 
-def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorReport:
+def examine(
+    cfg: CfgNode, *, teacher_images: int = 0, drawing: str | None = None, say: Say = str
+) -> DoctorReport:
     """Examine a training by two batches, without changing it.
 
     Args:
         cfg: config of the training.
         teacher_images: number of images of the first test set on which the teacher's AP is
             measured.
+        drawing: PNG file to write with unlabelled images and their objects; None: no file.
         say: function that is called with the name of each stage.
 
     Raises:
@@ -58,6 +64,7 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
         say("training steps")
         with preserved(dry_run):
             report.cost = measure_cost(dry_run, batches, data_seconds, cfg)
+        batches = [labeled_images(batch) for batch in batches]
         say("outputs of the networks")
         with preserved(dry_run):
             add_outputs(report, dry_run, batches[0])
@@ -69,6 +76,9 @@ def examine(cfg: CfgNode, *, teacher_images: int = 0, say: Say = str) -> DoctorR
         say("the teacher's predictions")
         for own, part in by_teacher(report, dry_run):
             add_teacher(own, part, batches, teacher_images)
+        if cfg.DATASETS.UNLABELED:
+            say("the unlabelled images")
+            add_unlabeled(report, dry_run, drawing)
     gather_sentences(report)
     report.errors += errors
     report.warnings += unfinished_phases(cfg)
@@ -87,7 +97,7 @@ def examine_outputs(cfg: CfgNode, *, say: Say = str) -> DoctorReport:
         report = introduction(dry_run)
         say("outputs of the networks")
         with preserved(dry_run):
-            add_outputs(report, dry_run, next(dry_run.batches))
+            add_outputs(report, dry_run, labeled_images(next(dry_run.batches)))
     gather_sentences(report)
     return report
 
@@ -322,9 +332,10 @@ def mebibytes(tensors: Iterable[Tensor]) -> float:
 
 def step(dry_run: DryRun, batch: Inputs) -> None:
     try:
-        losses = losses_of(dry_run, batch, seed=0)
         dry_run.optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
+        for piece in pieces(batch, 1, unlabeled_of(dry_run.model)):
+            losses = piece.weighted(losses_of(dry_run, list(piece.images), seed=0))
+            torch.stack(list(losses.values())).sum().backward()
         dry_run.optimizer.step()
     except torch.cuda.OutOfMemoryError as e:
         raise ConfigError(

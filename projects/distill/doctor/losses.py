@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..engine.health import cosine_warning, dead_warning, ratio_warning
-from ..engine.telemetry import dot, head_of
+from ..engine.telemetry import dot
 from ..errors import DistillError, NumericalError
 from ..heads import DistillHead
+from ..heads.base import head_of
 from ..modeling.balance import GradientBalance
 from ..utils.text import clause, shortened
 from .dry_run import DryRun, Inputs, full_weight

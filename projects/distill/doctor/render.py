@@ -56,6 +56,9 @@ def sections(report: DoctorReport) -> Iterator[tuple[str, Sequence[Any]]]:
         yield "Balance", [balance_table(report.balance)]
     if report.teacher_check or report.teacher_ap or report.teacher_cost:
         yield "Teacher", teacher_lines(report)
+    if unlabeled := report.unlabeled:
+        text = f"{unlabeled.objects} objects in {unlabeled.images} images, {unlabeled.empty} empty"
+        yield "Unlabelled images", [text]
     if report.cost:
         yield "Cost", cost_lines(report.cost)
     if report.registered_heads:

@@ -28,11 +28,12 @@ from ..checkpoint.load import read_torch, readable
 from ..checkpoint.save import StudentState
 from ..engine.nonfinite import bad_gradients, from_plain, says_nonfinite
 from ..engine.setup import be_deterministic, setup_config
-from ..engine.train_loop import forward_context, mean_losses, micro_batches, seed_step
+from ..engine.train_loop import Piece, forward_context, mean_losses, pieces, seed_step
 from ..errors import DistillError, WeightsError
 from ..modeling.balance import balance_of
 from ..modeling.meta_arch import DistillModel, build_distill_model
 from ..modeling.quantization import PART, build_quantization
+from ..modeling.unlabeled import unlabeled_of
 from ..utils.old_names import HEADS, LOSSES, with_renamed_keys
 from ..utils.text import one_line
 
@@ -120,8 +121,9 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
     with EventStorage(saved["iteration"]):
         try:
             with forward_context(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED):
-                parts = micro_batches(batch, cfg.SOLVER.ACCUMULATE)
-                losses = _forward(model, parts, step, result.sources)
+                parts = pieces(batch, cfg.SOLVER.ACCUMULATE, unlabeled_of(model))
+                found = _forward(model, parts, step, result.sources)
+                losses = _checked_mean(found, cfg.SOLVER.ACCUMULATE, result.sources)
         except DistillError:
             raise
         except Exception as e:
@@ -139,27 +141,34 @@ def replay(path: str, opts: Sequence[str] = ()) -> Replay:
 
 def _forward(
     model: nn.Module,
-    parts: Sequence[Sequence[dict[str, Any]]],
+    parts: Sequence[Piece],
     step: tuple[int, int, int],
     sources: list[str],
-) -> dict[str, Tensor]:
-    """Return the losses, and add everything that is not finite to ``sources``.
+) -> list[dict[str, Tensor]]:
+    """Return the losses of each piece, and add everything that is not finite to ``sources``.
 
     Args:
-        parts: parts of the batch, see ``SOLVER.ACCUMULATE``.
+        parts: pieces of the batch.
         step: seed of the run, iteration and rank.
     """
     for prefix, network in _networks(model).items():
         weights = network.state_dict()
         sources += [f"weight {prefix}{name}" for name, x in weights.items() if _is_nonfinite(x)]
-    images = (x for part in parts for x in part)
+    images = (x for piece in parts for x in piece.images)
     sources += [f"image {x.get('file_name')}" for x in images if _is_nonfinite(x)]
     found: list[dict[str, Tensor]] = []
     with _watch_modules(model, sources):
-        for k, part in enumerate(parts):
-            seed_step(model, *step, part=k)
-            found.append(model(part))
-    losses = mean_losses(found)
+        for piece in parts:
+            seed_step(model, *step, part=piece.number)
+            found.append(piece.weighted(model(piece.images)))
+    return found
+
+
+def _checked_mean(
+    found: Sequence[dict[str, Tensor]], parts: int, sources: list[str]
+) -> dict[str, Tensor]:
+    """Return the losses of the step, and add those that are not finite to ``sources``."""
+    losses = mean_losses(found, parts)
     sources += [f"loss {name}" for name, x in losses.items() if _is_nonfinite(x.detach())]
     return losses
 

@@ -168,6 +168,21 @@ class TeacherAP:
 
 
 @dataclass
+class UnlabeledCheck:
+    """Objects that the teacher finds in unlabelled images.
+
+    Attributes:
+        images: number of images.
+        objects: number of detections of at least ``MODEL.DISTILL.UNLABELED.SCORE`` in them.
+        empty: number of images without such a detection.
+    """
+
+    images: int
+    objects: int
+    empty: int
+
+
+@dataclass
 class Cost:
     """Cost of the whole training step: forward, backward, optimizer.
 
@@ -233,6 +248,7 @@ class DoctorReport:
     teacher_check: TeacherCheck | None = None
     teacher_ap: TeacherAP | None = None
     teacher_cost: TeacherCost | None = None
+    unlabeled: UnlabeledCheck | None = None
     cost: Cost | None = None
     registered_heads: list[HeadRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -17,11 +17,12 @@ from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..checkpoint.save import STUDENT, StudentCheckpointer
 from ..heads import DistillHead
+from ..heads.base import head_of
 from ..modeling.balance import GradientBalance
 from ..modeling.quantization import Quantization
 from ..utils.old_names import HOOKS, with_renamed_keys
 from .health import balance_warning, cosine_warning, dead_warning, ratio_warning
-from .telemetry import RowWriter, head_of
+from .telemetry import RowWriter
 
 logger = logging.getLogger(__name__)
 

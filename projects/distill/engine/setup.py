@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
-from ..config import load_config, validate_config
+from ..config import load_config, unlabeled_per_batch, validate_config
 from ..data.registration import register_own_sets
 from ..errors import ConfigError
 
@@ -74,6 +74,8 @@ def scale_to_workers(cfg: CfgNode) -> CfgNode:
     qat.CALIBRATION_ITERS = round(qat.CALIBRATION_ITERS * factor)
     augment = scaled.INPUT.AUGMENT
     augment.SWITCH_ITER = round(augment.SWITCH_ITER * factor)
+    unlabeled = scaled.MODEL.DISTILL.UNLABELED
+    unlabeled.WARMUP_ITERS = round(unlabeled.WARMUP_ITERS * factor)
     if scaled.MODEL.YOLOX.L1_FROM_ITER > 0:
         scaled.MODEL.YOLOX.L1_FROM_ITER = round(scaled.MODEL.YOLOX.L1_FROM_ITER * factor)
     for head in scaled.MODEL.DISTILL.HEADS:
@@ -92,4 +94,11 @@ def check_batch_size(cfg: CfgNode) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
             f"{world} processes{of_parts}."
+        )
+    unlabeled = unlabeled_per_batch(cfg)
+    if cfg.DATASETS.UNLABELED and (unlabeled == 0 or unlabeled % (world * parts)):
+        raise ConfigError(
+            f"DATASETS.UNLABELED_RATIO is {cfg.DATASETS.UNLABELED_RATIO}, which gives {unlabeled} "
+            f"unlabelled images per {cfg.SOLVER.IMS_PER_BATCH} labelled ones; their number must be "
+            f"a multiple of {world * parts}, as that of the labelled ones."
         )

@@ -9,6 +9,7 @@ import torch
 from detectron2.utils.events import JSONWriter, get_event_storage
 from torch import Tensor
 
+from ..heads.base import head_of
 from ..utils.io import replacing
 from ..utils.old_names import LOSSES, log_old_names, renamed
 
@@ -83,12 +84,6 @@ def rename_losses(path: str) -> None:
         if (new := renamed(text, LOSSES)) != text:
             with replacing(path) as f:
                 f.write(new.encode())
-
-
-def head_of(loss: str, heads: Sequence[str]) -> str | None:
-    """Return the name of the distillation head of a loss, or None for a task loss."""
-    prefixes = {f"loss_{name.lower()}": name for name in heads}
-    return prefixes.get(loss.split("/")[0])
 
 
 def gradient_cosines(

@@ -1,8 +1,9 @@
 """Training step."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..heads.base import StepGenerator
 from ..modeling.balance import balance_of
+from ..modeling.unlabeled import Unlabeled, is_unlabeled, unlabeled_of
 from ..utils.seeding import derived_seed, seed_globally
 from .nonfinite import FiniteGuard, says_nonfinite
 from .telemetry import gradient_cosines
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Images that a model computes at once: all labelled, or all unlabelled.
+
+    Attributes:
+        images: entries of ``batched_inputs``.
+        number: number of the piece, which determines its random numbers.
+        share: returns the share of these images in a loss, by its name; None: all of it.
+    """
+
+    images: Sequence[Any]
+    number: int
+    share: Callable[[str], float] | None = None
+
+    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses of the images, multiplied by their shares."""
+        if self.share is None:
+            return losses
+        return {name: x * self.share(name) for name, x in losses.items()}
 
 
 class TrainLoop(SimpleTrainer):
@@ -25,6 +48,8 @@ class TrainLoop(SimpleTrainer):
 
     Mixed precision is float16 with a gradient scaler on CUDA, and bfloat16 without one on CPUs;
     detectron2's ``AMPTrainer`` requires CUDA. A step that is not finite changes no weight.
+
+    Unlabelled images of a batch have a forward and a backward of their own in the same step.
 
     Args:
         seed: seed of the run. Seed and iteration determine all random numbers of a step.
@@ -57,6 +82,7 @@ class TrainLoop(SimpleTrainer):
         self.cosine_period = cosine_period
         self.accumulate = accumulate
         self.balance = balance_of(guard.model)
+        self.unlabeled = unlabeled_of(guard.model)
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -65,10 +91,10 @@ class TrainLoop(SimpleTrainer):
         self.guard.before_step(data)
         if self.balance is not None:
             self.balance.before_step()
-        parts = micro_batches(data, self.accumulate)
+        parts = pieces(data, self.accumulate, self.unlabeled)
         self.optimizer.zero_grad()
         try:
-            losses = mean_losses(self._backward(parts))
+            losses = mean_losses(self._backward(parts), self.accumulate)
         except Exception as e:
             if not says_nonfinite(e):
                 raise
@@ -93,37 +119,37 @@ class TrainLoop(SimpleTrainer):
         """
         self._data_loader_iter_obj = None
 
-    def _backward(self, parts: Sequence[Any]) -> Iterator[dict[str, Tensor]]:
-        """Add the gradients of each part, and yield its losses.
+    def _backward(self, parts: Sequence[Piece]) -> Iterator[dict[str, Tensor]]:
+        """Add the gradients of each piece of the batch, and yield its losses.
 
-        Processes exchange their gradients once, in the backward of the last part.
+        Processes exchange their gradients once, in the backward of the last piece.
         """
-        for k, part in enumerate(parts):
-            last = k == len(parts) - 1
-            alone = isinstance(self.model, DistributedDataParallel) and not last
+        for piece in parts:
+            alone = isinstance(self.model, DistributedDataParallel) and piece is not parts[-1]
             with self.model.no_sync() if alone else nullcontext():
-                losses = self._forward(part, k, self.model)
-                if k == 0:
+                losses = self._forward(piece, self.model)
+                if piece.number == 0:
                     self._write_cosines(losses)
                 total: Any = sum(losses.values())
                 with self.balance.measure() if self.balance is not None else nullcontext():
-                    self.scaler.scale(total / len(parts)).backward()
+                    self.scaler.scale(total / self.accumulate).backward()
             yield {name: x.detach() for name, x in losses.items()}
 
-    def _repeated(self, parts: Sequence[Any]) -> dict[str, Tensor]:
+    def _repeated(self, parts: Sequence[Piece]) -> dict[str, Tensor]:
         """Return the losses of this iteration once more, with their graph."""
-        return mean_losses(self._forward(x, k, self.guard.model) for k, x in enumerate(parts))
+        found = (self._forward(piece, self.guard.model) for piece in parts)
+        return mean_losses(found, self.accumulate)
 
-    def _forward(self, data: Any, part: int, model: nn.Module) -> dict[str, Tensor]:
-        """Return the losses of a part of a batch, which are the same at every call.
+    def _forward(self, piece: Piece, model: nn.Module) -> dict[str, Tensor]:
+        """Return the weighted losses of a piece of a batch, which are the same at every call.
 
         Args:
             model: model to train, with or without DistributedDataParallel around it.
         """
-        seed_step(model, self.seed, self.iter, part=part)
+        seed_step(model, self.seed, self.iter, part=piece.number)
         with self.autocast():
-            losses: dict[str, Tensor] = model(data)
-        return losses
+            losses: dict[str, Tensor] = model(piece.images)
+        return piece.weighted(losses)
 
     def _write_cosines(self, losses: dict[str, Tensor]) -> None:
         if self.heads and self.cosine_period and self.iter % self.cosine_period == 0:
@@ -173,7 +199,7 @@ def seed_step(
 
     Args:
         rank: rank of the process; None: of this process.
-        part: number of the part of the batch.
+        part: number of the piece of the batch.
     """
     step = (seed, iteration, comm.get_rank() if rank is None else rank)
     later = (part,) if part else ()
@@ -182,15 +208,46 @@ def seed_step(
         module.reseed(derived_seed(*step, k, *later))
 
 
+def pieces(batch: Sequence[Any], parts: int, unlabeled: Unlabeled | None) -> list[Piece]:
+    """Split a batch into parts of the same size, and each part by its labels.
+
+    The labelled images of a part come last: their backward reaches every parameter, which
+    DistributedDataParallel needs where processes exchange gradients. Their random numbers are
+    those of a training without unlabelled images.
+
+    Args:
+        batch: labelled and unlabelled images.
+        parts: ``SOLVER.ACCUMULATE``.
+        unlabeled: that of the model; None if it has no unlabelled images.
+    """
+    if unlabeled is None or not any(map(is_unlabeled, batch)):
+        return [Piece(images, k) for k, images in enumerate(micro_batches(batch, parts))]
+    labeled = micro_batches([x for x in batch if not is_unlabeled(x)], parts)
+    others = micro_batches([x for x in batch if is_unlabeled(x)], parts)
+    numbers = len(labeled[0]), len(others[0])
+    found = []
+    for k, (own, other) in enumerate(zip(labeled, others)):
+        found.append(Piece(other, parts + k, lambda loss: unlabeled.share(loss, *numbers)))
+        found.append(Piece(own, k, lambda loss: 1 - unlabeled.share(loss, *numbers)))
+    return found
+
+
 def micro_batches(batch: Sequence[Any], number: int) -> list[Sequence[Any]]:
     """Split a batch into ``number`` parts of the same size."""
     size = len(batch) // number
     return [batch[k * size : (k + 1) * size] for k in range(number)]
 
 
-def mean_losses(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each loss over the parts of a batch."""
+def mean_losses(parts: Iterable[dict[str, Tensor]], number: int | None = None) -> dict[str, Tensor]:
+    """Return the mean of each loss over the parts of a batch.
+
+    Args:
+        parts: losses of each piece of the batch, multiplied by the piece's shares.
+        number: number of parts if they have several pieces each; None: a piece is a part.
+    """
     found = list(parts)
     if len(found) == 1:
         return found[0]
-    return {name: torch.stack([x[name] for x in found]).mean(0) for name in found[0]}
+    names = dict.fromkeys(name for losses in found for name in losses)
+    own = {name: torch.stack([x[name] for x in found if name in x]) for name in names}
+    return {name: x.mean(0) * (len(x) / (number or len(found))) for name, x in own.items()}

@@ -44,6 +44,7 @@ from ..data.detections import DetectionsMapper
 from ..data.ignored_regions import IgnoredRegionsMapper
 from ..data.loader import EvaluationLoader, TrainLoader, build_train_loader, data_seed
 from ..data.registration import label_digests
+from ..data.unlabeled import images_digest, load_unlabeled
 from ..errors import WeightsError, of_teacher
 from ..evaluation.images import ImageEvaluator
 from ..evaluation.sliding_window import with_sliding_window
@@ -109,6 +110,7 @@ class Trainer(DefaultTrainer):
         check_batch_size(cfg)
         check_installed(cfg)
         self.sets = load_training_sets(cfg)
+        self.unlabeled = load_unlabeled(cfg, self.sets)
         self.check_evaluation(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -121,7 +123,8 @@ class Trainer(DefaultTrainer):
         self.teachers = model.teachers if isinstance(model, DistillModel) else {}
         self._check_caches(cfg, model)
         hashes = {name: teacher.weights_hash() for name, teacher in self.teachers.items()}
-        self.values = training_values(given, hashes, label_digests(cfg))
+        images = images_digest(self.unlabeled)
+        self.values = training_values(given, hashes, label_digests(cfg), images)
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         self._trainer = TrainLoop(
@@ -174,19 +177,24 @@ class Trainer(DefaultTrainer):
 
     def _check_caches(self, cfg: CfgNode, model: nn.Module) -> None:
         """Refuse a cache of a teacher's maps that would become too large."""
-        entries = [entry for _, entries in self.sets for entry in entries]
+        labeled = [entry for _, entries in self.sets for entry in entries]
         for one in one_per_teacher(cfg):
             teacher = self.teachers.get(one.name)
             if isinstance(model, DistillModel) and teacher and teacher.cache:
                 shapes = teacher.map_shapes(model.teacher_maps(one.name))
                 with of_teacher(one.name):
-                    check_cache(one.cfg, shapes, entries)
+                    check_cache(one.cfg, shapes, [*labeled, *self.unlabeled])
 
     def build_train_loader(self, cfg: CfgNode, start: int = 0) -> TrainLoader:
         """Return the training data from iteration ``start`` on."""
         check_labels(cfg, [entry for _, entries in self.sets for entry in entries])
         seed = data_seed(cfg, self.seed)
-        return build_train_loader(cfg, self.sets, train_mapper(cfg), seed=seed, start=start)
+        return build_train_loader(
+            *(cfg, self.sets, train_mapper(cfg)),
+            seed=seed,
+            start=start,
+            unlabeled=self.unlabeled,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:

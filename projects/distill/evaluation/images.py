@@ -1,6 +1,6 @@
 """Images of predictions, which TensorBoard and trackers show for each evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,17 +90,34 @@ class ImageEvaluator(DatasetEvaluator):
         """Draw detections of at least :data:`MIN_SCORE`, or the most likely semantic classes."""
         if "instances" in output:
             found: Instances = output["instances"].to("cpu")
-            found = found[found.scores >= MIN_SCORE]
-            names = [_name(self.classes, k) for k in found.pred_classes.tolist()]
-            canvas.overlay_instances(
-                boxes=found.pred_boxes,
-                masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
-                keypoints=found.pred_keypoints if found.has("pred_keypoints") else None,
-                labels=[f"{x} {score:.0%}" for x, score in zip(names, found.scores.tolist())],
-                assigned_colors=[self.colors.get(x, GREY) for x in names],
-            )
+            draw_detections(canvas, found[found.scores >= MIN_SCORE], self.classes, self.colors)
         elif "sem_seg" in output:
             canvas.draw_sem_seg(output["sem_seg"].argmax(0).cpu(), area_threshold=0, alpha=0.5)
+
+
+def draw_detections(
+    canvas: Visualizer,
+    found: Instances,
+    classes: Sequence[str],
+    colors: Mapping[str, Color] | None = None,
+) -> None:
+    """Draw all detections of an image with class names and scores.
+
+    Args:
+        canvas: canvas of the image, on which they are drawn.
+        found: the detections on the CPU, in pixels of the image.
+        classes: class names.
+        colors: colour of each class; None: one for each name in ``classes``.
+    """
+    colors = _colors(classes) if colors is None else colors
+    names = [_name(classes, k) for k in found.pred_classes.tolist()]
+    canvas.overlay_instances(
+        boxes=found.pred_boxes,
+        masks=found.pred_masks.numpy() if found.has("pred_masks") else None,
+        keypoints=found.pred_keypoints if found.has("pred_keypoints") else None,
+        labels=[f"{x} {score:.0%}" for x, score in zip(names, found.scores.tolist())],
+        assigned_colors=[colors.get(x, GREY) for x in names],
+    )
 
 
 def _name(classes: Sequence[str], index: int) -> str:

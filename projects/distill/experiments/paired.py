@@ -132,6 +132,7 @@ def student_alone(cfg: CfgNode) -> CfgNode:
     plain = thawed(cfg)
     plain.MODEL.META_ARCHITECTURE = student_architecture(cfg)
     plain.MODEL.DISTILL = get_distill_cfg().MODEL.DISTILL
+    plain.DATASETS.UNLABELED = ()  # only a teacher says what is in these images
     return plain
 
 

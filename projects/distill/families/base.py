@@ -63,6 +63,13 @@ class Family:
         names = set(self.shallow_names.values())
         return {k: v for k, v in outputs.items() if k not in names}, shallow
 
+    def joined(
+        self, features: Mapping[str, Tensor], shallow: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the backbone's outputs, of which features and shallow maps are the two parts."""
+        names = self.shallow_names
+        return {**features, **{names[deep]: x for deep, x in shallow.items()}}
+
     def _features(self, batch: Batch, outputs: Mapping[str, Tensor]) -> NetworkOutputs:
         features, shallow = self._split(outputs)
         return NetworkOutputs(batch, features=features, shallow=shallow)

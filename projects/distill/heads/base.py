@@ -58,6 +58,10 @@ class DistillHead(nn.Module):
     needs_teacher: ClassVar[bool] = True
     """False: the student teaches itself. No teacher is configured, loaded or asked for it."""
 
+    reads_labels: bool = False
+    """True if the losses read labels of the images: objects, or semantic labels. It is also True if
+    they read boxes that the student samples by labels."""
+
     balance_share: ClassVar[float] = 1.0
     """Share of ``MODEL.DISTILL.BALANCE.RATIO`` that the head gets while its WEIGHT is the default.
 
@@ -254,6 +258,12 @@ class StepGenerator(nn.Module):
         self.seed = seed
         if self._generator is not None:
             self._generator.manual_seed(seed)
+
+
+def head_of(loss: str, heads: Sequence[str]) -> str | None:
+    """Return the name of the distillation head of a loss, or None for a task loss."""
+    prefixes = {f"loss_{name.lower()}": name for name in heads}
+    return prefixes.get(loss.split("/")[0])
 
 
 def teacher_needed(cfg: CfgNode) -> bool:

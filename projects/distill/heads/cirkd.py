@@ -69,6 +69,7 @@ class CIRKD(RelationDistillHead):
         NEW_PIXELS=Key(16, "pixels per class and image that are stored", at_least(1)),
     )
     needs = frozenset({"features", "sem_seg"})
+    reads_labels = True
     parts = ("minibatch", "pixel", "region")
 
     @configurable

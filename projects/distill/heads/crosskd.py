@@ -59,6 +59,7 @@ class CrossKD(DistillHead):
         ),
     )
     needs = frozenset({"dense", "dense_boxes", "head_features", "targets"})
+    reads_labels = True
 
     @configurable
     def __init__(

@@ -25,6 +25,7 @@ class IFVD(RelationDistillHead):
 
     section = Section(WEIGHT=200.0)
     needs = frozenset({"features", "sem_seg"})
+    reads_labels = True
 
     @configurable
     def __init__(self, *, num_classes: int, **kwargs: Any):

@@ -116,6 +116,7 @@ class IMA(InstanceHead):
     ):
         super().__init__(**kwargs)
         self.scope = scope
+        self.reads_labels = scope == "class" or (scope in CROPPED and self.selection is None)
         self.num_classes = num_classes
         self.masks = FrequencyMasks(mask_ratio, seed)
         self.options: dict[str, Any] = {

@@ -79,6 +79,7 @@ class InstanceHead(FPNDistillHead):
     def __init__(self, *, selection: TeacherInstances | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.selection = selection
+        self.reads_labels = selection is None
         if selection is not None:
             self.needs = self.needs | {"detections"}
 

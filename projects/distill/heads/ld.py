@@ -45,6 +45,7 @@ class LD(DenseDistillHead):
         RELEASED_REGION=Key(False, "the larger region of the authors' code", SWITCH),
     )
     needs = frozenset({"dense", "targets"})
+    reads_labels = True
 
     @configurable
     def __init__(

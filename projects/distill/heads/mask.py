@@ -14,6 +14,7 @@ class InstanceMaskDistillHead(PredictionDistillHead):
     """
 
     needs = frozenset({"masks"})
+    reads_labels = True
 
     def losses(self, student: NetworkOutputs, teacher: NetworkOutputs) -> dict[str, Tensor]:
         assert student.masks is not None and teacher.masks is not None

@@ -28,6 +28,7 @@ class PointMaskKD(PredictionDistillHead):
     """
 
     needs = frozenset({"point_masks"})
+    reads_labels = True
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

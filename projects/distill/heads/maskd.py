@@ -104,6 +104,7 @@ class MasKD(BoxedFPNHead):
             at_least(0),
         ),
     )
+    reads_labels = True
 
     @configurable
     def __init__(
@@ -203,6 +204,7 @@ class MasKDLogits(SemSegDistillHead):
             2000, "iterations in which the tokens are learned, before they distil", at_least(0)
         ),
     )
+    reads_labels = True
     parts = ("tokens", "masks")
 
     @configurable

@@ -34,6 +34,7 @@ class ROIDistillHead(PredictionDistillHead):
     """
 
     needs = frozenset({"rois"})
+    reads_labels = True
 
     @classmethod
     def problem(cls, student: NetworkInfo, teacher: NetworkInfo) -> str | None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..config import unlabeled_per_batch
 from ..errors import ConfigError
 from ..structures import Batch
 
@@ -204,7 +205,7 @@ def _pixels(cfg: CfgNode, dicts: Sequence[Mapping[str, Any]]) -> float:
 def _samples(cfg: CfgNode, dicts: Sequence[Mapping[str, Any]]) -> int:
     """Return the largest number of different augmented images of a training."""
     node = cfg.INPUT
-    seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    seen = cfg.SOLVER.MAX_ITER * (cfg.SOLVER.IMS_PER_BATCH + unlabeled_per_batch(cfg))
     sizes = {(x.get("height"), x.get("width")) for x in dicts}  # others change the padding
     random = node.AUGMENT.STEPS or node.CROP.ENABLED or node.get("COLOR_AUG_SSD") or len(sizes) > 1
     if random or node.MIN_SIZE_TRAIN_SAMPLING != "choice":

@@ -1,7 +1,7 @@
 """The distilled student as a detectron2 meta-architecture."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,10 +20,11 @@ from ..config import (
 from ..errors import ConfigError, building
 from ..families import DenseFamily, Family, RCNNFamily, SemanticFamily, build_family
 from ..heads import DistillHead, teacher_needed
-from ..structures import NetworkOutputs
+from ..structures import Batch, NetworkOutputs
 from .balance import GradientBalance
 from .distillation import build_all_heads, build_balance, build_teachers, infos_by_teacher
 from .teacher import Teacher
+from .unlabeled import Unlabeled, build_unlabeled, is_unlabeled, unlogged
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class DistillModel(nn.Module):
         teacher: the teacher, or several by name; None if no head needs one.
         heads: :class:`DistillHead` modules by name.
         balance: sets the heads' weights; None: they are those of the config.
+        unlabeled: what the student learns from unlabelled images; None: it has none.
     """
 
     family_type: ClassVar[type[Family]] = Family
@@ -56,6 +58,7 @@ class DistillModel(nn.Module):
         teacher: Teacher | Mapping[str, Teacher] | None,
         heads: nn.ModuleDict,
         balance: GradientBalance | None = None,
+        unlabeled: Unlabeled | None = None,
     ):
         super().__init__()
         self.student = student
@@ -66,6 +69,7 @@ class DistillModel(nn.Module):
         one = {"": teacher} if isinstance(teacher, Teacher) else teacher
         self.teachers: dict[str, Teacher] = dict(one or {})
         self.balance = balance
+        self.unlabeled = unlabeled
 
     @classmethod
     def check_student(cls, architecture: type[nn.Module]) -> None:
@@ -81,7 +85,7 @@ class DistillModel(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
         teachers: dict[str, Teacher] = {}
-        heads, balance = nn.ModuleDict(), None
+        heads, balance, unlabeled = nn.ModuleDict(), None, None
         if cfg.MODEL.DISTILL.HEADS:
             # They would shift torch's global random state, and with it the student's training.
             devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -92,7 +96,9 @@ class DistillModel(nn.Module):
                 heads = build_all_heads(cfg, infos)
                 described, _ = next(iter(infos.values()))
                 balance = build_balance(cfg, described, heads)
-        return {"student": student, "teacher": teachers, "heads": heads, "balance": balance}
+                unlabeled = build_unlabeled(cfg, infos, heads)
+        own = {"student": student, "heads": heads, "unlabeled": unlabeled}
+        return {**own, "teacher": teachers, "balance": balance}
 
     @property
     def teacher(self) -> Teacher | None:
@@ -104,9 +110,53 @@ class DistillModel(nn.Module):
         return self.student.device  # type: ignore[return-value]
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Return losses in training and predictions in evaluation, as detectron2's networks do."""
+        """Return losses in training and predictions in evaluation, as detectron2's networks do.
+
+        Args:
+            batched_inputs: in training, all images are labelled, or all are unlabelled.
+        """
         if not self.training or not self.heads:
             return self.student(batched_inputs)
+        if self.unlabeled is None or not is_unlabeled(batched_inputs[0]):
+            return self._losses(batched_inputs, self._heads())
+        inputs, known = self._with_labels(self.unlabeled, batched_inputs)
+        heads = [(name, x) for name, x in self._heads() if name not in self.unlabeled.idle]
+        with unlogged(self.student):
+            losses = self._losses(inputs, heads, known)
+        return self.unlabeled.learned(losses)
+
+    def _with_labels(
+        self, unlabeled: Unlabeled, inputs: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], NetworkOutputs | None]:
+        """Return unlabelled images with labels, and the teacher's outputs if it made them.
+
+        It is asked for its detections only while something reads the labels.
+        """
+        read = unlabeled.task_weight() > 0 or any(
+            head.reads_labels and head.factor() != 0 for _, head in self._heads()
+        )
+        if unlabeled.pseudo is None or not read:
+            return unlabeled.with_labels(inputs), None
+        known = self.detected(self.teachers[unlabeled.teacher], inputs)
+        return unlabeled.with_labels(inputs, known), known
+
+    def detected(self, teacher: Teacher, inputs: list[dict[str, Any]]) -> NetworkOutputs:
+        """Return a teacher's features and detections of a batch before the student's forward."""
+        images = self.family.model.preprocess_image(inputs).tensor
+        batch = Batch(inputs, tuple(images.shape[-2:]), device=images.device)
+        return teacher.ask(NetworkOutputs(batch), frozenset({"detections"}))
+
+    def _losses(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        heads: Sequence[tuple[str, DistillHead]],
+        known: NetworkOutputs | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the student's own losses and those of some heads.
+
+        Args:
+            known: outputs of the teacher that made labels of these images.
+        """
         if self.balance is not None:
             self.balance.start({name: head.factor() for name, head in self._heads()})
         student_needs = self.active_needs()
@@ -117,8 +167,9 @@ class DistillModel(nn.Module):
         answers: dict[str, NetworkOutputs] = {}
         for name, teacher in self.teachers.items():
             if needs := self.active_needs(teacher=name):
-                answers[name] = teacher.ask(student, needs, self.teacher_maps(name))
-        for name, head in self._heads():
+                before = known if self.unlabeled and name == self.unlabeled.teacher else None
+                answers[name] = teacher.ask(student, needs, self.teacher_maps(name), before)
+        for name, head in heads:
             taught_by = answers.get(head.taught_by) if head.needs_teacher else student
             if self.balance is not None and head.factor() > 0:
                 own = self.family.read(self.balance.branch(name, recorder), batch, head.needs)

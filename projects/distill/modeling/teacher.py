@@ -69,7 +69,11 @@ class Teacher:
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for backward
     def ask(
-        self, student: NetworkOutputs, needs: frozenset[str], maps: frozenset[str] | None = None
+        self,
+        student: NetworkOutputs,
+        needs: frozenset[str],
+        maps: frozenset[str] | None = None,
+        before: NetworkOutputs | None = None,
     ) -> NetworkOutputs:
         """Return the teacher's outputs for the student's batch and boxes.
 
@@ -77,14 +81,20 @@ class Teacher:
             student: outputs of the student, with its batch.
             needs: names of the outputs to compute.
             maps: names of the features that are read; None: all of them.
+            before: outputs for the same batch with all features and detections, which are not
+                computed again; None: it has not been asked.
         """
         batch = student.batch
-        device = next(iter(student.features.values())).device
+        device = torch.device(batch.device)
         if self.model.device != device:
             self.model.to(device)
         given = self.given_detections and "detections" in needs
         asked = needs - {"detections"} if given else needs
-        outputs = self._asked(self.preprocess(batch), student, asked, maps)
+        if before is not None:
+            asked = asked - {"detections"}
+        outputs = self._asked(self.preprocess(batch), student, asked, maps, before)
+        if before is not None:
+            outputs.detections = before.detections
         if given:
             outputs.detections = [self._given(x).to(device) for x in batch.inputs]
         return outputs
@@ -95,9 +105,13 @@ class Teacher:
         student: NetworkOutputs,
         needs: frozenset[str],
         maps: frozenset[str] | None,
+        before: NetworkOutputs | None,
     ) -> NetworkOutputs:
         """Return the network's outputs in the student's pixels."""
-        known = self._known_maps(images, student.batch, maps)
+        if before is None:
+            known = self._known_maps(images, student.batch, maps)
+        else:
+            known = self.family.joined(before.features, before.shallow)
         if self.scale == 1:
             return self.family.ask(images, student, needs, known)
         outputs = self.family.ask(images, rescaled_boxes(student, self.scale), needs, known)

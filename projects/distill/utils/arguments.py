@@ -1,6 +1,7 @@
 """Command-line arguments of several commands."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from typing import NoReturn
@@ -41,6 +42,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def png(text: str) -> str:
+    """Return the path of a PNG file to write, whose folder must exist."""
+    if not text.lower().endswith(".png") or not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"'{text}' is no .png file in an existing folder")
+    return text
 
 
 def size(text: str) -> tuple[int, int]:

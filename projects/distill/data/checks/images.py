@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +33,16 @@ _TRANSPOSING = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 _TOO_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _WINDOW = 256  # number of images that are checked one by one if one of them kills its process
 _READERS = 16  # threads that read files, most of which wait for the disk
+
+
+def images_below(folder: str) -> list[str]:
+    """Return the paths of all images in a folder and below it, sorted, without hidden files."""
+    return sorted(
+        os.path.join(at, name)
+        for at, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    )
 
 
 def _files(entry: Mapping[str, Any]) -> list[tuple[str, bool]]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ...utils.text import clause, quoted
 from ..normalise import Rules
 from .coco_file import CocoFile
-from .images import IMAGE_SUFFIXES, in_threads, read_header
+from .images import images_below, in_threads, read_header
 from .issues import WRONG_TYPE, Issue, Problem, Size, as_root, path_issues
 
 SPLITS = ("train", "val", "test")
@@ -303,7 +303,7 @@ class YOLOFolder(CocoFile):
         """Return the images of a folder, or those that a list names."""
         if os.path.isdir(place):
             self.roots.append(as_root(place))
-            return sorted(_images_below(place))
+            return images_below(place)
         folder = os.path.dirname(place)
         roots = [as_root(root), as_root(folder)]
         self.roots += roots
@@ -380,13 +380,6 @@ def _lines(path: str) -> list[str]:
             return [line.strip() for line in f]
     except OSError as e:
         raise ValueError(f"'{path}' cannot be opened ({clause(e)})") from e
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    for at, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield os.path.join(at, name)
 
 
 def _digest(data: DataYaml, images: Sequence[str], files: Sequence[_ImageFiles]) -> str:
