@@ -1,4 +1,4 @@
-"""What the teacher says about unlabelled images."""
+"""The teacher's detections in unlabelled images, counted and drawn."""
 
 from itertools import islice
 from typing import Any

@@ -98,7 +98,7 @@ class PseudoLabels(nn.Module):
 
 
 class Unlabeled(nn.Module):
-    """What a student learns from images without labels, and with which weight.
+    """Labels that a student gets from its teacher, and their weight.
 
     Args:
         heads: names of all heads.
