@@ -99,6 +99,6 @@ def check_batch_size(cfg: CfgNode) -> None:
     if cfg.DATASETS.UNLABELED and (unlabeled == 0 or unlabeled % (world * parts)):
         raise ConfigError(
             f"DATASETS.UNLABELED_RATIO is {cfg.DATASETS.UNLABELED_RATIO}, which gives {unlabeled} "
-            f"unlabelled images per {cfg.SOLVER.IMS_PER_BATCH} labelled ones; their number must be "
-            f"a multiple of {world * parts}, as that of the labelled ones."
+            f"unlabelled images per {cfg.SOLVER.IMS_PER_BATCH} labelled ones; make it a multiple "
+            f"of {world * parts}."
         )

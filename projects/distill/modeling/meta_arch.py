@@ -41,7 +41,7 @@ class DistillModel(nn.Module):
         teacher: the teacher, or several by name; None if no head needs one.
         heads: :class:`DistillHead` modules by name.
         balance: sets the heads' weights; None: they are those of the config.
-        unlabeled: what the student learns from unlabelled images; None: it has none.
+        unlabeled: labels of images without any; None: there are no such images.
     """
 
     family_type: ClassVar[type[Family]] = Family
