@@ -130,8 +130,24 @@ class Family:
             needs: fields of the outputs to fill.
             known: outputs of the backbone, at least those that are needed; None: it computes them.
         """
-        outputs = self.model.backbone(images) if known is None else known
-        return self._features(student.batch, outputs)
+        maps = self.model.backbone(images) if known is None else known
+        outputs = self._features(student.batch, maps)
+        self.answer(images, student, outputs, needs)
+        return outputs
+
+    def answer(
+        self,
+        images: Tensor,
+        student: NetworkOutputs,
+        outputs: NetworkOutputs,
+        needs: Collection[str],
+    ) -> None:
+        """Fill the fields of a teacher's outputs that come after its backbone.
+
+        Args:
+            images, student, needs: see :meth:`ask`.
+            outputs: the teacher's outputs, which have its features.
+        """
 
     @contextmanager
     def record(self, needs: Collection[str]) -> Iterator[Recorder]:

@@ -1,6 +1,6 @@
 """Dense detectors: backbone, then one head on every level (RetinaNet, FCOS, GFL, ...)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -143,14 +143,13 @@ class DenseFamily(Family):
         decode_dense(self.model, outputs, needs)
         return outputs
 
-    def ask(
+    def answer(
         self,
         images: Tensor,
         student: NetworkOutputs,
+        outputs: NetworkOutputs,
         needs: Collection[str],
-        known: Mapping[str, Tensor] | None = None,
-    ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs, known)
+    ) -> None:
         if not {"dense", "detections", "point_masks"}.isdisjoint(needs):
             maps = [outputs.features[f] for f in self.model.head_in_features]
             with record(
@@ -167,7 +166,6 @@ class DenseFamily(Family):
                 own = [[x.clone() for x in levels] for levels in output]  # it rewrites the logits
                 outputs.detections = self.model.forward_inference(whole_images(images), maps, own)
         decode_dense(self.model, outputs, needs)
-        return outputs
 
     def _read_masks(self, recorder: Recorder) -> PointMasks:
         (kernels, _, rows), logits = recorder[MASK_LOGITS]

@@ -1,6 +1,7 @@
 """Feature extractors: a backbone alone, which may have detections."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor
 
@@ -25,17 +26,18 @@ class FeatureFamily(Family):
     def classes(self) -> tuple[str, ...]:
         return self.model.classes
 
-    def ask(
+    def ask(self, *args: Any, **kwargs: Any) -> NetworkOutputs:
+        try:
+            return super().ask(*args, **kwargs)
+        except ValueError as e:  # the network of a user may refuse an image
+            raise ConfigError(f"The teacher fails: {clause(e)}.") from e
+
+    def answer(
         self,
         images: Tensor,
         student: NetworkOutputs,
+        outputs: NetworkOutputs,
         needs: Collection[str],
-        known: Mapping[str, Tensor] | None = None,
-    ) -> NetworkOutputs:
-        try:
-            outputs = super().ask(images, student, needs, known)
-            if "detections" in needs:
-                outputs.detections = self.model.backbone.detect(images)
-        except ValueError as e:  # the network of a user may refuse an image
-            raise ConfigError(f"The teacher fails: {clause(e)}.") from e
-        return outputs
+    ) -> None:
+        if "detections" in needs:
+            outputs.detections = self.model.backbone.detect(images)

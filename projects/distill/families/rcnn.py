@@ -1,6 +1,6 @@
 """Faster, Mask, Cascade R-CNN and Panoptic FPN."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -148,14 +148,13 @@ class RCNNFamily(Family):
             cat([x.gt_classes for x in foreground]),
         )
 
-    def ask(
+    def answer(
         self,
         images: Tensor,
         student: NetworkOutputs,
+        outputs: NetworkOutputs,
         needs: Collection[str],
-        known: Mapping[str, Tensor] | None = None,
-    ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs, known)
+    ) -> None:
         features = outputs.features
         generator = self.model.proposal_generator
         if "dense" in needs:
@@ -173,7 +172,6 @@ class RCNNFamily(Family):
         if "detections" in needs:
             outputs.detections = self._detect(whole_images(images), features)
         ask_sem_seg(self.model, outputs, needs)
-        return outputs
 
     def _detect(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         proposals, _ = self.model.proposal_generator(images, features, None)

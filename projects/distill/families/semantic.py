@@ -1,6 +1,6 @@
 """Semantic segmentation: backbone, then a head whose last convolution is ``predictor``."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from detectron2.modeling.meta_arch import SemanticSegmentor
@@ -65,13 +65,11 @@ class SemanticFamily(Family):
         read_sem_seg(outputs, recorder, needs)
         return outputs
 
-    def ask(
+    def answer(
         self,
         images: Tensor,
         student: NetworkOutputs,
+        outputs: NetworkOutputs,
         needs: Collection[str],
-        known: Mapping[str, Tensor] | None = None,
-    ) -> NetworkOutputs:
-        outputs = super().ask(images, student, needs, known)
+    ) -> None:
         ask_sem_seg(self.model, outputs, needs)
-        return outputs
