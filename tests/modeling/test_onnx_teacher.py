@@ -154,7 +154,7 @@ def test_a_resume_knows_the_file_by_its_content(tmp_path: Path) -> None:
         write_onnx(tmp_path / "b.onnx"),
         write_onnx(tmp_path / "c.onnx", batch="N"),
     ]
-    first, same, other = (build_teacher(config(path)).weights_hash() for path in files)
+    first, same, other = (build_teacher(config(path)).weights_hash for path in files)
     assert first == same != other
 
 
@@ -213,9 +213,9 @@ def test_data_beside_the_file_are_read(tmp_path: Path) -> None:
     pixels = image_dict(0, 32, 64)["image"].flip(0).float()
     found = asked(teacher, height=32, width=64).features["fine"]
     assert torch.allclose(found, convolved(pixels, "fine"), rtol=1e-4, atol=1e-4)
-    before = teacher.weights_hash()
+    before = teacher.weights_hash
     (tmp_path / "weights.bin").write_bytes((2 * weights("fine")).tobytes())
-    assert build_teacher(config(path, teacher=own)).weights_hash() != before
+    assert build_teacher(config(path, teacher=own)).weights_hash != before
 
 
 @for_each("content", [b"", b"\x80\x04", b"pytorch" * 100, bytes(range(256))])

@@ -122,7 +122,7 @@ class Trainer(DefaultTrainer):
         self.heads: Any = model.heads if isinstance(model, DistillModel) else nn.ModuleDict()
         self.teachers = model.teachers if isinstance(model, DistillModel) else {}
         self._check_caches(cfg, model)
-        hashes = {name: teacher.weights_hash() for name, teacher in self.teachers.items()}
+        hashes = {name: teacher.weights_hash for name, teacher in self.teachers.items()}
         images = images_digest(self.unlabeled)
         self.values = training_values(given, hashes, label_digests(cfg), images)
         # detectron2 passes the local rank. Under SLURM, a task may see its own GPU only.

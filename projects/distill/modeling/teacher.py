@@ -7,6 +7,7 @@ It is a plain object, not an ``nn.Module``. So it is absent from ``parameters()`
 import hashlib
 import logging
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -181,8 +182,9 @@ class Teacher:
             return image
         return rescaled_image(image.to(self.model.device), self.scale)
 
+    @cached_property
     def weights_hash(self) -> str:
-        """Return the sha256 of the names and values of the weights, wherever they were read."""
+        """The sha256 of the names and values of the weights, wherever they were read."""
         digest = hashlib.sha256()
         for name, x in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -227,7 +229,7 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
         given_detections=bool(cfg.MODEL.DISTILL.TEACHER.DETECTIONS),
     )
     if trained and cfg.MODEL.DISTILL.TEACHER.CACHE.DIR:
-        teacher.cache = build_cache(cfg, f"{_described(described)}{teacher.weights_hash()}")
+        teacher.cache = build_cache(cfg, f"{_described(described)}{teacher.weights_hash}")
     return teacher
 
 
