@@ -9,13 +9,13 @@ Shape shorthand:
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 SEM_SEG_HEAD = "sem_seg_head"
@@ -203,8 +203,7 @@ class NetworkOutputs:
 
 def tensors_of(outputs: NetworkOutputs) -> Iterator[Tensor]:
     """Yield all tensors of a network's outputs, without those of its batch."""
-    fields = {name: x for name, x in vars(outputs).items() if name != "batch"}
-    yield from _tensors(fields)
+    yield from _tensors({name: x for name, x in vars(outputs).items() if name != "batch"})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -215,6 +214,28 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(x)
     elif is_dataclass(value):
         yield from _tensors(vars(value))
+
+
+def in_full_precision(outputs: NetworkOutputs) -> NetworkOutputs:
+    """Return a network's outputs with all numbers in float32; the batch is the same."""
+    names = [x.name for x in fields(outputs) if x.name != "batch"]
+    return replace(outputs, **{name: _floats(getattr(outputs, name)) for name in names})
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, Boxes):
+        return Boxes(value.tensor.float())
+    if isinstance(value, list):
+        return [_floats(x) for x in value]
+    if isinstance(value, dict):
+        return {key: _floats(x) for key, x in value.items()}
+    if isinstance(value, Instances):
+        return Instances(value.image_size, **_floats(value.get_fields()))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{x.name: _floats(getattr(value, x.name)) for x in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)

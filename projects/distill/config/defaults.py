@@ -83,6 +83,18 @@ KEYS: dict[str, Key] = {
         "trained on images of twice the size",
         Rule(lambda x: 0.25 <= x <= 4, "in [0.25, 4]"),
     ),
+    "MODEL.DISTILL.TEACHER.DTYPE": Key(
+        "auto",
+        "precision of the teacher: float32, bfloat16 or float16, by autocast. auto: that of the "
+        "student",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    ),
+    "MODEL.DISTILL.TEACHER.CHANNELS_LAST": Key(
+        False, "the teacher computes in the channels-last memory format", SWITCH
+    ),
+    "MODEL.DISTILL.TEACHER.COMPILE": Key(
+        False, "torch.compile the teacher's backbone, which needs a C++ compiler", SWITCH
+    ),
     "MODEL.DISTILL.TEACHER.DETECTIONS": Key(
         "",
         "file of detections of any system in the training images, in COCO's result format. "

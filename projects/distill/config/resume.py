@@ -64,6 +64,7 @@ _APPLIED = (
     *("SOLVER.PATIENCE", "SOLVER.WARMUP_*", "SOLVER.WEIGHT_DECAY*"),
     *("MODEL.DISTILL.*WEIGHT", "MODEL.DISTILL.*_ITER", "MODEL.DISTILL.*_ITERS"),
     *("MODEL.DISTILL.BALANCE.RATIO", "MODEL.DISTILL.BALANCE.FADE", f"{TEACHERS}.*.FACTOR"),
+    *(f"{TEACHER}.DTYPE", f"{TEACHER}.CHANNELS_LAST", f"{TEACHER}.COMPILE"),
 )
 # Values for checkpoints of versions that lack a key, where its default is another.
 _BEFORE = {"MODEL.DISTILL.BALANCE.MODE": "none"}

@@ -115,6 +115,11 @@ class Family:
         """Return the student's outputs in a recorded forward."""
         return self._features(batch, recorder["backbone"].output)
 
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Return all outputs of the backbone for (N, C, H, W) preprocessed images."""
+        maps: dict[str, Tensor] = self.model.backbone(images)
+        return maps
+
     def ask(
         self,
         images: Tensor,
@@ -130,7 +135,7 @@ class Family:
             needs: fields of the outputs to fill.
             known: outputs of the backbone, at least those that are needed; None: it computes them.
         """
-        maps = self.model.backbone(images) if known is None else known
+        maps = self.maps(images) if known is None else known
         outputs = self._features(student.batch, maps)
         self.answer(images, student, outputs, needs)
         return outputs

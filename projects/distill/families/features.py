@@ -1,7 +1,7 @@
 """Feature extractors: a backbone alone, which may have detections."""
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -26,11 +26,9 @@ class FeatureFamily(Family):
     def classes(self) -> tuple[str, ...]:
         return self.model.classes
 
-    def ask(self, *args: Any, **kwargs: Any) -> NetworkOutputs:
-        try:
-            return super().ask(*args, **kwargs)
-        except ValueError as e:  # the network of a user may refuse an image
-            raise ConfigError(f"The teacher fails: {clause(e)}.") from e
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        with _refusals():
+            return super().maps(images)
 
     def answer(
         self,
@@ -40,4 +38,14 @@ class FeatureFamily(Family):
         needs: Collection[str],
     ) -> None:
         if "detections" in needs:
-            outputs.detections = self.model.backbone.detect(images)
+            with _refusals():
+                outputs.detections = self.model.backbone.detect(images)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise ConfigError where the network of a user refuses an image by a ValueError."""
+    try:
+        yield
+    except ValueError as e:
+        raise ConfigError(f"The teacher fails: {clause(e)}.") from e

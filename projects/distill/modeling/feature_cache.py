@@ -156,7 +156,7 @@ def build_cache(cfg: CfgNode, teacher: str) -> FeatureCache:
         teacher: everything on which the teacher's maps depend besides the images it gets.
     """
     node = cfg.MODEL.DISTILL.TEACHER
-    seen = teacher, node.SCALE, cfg.INPUT.FORMAT
+    seen = teacher, node.SCALE, cfg.INPUT.FORMAT, node.CHANNELS_LAST, node.COMPILE
     return FeatureCache(
         node.CACHE.DIR,
         hashlib.sha256(repr(seen).encode()).hexdigest(),

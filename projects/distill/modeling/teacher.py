@@ -6,6 +6,7 @@ It is a plain object, not an ``nn.Module``. So it is absent from ``parameters()`
 
 import hashlib
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,9 @@ from ..checkpoint.load import load_strictly
 from ..config import student_config, teacher_config
 from ..errors import ConfigError, building
 from ..families import Family, build_family
-from ..structures import DETECTIONS, Batch, NetworkInfo, NetworkOutputs
+from ..structures import DETECTIONS, Batch, NetworkInfo, NetworkOutputs, in_full_precision
 from ..utils.io import file_hash
+from ..utils.text import clause
 from .feature_cache import FeatureCache, build_cache
 from .rescale import in_student_pixels, rescaled_boxes, rescaled_image, rescaled_padding
 
@@ -39,6 +41,10 @@ class Teacher:
         scale: size of the teacher's images relative to the student's. Only this class and its
             family see the teacher's pixels; all outputs are in the student's.
         given_detections: True if the batch has the detections, instead of the network's own.
+        dtype: precision of its computations, by autocast, whose results are in float32. None: that
+            of the student's forward.
+        channels_last: compute in the channels-last memory format. The maps that heads see are
+            contiguous.
         cache: keeps the maps of the backbone; None: they are computed in every step.
 
     Raises:
@@ -53,13 +59,19 @@ class Teacher:
         student_format: str,
         scale: float = 1.0,
         given_detections: bool = False,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
         cache: FeatureCache | None = None,
     ):
         self.family = family
         self.scale = scale
         self.given_detections = given_detections
+        self.dtype = dtype
+        self.channels_last = channels_last
         self.cache = cache
         self.model = family.model.eval().requires_grad_(False)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         formats = {input_format, student_format}
         if len(formats) > 1 and formats != {"BGR", "RGB"}:
             raise ConfigError(
@@ -93,7 +105,10 @@ class Teacher:
         asked = needs - {"detections"} if given else needs
         if before is not None:
             asked = asked - {"detections"}
-        outputs = self._asked(self.preprocess(batch), student, asked, maps, before)
+        with self._precision(device.type):
+            outputs = self._asked(self.preprocess(batch), student, asked, maps, before)
+        if self.dtype is not None:  # the student's precision may be another
+            outputs = in_full_precision(outputs)
         if before is not None:
             outputs.detections = before.detections
         if given:
@@ -110,7 +125,7 @@ class Teacher:
     ) -> NetworkOutputs:
         """Return the network's outputs in the student's pixels."""
         if before is None:
-            known = self._known_maps(images, student.batch, maps)
+            known = self._maps(images, student.batch, maps)
         else:
             known = self.family.joined(before.features, before.shallow)
         if self.scale == 1:
@@ -118,15 +133,40 @@ class Teacher:
         outputs = self.family.ask(images, rescaled_boxes(student, self.scale), needs, known)
         return rescaled_boxes(outputs, 1 / self.scale)
 
-    def _known_maps(
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        """Open the context in which this network computes on a type of device."""
+        if self.dtype is None:
+            return nullcontext()
+        if self.dtype == torch.float32:
+            return torch.autocast(device, enabled=False)
+        return torch.autocast(device, self.dtype)
+
+    def _maps(
         self, images: Tensor, batch: Batch, names: frozenset[str] | None
-    ) -> dict[str, Tensor] | None:
-        """Return the maps of the backbone that a cache has or gets, or None without a cache."""
+    ) -> dict[str, Tensor]:
+        """Return the maps of the backbone, of which a cache has only those that are needed."""
         if self.cache is None:
-            return None
+            return self._computed(images)
         return self.cache.outputs(
-            batch, self.map_names(names), images.device, lambda: self.model.backbone(images)
+            batch, self.map_names(names), images.device, lambda: self._computed(images)
         )
+
+    def _computed(self, images: Tensor) -> dict[str, Tensor]:
+        """Return all maps of the backbone, computed."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        try:
+            maps = self.family.maps(images)
+        except RuntimeError as e:
+            if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise ConfigError(
+                f"MODEL.DISTILL.TEACHER.COMPILE: torch.compile fails ({clause(e)}); set it to "
+                "False."
+            ) from e
+        if self.channels_last:  # losses reshape maps
+            maps = {name: x.contiguous() for name, x in maps.items()}
+        return maps
 
     def map_shapes(self, names: frozenset[str] | None) -> list[ShapeSpec]:
         """Return the shapes of :meth:`map_names`, with strides in the student's pixels."""
@@ -221,14 +261,19 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Teacher:
             allow_pickle=cfg.MODEL.ALLOW_PICKLE,
         )
         logger.info("Teacher: %s from %s", type(model).__name__, config.MODEL.WEIGHTS)
+    node = cfg.MODEL.DISTILL.TEACHER
     teacher = Teacher(
         build_family(model),
         input_format=config.INPUT.FORMAT,
         student_format=cfg.INPUT.FORMAT,
-        scale=cfg.MODEL.DISTILL.TEACHER.SCALE,
-        given_detections=bool(cfg.MODEL.DISTILL.TEACHER.DETECTIONS),
+        scale=node.SCALE,
+        given_detections=bool(node.DETECTIONS),
+        dtype=None if node.DTYPE == "auto" else getattr(torch, node.DTYPE),
+        channels_last=node.CHANNELS_LAST,
     )
-    if trained and cfg.MODEL.DISTILL.TEACHER.CACHE.DIR:
+    if node.COMPILE:
+        model.backbone.compile()
+    if trained and node.CACHE.DIR:
         teacher.cache = build_cache(cfg, f"{_described(described)}{teacher.weights_hash}")
     return teacher
 
