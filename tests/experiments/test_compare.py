@@ -237,7 +237,7 @@ def test_keys_may_stand_right_behind_the_heads() -> None:
     compare.add_arguments(parser)
     heads = ("--heads", "IMA", "CWD", "SEED", "-1", "--seeds", "2", "A.B", "c")
     args = parser.parse_args(["--config-file", "any.yaml", *heads])
-    compare.split_heads(args)
+    compare.split_overrides(args, "heads")
     assert args.heads == ["IMA", "CWD"] and args.opts == ["SEED", "-1", "A.B", "c"]
 
 

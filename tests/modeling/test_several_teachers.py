@@ -457,7 +457,7 @@ def test_the_benchmark_asks_all_teachers(
     cfg = config("faster", sections(tmp_path, "faster"), heads=("FitNet",))
     cfg.DATASETS.TRAIN = ("coco_2017_val",)
     path = str(write_config(cfg, tmp_path / "several.yaml"))
-    sizes = ["--size", "64x64", "--repeats", "1", "--heads-only"]
+    sizes = ["--size", "64x64", "--repeats", "1", "--parts", "heads"]
     assert cli.main(["benchmark", "--config-file", path, *sizes]) == 0
     text = capsys.readouterr().out
     assert "FitNet@vehicles" in text and "FitNet@persons" in text

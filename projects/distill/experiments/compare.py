@@ -154,17 +154,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    split_heads(args)
+    split_overrides(args, "heads")
     check_names(args)
     return MethodComparison(args).run()
 
 
-def split_heads(args: argparse.Namespace) -> None:
-    """Move KEY VALUE that stand right after the heads to the other overrides."""
+def split_overrides(args: argparse.Namespace, *options: str) -> None:
+    """Move KEY VALUE that stand right after an option's several values to the other overrides."""
     sections = get_distill_cfg()
-    overrides = (k for k, x in enumerate(args.heads) if x.split(".")[0] in sections)
-    end = next(overrides, len(args.heads))
-    args.heads, args.opts = list(dict.fromkeys(args.heads[:end])), args.heads[end:] + args.opts
+    for option in options:
+        values = getattr(args, option)
+        overrides = (k for k, x in enumerate(values) if x.split(".")[0] in sections)
+        end = next(overrides, len(values))
+        setattr(args, option, list(dict.fromkeys(values[:end])))
+        args.opts = values[end:] + args.opts
 
 
 def check_names(args: argparse.Namespace) -> None:

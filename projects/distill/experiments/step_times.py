@@ -14,9 +14,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from ..engine import Trainer
+from ..heads import first_phases
 from ..utils.progress import Progress
 from ..utils.timing import seconds
-from .benchmark import sections
 from .runner import quiet, without_evaluation
 
 WARM_UP, TIMED = 3, 20  # steps
@@ -25,7 +25,7 @@ WARM_UP, TIMED = 3, 20  # steps
 def step_seconds(cfgs: Mapping[str, CfgNode], log: Path, progress: Progress) -> dict[str, float]:
     """Return the median seconds of a step by training.
 
-    All networks are in memory at once. Heads are measured after their warm-up, at their full cost.
+    All networks are in memory at once. Heads are measured after their first phases.
 
     Args:
         cfgs: configs of the trainings by name, with their seeds.
@@ -54,6 +54,6 @@ def _trainer(cfg: CfgNode, folder: Path) -> Trainer:
     seed_all_rng(cfg.SEED)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    late = max((node.WARMUP_ITERS for node in sections(cfg)), default=0)
+    late = max(first_phases(cfg).values(), default=0)
     trainer.iter = min(late, cfg.SOLVER.MAX_ITER - 1)
     return trainer

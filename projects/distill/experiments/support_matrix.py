@@ -24,7 +24,7 @@ from ..modeling.meta_arch import DistillModel
 from ..modeling.teacher import Teacher
 from ..structures import NetworkInfo
 from ..utils.progress import Progress
-from .benchmark import synthetic_batch
+from .benchmark.networks import synthetic_batch
 
 PANOPTIC: list[Any] = [
     *("MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"),

@@ -8,7 +8,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_heads, teacher_needed, unfinished_phases
+from .base import (
+    DISTILL_HEAD_REGISTRY,
+    DistillHead,
+    build_heads,
+    first_phases,
+    teacher_needed,
+    unfinished_phases,
+)
 from .dense import DenseDistillHead
 from .fpn import FPNDistillHead
 from .mask import InstanceMaskDistillHead
@@ -25,6 +32,7 @@ __all__ = [
     "RelationDistillHead",
     "SemSegDistillHead",
     "build_heads",
+    "first_phases",
     "teacher_needed",
     "unfinished_phases",
 ]

@@ -302,17 +302,22 @@ def build_heads(
     return heads
 
 
-def unfinished_phases(cfg: CfgNode) -> list[str]:
-    """Return a warning for each first phase (a key ``*_ITERS``) that outlasts the training."""
-    node, last = cfg.MODEL.DISTILL, cfg.SOLVER.MAX_ITER
-    phases = {
+def first_phases(cfg: CfgNode) -> dict[str, int]:
+    """Return the lengths of the first phases of all heads, by their keys ``*_ITERS``."""
+    node = cfg.MODEL.DISTILL
+    return {
         f"MODEL.DISTILL.{head.upper()}.{key}": value
         for head in node.HEADS
         for key, value in node[head.upper()].items()
         if key.endswith("_ITERS")
     }
+
+
+def unfinished_phases(cfg: CfgNode) -> list[str]:
+    """Return a warning for each first phase that outlasts the training."""
+    last = cfg.SOLVER.MAX_ITER
     return [
         f"{key} is {value} and SOLVER.MAX_ITER {last}: what follows this phase is never reached."
-        for key, value in phases.items()
+        for key, value in first_phases(cfg).items()
         if value >= last
     ]

@@ -16,12 +16,20 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`.")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add detectron2's ``--config-file FILE`` and ``KEY VALUE ...``."""
+def add_config_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, several: bool = False
+) -> None:
+    """Add detectron2's ``--config-file FILE`` and ``KEY VALUE ...``.
+
+    Args:
+        required: the file must be given.
+        several: the option may be repeated; its value is a list.
+    """
     parser.add_argument(
         "--config-file",
         required=required,
-        default="",
+        action="append" if several else "store",
+        default=[] if several else "",
         metavar="FILE",
         help="a yaml file, or the name of a config of this package",
     )

@@ -2,21 +2,36 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-def seconds(function: Callable[[], Any], cuda: bool) -> float:
-    """Return the time of one call in seconds, including its work on a GPU if ``cuda``."""
+
+def timed(function: Callable[[], T], cuda: bool = False) -> tuple[T, float]:
+    """Return the result of one call and its seconds, with its work on a GPU if ``cuda``."""
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    result = function()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
+
+
+def seconds(function: Callable[[], Any], cuda: bool) -> float:
+    """Return the seconds of one call, with its work on a GPU if ``cuda``."""
+    return timed(function, cuda)[1]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the ``median`` and the interquartile range, ``iqr``, of at least one value."""
+    if len(values) < 2:
+        return {"median": values[0], "iqr": 0.0}
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "iqr": high - low}
 
 
 def cpu_milliseconds(function: Callable[[int], Any], repeats: int = 20, warm_up: int = 3) -> float:

@@ -5,15 +5,15 @@ student's maps. All losses take turns, so that they share the machine's slow mom
 """
 
 import functools
-import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads.fgd import GlobalContext
-from ..losses import (
+from ...heads.fgd import GlobalContext
+from ...losses import (
     cwd,
     fgd,
     frequency_mask,
@@ -23,9 +23,9 @@ from ..losses import (
     tid,
     tid_mask,
 )
-from ..losses.fgd import fgd_relation
-from ..utils.progress import Progress
-from ..utils.timing import seconds
+from ...losses.fgd import fgd_relation
+from ...utils.progress import Progress
+from ...utils.timing import seconds, spread
 
 STRIDES = (8, 16, 32, 64, 128)
 CHANNELS = 256
@@ -37,11 +37,8 @@ Levels = list[tuple[Tensor, Tensor]]  # maps of the student and the teacher
 
 def measure_losses(
     size: tuple[int, int], batch: int, repeats: int, device: str, progress: Progress
-) -> dict[str, dict[str, float]]:
-    """Return the costs of each loss by name.
-
-    They are the median ``seconds``, the interquartile range ``iqr``, and the ``ratio`` to the
-    seconds of ``mse``.
+) -> dict[str, dict[str, Any]]:
+    """Return the spread of each loss's ``seconds``, and of their ``ratio`` to ``mse``, by name.
 
     Args:
         size: (height, width) of the images in pixels, which are padded to whole cells of P7.
@@ -58,15 +55,13 @@ def measure_losses(
         loss().backward()
 
     times: dict[str, list[float]] = {name: [] for name in losses}
-    for _ in progress.track(range(repeats + 1), description="rounds"):
+    for _ in progress.track(range(repeats + 1), description="losses"):
         for name, loss in losses.items():
             times[name].append(seconds(functools.partial(run, loss), device.startswith("cuda")))
-    medians = {name: statistics.median(x[1:]) for name, x in times.items()}
     return {
         name: {
-            "seconds": medians[name],
-            "iqr": _range(x[1:]),
-            "ratio": medians[name] / medians["mse"],
+            "seconds": spread(x[1:]),
+            "ratio": spread([a / b for a, b in zip(x[1:], times["mse"][1:])]),
         }
         for name, x in times.items()
     }
@@ -137,11 +132,3 @@ def _fgd(
         return torch.stack([*fgd(student, teacher, boxes, padded_size), relation]).sum()
 
     return _sum(maps, level)
-
-
-def _range(values: list[float]) -> float:
-    """Return the interquartile range."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low

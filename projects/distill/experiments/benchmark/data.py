@@ -1,0 +1,107 @@
+"""Milliseconds per image of the training data and of an evaluation, on the config's data sets."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data.detection_utils import read_image
+from detectron2.data.samplers import TrainingSampler
+
+from ...data.datasets import load_training_sets
+from ...data.loader import build_train_loader
+from ...engine import Trainer, load_student
+from ...engine.trainer import train_mapper
+from ...errors import ConfigError
+from ...modeling.meta_arch import build_student
+from ...utils.progress import Progress
+from ...utils.timing import seconds, spread, timed
+
+SEED = 0
+Row = dict[str, Any]
+
+
+def measure_data(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row]:
+    """Return the spread of the ``milliseconds`` per image by part of the training data.
+
+    All parts run in this process, on the same ``number`` images. They are
+
+    - ``decode``: read the file,
+    - ``mapper``: read it, and resize and augment image and annotations,
+    - ``loader``: the mapper and the batches of this package's loader,
+    - ``detectron2``: detectron2's own loader, with its mapper.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    sets = load_training_sets(cfg)
+    dicts = [entry for _, entries in sets for entry in entries]
+    order = TrainingSampler(len(dicts), seed=SEED)
+    chosen = [dicts[k] for k in islice(order._infinite_indices(), number)]
+    mapper = train_mapper(cfg)
+    samples = build_train_loader(cfg, sets, mapper, seed=SEED).samples
+    batches = build_train_loader(cfg, sets, train_mapper(cfg), seed=SEED)
+    stock = build_detection_train_loader(
+        dicts,
+        mapper=DatasetMapper(cfg, is_train=True),
+        sampler=TrainingSampler(len(dicts), seed=SEED),
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=0,
+    )
+    first = build_train_loader(cfg, sets, mapper, seed=SEED).batches
+    stream = (sample for batch in first for sample in batch)
+    parts: dict[str, Iterator[Callable[[], Any]]] = {
+        "decode": (partial(read_image, x["file_name"], cfg.INPUT.FORMAT) for x in chosen),
+        "mapper": (partial(samples.__getitem__, x) for x in stream),
+        "loader": repeat(partial(next, iter(batches))),
+        "detectron2": repeat(partial(next, iter(stock))),
+    }
+    per_call = {"loader": cfg.SOLVER.IMS_PER_BATCH, "detectron2": cfg.SOLVER.IMS_PER_BATCH}
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for k in progress.track(range(number), description="data"):
+        for name, calls in parts.items():
+            images = per_call.get(name, 1)
+            if k % images == 0:
+                times[name].append(1000 * seconds(next(calls), False) / images)
+    return {name: {"milliseconds": spread(x)} for name, x in times.items()}
+
+
+def measure_evaluation(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row]:
+    """Return the spread of the ``milliseconds`` per image by part of an evaluation.
+
+    They are ``load``, ``network``, ``collect`` (what the evaluator keeps of an image) and
+    ``metrics`` (what it computes at the end), on the first ``number`` images of the test set. The
+    student has the weights of ``MODEL.WEIGHTS``, or random ones, which find little.
+
+    Raises:
+        ConfigError: there is no test set.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("--parts evaluation needs DATASETS.TEST.")
+    name = cfg.DATASETS.TEST[0]
+    student = load_student(cfg, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else build_student(cfg)
+    student.eval()
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    times: dict[str, list[float]] = {part: [] for part in ("load", "network", "collect")}
+    with TemporaryDirectory() as folder, torch.no_grad():
+        evaluator = Trainer.build_evaluator(cfg, name, str(Path(folder) / "inference"))
+        evaluator.reset()
+        batches = iter(Trainer.build_test_loader(cfg, name))
+        for _ in progress.track(range(number), description="evaluation"):
+            inputs, load = timed(partial(next, batches))
+            outputs, network = timed(partial(student, inputs), cuda)
+            _, collect = timed(partial(evaluator.process, inputs, outputs))
+            for part, value in zip(times.values(), (load, network, collect)):
+                part.append(1000 * value)
+        _, metrics = timed(evaluator.evaluate)
+    times["metrics"] = [1000 * metrics / number]
+    return {part: {"milliseconds": spread(x)} for part, x in times.items()}
