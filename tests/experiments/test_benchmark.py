@@ -1,6 +1,7 @@
 """The benchmark runs on a tiny student, with and without a teacher, and reports what it says."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from distill import cli
-from distill.experiments.benchmark import memory
+from distill.experiments.benchmark import gpu_check, memory
 from distill.experiments.benchmark.heads import LargestTensor
 from tests.support.networks import PAFPN, distill_opts, tiny_cfg, write_config
 from tests.support.trainings import Shapes, trainable_cfg, write_teacher
@@ -97,7 +98,10 @@ def test_losses_need_no_config(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows.values():
         assert row["ratio"]["median"] == pytest.approx(row["seconds"]["median"] / mse)
     assert cli.main(["benchmark", "--json"]) == 2
-    assert "name what to measure: --config-file FILE, or --losses." in capsys.readouterr().err
+    assert (
+        "name what to measure: --config-file FILE, --losses or --gpu-check."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_table_is_a_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +166,49 @@ def test_data_and_evaluation(
     assert set(found["evaluation"]) == {"load", "network", "collect", "metrics"}
     for rows in found.values():
         assert all(row["milliseconds"]["median"] > 0 for row in rows.values())
+
+
+NARROW = [
+    *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+    *("MODEL.FPN.OUT_CHANNELS", 16),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
+]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but torch.compile, which takes long."""
+    variants = {k: x for k, x in gpu_check.VARIANTS.items() if "compiled" not in k}
+    monkeypatch.setattr(gpu_check, "VARIANTS", variants)
+    teacher = ["MODEL.DISTILL.TEACHER.OPTS", repr([str(x) for x in NARROW])]
+    options = ["--gpu-check", "--size", "64x64", "--batch", "1", "--repeats", "1", "--json"]
+    assert cli.main(["benchmark", *options, *map(str, NARROW), *teacher]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["measured"].values()
+    precision = found["precision"]
+    assert precision["float32"]["difference"] == 0
+    assert 0 < precision["bfloat16 teacher"]["difference"] < 0.5
+    assert precision["channels-last teacher"]["difference"] < 1e-3
+    assert all(row["finite"] for row in precision.values())
+    assert all(row["equal"] for row in found["cache"].values())
+    assert set(found["synchronisations"]) == {"student", *gpu_check.HEADS}
+    assert set(found["steps"]) == {*gpu_check.HEADS, "all"}
+
+
+def test_waits_for_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        for _ in range(3):  # torch says this of each such operation
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    assert gpu_check._waits(step, cuda=True) == 3
+    assert modes == ["warn", "default"]
 
 
 def test_the_largest_tensor_counts_complex_ones_twice_and_no_views() -> None:

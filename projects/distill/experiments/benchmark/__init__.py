@@ -17,6 +17,10 @@ All numbers are medians with the interquartile range. Heads are measured after t
 With ``--losses`` no config is needed: losses on random P3 to P7 of 256 channels are timed with
 their backward, beside a plain mean squared error.
 
+With ``--gpu-check`` no config is needed, either: a Faster R-CNN with ResNet-50 learns from one with
+ResNet-101, in half precision, with a compiled teacher, from a cache. It counts how often the host
+waits for the GPU. It takes a few minutes on a GPU; ``--size 64x64 --batch 1`` tries it on a CPU.
+
 ``--check FILE`` compares all ratios with those of a file of ``--json``. The exit code is 1 if one
 is larger by more than ``--tolerance``. ``--trace FILE`` writes the operations of the distilled step
 for Perfetto.
@@ -45,6 +49,7 @@ from ...utils.progress import Progress
 from ...utils.provenance import command, commit
 from ..compare import split_overrides
 from .data import measure_data, measure_evaluation
+from .gpu_check import GPUCheck
 from .heads import measure_heads
 from .losses import measure_losses
 from .memory import write_trace
@@ -53,7 +58,7 @@ from .steps import measure_steps, step
 
 PARTS = ("steps", "heads", "data", "evaluation")
 EVERY_HEAD = "all"
-LOSSES = "losses"
+LOSSES, GPU = "losses", "gpu"
 
 Rows = dict[str, dict[str, Any]]
 """Costs of what is measured, by its name."""
@@ -73,12 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=size,
         metavar="HEIGHTxWIDTH",
-        help="pixels of an image; default: 320x512, of --losses 800x1333",
+        help="pixels of an image; default: 320x512, of --losses and --gpu-check 800x1333",
     )
-    parser.add_argument("--batch", type=at_least(1), default=2, help="images of a step")
+    parser.add_argument(
+        "--batch", type=at_least(1), help="images of a step; default: 2, of --gpu-check 8"
+    )
     parser.add_argument("--objects", type=at_least(0), default=8, help="boxes of an image")
     parser.add_argument("--repeats", type=at_least(1), default=20, help="rounds; images of data")
     parser.add_argument("--losses", action="store_true", help="time losses on random maps")
+    parser.add_argument("--gpu-check", action="store_true", help="check all that needs a GPU")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="json file to write")
     parser.add_argument("--check", type=Path, metavar="FILE", help="ratios that must hold")
     parser.add_argument(
@@ -90,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     split_overrides(args, "heads", "parts")
     known = _read_ratios(args.check) if args.check else {}
-    args.size = args.size or ((800, 1333) if args.losses else (320, 512))
+    args.size = args.size or ((800, 1333) if args.losses or args.gpu_check else (320, 512))
+    args.batch = args.batch or (8 if args.gpu_check else 2)
     with Progress(args.json) as progress:
         measured = _measured(args, progress)
     if args.json:
@@ -113,8 +122,11 @@ def _measured(args: argparse.Namespace, progress: Progress) -> dict[str, dict[st
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rows = measure_losses(args.size, args.batch, args.repeats, device, progress)
         return {LOSSES: {LOSSES: rows}}
+    if args.gpu_check:
+        check = GPUCheck(args.opts, args.size, args.batch, args.repeats, progress)
+        return {GPU: check.run()}
     if not args.config_file:
-        raise ConfigError("name what to measure: --config-file FILE, or --losses.")
+        raise ConfigError("name what to measure: --config-file FILE, --losses or --gpu-check.")
     return {file: _of_config(file, args, progress) for file in args.config_file}
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 MIB = 2**20
 
 
 def write_trace(function: Callable[[], Any], cuda: bool, path: Path) -> None:
     """Write the operations of a call as a trace for chrome://tracing and Perfetto."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with profile(use_device="cuda" if cuda else None, profile_memory=True) as profiler:
         function()
     profiler.export_chrome_trace(str(path))
 

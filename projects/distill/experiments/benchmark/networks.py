@@ -5,11 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from torch import nn
 
-from ...config import student_config
 from ...data.detections import Found
 from ...families import build_family
 from ...heads import DISTILL_HEAD_REGISTRY
@@ -20,7 +18,7 @@ from ...modeling.distillation import (
     build_teachers,
     infos_by_teacher,
 )
-from ...modeling.meta_arch import DistillModel
+from ...modeling.meta_arch import DistillModel, build_student
 from ...structures import DETECTIONS, NetworkOutputs
 
 
@@ -62,7 +60,7 @@ class Networks:
         self.cfg.defrost()
         if every_head:
             self.cfg.MODEL.DISTILL.HEADS = tuple(name for name, _ in DISTILL_HEAD_REGISTRY)
-        self.student = build_model(student_config(self.cfg)).train()
+        self.student = build_student(self.cfg).train()
         self.teachers = build_teachers(self.cfg, trained=False)
         self.infos: Infos = infos_by_teacher(self.cfg, build_family(self.student), self.teachers)
         if every_head:
