@@ -15,7 +15,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -q --numprocesses 
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := projects tools tests docs setup.py
 
-.PHONY: help demo test test-fast test-long test-faults lint docs wheelhouse clean installed
+.PHONY: help demo test test-fast test-long test-faults bench-check lint docs wheelhouse clean installed
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-fast [ARGS=...]        without those that train or start processes (90 seconds)"
 	@echo "make test-long [ARGS=...]        tutorials, the demo, networks that learn (2 minutes)"
 	@echo "make test-faults [ARGS=...]      kill trainings, fill disks, damage files (8 minutes)"
+	@echo "make bench-check                 compare what losses and steps cost with a table (2 minutes)"
 	@echo "make lint                        check style and types"
 	@echo "make docs                        build the documentation: site/index.html"
 	@echo "make wheelhouse PYTHON=3.12 [EXCLUDE='torch nvidia']"
@@ -47,6 +48,15 @@ test-long: installed
 
 test-faults: installed
 	$(PYTEST) tests/faults $(ARGS)
+
+# The ratios of steps and losses, beside those of a committed table. One thread is the steadiest.
+bench-check: installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m distill benchmark --losses --batch 1 --repeats 9 \
+	  --tolerance 0.8 --check docs/results/bounds_losses.json $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m distill benchmark --size 96x128 --repeats 7 \
+	  --config-file COCO-Detection/TID/retinanet_R_101_FPN-retinanet_R_50_FPN.yaml \
+	  --heads FitNet PKD CWD FGD MKD IMA TID --check docs/results/bounds_steps.json $(ARGS) \
+	  MODEL.DEVICE cpu
 
 lint: installed
 	.venv/bin/python -m ruff check $(SOURCES)

@@ -12,7 +12,8 @@ Networks and images are random: only their cost is measured. ``--parts`` names w
     data        An image of DATASETS.TRAIN: decoding, mapper, loader, and detectron2's own loader.
     evaluation  An image of DATASETS.TEST: loading, network and evaluator.
 
-All numbers are medians with the interquartile range. Heads are measured after their first phases.
+Times are medians; with ``--json`` also their interquartile ranges. Heads are measured after their
+first phases.
 
 With ``--losses`` no config is needed: losses on random P3 to P7 of 256 channels are timed with
 their backward, beside a plain mean squared error.
@@ -199,9 +200,7 @@ def _print_table(title: str, rows: Rows) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, dict):
-        return f"{value['median']:.3f} ± {value['iqr']:.3f}"
-    return f"{value:.3f}"
+    return f"{value['median'] if isinstance(value, dict) else value:.3g}"
 
 
 # ---- Comparison with a table
