@@ -247,7 +247,7 @@ def test_label_ids_and_train_ids_give_the_same_batches(root: Path) -> None:
 
 
 def test_resized_images_are_cropped() -> None:
-    resize, crop, flip = semantic_augmentations(cropping_cfg())
+    _, resize, crop, flip = semantic_augmentations(cropping_cfg())
     names = [type(x).__name__ for x in (resize, crop, flip)]
     assert names == ["ResizeShortestEdge", "RandomCrop_CategoryAreaConstraint", "RandomFlip"]
 
@@ -255,7 +255,7 @@ def test_resized_images_are_cropped() -> None:
 def test_crops_with_one_class_are_avoided() -> None:
     """One quarter of the image has two classes; ignored pixels do not count."""
     cfg = cropping_cfg("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", 0.9)
-    crop = semantic_augmentations(cfg)[1]
+    crop = semantic_augmentations(cfg)[2]
     sem_seg = np.zeros((128, 256), np.uint8)
     sem_seg[:64, :128:2] = 1
     sem_seg[:, 1::4] = 255

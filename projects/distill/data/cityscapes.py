@@ -35,6 +35,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .checks.issues import Problem
+from .contiguous import Contiguous
 
 IGNORED = 255  # train id of pixels that are neither trained nor evaluated
 IMAGES = "_leftImg8bit.png"
@@ -348,7 +349,7 @@ def semantic_augmentations(cfg: CfgNode) -> list[Augmentation]:
             cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         )
         augmentations.insert(1, crop)
-    return augmentations
+    return [Contiguous(), *augmentations]
 
 
 class SemanticMapper(DatasetMapper):

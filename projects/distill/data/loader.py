@@ -25,6 +25,7 @@ from ..errors import ConfigError, DataError
 from ..structures import UNLABELED
 from ..utils.seeding import derived_seed, private_randomness
 from .augment.mapper import AugmentingMapper
+from .contiguous import with_contiguous_images
 from .guarded_mapper import BadImage, GuardedMapper
 from .stream import REACH, Sample, Surroundings
 
@@ -245,7 +246,7 @@ def inference_mapper(cfg: CfgNode) -> DatasetMapper:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.KEYPOINT_ON = False
-    return DatasetMapper(cfg, is_train=False)
+    return with_contiguous_images(DatasetMapper(cfg, is_train=False))
 
 
 def _fetched(loader: Iterable[Any]) -> Iterator[Any]:

@@ -39,6 +39,7 @@ from ..config.resume import training_values
 from ..config.student import write_student
 from ..data.augment.mapper import AugmentingMapper
 from ..data.cityscapes import SemanticMapper
+from ..data.contiguous import with_contiguous_images
 from ..data.datasets import check_labels, load_training_sets, predicted_classes
 from ..data.detections import DetectionsMapper
 from ..data.ignored_regions import IgnoredRegionsMapper
@@ -503,13 +504,13 @@ def train_mapper(cfg: CfgNode) -> Callable[..., Any]:
     metadata = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
     semantic = any(data.get("evaluator_type") == "cityscapes_sem_seg" for data in metadata)
     if semantic or issubclass(student_class(cfg), SemanticSegmentor):
-        return SemanticMapper(cfg, is_train=True)
+        return SemanticMapper(cfg, is_train=True)  # its augmentations copy the image
     ignoring = any(data.get("ignored_regions") for data in metadata)
     if cfg.INPUT.AUGMENT.STEPS:
         return AugmentingMapper(cfg, ignoring)
-    if cfg.MODEL.DISTILL.TEACHER.DETECTIONS:
-        return DetectionsMapper(cfg, is_train=True)
-    return (IgnoredRegionsMapper if ignoring else DatasetMapper)(cfg, is_train=True)
+    plain = IgnoredRegionsMapper if ignoring else DatasetMapper
+    kind = DetectionsMapper if cfg.MODEL.DISTILL.TEACHER.DETECTIONS else plain
+    return with_contiguous_images(kind(cfg, is_train=True))
 
 
 def evaluate(

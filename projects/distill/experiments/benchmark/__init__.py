@@ -4,8 +4,8 @@
 
 Networks and images are random: only their cost is measured. ``--parts`` names what is measured:
 
-    steps       For each head by itself and for all together: the plain student's step, the
-                teacher's answer, the distilled step, and the ratio distilled / (plain + teacher).
+    steps       The plain student's step, the teacher's answer and the distilled step, for each
+                head by itself and for all together. The ratio is distilled / (plain + teacher).
                 If the weights set themselves, also the step with the balance.
     heads       Each head's losses with their backward to the features, beside the forward of the
                 student's backbone; the largest tensor; the MiB that autograd keeps.
@@ -18,9 +18,9 @@ first phases.
 With ``--losses`` no config is needed: losses on random P3 to P7 of 256 channels are timed with
 their backward, beside a plain mean squared error.
 
-With ``--gpu-check`` no config is needed, either: a Faster R-CNN with ResNet-50 learns from one with
-ResNet-101, in half precision, with a compiled teacher, from a cache. It counts how often the host
-waits for the GPU. It takes a few minutes on a GPU; ``--size 64x64 --batch 1`` tries it on a CPU.
+With ``--gpu-check`` no config is needed, either. A Faster R-CNN with ResNet-50 learns from one with
+ResNet-101: in half precision, with a compiled teacher, from a cache. The command counts how often
+the host waits for the GPU. It takes a few minutes; ``--size 64x64 --batch 1`` tries it on a CPU.
 
 ``--check FILE`` compares all ratios with those of a file of ``--json``. The exit code is 1 if one
 is larger by more than ``--tolerance``. ``--trace FILE`` writes the operations of the distilled step
@@ -31,7 +31,9 @@ import argparse
 import functools
 import json
 import platform
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="json file to write")
     parser.add_argument("--check", type=Path, metavar="FILE", help="ratios that must hold")
     parser.add_argument(
-        "--tolerance", type=float, default=0.25, help="of --check: 0.25 allows 25 %% more"
+        "--tolerance", type=float, default=0.25, help="share by which --check allows more"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -101,13 +103,14 @@ def run(args: argparse.Namespace) -> int:
     known = _read_ratios(args.check) if args.check else {}
     args.size = args.size or ((800, 1333) if args.losses or args.gpu_check else (320, 512))
     args.batch = args.batch or (8 if args.gpu_check else 2)
-    with Progress(args.json) as progress:
-        measured = _measured(args, progress)
+    with Progress(args.json) as progress, redirect_stdout(sys.stderr if args.json else sys.stdout):
+        measured = _measured(args, progress)  # pycocotools prints
     if args.json:
         print(json.dumps({**_facts(), "measured": measured}, indent=1))
     else:
+        print(f"images of random pixels: {args.batch} x {args.size[0]}x{args.size[1]}")
         for title, rows in _flat(measured):
-            _print_table(f"{title}, {args.batch} x {args.size[0]}x{args.size[1]}", rows)
+            _print_table(title, rows)
     return _check(ratios(measured), known, args.tolerance) if args.check else 0
 
 
@@ -188,7 +191,8 @@ def _flat(measured: Mapping[str, Mapping[str, Rows]]) -> list[tuple[str, Rows]]:
 
 
 def _print_table(title: str, rows: Rows) -> None:
-    table = Table(Column(no_wrap=True), title=title)
+    print(f"\n{title}")
+    table = Table(Column(no_wrap=True))
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     for column in columns:
         table.add_column(column)

@@ -75,9 +75,9 @@ def measure_data(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row
 def measure_evaluation(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row]:
     """Return the spread of the ``milliseconds`` per image by part of an evaluation.
 
-    They are ``load``, ``network``, ``collect`` (what the evaluator keeps of an image) and
-    ``metrics`` (what it computes at the end), on the first ``number`` images of the test set. The
-    student has the weights of ``MODEL.WEIGHTS``, or random ones, which find little.
+    They are ``load``, ``network``, ``collect`` and ``metrics``, on the first ``number`` images of
+    the test set. ``collect`` is what the evaluator does for each image, and ``metrics`` what it
+    does at the end. The student has the weights of ``MODEL.WEIGHTS``, or random ones, which find little.
 
     Raises:
         ConfigError: there is no test set.
@@ -87,6 +87,7 @@ def measure_evaluation(cfg: CfgNode, number: int, progress: Progress) -> dict[st
     cfg.DATALOADER.NUM_WORKERS = 0
     if not cfg.DATASETS.TEST:
         raise ConfigError("--parts evaluation needs DATASETS.TEST.")
+    Trainer.check_evaluation(cfg, training=False)
     name = cfg.DATASETS.TEST[0]
     student = load_student(cfg, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else build_student(cfg)
     student.eval()
@@ -95,7 +96,8 @@ def measure_evaluation(cfg: CfgNode, number: int, progress: Progress) -> dict[st
     with TemporaryDirectory() as folder, torch.no_grad():
         evaluator = Trainer.build_evaluator(cfg, name, str(Path(folder) / "inference"))
         evaluator.reset()
-        batches = iter(Trainer.build_test_loader(cfg, name))
+        loader = Trainer.build_test_loader(cfg, name)
+        batches, number = iter(loader), min(number, len(loader))
         for _ in progress.track(range(number), description="evaluation"):
             inputs, load = timed(partial(next, batches))
             outputs, network = timed(partial(student, inputs), cuda)
