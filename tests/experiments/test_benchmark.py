@@ -154,16 +154,19 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_data_and_evaluation(
+def test_parts_on_images(
     tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = trainable_cfg("retinanet", shapes, tmp_path / "out", "DATASETS.TEST", shapes[:1])
     path = str(write_config(cfg, tmp_path / "own.yaml"))
-    parts = ["--parts", "data", "evaluation", "--repeats", "3", "--json"]
+    parts = ["--parts", "training", "data", "evaluation", "--repeats", "3", "--json"]
     assert cli.main(["benchmark", "--config-file", path, *parts]) == 0
     (found,) = json.loads(capsys.readouterr().out)["measured"].values()
     assert set(found["data"]) == {"decode", "mapper", "loader", "detectron2"}
     assert set(found["evaluation"]) == {"load", "network", "collect", "metrics"}
+    training = found.pop("training")
+    assert set(training) == {"data", "step", "hooks"}
+    assert 0 < training["hooks"]["share"] < 1
     for rows in found.values():
         assert all(row["milliseconds"]["median"] > 0 for row in rows.values())
 

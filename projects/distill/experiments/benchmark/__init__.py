@@ -9,6 +9,7 @@ Networks and images are random: only their cost is measured. ``--parts`` names w
                 If the weights set themselves, also the step with the balance.
     heads       Each head's losses with their backward to the features, beside the forward of the
                 student's backbone; the largest tensor; the MiB that autograd keeps.
+    training    A real training on DATASETS.TRAIN: data, step, and hooks with their share.
     data        An image of DATASETS.TRAIN: decoding, mapper, loader, and detectron2's own loader.
     evaluation  An image of DATASETS.TEST: loading, network and evaluator.
 
@@ -58,8 +59,9 @@ from .losses import measure_losses
 from .memory import write_trace
 from .networks import Networks, synthetic_batch
 from .steps import measure_steps, step
+from .training import measure_training
 
-PARTS = ("steps", "heads", "data", "evaluation")
+PARTS = ("steps", "heads", "training", "data", "evaluation")
 EVERY_HEAD = "all"
 LOSSES, GPU = "losses", "gpu"
 
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=at_least(1), help="images of a step; default: 2, of --gpu-check 8"
     )
     parser.add_argument("--objects", type=at_least(0), default=8, help="boxes of an image")
-    parser.add_argument("--repeats", type=at_least(1), default=20, help="rounds; images of data")
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="rounds, steps or images")
     parser.add_argument("--losses", action="store_true", help="time losses on random maps")
     parser.add_argument("--gpu-check", action="store_true", help="check all that needs a GPU")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="json file to write")
@@ -140,16 +142,19 @@ def _of_config(file: str, args: argparse.Namespace, progress: Progress) -> dict[
     for name in () if every else args.heads:
         check_choice("--heads", name, [name for name, _ in DISTILL_HEAD_REGISTRY])
     cfg = setup_config(file, args.opts)
+    cfg.defrost()
     if args.heads and not every:
-        cfg.defrost()
         cfg.MODEL.DISTILL.HEADS = tuple(args.heads)
     found: dict[str, Rows] = {}
     if {"steps", "heads"} & set(args.parts) or args.trace:
         found |= _of_networks(Networks(cfg, every), args, progress)
-    if "data" in args.parts:
-        found["data"] = measure_data(cfg, args.repeats, progress)
-    if "evaluation" in args.parts:
-        found["evaluation"] = measure_evaluation(cfg, args.repeats, progress)
+    on_images = {
+        "training": measure_training,
+        "data": measure_data,
+        "evaluation": measure_evaluation,
+    }
+    for part in (x for x in on_images if x in args.parts):
+        found[part] = on_images[part](cfg, args.repeats, progress)
     return found
 
 

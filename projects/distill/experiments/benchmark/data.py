@@ -37,7 +37,6 @@ def measure_data(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row
     - ``detectron2``: detectron2's own loader, with its mapper.
     """
     cfg = cfg.clone()
-    cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
     sets = load_training_sets(cfg)
     dicts = [entry for _, entries in sets for entry in entries]
@@ -77,13 +76,13 @@ def measure_evaluation(cfg: CfgNode, number: int, progress: Progress) -> dict[st
 
     They are ``load``, ``network``, ``collect`` and ``metrics``, on the first ``number`` images of
     the test set. ``collect`` is what the evaluator does for each image, and ``metrics`` what it
-    does at the end. The student has the weights of ``MODEL.WEIGHTS``, or random ones, which find little.
+    does at the end. The student has the weights of ``MODEL.WEIGHTS``, or random ones, which find
+    little.
 
     Raises:
         ConfigError: there is no test set.
     """
     cfg = cfg.clone()
-    cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
     if not cfg.DATASETS.TEST:
         raise ConfigError("--parts evaluation needs DATASETS.TEST.")
