@@ -178,6 +178,7 @@ NARROW = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_check_of_a_gpu_runs_on_a_cpu(

@@ -121,7 +121,7 @@ def torchrun(argv: list[str], folder: Path) -> None:
 @pytest.mark.slow
 @starts_processes
 @needs_loopback
-@pytest.mark.parametrize("launcher", [launch, torchrun])
+@pytest.mark.parametrize("launcher", [launch, pytest.param(torchrun, marks=pytest.mark.long)])
 def test_two_processes(
     launcher: Callable[..., None], tmp_path: Path, shapes: tuple[str, str, str]
 ) -> None:

@@ -246,6 +246,7 @@ def test_the_metadata_of_an_export_have_the_strides() -> None:
     assert build_graph(graph.model).levels == {}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_export_teaches_without_a_mapping(tmp_path: Path) -> None:
     """Its maps are those of the exported network as a teacher."""
