@@ -374,7 +374,7 @@ def test_mixed_precision(tmp_path: Path, shapes: Shapes) -> None:
 
 
 def test_self_distillation(tmp_path: Path, shapes: Shapes) -> None:
-    opts = (*distill_opts("retinanet", ["MSSD"]), *PAFPN)
+    opts = (*distill_opts("retinanet", ["MSSD"]), *PAFPN, "SOLVER.MAX_ITER", 10)
     report = examine(trainable_cfg("retinanet", shapes, tmp_path, *opts), teacher_images=1)
     compared = {
         (row.output, row.student.name) for row in report.outputs if row.heads and row.student
@@ -385,6 +385,7 @@ def test_self_distillation(tmp_path: Path, shapes: Shapes) -> None:
     assert rows(report)["loss_mssd"].gradient > 0 and report.teacher_check is None
     assert any("teaches itself" in x for x in report.notes)
     assert any("there is no teacher" in x for x in report.notes)
+    assert any("MSSD made students worse" in x for x in report.warnings)
 
 
 # ---- Warnings.

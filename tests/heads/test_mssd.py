@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from distill import losses
 from distill.config import validate_config
 from distill.errors import ConfigError
+from distill.heads import short_trainings
 from tests.support.networks import (
     PAFPN,
     distill_opts,
@@ -138,3 +139,13 @@ def test_other_heads_compare_the_deep_maps_alone():
     assert [x.student for x in model.heads["FitNet"].levels] == [*LEVELS, "p6"]
     same = distilled("faster", ["FitNet"], student=student, teacher=copy.deepcopy(student))
     assert all(v == 0 for v in kd_losses(same, [image_dict(0)]).values())
+
+
+def test_a_training_of_a_few_epochs_is_warned_of() -> None:
+    opts = ("MODEL.DISTILL.HEADS", ("MSSD",), "SOLVER.MAX_ITER", 40, "SOLVER.IMS_PER_BATCH", 4)
+    cfg = tiny_cfg("faster", *opts)
+    assert short_trainings(cfg, 8) == []  # 20 epochs
+    (sentence,) = short_trainings(cfg, 100)
+    assert sentence.startswith("MSSD made students worse") and "this one has 1.6;" in sentence
+    cfg.MODEL.DISTILL.HEADS = ("FitNet",)
+    assert short_trainings(cfg, 100) == []

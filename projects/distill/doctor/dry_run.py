@@ -43,6 +43,7 @@ class DryRun:
         student: the student in it.
         autocast: opens the context of a forward, with the training's precision.
         batches: endless iterator; unlabelled images follow the labelled ones.
+        images: number of labelled training images.
         weights: tensors that ``MODEL.WEIGHTS`` filled.
         family: None for a plain network, whose outputs are not recorded.
         teacher: the only teacher; None if no head needs one, or if there are several.
@@ -58,6 +59,7 @@ class DryRun:
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager[Any]]
     batches: Iterator[Inputs]
+    images: int
     weights: Weights
     family: Family | None
     teacher: Teacher | None
@@ -106,6 +108,7 @@ def build_dry_run(cfg: CfgNode, folder: str) -> DryRun:
         optimizer=loop.optimizer,
         autocast=loop.autocast,
         batches=iter(loop.data_loader),
+        images=sum(len(entries) for _, entries in trainer.sets),
         weights=weights,
         family=None,
         teacher=None,

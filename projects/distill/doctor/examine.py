@@ -17,7 +17,7 @@ from ..engine.hooks import memory_mb
 from ..engine.train_loop import pieces
 from ..errors import ConfigError, of_teacher
 from ..families import build_family
-from ..heads import unfinished_phases
+from ..heads import short_trainings, unfinished_phases
 from ..heads.classes import ClassMap
 from ..modeling.distillation import network_infos
 from ..modeling.meta_arch import DistillModel, build_student
@@ -82,6 +82,7 @@ def examine(
     gather_sentences(report)
     report.errors += errors
     report.warnings += unfinished_phases(cfg)
+    report.warnings += short_trainings(cfg, dry_run.images)
     report.warnings += loss_warnings(report.losses, dry_run.heads, dry_run.balance is not None)
     report.warnings += filter(
         None, [batch_norm_warning(dry_run, cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE)]

@@ -13,6 +13,7 @@ from .base import (
     DistillHead,
     build_heads,
     first_phases,
+    short_trainings,
     teacher_needed,
     unfinished_phases,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "SemSegDistillHead",
     "build_heads",
     "first_phases",
+    "short_trainings",
     "teacher_needed",
     "unfinished_phases",
 ]

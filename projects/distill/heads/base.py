@@ -66,7 +66,7 @@ class DistillHead(nn.Module):
     """Share of ``MODEL.DISTILL.BALANCE.RATIO`` that the head gets while its WEIGHT is the default.
 
     0.1 for losses of relations or attention: they leave most of a cell's values open, and the whole
-    ratio hinders the task.
+    ratio hinders the task. 0.01 for a student that teaches itself.
     """
 
     rpn_share: ClassVar[float] = 1.0
@@ -75,6 +75,9 @@ class DistillHead(nn.Module):
     0.1 for losses that follow the RPN alone. With the whole ratio, its task takes the student's
     features from the box head, and an R-CNN gets worse.
     """
+
+    least_epochs: ClassVar[int] = 0
+    """Epochs below which the doctor warns of the head: shorter trainings got worse by it."""
 
     taught_by: str = ""
     """Name of the head's teacher in ``MODEL.DISTILL.TEACHERS``; "" if there is only one."""
@@ -320,4 +323,21 @@ def unfinished_phases(cfg: CfgNode) -> list[str]:
         f"{key} is {value} and SOLVER.MAX_ITER {last}: what follows this phase is never reached."
         for key, value in first_phases(cfg).items()
         if value >= last
+    ]
+
+
+def short_trainings(cfg: CfgNode, images: int) -> list[str]:
+    """Return a warning for each head that needs a longer training.
+
+    Args:
+        cfg: the whole config.
+        images: number of training images.
+    """
+    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
+    least = {name: DISTILL_HEAD_REGISTRY.get(name).least_epochs for name in cfg.MODEL.DISTILL.HEADS}
+    return [
+        f"{name} made students worse in trainings of a few epochs, and this one has {epochs:.1f}; "
+        f"train at least {number}, or take another head."
+        for name, number in least.items()
+        if epochs < number
     ]
