@@ -25,10 +25,14 @@ from tests.support.trainings import (
     write_teacher,
 )
 
-CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8)
+CLASSES = (
+    *("MODEL.ROI_HEADS.NUM_CLASSES", 8, "MODEL.RETINANET.NUM_CLASSES", 8),
+    *("MODEL.YOLOV7.NUM_CLASSES", 8),
+)
 HEADS = {
     "faster": ("IMA", "MKD", "ROIKD"),
     "retinanet": ("IMA", "DenseKD"),
+    "yolov7": ("IMA", "MKD"),
     "semantic": ("IMA", "CIRKD", "MasKDLogits"),
 }
 BALANCE = ("MODEL.DISTILL.BALANCE.MODE", "gradient")
@@ -63,6 +67,7 @@ def copy_first_checkpoint(whole: Path, folder: Path) -> None:
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "faster": ("faster", ()),
     "retinanet": ("retinanet", ()),
+    "yolov7": ("yolov7", ()),
     "mixed precision": ("faster", ("SOLVER.AMP.ENABLED", True)),
     "parts of a batch": ("faster", ("SOLVER.ACCUMULATE", 2)),
     "balance": ("faster", BALANCE),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat, tee
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,13 +38,22 @@ def measure_data(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row
     """
     cfg = cfg.clone()
     cfg.DATALOADER.NUM_WORKERS = 0
+    parts = _data_parts(cfg)
+    images = {"loader": cfg.SOLVER.IMS_PER_BATCH, "detectron2": cfg.SOLVER.IMS_PER_BATCH}
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for k in progress.track(range(number), description="data"):
+        for name, calls in parts.items():
+            loaded = images.get(name, 1)
+            if k % loaded == 0:
+                times[name].append(1000 * seconds(next(calls), False) / loaded)
+    return {name: {"milliseconds": spread(x)} for name, x in times.items()}
+
+
+def _data_parts(cfg: CfgNode) -> dict[str, Iterator[Callable[[], Any]]]:
+    """Return endless calls of each part, which load an image or a batch of the same stream."""
     sets = load_training_sets(cfg)
     dicts = [entry for _, entries in sets for entry in entries]
-    order = TrainingSampler(len(dicts), seed=SEED)
-    chosen = [dicts[k] for k in islice(order._infinite_indices(), number)]
-    mapper = train_mapper(cfg)
-    samples = build_train_loader(cfg, sets, mapper, seed=SEED).samples
-    batches = build_train_loader(cfg, sets, train_mapper(cfg), seed=SEED)
+    own, mapped = (build_train_loader(cfg, sets, train_mapper(cfg), seed=SEED) for _ in range(2))
     stock = build_detection_train_loader(
         dicts,
         mapper=DatasetMapper(cfg, is_train=True),
@@ -53,22 +62,14 @@ def measure_data(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=0,
     )
-    first = build_train_loader(cfg, sets, mapper, seed=SEED).batches
-    stream = (sample for batch in first for sample in batch)
-    parts: dict[str, Iterator[Callable[[], Any]]] = {
-        "decode": (partial(read_image, x["file_name"], cfg.INPUT.FORMAT) for x in chosen),
-        "mapper": (partial(samples.__getitem__, x) for x in stream),
-        "loader": repeat(partial(next, iter(batches))),
+    for_files, for_images = tee(sample for batch in mapped.batches for sample in batch)
+    files = (dicts[x.image]["file_name"] for x in for_files)
+    return {
+        "decode": (partial(read_image, file, cfg.INPUT.FORMAT) for file in files),
+        "mapper": (partial(mapped.samples.__getitem__, x) for x in for_images),
+        "loader": repeat(partial(next, iter(own))),
         "detectron2": repeat(partial(next, iter(stock))),
     }
-    per_call = {"loader": cfg.SOLVER.IMS_PER_BATCH, "detectron2": cfg.SOLVER.IMS_PER_BATCH}
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for k in progress.track(range(number), description="data"):
-        for name, calls in parts.items():
-            images = per_call.get(name, 1)
-            if k % images == 0:
-                times[name].append(1000 * seconds(next(calls), False) / images)
-    return {name: {"milliseconds": spread(x)} for name, x in times.items()}
 
 
 def measure_evaluation(cfg: CfgNode, number: int, progress: Progress) -> dict[str, Row]:

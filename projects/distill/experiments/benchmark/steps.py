@@ -71,19 +71,22 @@ def measure_steps(
             distilled[key].append(time(step, model, inputs))
             if key in balanced:
                 scaled[key].append(time(step, balanced[key], inputs))
-    rows: dict[str, dict[str, Any]] = {}
-    for key in models:
-        parts = zip(plain[1:], asked[key][1:], distilled[key][1:])
-        rows[key] = {
-            "plain": spread(plain[1:]),
-            "teacher": spread(asked[key][1:]),
-            "distilled": spread(distilled[key][1:]),
-            "ratio": spread([d / (p + t) for p, t, d in parts]),
-            "plain_mib": plain_mib,
-            "distilled_mib": peaks[key],
-        }
-    for key in balanced:
-        own = statistics.fmean(distilled[key][1:])
-        with_it = statistics.fmean(scaled[key][1:])
-        rows[key] |= {"balanced": with_it, "overhead": with_it / own}
+    rows = {key: _row(plain[1:], asked[key][1:], distilled[key][1:]) for key in models}
+    for key, row in rows.items():
+        row |= {"plain_mib": plain_mib, "distilled_mib": peaks[key]}
+    for key, times in scaled.items():
+        mean = statistics.fmean(times[1:])
+        rows[key] |= {"balanced": mean, "overhead": mean / statistics.fmean(distilled[key][1:])}
     return rows
+
+
+def _row(
+    plain: list[float], teacher: list[float], distilled: list[float]
+) -> dict[str, dict[str, float] | float]:
+    """Return the spreads of the seconds of each round, and of their ratio."""
+    return {
+        "plain": spread(plain),
+        "teacher": spread(teacher),
+        "distilled": spread(distilled),
+        "ratio": spread([d / (p + t) for p, t, d in zip(plain, teacher, distilled)]),
+    }
