@@ -22,7 +22,7 @@ from ...utils.progress import Progress
 from ...utils.timing import seconds, spread
 from .memory import peak_mebibytes
 from .networks import Networks, synthetic_batch
-from .steps import measure_steps
+from .steps import measure_steps, step
 
 CONFIG = "COCO-Detection/TID/faster_rcnn_R_101_FPN-faster_rcnn_R_50_FPN.yaml"
 HEADS = ("FitNet", "PKD", "CWD", "FGD", "MKD", "IMA", "TID", "ROIKD", "DenseKD")
@@ -156,12 +156,9 @@ class GPUCheck:
         return {name: x.detach().float() for name, x in losses.items()}
 
     def step(self, model: nn.Module, half: bool) -> None:
-        """Run the forward and the backward of a step."""
-        model.zero_grad(set_to_none=True)
+        """Run a step whose random regions are the same in each."""
         torch.manual_seed(0)
-        with forward_context(self.device, half):
-            losses: Any = model(self.inputs)
-        sum(losses.values()).backward()
+        step(model, self.inputs, forward_context(self.device, half))
 
 
 def _waits(function: Callable[[], Any], cuda: bool) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from detectron2.utils.events import get_event_storage
@@ -17,12 +17,20 @@ from .networks import Networks, answers, said
 ALL = "all"  # the row of all heads together
 
 
-def step(model: nn.Module, inputs: list[Any]) -> None:
-    """Run the forward and the backward of a step."""
+def step(
+    model: nn.Module, inputs: list[Any], autocast: AbstractContextManager[Any] | None = None
+) -> None:
+    """Run the forward and the backward of a step.
+
+    Args:
+        autocast: context of the forward; None: none.
+    """
     model.zero_grad(set_to_none=True)
     balance = balance_of(model)
     with balance.step() if balance is not None else nullcontext():
-        sum(model(inputs).values()).backward()
+        with autocast or nullcontext():
+            losses = model(inputs)
+        sum(losses.values()).backward()
 
 
 def measure_steps(
